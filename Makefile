@@ -1,0 +1,54 @@
+# Every target sets up .venv by itself when it is missing or older than its recipe. `make` lists the targets.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# Nothing here needs the Hub.
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: help quickstart test test-slow lint format typecheck clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
+		printf '  make %-11s %s\n' "$$target" "$$text"; done
+
+quickstart: $(INSTALLED)  ## run the main job on the embedded task, into outputs/quickstart
+	$(BIN)/prefopt-trl quickstart --output_dir outputs/quickstart
+
+test: lint typecheck  ## everything CI checks: lint, types and the fast tests (PYTEST_ARGS adds to pytest's arguments)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)  ## the tests marked slow
+	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+lint: $(INSTALLED)  ## check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(INSTALLED)  ## mend style and formatting
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+typecheck: $(INSTALLED)  ## check types in all that ships
+	$(BIN)/mypy
+
+clean:  ## remove .venv, caches and builds; outputs/ stays
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone: once it is in the environment nothing that follows replaces it, so a machine whose index
+# offers a CPU build does not pull gigabytes of CUDA packages. It brings setuptools, the build backend, at its pinned
+# version, which is why the package needs no build environment of its own.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(BIN)/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'trl 1.16 and transformers 5.23 need Python 3.11 or newer, and "$(PYTHON)" is not that.'; \
+		echo 'Install one and name it: make PYTHON=python3.12 $(MAKECMDGOALS)'; exit 1; }
+	@echo 'Setting up .venv: one download of torch and the Hugging Face libraries, 2 to 10 minutes.'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@

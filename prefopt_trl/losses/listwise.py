@@ -1,0 +1,211 @@
+"""
+Losses on rankings of any length: one row per prompt, one column per completion.
+
+Prompts with fewer completions than the batch has columns carry a `mask`; what a missing column holds, be it NaN,
+reaches neither value nor gradient.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from prefopt_trl.losses.pairwise import _as_float, _check_positive
+
+
+def plackett_luce(logratios: Tensor, beta: float, mask: Tensor | None = None) -> Tensor:
+    r"""
+    Negative log-likelihood of a ranking under the Plackett-Luce model: DPO for more than two completions.
+
+    `-sum_k log [exp(beta * logratio_k) / sum_{j >= k} exp(beta * logratio_j)]` (DPO eq. 20). It is `ln n!` where
+    policy and reference agree. On two completions it equals [`sigmoid_norm`] with `gamma=beta`, TRL's
+    `loss_type="sigmoid"`; TRL has none for more. [`pro`] without rewards is the same on mean log-probabilities and
+    without a reference model.
+
+    Args:
+        logratios (`torch.Tensor`):
+            Log-probabilities under the policy minus those under the reference model, in nats, summed over tokens.
+            Shape `(batch_size, n)` with `n >= 2`, columns ordered best to worst, floating point; computed in float32
+            at least.
+        beta (`float`):
+            Strength of the KL penalty, above 0. DPO uses 0.1 and 0.5.
+        mask (`torch.Tensor`, *optional*):
+            True where a completion exists. Shape `(batch_size, n)`, bool. All exist by default.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`, at least 0; 0 for a prompt with fewer than two completions.
+
+    Raises:
+        ValueError: If `logratios` has fewer than two columns, `mask` another shape, or `beta` is not positive and
+            finite.
+        TypeError: If `logratios` is not floating point, or `mask` not bool.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from prefopt_trl.losses import plackett_luce
+
+    >>> logratios = torch.tensor([[0.0, 0.0, 0.0], [3.0, -1.0, 0.0]])
+    >>> plackett_luce(logratios, beta=0.5, mask=torch.tensor([[True, True, True], [True, True, False]]))
+    tensor([1.7918, 0.1269])
+
+    ```
+    """
+    _check_positive("beta", beta)
+    logratios, mask = _completions("logratios", logratios, mask)
+    margins = beta * (logratios.unsqueeze(2) - logratios.unsqueeze(1))
+    return _contrast_each_with_worse(margins, _worse(mask))
+
+
+def pro(mean_logps: Tensor, rewards: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    r"""
+    Ranking term of Preference Ranking Optimization: each completion in turn against all that are worse.
+
+    `-sum_{k < n} log [exp(p_k / T_k^k) / sum_{i >= k} exp(p_i / T_k^i)]` (PRO eq. 9), where `p` are the mean
+    log-probabilities (PRO eq. 6). Without rewards every temperature `T` is 1 (PRO eq. 8). With them
+    `1 / T_k^i = reward_k - reward_i` (PRO eq. 10) and `1 / T_k^k` is the largest of these over the worse completions
+    (PRO eq. 11), so a completion hardly worse than `k` is hardly pushed away. We multiply by the differences rather
+    than divide by their inverses, so equal rewards need no special case: their terms are constants.
+
+    Without rewards it is [`plackett_luce`] on mean log-probabilities with `beta=1`, hence Bradley-Terry on two
+    completions. The supervised term of PRO eq. 7 is the trainer's, not part of this. TRL has no such loss.
+
+    Args:
+        mean_logps (`torch.Tensor`):
+            Log-probabilities under the policy, in nats, averaged over tokens. Shape `(batch_size, n)` with `n >= 2`,
+            columns ordered best to worst, floating point; computed in float32 at least.
+        rewards (`torch.Tensor`, *optional*):
+            Rewards of the completions, on the scale of the temperatures: doubling them doubles every margin. Shape
+            `(batch_size, n)`, from highest to lowest in each row; ties may be in any order.
+        mask (`torch.Tensor`, *optional*):
+            True where a completion exists. Shape `(batch_size, n)`, bool. All exist by default.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`, at least 0; 0 for a prompt with fewer than two completions.
+
+    Raises:
+        ValueError: If `mean_logps` has fewer than two columns, `mask` or `rewards` another shape, or a row of
+            `rewards` is not finite or not sorted from highest to lowest.
+        TypeError: If `mean_logps` is not floating point, or `mask` not bool.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from prefopt_trl.losses import pro
+
+    >>> mean_logps = torch.tensor([[-1.0, -2.0, -1.5]])
+    >>> pro(mean_logps)
+    tensor([1.6543])
+    >>> pro(mean_logps, rewards=torch.tensor([[2.0, 1.0, 0.0]]))
+    tensor([1.8361])
+
+    ```
+    """
+    mean_logps, mask = _completions("mean_logps", mean_logps, mask)
+    worse = _worse(mask)
+    if rewards is None:
+        return _contrast_each_with_worse(mean_logps.unsqueeze(2) - mean_logps.unsqueeze(1), worse)
+
+    _check_shape("rewards", rewards, mask)
+    rewards = rewards.to(mean_logps.dtype)
+    inverse_temperatures = (rewards.unsqueeze(2) - rewards.unsqueeze(1)).masked_fill(~worse, 0.0)  # 1 / T_k^i, eq. 10
+    _check_rewards(
+        rewards,
+        ((inverse_temperatures >= 0).all(dim=2) & (rewards.isfinite() | ~mask)).all(dim=1),
+        "finite and sorted from highest to lowest: order the completions best to worst",
+    )
+    own_inverse_temperatures = inverse_temperatures.amax(dim=2, keepdim=True)  # 1 / T_k^k, eq. 11
+    margins = mean_logps.unsqueeze(2) * own_inverse_temperatures - mean_logps.unsqueeze(1) * inverse_temperatures
+    return _contrast_each_with_worse(margins, worse)
+
+
+def rrhf(mean_logps: Tensor, rewards: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""
+    Ranking term of RRHF: how far worse completions are likelier than better ones, summed over pairs.
+
+    `sum_{reward_i < reward_j} max(0, p_i - p_j)` (RSO section 1). `p` are mean log-probabilities, RRHF's own score;
+    RSO writes the probabilities themselves. Completions with equal rewards are not compared. On two completions
+    it is [`slic`] with `delta=0`, on mean log-probabilities. TRL has no such loss; RRHF's supervised term is the
+    trainer's, not part of this.
+
+    Args:
+        mean_logps (`torch.Tensor`):
+            Log-probabilities under the policy, in nats, averaged over tokens. Shape `(batch_size, n)` with `n >= 2`,
+            columns in any order, floating point; computed in float32 at least.
+        rewards (`torch.Tensor`):
+            Rewards of the completions, of which only the order counts. Shape `(batch_size, n)`.
+        mask (`torch.Tensor`, *optional*):
+            True where a completion exists. Shape `(batch_size, n)`, bool. All exist by default.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`, at least 0; 0 for a prompt with fewer than two completions.
+
+    Raises:
+        ValueError: If `mean_logps` has fewer than two columns, `mask` or `rewards` another shape, or a row of
+            `rewards` is not finite.
+        TypeError: If `mean_logps` is not floating point, or `mask` not bool.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from prefopt_trl.losses import rrhf
+
+    >>> rrhf(torch.tensor([[-1.0, -2.0, -1.5]]), rewards=torch.tensor([[0.0, 2.0, 1.0]]))
+    tensor([2.])
+
+    ```
+    """
+    mean_logps, mask = _completions("mean_logps", mean_logps, mask)
+    _check_shape("rewards", rewards, mask)
+    _check_rewards(rewards, (rewards.isfinite() | ~mask).all(dim=1), "finite: drop the completion or score it again")
+    excess = torch.relu(mean_logps.unsqueeze(2) - mean_logps.unsqueeze(1))
+    lower_reward = rewards.unsqueeze(2) < rewards.unsqueeze(1)
+    return excess.masked_fill(~(lower_reward & _both_exist(mask)), 0.0).sum(dim=(1, 2))
+
+
+def _contrast_each_with_worse(margins: Tensor, worse: Tensor) -> Tensor:
+    # sum_k log(1 + sum_{i worse than k} exp(-margin_ki)), written with logsigmoid to keep its digits when it is small.
+    # The fill is finite because the gradient of logsumexp over nothing but -inf is NaN.
+    log_odds_against = (-margins).masked_fill(~worse, torch.finfo(margins.dtype).min).logsumexp(dim=2)
+    return -logsigmoid(-log_odds_against).sum(dim=1)
+
+
+def _worse(mask: Tensor) -> Tensor:
+    """`(batch_size, n, n)`: True at `[row, k, i]` where completions `k` and `i` exist and `i` is ranked after `k`."""
+    return _both_exist(mask).triu(diagonal=1)
+
+
+def _both_exist(mask: Tensor) -> Tensor:
+    return mask.unsqueeze(2) & mask.unsqueeze(1)
+
+
+def _completions(name: str, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    if values.ndim != 2 or values.shape[1] < 2:
+        raise ValueError(
+            f"`{name}` must have shape (batch_size, n) with n >= 2, but has {tuple(values.shape)}: give each prompt "
+            "one row and each of its completions one column."
+        )
+    values = _as_float(name, values)
+    if mask is None:
+        return values, torch.ones_like(values, dtype=torch.bool)
+    _check_shape("mask", mask, values)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"`mask` must be bool, True where a completion exists, but is {mask.dtype}: use mask.bool().")
+    # Before any arithmetic, so that no step below has to be safe, forwards and backwards, against NaN.
+    return values.masked_fill(~mask, 0.0), mask
+
+
+def _check_shape(name: str, values: Tensor, like: Tensor) -> None:
+    if values.shape != like.shape:
+        raise ValueError(
+            f"`{name}` must have shape {tuple(like.shape)}, one value per completion, but has {tuple(values.shape)}: "
+            "pad rows that are shorter and mask them."
+        )
+
+
+def _check_rewards(rewards: Tensor, valid: Tensor, requirement: str) -> None:
+    if not valid.all():
+        row = int(valid.logical_not().nonzero()[0])
+        raise ValueError(f"`rewards[{row}]` must be {requirement}; it is {rewards[row].tolist()}.")

@@ -1,0 +1,102 @@
+"""What pyproject.toml promises, what constraints.txt pins, what is installed and what CI runs must agree."""
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+import tomllib
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import prefopt_trl
+
+REPO_ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# A build of torch for NVIDIA or AMD brings these at the versions it names itself.
+ACCELERATOR_LIBRARIES = re.compile(r"(nvidia|cuda|triton|pytorch-triton)\b")
+
+
+def constraints() -> dict[str, str]:
+    lines = (REPO_ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = (line.split("==") for line in lines if not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in pins}
+
+
+def needed(requirements: list[str], extra: str) -> list[Requirement]:
+    """Return the requirements that hold on this machine when `extra` ("" for none) is asked for."""
+    parsed = (Requirement(text) for text in requirements)
+    return [item for item in parsed if item.marker is None or item.marker.evaluate({"extra": extra})]
+
+
+def dev_closure() -> set[str]:
+    """Return the names of all that `pip install prefopt-trl[dev]` brings, as the installed metadata tells it."""
+    extras = PROJECT["optional-dependencies"]
+    seen: set[tuple[str, str]] = set()
+    queue = [Requirement("prefopt-trl[dev]")]
+    while queue:
+        requirement = queue.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in {"", *requirement.extras}:
+            if (name, extra) in seen or ACCELERATOR_LIBRARIES.match(name):
+                continue
+            seen.add((name, extra))
+            if name == "prefopt-trl":
+                queue += needed(extras[extra] if extra else PROJECT["dependencies"], extra)
+            else:
+                queue += needed(metadata.requires(name) or [], extra)
+    return {name for name, _ in seen} - {"prefopt-trl"}
+
+
+def test_every_range_holds_the_pinned_version() -> None:
+    pins = constraints()
+    extras = PROJECT["optional-dependencies"]
+    # CI has no MPI, so it does not install the deepspeed extra.
+    texts = PROJECT["dependencies"] + [text for extra in extras if extra != "deepspeed" for text in extras[extra]]
+    ranges = [item for item in map(Requirement, texts) if item.name != "prefopt-trl"]
+    assert len(ranges) >= 7
+    for item in ranges:
+        bounds = {specifier.operator for specifier in item.specifier}
+        assert bounds == {">=", "<"}, f"{item} needs a lower and an upper bound"
+        assert item.specifier.contains(pins[canonicalize_name(item.name)]), f"constraints.txt leaves the range {item}"
+
+
+def test_all_that_ci_installs_is_pinned_and_all_that_is_pinned_is_installed() -> None:
+    pins = constraints()
+    closure = dev_closure()
+    assert closure - set(pins) == set()
+    assert set(pins) - closure == set()
+
+
+def test_the_installed_versions_are_the_pinned_ones() -> None:
+    pins = constraints()
+    installed = {name: Version(metadata.version(name)).public for name in pins}
+    assert installed == {name: str(Version(version)) for name, version in pins.items()}
+
+
+def test_pins_are_exact_and_portable() -> None:
+    lines = (REPO_ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert "torch==2.13.0" in pins
+    assert [pin for pin in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9]+(\.[0-9]+)*(\.post[0-9]+)?", pin)] == []
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert prefopt_trl.__version__ == PROJECT["version"] == metadata.version("prefopt-trl")
+
+
+def test_the_console_script_names_a_function() -> None:
+    (script,) = metadata.entry_points(group="console_scripts", name="prefopt-trl")
+    assert script.value == PROJECT["scripts"]["prefopt-trl"]
+    assert callable(script.load())
+
+
+def test_pre_commit_and_ci_run_the_same_make_targets() -> None:
+    hooks = yaml.safe_load((REPO_ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    commands = {hook["entry"] for repo in hooks for hook in repo["hooks"]}
+    makefile = (REPO_ROOT / "Makefile").read_text(encoding="utf-8")
+    before_test = re.search(r"^test: ([a-z ]+?) *##", makefile, re.MULTILINE).group(1)
+    assert commands == {f"make {before_test}", "make test"}
+    assert {repo["repo"] for repo in hooks} == {"local"}
+    assert (REPO_ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()[-1] == "make test"
