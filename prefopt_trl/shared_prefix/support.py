@@ -1,0 +1,139 @@
+"""Which models can share a prompt exactly: what their config says, then a probe of the model itself."""
+
+import inspect
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from prefopt_trl.shared_prefix.packing import IGNORE_INDEX, PackedBatch, pack_rows, pair_groups
+
+logger = logging.getLogger(__name__)
+
+# Log-probabilities of the probe may differ by rounding only: on average by this many nats, relative to a
+# log-probability of 10. Half precision rounds the hidden states, so two correct orders of summation differ that much.
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+
+_probed: weakref.WeakKeyDictionary[torch.nn.Module, str | None] = weakref.WeakKeyDictionary()
+_warned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+
+def reason_not_to_share(model: PreTrainedModel, forward: Callable[..., Any], row_length: int) -> str | None:
+    """Why this model's prompts must not be shared, or None where sharing is exact. Logged once per model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model, for its config.
+        forward (`Callable`):
+            What to call for a forward pass that returns `.logits`: the model, or its own forward inside a wrapper.
+        row_length (`int`):
+            Length in tokens of the longest unpacked row, which decides whether a sliding window matters.
+
+    Returns:
+        `str` or `None`: one clause in plain words.
+    """
+    reason = config_reason(model, row_length)
+    if reason is None:
+        if model not in _probed:
+            _probed[model] = probe_reason(model, forward)
+        reason = _probed[model]
+    if reason is not None and model not in _warned:
+        _warned.add(model)
+        logger.warning("Prompts are not shared, each completion is run as a row of its own: %s.", reason)
+    return reason
+
+
+def config_reason(model: PreTrainedModel, row_length: int) -> str | None:
+    """Why the config of this model rules sharing out, or None.
+
+    The packed row is correct where attention takes the mask and the positions it is given. It is not where a layer
+    derives either from a token's place in the row (ALiBi, windows, recurrence).
+    """
+    if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
+        return "prompt-learning adapters put virtual tokens before every row"
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = model.config.get_text_config()
+    name = config.model_type
+    if config.is_encoder_decoder:
+        return f"{name} is an encoder-decoder"
+    layer_types = set(getattr(config, "layer_types", None) or [])
+    other_layers = layer_types - {"full_attention", "sliding_attention", "chunked_attention"}
+    if other_layers or getattr(model, "_is_stateful", False):
+        return f"{name} has recurrent layers, which carry one completion's state into the next"
+    attention = getattr(config, "attn_config", None)
+    if getattr(config, "alibi", False) or getattr(attention, "alibi", False) or name == "bloom":
+        return f"{name} uses ALiBi, which takes distances from places in the row"
+    if "local" in (getattr(config, "attention_layers", None) or []):
+        row_window = config.window_size
+        return f"{name} has local attention over the last {row_window} places in the row"
+    if not layer_types or layer_types - {"full_attention"}:
+        for key in ("sliding_window", "attention_chunk_size"):
+            window = getattr(config, key, None)
+            if window is not None and row_length > window:
+                return f"rows of up to {row_length} tokens exceed the attention window of {name} (`{key}`={window})"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return (
+            f"attn_implementation={config._attn_implementation!r} takes no mask of its own (load the model with "
+            "attn_implementation='sdpa' to share)"
+        )
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        return f"{name} takes no position_ids"
+    return None
+
+
+def probe_reason(model: PreTrainedModel, forward: Callable[..., Any]) -> str | None:
+    """Run a few random tokens shared and unshared, and say by how much they differ where that is more than
+    rounding."""
+    device = model.device
+    training = [module for module in model.modules() if module.training]
+    vocab_size = model.config.get_text_config().vocab_size
+    # Two prompts with two completions each, lengths all different, from a stream of its own
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(vocab_size, (4, 12), generator=generator).to(device)
+    rows[2:, :5] = rows[:2, :5]
+    lengths = torch.tensor([12, 9, 8, 11], device=device)
+    attention_mask = (torch.arange(12, device=device) < lengths[:, None]).long()
+    packed = pack_rows(
+        rows, attention_mask, rows.masked_fill(attention_mask == 0, IGNORE_INDEX), pair_groups(4, device)
+    )
+    model.eval()  # dropout would differ between the two runs
+    try:
+        with torch.no_grad():
+            plain = forward(input_ids=rows, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
+            try:
+                shared = forward(**packed_inputs(model, packed)).logits
+            except (TypeError, ValueError, RuntimeError, IndexError) as error:
+                return f"{model.config.model_type} does not take a packed row ({type(error).__name__}: {error})"
+    finally:
+        for module in training:
+            module.training = True
+    asked = packed.row_labels
+    difference = plain[asked].float().log_softmax(-1) - shared.flatten(0, 1)[
+        packed.row_index[asked]
+    ].float().log_softmax(-1)
+    error = difference.abs().mean().item()
+    if not error <= PROBE_TOLERANCE[plain.dtype]:
+        return (
+            f"shared and unshared log-probabilities of {model.config.model_type} differ by {error:.1e} nats in a probe"
+        )
+    return None
+
+
+def packed_inputs(model: PreTrainedModel, packed: PackedBatch) -> dict[str, Any]:
+    """Forward arguments for a packed batch: the mask is boolean for SDPA, additive for eager attention.
+
+    Eager attention adds what it is given to the scores, so a boolean mask would silently do nothing there.
+    """
+    mask = packed.visible
+    if model.config.get_text_config()._attn_implementation != "sdpa":
+        dtype = model.dtype if model.dtype.is_floating_point else torch.float32
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    return {
+        "input_ids": packed.input_ids,
+        "position_ids": packed.position_ids,
+        "attention_mask": mask,
+        "use_cache": False,
+    }

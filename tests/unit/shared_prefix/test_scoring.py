@@ -1,0 +1,199 @@
+"""Shared log-probabilities equal those of one row per completion, for every family that can share; others fall back."""
+
+import copy
+import importlib
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from prefopt_trl.shared_prefix import support
+from prefopt_trl.shared_prefix.scoring import completion_logps
+
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 97}
+COMMON = {
+    **IDS,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+GROUPED = {**COMMON, "num_key_value_heads": 2}
+GPT = {**IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+OPT = {"ffn_dim": 64, "word_embed_proj_dim": 32}
+NEO = {**IDS, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 256}
+
+SHARING = {
+    "llama": ("LlamaConfig", GROUPED),
+    "qwen2": ("Qwen2Config", GROUPED),
+    "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 8}),
+    "gpt2": ("GPT2Config", GPT),
+    "gpt_neox": ("GPTNeoXConfig", COMMON),
+    "gpt_neo, global attention": ("GPTNeoConfig", {**NEO, "attention_types": [[["global"], 2]]}),
+    "opt": ("OPTConfig", {**COMMON, **OPT}),
+    "falcon, rotary": ("FalconConfig", {**COMMON, "alibi": False}),
+    "phi3": ("Phi3Config", GROUPED),
+    "mixtral": ("MixtralConfig", {**GROUPED, "num_local_experts": 4}),
+    "mistral, window wider than the rows": ("MistralConfig", {**GROUPED, "sliding_window": 64}),
+    "gptj": ("GPTJConfig", {**GPT, "rotary_dim": 4}),
+    "gemma": ("GemmaConfig", {**GROUPED, "head_dim": 8}),
+}
+NOT_SHARING = {
+    "mistral": ("MistralConfig", {**GROUPED, "sliding_window": 8}, "sliding_window"),
+    "gemma3": ("Gemma3TextConfig", {**GROUPED, "head_dim": 8, "sliding_window": 8}, "sliding_window"),
+    "gpt_neo": ("GPTNeoConfig", {**NEO, "attention_types": [[["global", "local"], 1]], "window_size": 8}, "local"),
+    "mpt": ("MptConfig", {**IDS, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}, "ALiBi"),
+    "falcon, ALiBi": ("FalconConfig", {**COMMON, "alibi": True}, "ALiBi"),
+    "bloom": ("BloomConfig", {**IDS, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "ALiBi"),
+    "mamba": ("MambaConfig", {**IDS, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, "recurrent"),
+}
+
+
+def build(config_name, arguments, attn_implementation=None, dtype=torch.float32):
+    config = getattr(importlib.import_module("transformers"), config_name)(**arguments)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=dtype)
+    for parameter in model.parameters():  # large weights: a wrong mask or position moves the result by whole nats
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.3)
+    return model.eval()
+
+
+def pairs_batch():
+    """Three prompts (lengths 20, 1 and 30), two completions each, one of them empty."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(3, 97, (6, 40), generator=generator)
+    prompt_lengths, lengths = torch.tensor([20, 1, 30] * 2), torch.tensor([40, 33, 38, 25, 20, 30])
+    for group, length in enumerate([20, 1, 30]):
+        rows[group + 3, :length] = rows[group, :length]
+    place = torch.arange(40)
+    attention_mask = (place < lengths[:, None]).long()
+    completion_mask = attention_mask * (place >= prompt_lengths[:, None])
+    return {
+        "input_ids": rows * attention_mask,
+        "attention_mask": attention_mask,
+        "completion_mask": completion_mask,
+    }
+
+
+def reference_logps(model, batch):
+    """One row at a time, without padding: the plainest computation there is."""
+    results = []
+    for ids, mask, completion in zip(*batch.values(), strict=True):
+        ids, completion = ids[mask.bool()], completion[mask.bool()]
+        logps = model(ids[None]).logits[0, :-1].double().log_softmax(-1)
+        results.append((logps.gather(1, ids[1:, None]).squeeze(1) * completion[1:]).sum())
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", SHARING)
+def test_sharing_is_exact(family, attn_implementation):
+    if family.split(",")[0] in ("gptj", "gpt_neo") and attn_implementation == "sdpa":
+        attn_implementation = None  # these have eager attention only
+    model = build(*SHARING[family], attn_implementation)
+    batch = pairs_batch()
+    with torch.no_grad():
+        assert support.reason_not_to_share(model, model, row_length=40) is None
+        logps, counts = completion_logps(model, **batch)
+        torch.testing.assert_close(logps.double(), reference_logps(model, batch), atol=1e-4, rtol=1e-6)
+    assert counts.tolist() == batch["completion_mask"].sum(dim=1).tolist()
+    assert counts[5] == 0 and logps[5] == 0
+
+
+@pytest.mark.parametrize("family", NOT_SHARING)
+def test_others_fall_back_with_one_logged_reason(family, caplog):
+    config_name, arguments, reason = NOT_SHARING[family]
+    model = build(config_name, arguments)
+    batch = pairs_batch()
+    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+        for _ in range(2):
+            logps, _ = completion_logps(model, **batch)
+        torch.testing.assert_close(logps.double(), reference_logps(model, batch), atol=1e-4, rtol=1e-6)
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("prefopt_trl")]
+    assert len(messages) == 1 and reason in messages[0]
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_neo", "mpt", "bloom", "mamba"])
+def test_the_probe_alone_would_notice(family):
+    config_name, arguments, _ = NOT_SHARING[family]
+    model = build(config_name, arguments)
+    assert support.probe_reason(model, model) is not None
+
+
+def test_probe_leaves_the_model_as_it_was():
+    model = build(*SHARING["llama"]).train()
+    model.model.layers[0].eval()
+    state = torch.get_rng_state()
+    assert support.probe_reason(model, model) is None
+    assert model.training and not model.model.layers[0].training and model.model.layers[1].training
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+def test_groups_of_any_size_and_order(n):
+    model = build(*SHARING["llama"])
+    generator = torch.Generator().manual_seed(n)
+    sizes = [n, 1, 2]
+    group_ids = torch.tensor([group for group, size in enumerate(sizes) for _ in range(size)])
+    group_ids = group_ids[torch.randperm(len(group_ids), generator=generator)]
+    prompts = torch.randint(3, 97, (3, 9), generator=generator)
+    rows = torch.cat([prompts[group_ids], torch.randint(3, 97, (len(group_ids), 12), generator=generator)], dim=1)
+    lengths = torch.randint(10, 22, (len(group_ids),), generator=generator)
+    attention_mask = (torch.arange(21) < lengths[:, None]).long()
+    batch = {
+        "input_ids": rows * attention_mask,
+        "attention_mask": attention_mask,
+        "completion_mask": attention_mask * (torch.arange(21) >= 9),
+    }
+    with torch.no_grad():
+        logps, _ = completion_logps(model, **batch, group_ids=group_ids)
+        torch.testing.assert_close(logps.double(), reference_logps(model, batch), atol=1e-4, rtol=1e-6)
+
+
+def gradients(model, share_prefix):
+    model.zero_grad()
+    logps, _ = completion_logps(model, **pairs_batch(), share_prefix=share_prefix)
+    (logps * torch.tensor([1.0, -2.0, 3.0, -1.0, 2.0, 1.0])).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("how", ["plain", "gradient checkpointing", "LoRA"])
+def test_gradients_are_exact(how):
+    model = build(*SHARING["llama"]).train()
+    if how == "gradient checkpointing":
+        model.activation_checkpointing_enable()
+    if how == "LoRA":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    unshared = gradients(copy.deepcopy(model), share_prefix=False)
+    shared = gradients(model, share_prefix=True)
+    assert shared.keys() == unshared.keys() and len(shared) > 0
+    assert support.reason_not_to_share(model, model, row_length=40) is None
+    for name, gradient in unshared.items():
+        torch.testing.assert_close(shared[name], gradient, atol=1e-4 * float(gradient.abs().max()) + 1e-6, rtol=1e-4)
+
+
+def test_bfloat16_is_as_close_as_its_rounding_and_summed_in_float32():
+    exact = build(*SHARING["llama"])
+    model = copy.deepcopy(exact).to(torch.bfloat16)
+    exact = exact.to(torch.bfloat16).float()  # the same rounded weights
+    batch = pairs_batch()
+    with torch.no_grad():
+        shared, _ = completion_logps(model, **batch)
+        unshared, _ = completion_logps(model, **batch, share_prefix=False)
+        truth = reference_logps(exact, batch)
+    assert shared.dtype == torch.float32
+    assert support.reason_not_to_share(model, model, row_length=40) is None
+    rounding = (unshared - truth).abs().max()
+    assert (shared - truth).abs().max() < 3 * rounding
+
+
+def test_left_padding_is_refused():
+    batch = pairs_batch()
+    batch["attention_mask"] = batch["attention_mask"].flip(1)
+    with pytest.raises(ValueError, match="Pad on the right"):
+        completion_logps(build(*SHARING["llama"]), **batch)
