@@ -1,0 +1,317 @@
+"""The controlled task: a small kitchen in which the true reward of any text is known.
+
+A guest orders a dish, and a cook names what goes into it:
+
+    Ada wants a warm, hearty soup. Take ginger, carrot and walnuts.
+
+Each ingredient brings heat and richness, and so does the kind of dish. The *true reward* is the guest's marks: ten
+points for the taste that was ordered, two fewer for each unit of distance from it, one fewer for each word out of place.
+So more of a good thing is better up to what was ordered, and worse beyond it.
+
+Two cooks write the data, both too shy with the seasoning. The house cook, who adds half of what is missing, writes the
+SFT corpus. The comparisons show the dishes of another cook, who adds still less, wavers more and has favourites. Which
+of two is preferred is drawn from their true rewards as Bradley and Terry have it, so the labels are noisy, and the dish
+with more of everything is mostly the preferred one. A policy that extrapolates this overshoots.
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from prefopt_trl.data.tiny import tiny_llama, word_tokenizer
+
+GUESTS = "Ada Ben Cleo Dora Emil Finn Greta Hugo Ines Jonas Kira Leo Mina Nils Olga Pia".split()
+OPENINGS = ["Take", "Use", "Mix", "Combine"]
+PUNCTUATION = [",", "."]
+
+# What a guest orders, and what the kinds of dish and the ingredients bring: units of (heat, richness).
+HEAT = {"mild": 1, "warm": 3, "hot": 5, "fiery": 7}
+RICHNESS = {"light": 1, "hearty": 3, "rich": 5, "lavish": 7}
+DISHES = {"salad": (0, 0), "soup": (0, 0), "stew": (0, 1), "pie": (0, 1), "curry": (1, 0), "ragout": (1, 1)}
+INGREDIENTS = {
+    "lettuce": (0, 0), "cucumber": (0, 0), "celery": (0, 0), "carrot": (0, 1), "pumpkin": (0, 1), "peas": (0, 1),
+    "butter": (0, 2), "walnuts": (0, 2), "avocado": (0, 2), "cream": (0, 3), "cheddar": (0, 3), "radish": (1, 0),
+    "ginger": (1, 0), "onion": (1, 0), "garlic": (1, 1), "pesto": (1, 2), "satay": (1, 3), "pepper": (2, 0),
+    "mustard": (2, 0), "salsa": (2, 1), "kimchi": (2, 2), "chili": (3, 0), "wasabi": (3, 0), "harissa": (3, 1),
+}  # fmt: skip
+
+PERFECT_MARKS = 10.0
+POINTS_PER_UNIT = 2.0
+POINTS_PER_FAULT = 1.0
+# How often the cook of the comparisons forgets a word or a punctuation mark.
+SLIP_RATE = 0.1
+# What a dish can hold: the first so many ingredients of a text count, and each further one is two words out of place.
+MAX_INGREDIENTS = 6
+
+# The longest tidy completion has 14 tokens, its end included: this leaves room to see that a policy does not stop.
+MAX_NEW_TOKENS = 20
+
+
+_ORDERS = [
+    f"{guest} wants a {heat}, {richness} {dish}."
+    for guest, heat, richness, dish in itertools.product(GUESTS, HEAT, RICHNESS, DISHES)
+]
+_ORDER = re.compile(rf"\w+ wants a ({'|'.join(HEAT)}), ({'|'.join(RICHNESS)}) ({'|'.join(DISHES)})\.")
+_NAMES = list(INGREDIENTS)
+_FLAVOURS = np.array(list(INGREDIENTS.values()))
+
+
+def true_reward(prompts: Sequence[str], completions: Sequence[str], **kwargs: Any) -> list[float]:
+    """Mark completions as the guests do, in the signature of TRL's `reward_funcs`.
+
+    The reward is `10 - 2 * distance - faults`. The distance is Euclidean, between the taste ordered and the (heat,
+    richness) of the dish: the sum over its kind and its first six different ingredients. The faults are the words and
+    punctuation marks to insert, delete or replace to make the text a tidy sentence with just these ingredients.
+
+    Args:
+        prompts (`Sequence[str]` of length `n`):
+            Orders, as [`ControlledTask`] writes them.
+        completions (`Sequence[str]` of length `n`):
+            Any texts.
+        **kwargs:
+            What else TRL passes to a reward function. Not used.
+
+    Returns:
+        `list[float]` of length `n`: rewards, at most 10.
+
+    Raises:
+        ValueError: if the lengths differ or a prompt is not an order.
+
+    Example:
+
+    ```python
+    >>> order = "Ada wants a warm, hearty soup."  # heat 3, richness 3
+    >>> true_reward([order] * 3, [" Take pepper, garlic and walnuts.", " Take pepper and pesto.", " pepper, pesto"])
+    [10.0, 8.0, 5.0]
+    ```
+    """
+    if len(prompts) != len(completions):
+        raise ValueError(f"There are {len(prompts)} prompts and {len(completions)} completions. Pass one for each.")
+    return [_marks(missing, text) for missing, text in zip(_missing_flavours(prompts), completions, strict=True)]
+
+
+def _missing_flavours(prompts: Sequence[str]) -> np.ndarray:
+    """Return what the ingredients should add to each dish: (n, 2), units of heat and richness."""
+    missing = []
+    for row, prompt in enumerate(prompts):
+        order = _ORDER.fullmatch(prompt)
+        if order is None:
+            raise ValueError(
+                f"Prompt {row} is {prompt!r}, which is no order of the controlled task. Write it like {_ORDERS[0]!r}."
+            )
+        heat, richness, dish = order.groups()
+        missing.append((HEAT[heat] - DISHES[dish][0], RICHNESS[richness] - DISHES[dish][1]))
+    return np.array(missing)
+
+
+def _marks(missing_flavour: np.ndarray, completion: str) -> float:
+    words = re.findall(r"\w+|[^\w\s]", completion)
+    ingredients = list(dict.fromkeys(word for word in words if word in INGREDIENTS))[:MAX_INGREDIENTS]
+    flavour = np.sum([INGREDIENTS[name] for name in ingredients], axis=0) if ingredients else np.zeros(2)
+    distance = float(np.linalg.norm(flavour - missing_flavour))
+    opening = words[0] if words and words[0] in OPENINGS else OPENINGS[0]
+    faults = _edit_distance(words, _tidy_words(opening, ingredients or ["<any ingredient>"]))
+    return PERFECT_MARKS - POINTS_PER_UNIT * distance - POINTS_PER_FAULT * faults
+
+
+def _tidy_words(opening: str, ingredients: Sequence[str]) -> list[str]:
+    """Return `Take`, `leek`, `,`, `garlic`, `and`, `cream`, `.`: the words and marks of a tidy sentence."""
+    words = [opening, ingredients[0]]
+    for separator, ingredient in zip([","] * (len(ingredients) - 2) + ["and"], ingredients[1:], strict=False):
+        words += [separator, ingredient]
+    return [*words, "."]
+
+
+def _edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
+    """Return the fewest insertions, deletions and replacements that turn one list into the other (Levenshtein)."""
+    costs = list(range(len(second) + 1))
+    for row, word in enumerate(first, start=1):
+        diagonal, costs[0] = costs[0], row
+        for column, other in enumerate(second, start=1):
+            diagonal, costs[column] = (
+                costs[column],
+                min(costs[column] + 1, costs[column - 1] + 1, diagonal + (word != other)),
+            )
+    return costs[-1]
+
+
+def _house_cook(rng: np.random.Generator, prompts: Sequence[str]) -> list[str]:
+    return [_sentence(words) for words in _cook(rng, prompts, share=0.5, wavering=1.0, most=4, attention=np.inf)]
+
+
+def _other_cook(rng: np.random.Generator, prompts: Sequence[str], liking: np.ndarray) -> list[str]:
+    completions = []
+    for words in _cook(rng, prompts, share=0.3, wavering=1.5, most=5, attention=3.0, liking=liking):
+        if rng.random() < SLIP_RATE:
+            del words[rng.integers(len(words))]
+        completions.append(_sentence(words))
+    return completions
+
+
+def _cook(
+    rng: np.random.Generator,
+    prompts: Sequence[str],
+    share: float,
+    wavering: float,
+    most: int,
+    attention: float,
+    liking: np.ndarray | float = 0.0,
+) -> list[list[str]]:
+    """Cook something for each prompt, and return the words of the sentences that say what.
+
+    The cook aims at `share` of the missing flavour, give or take `wavering` units, in 2 to `most` ingredients. Each is
+    mostly one that comes close to an equal part of what is still missing from that aim. What the cook likes has higher
+    log-odds by `liking`, what is in the dish already has lower ones by `attention`.
+    """
+    counts = rng.integers(2, most + 1, size=len(prompts))
+    aims = share * _missing_flavours(prompts) + wavering * rng.standard_normal((len(prompts), 2))
+    picks: list[np.ndarray] = []
+    for position in range(most):
+        part = aims / np.maximum(counts - position, 1)[:, None]
+        log_odds = liking - ((_FLAVOURS - part[:, None]) ** 2).sum(axis=-1) / 1.5
+        for earlier in picks:
+            log_odds[np.arange(len(prompts)), earlier] -= attention
+        # The largest of log-odds plus Gumbel noise is a draw from their softmax.
+        picks.append((log_odds + rng.gumbel(size=log_odds.shape)).argmax(axis=1))
+        aims = aims - _FLAVOURS[picks[-1]]
+    return [
+        _tidy_words(opening, [_NAMES[pick] for pick in row[:count]])
+        for opening, row, count in zip(rng.choice(OPENINGS, size=len(prompts)), np.stack(picks, axis=1), counts, strict=True)
+    ]
+
+
+def _sentence(words: Sequence[str]) -> str:
+    return "".join(word if word in PUNCTUATION else f" {word}" for word in words)
+
+
+@dataclass(frozen=True)
+class ControlledTask:
+    """The data of the controlled task, made on demand from a seed.
+
+    The evaluation prompts occur in no other dataset.
+
+    Args:
+        num_sft (`int`):
+            Rows of the SFT corpus.
+        num_prompts (`int`):
+            Prompts to train policies on, all different.
+        num_eval_prompts (`int`):
+            Prompts to evaluate on, all different. There are 1,536 orders for these and for `num_prompts`.
+        num_comparisons (`int`):
+            Rows of the comparisons.
+        seed (`int`):
+            Seed of everything that is drawn. What the words mean does not depend on it.
+
+    Raises:
+        ValueError: if a number of rows is below 1, or if there are not enough orders for both sets of prompts.
+
+    Example:
+
+    ```python
+    >>> task = ControlledTask()
+    >>> task.comparisons[0]
+    {'prompt': 'Pia wants a hot, light pie.', 'chosen': ' Use onion and pepper.', 'rejected': ' Mix peas and celery.'}
+    ```
+    """
+
+    num_sft: int = 12000
+    num_prompts: int = 400
+    num_eval_prompts: int = 256
+    num_comparisons: int = 40000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_sft", "num_prompts", "num_eval_prompts", "num_comparisons"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. Give 1 or more.")
+        if self.num_prompts + self.num_eval_prompts > len(_ORDERS):
+            raise ValueError(
+                f"`num_prompts` is {self.num_prompts} and `num_eval_prompts` {self.num_eval_prompts}, but there are "
+                f"only {len(_ORDERS)} different orders. Lower one of them."
+            )
+
+    @cached_property
+    def sft_dataset(self) -> Dataset:
+        """Prompts, some more than once, and the house cook's completions: `prompt`, `completion`."""
+        rng = self._rng(1)
+        prompts = self._draw_prompts(rng, self.num_sft)
+        return Dataset.from_dict({"prompt": prompts, "completion": _house_cook(rng, prompts)})
+
+    @cached_property
+    def prompts(self) -> Dataset:
+        """Prompts to train policies on: `prompt`."""
+        return Dataset.from_dict({"prompt": self._train_orders[: self.num_prompts]})
+
+    @cached_property
+    def eval_dataset(self) -> Dataset:
+        """Prompts to evaluate on and the house cook's completions, the SFT targets: `prompt`, `completion`."""
+        prompts = self._shuffled_orders[: self.num_eval_prompts]
+        return Dataset.from_dict({"prompt": prompts, "completion": _house_cook(self._rng(2), prompts)})
+
+    @cached_property
+    def comparisons(self) -> Dataset:
+        """The other cook's completions, compared with noise: `prompt`, `chosen`, `rejected`."""
+        rng = self._rng(3)
+        prompts = self._draw_prompts(rng, self.num_comparisons)
+        liking = rng.standard_normal(len(INGREDIENTS))
+        first, second = _other_cook(rng, prompts, liking), _other_cook(rng, prompts, liking)
+        advantage = np.subtract(true_reward(prompts, first), true_reward(prompts, second))
+        first_is_chosen = rng.random(len(prompts)) < 1 / (1 + np.exp(-advantage))
+        return Dataset.from_dict(
+            {
+                "prompt": prompts,
+                "chosen": np.where(first_is_chosen, first, second).tolist(),
+                "rejected": np.where(first_is_chosen, second, first).tolist(),
+            }
+        )
+
+    def tokenizer(self, extra_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+        """Make the kitchen's tokenizer: one token for each word and punctuation mark.
+
+        Args:
+            extra_words (`Sequence[str]`):
+                More words to make one token of, such as the marks in a ranker's template, with their spaces.
+
+        Returns:
+            `PreTrainedTokenizerFast`: see [`word_tokenizer`].
+        """
+        words = [*GUESTS, "wants", "a", "and", *HEAT, *RICHNESS, *DISHES, *OPENINGS, *INGREDIENTS]
+        # Without the space too: any word may come first in a text, after a policy's slip or behind a ranker's mark
+        return word_tokenizer([*words, *(f" {word}" for word in words), *PUNCTUATION, *extra_words])
+
+    def policy_model(self, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
+        """Make the tiny LLaMA that learns this task, as a policy or as a ranker.
+
+        Args:
+            tokenizer (`PreTrainedTokenizerFast`):
+                What `tokenizer()` returned.
+            seed (`int`):
+                Seed of its weights.
+
+        Returns:
+            `LlamaForCausalLM` with random weights.
+        """
+        return tiny_llama(
+            tokenizer, hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=4, max_position_embeddings=128, seed=seed
+        )
+
+    @cached_property
+    def _shuffled_orders(self) -> list[str]:
+        return [_ORDERS[index] for index in self._rng(0).permutation(len(_ORDERS))]
+
+    @property
+    def _train_orders(self) -> list[str]:
+        return self._shuffled_orders[self.num_eval_prompts :]
+
+    def _draw_prompts(self, rng: np.random.Generator, size: int) -> list[str]:
+        return [self._train_orders[index] for index in rng.integers(len(self._train_orders), size=size)]
+
+    def _rng(self, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, stream])

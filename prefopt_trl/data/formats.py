@@ -1,0 +1,166 @@
+"""Prompts and completions as plain text or as messages, and the checks every dataset passes.
+
+A *prompt* or *completion* is a string (plain format) or a list of `{"role": ..., "content": ...}` messages
+(conversational format). Written out as a transcript, the two are the same text: `prompt_text` followed by
+`completion_text` is the whole conversation in the form HH-RLHF has it.
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from datasets import Dataset
+
+Message: TypeAlias = dict[str, str]
+Prompt: TypeAlias = str | Sequence[Message]
+Completion: TypeAlias = str | Sequence[Message]
+
+TURN_NAMES = {"system": "System", "user": "Human", "assistant": "Assistant"}
+ASSISTANT_TURN = "\n\nAssistant:"
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    r"""
+    Writes messages as the "conversation between human and assistant" of RSO section 2.
+
+    Args:
+        messages (sequence of `dict[str, str]`):
+            Messages with `role` (`"system"`, `"user"` or `"assistant"`) and `content`.
+
+    Returns:
+        `str`: the turns `"\n\nHuman: ..."`, `"\n\nAssistant: ..."` and `"\n\nSystem: ..."`, one after the other.
+
+    Raises:
+        ValueError: if a message has another role, or content that is not text.
+
+    Example:
+
+    ```python
+    >>> transcript([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+    '\n\nHuman: Hi\n\nAssistant: Hello'
+    ```
+    """
+    for index, message in enumerate(messages):
+        if message["role"] not in TURN_NAMES:
+            raise ValueError(
+                f"message {index} has the role {message['role']!r}; "
+                f"the roles that can be written as a transcript are {', '.join(TURN_NAMES)}"
+            )
+        if not isinstance(message["content"], str):
+            raise ValueError(f"message {index} must have text as its content, got {type(message['content']).__name__}")
+    return "".join(f"\n\n{TURN_NAMES[message['role']]}: {message['content']}" for message in messages)
+
+
+def prompt_text(prompt: Prompt) -> str:
+    r"""
+    Writes a prompt as text that ends where the completion begins.
+
+    Args:
+        prompt (`str` or sequence of `dict[str, str]`):
+            Prompt in either format.
+
+    Returns:
+        `str`: a plain prompt unchanged; messages as their transcript followed by `"\n\nAssistant:"`.
+
+    Raises:
+        ValueError: as `transcript`.
+
+    Example:
+
+    ```python
+    >>> prompt_text([{"role": "user", "content": "Hi"}])
+    '\n\nHuman: Hi\n\nAssistant:'
+    ```
+    """
+    return prompt if isinstance(prompt, str) else transcript(prompt) + ASSISTANT_TURN
+
+
+def completion_text(completion: Completion) -> str:
+    r"""
+    Writes a completion as the text that follows `prompt_text`.
+
+    Args:
+        completion (`str` or sequence of `dict[str, str]`):
+            Completion in either format; of messages, the first is the assistant's.
+
+    Returns:
+        `str`: a plain completion unchanged; messages as their transcript without the first `"\n\nAssistant:"`, so with
+            the space after the colon.
+
+    Raises:
+        ValueError: if the first message is not the assistant's, and as `transcript`.
+
+    Example:
+
+    ```python
+    >>> completion_text([{"role": "assistant", "content": "Hello"}])
+    ' Hello'
+    ```
+    """
+    if isinstance(completion, str):
+        return completion
+    text = transcript(completion)
+    if not text.startswith(ASSISTANT_TURN):
+        raise ValueError(f"a completion must begin with a message of the assistant, got {list(completion)!r}")
+    return text.removeprefix(ASSISTANT_TURN)
+
+
+def wrap_completion(prompt: Prompt, text: str) -> str | list[Message]:
+    """
+    Gives a generated text the format of the prompt that it completes.
+
+    Args:
+        prompt (`str` or sequence of `dict[str, str]`):
+            Prompt in either format.
+        text (`str`):
+            Generated text.
+
+    Returns:
+        `str` or `list[dict[str, str]]`: the text itself for a plain prompt, one message of the assistant otherwise.
+
+    Example:
+
+    ```python
+    >>> wrap_completion([{"role": "user", "content": "Hi"}], "Hello")
+    [{'role': 'assistant', 'content': 'Hello'}]
+    ```
+    """
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def check_columns(dataset: Dataset, required: Sequence[str], where: str) -> None:
+    """
+    Refuses a dataset that is empty or lacks a column.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Dataset to check.
+        required (sequence of `str`):
+            Names of the columns that must be there.
+        where (`str`):
+            What the dataset is to the user, as the error calls it, e.g. `"train_dataset"`.
+
+    Raises:
+        TypeError: if `dataset` is not a [`~datasets.Dataset`], for example all the splits at once.
+        ValueError: if a column is missing, or if there is no row.
+
+    Example:
+
+    ```python
+    >>> check_columns(Dataset.from_dict({"text": ["Hi"]}), ["prompt"], "train_dataset")
+    Traceback (most recent call last):
+    ValueError: train_dataset lacks the column prompt; it has text. Rename yours with dataset.rename_column(old, new).
+    ```
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"{where} must be a datasets.Dataset, got {type(dataset).__name__}; "
+            'of a DatasetDict, pass one split, such as dataset["train"]'
+        )
+    missing = [column for column in required if column not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"{where} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; "
+            f"it has {', '.join(dataset.column_names) or 'none'}. Rename yours with dataset.rename_column(old, new)."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{where} is empty: it must have at least one row")

@@ -1,0 +1,169 @@
+"""Tokenizers and a LLaMA small enough to be made from scratch, offline, in seconds."""
+
+import re
+from collections.abc import Iterable
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer.
+
+    It is lossless: `decode(encode(text)) == text` for every text, in any script. It adds no token of its own, so a
+    prompt and a completion can be tokenised apart and joined.
+
+    Args:
+        texts (`Iterable[str]`):
+            What to learn the merges from.
+        vocab_size (`int`):
+            Size of the vocabulary, the 3 special tokens and the 256 bytes included. Short texts may give fewer.
+
+    Returns:
+        `PreTrainedTokenizerFast` with distinct `<pad>`, `<bos>` and `<eos>`, padding on the left.
+
+    Raises:
+        ValueError: If `vocab_size` cannot hold the bytes and the special tokens.
+
+    Example:
+        ```python
+        >>> tokenizer = train_tokenizer(["the cook and the guest", "the guest and the cook"], vocab_size=280)
+        >>> tokenizer.decode(tokenizer.encode("the café"))
+        'the café'
+        ```
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(alphabet) + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, below {smallest}: the 256 bytes and the special tokens "
+            f"{', '.join(SPECIAL_TOKENS.values())} need that many. Raise vocab_size."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _wrap(tokenizer)
+
+
+def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Make a tokenizer with one token per given word, for a closed vocabulary.
+
+    A word is taken as it is written, its spaces included: give `" soup"` to make one token of the word and the space
+    before it. Where two words fit, the longer one is taken. Decoding joins them again, so it gives the text to the
+    letter. Encoding a text with anything else in it raises an error.
+
+    Args:
+        words (`Iterable[str]`):
+            The words and punctuation marks. Repeated ones count once.
+
+    Returns:
+        `PreTrainedTokenizerFast` with distinct `<pad>`, `<bos>` and `<eos>`, padding on the left.
+
+    Raises:
+        ValueError: if a word is empty.
+
+    Example:
+
+    ```python
+    >>> tokenizer = word_tokenizer(["Take", " ginger", " and", " cream", "."])
+    >>> tokenizer.tokenize("Take ginger and cream.")
+    ['Take', ' ginger', ' and', ' cream', '.']
+    ```
+    """
+    vocabulary = list(dict.fromkeys([*SPECIAL_TOKENS.values(), *words]))
+    if "" in vocabulary:
+        raise ValueError("`words` contains an empty string, which cannot be a token. Remove it.")
+    longest_first = sorted(vocabulary, key=len, reverse=True)
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return _wrap(tokenizer)
+
+
+def tiny_llama(
+    tokenizer: PreTrainedTokenizerFast,
+    hidden_size: int = 256,
+    num_layers: int = 5,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    max_position_embeddings: int = 1024,
+    seed: int = 0,
+) -> LlamaForCausalLM:
+    """Make a small LLaMA with random weights.
+
+    The defaults give 5.0 million parameters with a vocabulary of 4,096. Its generation config samples from the model
+    itself (temperature 1, no top-k, no top-p), which is the law that rejection sampling starts from.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`):
+            Gives the vocabulary's size and the ids of pad, bos and eos.
+        hidden_size (`int`):
+            Width of the model, a multiple of `num_heads`. The feed-forward layers are 3 times as wide.
+        num_layers (`int`):
+            Number of layers.
+        num_heads (`int`):
+            Number of attention heads, a multiple of `num_kv_heads`.
+        num_kv_heads (`int`):
+            Number of key and value heads.
+        max_position_embeddings (`int`):
+            The longest sequence, in tokens.
+        seed (`int`):
+            Seed of the weights. The global random state is left as it was.
+
+    Returns:
+        `LlamaForCausalLM` in float32 and evaluation mode, its input and output embeddings tied.
+
+    Raises:
+        ValueError: If `hidden_size` is no multiple of `num_heads`, or `num_heads` of `num_kv_heads`.
+
+    Example:
+        ```python
+        >>> tokenizer = word_tokenizer([" leek", " cream"])
+        >>> model = tiny_llama(tokenizer, hidden_size=64, num_layers=2)
+        >>> model.generate(**tokenizer(" leek", return_tensors="pt"), max_new_tokens=4).shape
+        torch.Size([1, 5])
+        ```
+    """
+    if hidden_size % num_heads:
+        raise ValueError(f"hidden_size={hidden_size} is no multiple of num_heads={num_heads}. Change one of them.")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}. Change one of them.")
+    token_ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=True,
+        # LLaMA's 0.02 is meant for widths of thousands; at these widths it costs hundreds of steps.
+        initializer_range=hidden_size**-0.5,
+        **token_ids,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **token_ids)
+    return model.eval()
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, padding_side="left", clean_up_tokenization_spaces=False, **SPECIAL_TOKENS
+    )

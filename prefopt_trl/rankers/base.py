@@ -1,0 +1,215 @@
+"""What every ranker offers, and the checks of what it returns."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence, Sized
+from typing import Any
+
+import numpy as np
+
+from prefopt_trl.data.formats import Completion, Prompt
+
+
+class Ranker(ABC):
+    """Something that prefers one completion of a prompt to another.
+
+    Derive from it to use a judge of your own. A prompt or a completion is a text or a list of messages, and what is
+    returned is checked by [`check_probabilities`] and [`check_rewards`]. Where the ranker gives each completion a
+    reward by itself, derive from [`PointwiseRanker`], which needs less.
+    """
+
+    @abstractmethod
+    def compare(
+        self, prompts: Sequence[Prompt], first: Sequence[Completion], second: Sequence[Completion]
+    ) -> np.ndarray:
+        """Say how probable it is that the first completion is preferred to the second.
+
+        Args:
+            prompts (`Sequence` of length `n`):
+                Prompts.
+            first (`Sequence` of length `n`):
+                One completion per prompt.
+            second (`Sequence` of length `n`):
+                Another completion per prompt.
+
+        Returns:
+            `np.ndarray` of shape `(n,)`, float64 in [0, 1]: P(first preferred). Order plays no part:
+            `compare(p, a, b) + compare(p, b, a)` is 1 up to rounding.
+        """
+
+    @abstractmethod
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        baselines: Sequence[Completion] | None = None,
+    ) -> list[np.ndarray]:
+        """Give each completion a reward, comparable to the others of its prompt.
+
+        Args:
+            prompts (`Sequence` of length `n`):
+                Prompts.
+            completions (`Sequence` of length `n`):
+                For each prompt, its completions: any number of them.
+            baselines (`Sequence` of length `n`, *optional*):
+                For each prompt, the completion whose reward is 0 (RSO eq. 9). By default the ranker chooses.
+
+        Returns:
+            `list[np.ndarray]` of length `n`: for each prompt, the rewards of its completions, float64 and finite. They
+            are logits: by Bradley-Terry, P(a preferred to b) = sigmoid(reward of a - reward of b).
+        """
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Describe the ranker, to decide whether a dataset it has labelled may be used again.
+
+        Returns:
+            `dict`: serialisable as JSON, and different whenever the results may be.
+        """
+
+
+class PointwiseRanker(Ranker):
+    """A ranker that gives each completion a reward by itself and compares by Bradley-Terry (RSO eq. 6, g = sigmoid).
+
+    A subclass writes `rewards` and `settings`.
+    """
+
+    @abstractmethod
+    def rewards(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[Any]:
+        """Give the reward of each completion: one sequence of numbers per prompt, in the order of its completions."""
+
+    def compare(
+        self, prompts: Sequence[Prompt], first: Sequence[Completion], second: Sequence[Completion]
+    ) -> np.ndarray:
+        check_lengths(prompts, first=first, second=second)
+        rewards = self.score(prompts, list(zip(first, second, strict=True)))
+        return sigmoid(np.array([first_reward - second_reward for first_reward, second_reward in rewards]))
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        baselines: Sequence[Completion] | None = None,
+    ) -> list[np.ndarray]:
+        check_lengths(prompts, completions=completions)
+        rewards = self._checked_rewards(prompts, completions)
+        if baselines is None:
+            return rewards
+        check_lengths(prompts, baselines=baselines)
+        baseline_rewards = self._checked_rewards(prompts, [[baseline] for baseline in baselines])
+        return [row - baseline for row, baseline in zip(rewards, baseline_rewards, strict=True)]
+
+    def _checked_rewards(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
+    ) -> list[np.ndarray]:
+        return check_rewards(self.rewards(prompts, completions), prompts, completions, type(self).__name__)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Turn log-odds in nats into probabilities, without overflow at either end."""
+    return np.exp(-np.logaddexp(0.0, -logits))
+
+
+def logit(probabilities: np.ndarray) -> np.ndarray:
+    """Turn probabilities into log-odds in nats: log(p / (1 - p))."""
+    return np.log(probabilities) - np.log1p(-probabilities)
+
+
+def check_lengths(prompts: Sized, **columns: Sized) -> None:
+    """Require one entry per prompt in every column.
+
+    Raises:
+        ValueError: naming the argument that has another number of entries.
+    """
+    for name, column in columns.items():
+        if len(column) != len(prompts):
+            raise ValueError(f"`{name}` has {len(column)} entries for {len(prompts)} prompts. Give one per prompt.")
+
+
+def check_rewards(rewards: Any, prompts: Sized, completions: Sequence[Sized], source: str) -> list[np.ndarray]:
+    """Check what a ranker's `score` returned: one finite reward for each completion of each prompt.
+
+    Args:
+        rewards (`Sequence` of sequences of numbers):
+            What was returned.
+        prompts (`Sequence` of length `n`):
+            Prompts that were scored.
+        completions (`Sequence` of length `n`):
+            For each prompt, the completions that were scored.
+        source (`str`):
+            Name of the ranker, for the error.
+
+    Returns:
+        `list[np.ndarray]` of length `n`: the same rewards, each array of shape `(number of completions,)`, float64.
+
+    Raises:
+        ValueError: naming the prompt's row, what was expected and what was found.
+
+    Example:
+
+    ```python
+    >>> check_rewards([[1, 2], [3]], ["a", "b"], [["c", "d"], ["e"]], "MyRanker")
+    [array([1., 2.]), array([3.])]
+    ```
+    """
+    if len(rewards) != len(prompts):
+        raise ValueError(
+            f"{source} returned rewards for {len(rewards)} prompts, {len(prompts)} were expected. Return one array "
+            "per prompt, in their order."
+        )
+    checked = []
+    for row, (row_rewards, row_completions) in enumerate(zip(rewards, completions, strict=True)):
+        values = _numbers(row_rewards, f"{source}, prompt row {row}")
+        if len(values) != len(row_completions):
+            raise ValueError(
+                f"{source} returned {len(values)} rewards for prompt row {row}, {len(row_completions)} were expected. "
+                "Return one per completion, in their order."
+            )
+        not_finite = np.flatnonzero(~np.isfinite(values))
+        if len(not_finite):
+            index = not_finite[0]
+            raise ValueError(
+                f"{source} returned {values[index]} for completion {index} of prompt row {row}, a finite reward was "
+                "expected. Return a number for every completion, or drop the row."
+            )
+        checked.append(values)
+    return checked
+
+
+def check_probabilities(probabilities: Any, prompts: Sized, source: str) -> np.ndarray:
+    """Check what a ranker's `compare` returned: one probability for each prompt.
+
+    Args:
+        probabilities (`Sequence` of numbers):
+            What was returned.
+        prompts (`Sequence` of length `n`):
+            Prompts whose completions were compared.
+        source (`str`):
+            Name of the ranker, for the error.
+
+    Returns:
+        `np.ndarray` of shape `(n,)`: the same probabilities, float64 in [0, 1].
+
+    Raises:
+        ValueError: naming the prompt's row, what was expected and what was found.
+    """
+    values = _numbers(probabilities, source)
+    if len(values) != len(prompts):
+        raise ValueError(
+            f"{source} returned {len(values)} probabilities, {len(prompts)} were expected. Return one per prompt, in "
+            "their order."
+        )
+    out_of_range = np.flatnonzero(~((values >= 0) & (values <= 1)))  # NaN too
+    if len(out_of_range):
+        row = out_of_range[0]
+        raise ValueError(
+            f"{source} returned {values[row]} for prompt row {row}, a probability in [0, 1] was expected. Return the "
+            "probability that the first completion is preferred, or drop the row."
+        )
+    return values
+
+
+def _numbers(values: Any, source: str) -> np.ndarray:
+    try:
+        return np.array([np.nan if value is None else float(value) for value in values])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: a sequence of numbers was expected, {values!r} was returned.") from error

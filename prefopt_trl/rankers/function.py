@@ -1,0 +1,88 @@
+"""The function ranker: rewards from a Python function, in the signature of TRL's `reward_funcs`."""
+
+import inspect
+from collections.abc import Callable, Sequence, Sized
+from itertools import islice
+from typing import Any
+
+from prefopt_trl.data.fingerprints import function_fingerprint
+from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
+from prefopt_trl.rankers.base import PointwiseRanker
+
+
+class FunctionRanker(PointwiseRanker):
+    """A Python function that gives each completion its reward, such as those of TRL's `GRPOTrainer`.
+
+    `compare` and `score` are those of [`PointwiseRanker`].
+
+    Args:
+        function (`Callable`):
+            Called as `function(prompts=[...], completions=[...])`, the prompt repeated for each of its completions, it
+            returns a list with one number per completion. Both come in the format of the prompt: text for text; a list
+            of messages for a list of messages. Other columns of a dataset are not passed.
+
+    Raises:
+        TypeError: if the function cannot be called with these two arguments, or is a coroutine function.
+
+    Example:
+
+    ```python
+    >>> def brevity(prompts, completions, **kwargs):
+    ...     return [-len(completion) for completion in completions]
+    >>> FunctionRanker(brevity).score(["What is 2 + 2?"], [["4", "It is 4."]])
+    [array([-1., -8.])]
+    ```
+    """
+
+    def __init__(self, function: Callable[..., Sequence[float]]) -> None:
+        if inspect.iscoroutinefunction(function):
+            raise TypeError("`function` is a coroutine function. Wrap it in a plain one that runs it to its end.")
+        try:
+            inspect.signature(function).bind(prompts=[], completions=[])
+        except TypeError as error:
+            raise TypeError(
+                f"`function` cannot be called as function(prompts=..., completions=...): {error}. Nothing else is "
+                "passed: give the other arguments it needs beforehand, for example with `functools.partial`."
+            ) from error
+        self.function = function
+
+    def rewards(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[float]]:
+        """Call the function once for all completions.
+
+        Args:
+            prompts (`Sequence` of length `n`):
+                Prompts.
+            completions (`Sequence` of length `n`):
+                For each prompt, its completions.
+
+        Returns:
+            `list[list[float]]` of length `n`: for each prompt, what the function returned for its completions.
+
+        Raises:
+            ValueError: if the function does not return one number per completion.
+        """
+        rows = list(zip(prompts, completions, strict=True))
+        pairs = [(prompt, completion) for prompt, row_completions in rows for completion in row_completions]
+        rewards = self.function(
+            prompts=[prompt for prompt, _ in pairs],
+            completions=[
+                wrap_completion(prompt, completion) if isinstance(completion, str) else completion
+                for prompt, completion in pairs
+            ],
+        )
+        if not isinstance(rewards, Sized) or len(rewards) != len(pairs):
+            found = f"{len(rewards)} rewards" if isinstance(rewards, Sized) else repr(rewards)
+            raise ValueError(
+                f"The function of FunctionRanker returned {found}, {len(pairs)} rewards were expected. Return a list "
+                "with one per completion, in their order."
+            )
+        in_order = iter(rewards)
+        return [list(islice(in_order, len(row_completions))) for row_completions in completions]
+
+    def settings(self) -> dict[str, Any]:
+        """Describe the ranker: the function's name and source code. What it reads from outside is not seen.
+
+        Returns:
+            `dict`: serialisable as JSON.
+        """
+        return {"class": type(self).__name__, "function": function_fingerprint(self.function)}

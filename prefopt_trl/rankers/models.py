@@ -1,0 +1,131 @@
+"""How a ranker runs many texts through its model: shortest padding, one progress bar, nothing left changed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from prefopt_trl.data.fingerprints import model_fingerprint, tokenizer_fingerprint
+
+
+class RankingModel:
+    """A model with its tokenizer, batch size and length limit.
+
+    Args:
+        auto_class (`type`):
+            Class that loads the model, such as [`~transformers.AutoModelForCausalLM`].
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Model, or its folder or Hub id: then it is loaded, onto the accelerator if there is one.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            By default it is loaded from where the model came from.
+        batch_size (`int`):
+            Number of texts in one forward pass.
+        max_length (`int`, *optional*):
+            Most tokens of one text. By default the limit of the tokenizer or of the model's positions, whichever is
+            lower.
+
+    Raises:
+        ValueError: if `batch_size` or `max_length` is below 1, or no tokenizer can be found.
+    """
+
+    def __init__(
+        self,
+        auto_class: Any,
+        model: str | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        batch_size: int,
+        max_length: int | None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size}. Give 1 or more.")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"`max_length` is {max_length}. Give 1 or more, or None for the model's own limit.")
+        source = model if isinstance(model, str) else model.config.name_or_path
+        if tokenizer is None and not source:
+            raise ValueError("`tokenizer` is missing, and the model was not loaded from anywhere. Pass its tokenizer.")
+        self.model: PreTrainedModel = (
+            auto_class.from_pretrained(model).to(PartialState().device) if isinstance(model, str) else model
+        )
+        self.tokenizer = AutoTokenizer.from_pretrained(source) if tokenizer is None else tokenizer
+        self.batch_size = batch_size
+        if max_length is None:
+            num_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+            max_length = min(filter(None, [self.tokenizer.model_max_length, num_positions]))
+        self.max_length = max_length
+
+    def token_ids(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Tokenise as TRL's trainers do. Nothing is cut off."""
+        return self.tokenizer(
+            texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
+        )["input_ids"]
+
+    def run(
+        self, lengths: Sequence[int], evaluate: Callable[[list[int]], torch.Tensor], description: str
+    ) -> np.ndarray:
+        """Evaluate `n` texts in batches.
+
+        Args:
+            lengths (`Sequence[int]` of length `n`):
+                How long each text is, about and in any unit.
+            evaluate (`Callable`):
+                Function from the indices of at most `batch_size` texts to one number for each, on any device.
+            description (`str`):
+                What the progress bar says. It shows in a terminal, after two seconds.
+
+        Returns:
+            `np.ndarray` of shape `(n,)`, float64: the numbers, by index.
+        """
+        # Texts of like length share a batch, so that little is padding; longest first, so that a batch too large for
+        # the memory fails at once
+        order = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
+        values = np.empty(len(lengths))
+        with _evaluating(self.model), tqdm(total=len(lengths), desc=description, disable=None, delay=2) as progress:
+            for start in range(0, len(lengths), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                values[batch] = evaluate(batch).cpu().double().numpy()
+                progress.update(len(batch))
+        return values
+
+    def padded(self, token_ids: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+        """Pad on the right, where no causal model looks: positions count from 0 and need not be passed.
+
+        Args:
+            token_ids (`list[list[int]]` of length `batch_size`):
+                Token ids of each text.
+            pad_token_id (`int`):
+                Token id of padding.
+
+        Returns:
+            `dict`: `input_ids` and `attention_mask` (1 for tokens, 0 for padding), each a long tensor of shape
+            `(batch_size, longest)` on the model's device.
+        """
+        rows = [torch.tensor(row) for row in token_ids]
+        pad = torch.nn.utils.rnn.pad_sequence
+        input_ids = pad(rows, batch_first=True, padding_value=pad_token_id)
+        attention_mask = pad([torch.ones_like(row) for row in rows], batch_first=True, padding_value=0)
+        return {"input_ids": input_ids.to(self.model.device), "attention_mask": attention_mask.to(self.model.device)}
+
+    def settings(self) -> dict[str, Any]:
+        """Describe what the results depend on. Where the model was loaded from is not part of it: its weights are."""
+        return {
+            "model": type(self.model).__name__,
+            "weights": model_fingerprint(self.model),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "max_length": self.max_length,
+        }
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,326 @@
+"""The pairwise ranker: a causal language model that reads two completions and answers "A" or "B" (RSO section 2)."""
+
+import hashlib
+import json
+import logging
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from prefopt_trl.data.fingerprints import function_fingerprint
+from prefopt_trl.data.formats import Completion, Prompt, check_columns, completion_text, prompt_text
+from prefopt_trl.rankers.base import Ranker, check_lengths, check_probabilities, check_rewards, logit
+from prefopt_trl.rankers.models import RankingModel
+from prefopt_trl.rankers.templates import ANSWERS, Template, resolve_template
+
+logger = logging.getLogger(__name__)
+
+# A probability of 0 or 1 would be an infinite reward. None is taken as closer than this: rewards stay within 13.8 nats
+SMALLEST_PROBABILITY = 1e-6
+
+
+class Texts(NamedTuple):
+    """What a template is given: without the white space around it, so that the plain and the conversational form of a
+    comparison are the same to the model."""
+
+    prompt: str
+    first: str
+    second: str
+
+    @classmethod
+    def of(cls, prompt: Prompt, first: Completion, second: Completion) -> "Texts":
+        return cls(prompt_text(prompt).strip(), completion_text(first).strip(), completion_text(second).strip())
+
+    def swapped(self) -> "Texts":
+        return Texts(self.prompt, self.second, self.first)
+
+
+class Tokens(NamedTuple):
+    """A comparison as the model reads it, and the tokens that would answer "A" and "B" next."""
+
+    context: list[int]
+    answers: tuple[int, int]
+
+
+class PairwiseRanker(Ranker):
+    """A causal language model that compares two completions of a prompt (RSO section 2).
+
+    The probability that the first is preferred is the softmax over the logits of the answers "A" and "B", averaged
+    over both orders of the two completions. Train one with TRL's `SFTTrainer` on [`pairwise_ranker_dataset`].
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Causal language model, or its folder or Hub id: then it is loaded, onto the accelerator if there is one.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            By default it is loaded from where the model came from.
+        template (`str` or `Callable`, *optional*, defaults to `"dialogue"`):
+            How a comparison is written: `"dialogue"` or `"summary"` (the paper's formats), or a function
+            `(prompt_text, first_text, second_text) -> str`. Use the one the model was trained with.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Number of comparisons in one forward pass.
+        max_length (`int`, *optional*):
+            Most tokens of one comparison. Where there are more, the prompt loses its beginning, and one logged line
+            says how often. By default the limit of the tokenizer or of the model's positions, whichever is lower.
+        seed (`int`, *optional*, defaults to `0`):
+            Chooses the baselines of `score`, together with the prompt and its completions and nothing else.
+
+    Raises:
+        ValueError: if the template's name is unknown, a number is out of range, or no tokenizer can be found.
+
+    Example:
+
+    ```python
+    >>> ranker = PairwiseRanker("my-ranker")
+    >>> ranker.compare(["What is 2 + 2?"], ["It is 4."], ["It is 5."])
+    array([0.97])
+    >>> ranker.score(["What is 2 + 2?"], [["It is 4.", "It is 5.", "4"]], baselines=["It is 5."])
+    [array([3.48, 0.  , 2.75])]
+    ```
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        template: str | Template = "dialogue",
+        batch_size: int = 32,
+        max_length: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.template = resolve_template(template)
+        self.ranking_model = RankingModel(AutoModelForCausalLM, model, tokenizer, batch_size, max_length)
+        self.seed = seed
+
+    def compare(
+        self, prompts: Sequence[Prompt], first: Sequence[Completion], second: Sequence[Completion]
+    ) -> np.ndarray:
+        """Say how probable it is that the first completion is preferred to the second.
+
+        Args:
+            prompts (`Sequence` of length `n`):
+                Prompts.
+            first (`Sequence` of length `n`):
+                One completion per prompt.
+            second (`Sequence` of length `n`):
+                Another completion per prompt. For equal texts the answer is 0.5, and the model is not asked.
+
+        Returns:
+            `np.ndarray` of shape `(n,)`, float64 in [0, 1]: P(first preferred), averaged over both orders.
+
+        Raises:
+            ValueError: naming the row whose completions exceed `max_length` by themselves, or whose template does not
+                end where an answer is a token of its own.
+        """
+        check_lengths(prompts, first=first, second=second)
+        probabilities = self._compare(prompts, first, second, range(len(prompts)))
+        return check_probabilities(probabilities, prompts, type(self).__name__)
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        baselines: Sequence[Completion] | None = None,
+    ) -> list[np.ndarray]:
+        """Give each completion the logit of its probability to be preferred to a baseline (RSO eq. 9).
+
+        Args:
+            prompts (`Sequence` of length `n`):
+                Prompts.
+            completions (`Sequence` of length `n`):
+                For each prompt, its completions.
+            baselines (`Sequence` of length `n`, *optional*):
+                For each prompt, the completion whose reward is 0. By default one of its completions, drawn at random.
+
+        Returns:
+            `list[np.ndarray]` of length `n`: for each prompt, the rewards of its completions in nats, float64, within
+            13.8 of 0: probabilities are clamped to [1e-6, 1 - 1e-6], and one logged line says how many were.
+
+        Raises:
+            ValueError: as `compare`, and for a prompt without completions to draw a baseline from.
+        """
+        check_lengths(prompts, completions=completions)
+        if baselines is None:
+            baselines = [self._draw_baseline(row, prompts[row], completions[row]) for row in range(len(prompts))]
+        check_lengths(prompts, baselines=baselines)
+        rows = [row for row, candidates in enumerate(completions) for _ in candidates]
+        probabilities = self._compare(
+            [prompts[row] for row in rows],
+            [completion for candidates in completions for completion in candidates],
+            [baselines[row] for row in rows],
+            rows,
+        )
+        clamped = probabilities.clip(SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
+        if num_clamped := int((clamped != probabilities).sum()):
+            logger.warning(
+                f"{num_clamped} of {len(probabilities)} probabilities were closer than {SMALLEST_PROBABILITY} to 0 or "
+                "1 and were clamped: these rewards are -13.8 or 13.8."
+            )
+        ends = np.cumsum([len(candidates) for candidates in completions], dtype=int)
+        rewards = np.split(logit(clamped), ends)[:-1]
+        return check_rewards(rewards, prompts, completions, type(self).__name__)
+
+    def settings(self) -> dict[str, Any]:
+        """Describe the ranker: fingerprints of its weights, tokenizer and template, and its numbers.
+
+        Returns:
+            `dict`: serialisable as JSON, and different whenever the results may be.
+        """
+        return {
+            "class": type(self).__name__,
+            **self.ranking_model.settings(),
+            "template": function_fingerprint(self.template),
+            "seed": self.seed,
+        }
+
+    def _draw_baseline(self, row: int, prompt: Prompt, candidates: Sequence[Completion]) -> Completion:
+        if len(candidates) == 0:
+            raise ValueError(f"Prompt row {row} has no completions to draw a baseline from. Drop the row.")
+        texts = [prompt_text(prompt), *map(completion_text, candidates)]
+        digest = hashlib.sha256(json.dumps(texts).encode()).digest()
+        rng = np.random.default_rng([self.seed, int.from_bytes(digest, "big")])
+        return candidates[int(rng.integers(len(candidates)))]
+
+    def _compare(
+        self,
+        prompts: Sequence[Prompt],
+        first: Sequence[Completion],
+        second: Sequence[Completion],
+        rows: Sequence[int],
+    ) -> np.ndarray:
+        """Compare, and call the prompts by the numbers in `rows` where something is wrong."""
+        comparisons = [Texts.of(*texts) for texts in zip(prompts, first, second, strict=True)]
+        inputs: dict[Texts, int] = {}  # each distinct one once, with the first row that needs it
+        for comparison, row in zip(comparisons, rows, strict=True):
+            if comparison.first != comparison.second:
+                inputs.setdefault(comparison, row)
+                inputs.setdefault(comparison.swapped(), row)
+        answers_a = dict(zip(inputs, self._probabilities_of_a(inputs), strict=True))
+        return np.array(
+            [
+                0.5
+                if comparison.first == comparison.second
+                else (answers_a[comparison] + 1 - answers_a[comparison.swapped()]) / 2
+                for comparison in comparisons
+            ]
+        )
+
+    def _probabilities_of_a(self, inputs: dict[Texts, int]) -> np.ndarray:
+        """Return P("A") of each input, shape `(len(inputs),)`."""
+        comparisons, rows = list(inputs), list(inputs.values())
+        model, max_length = self.ranking_model, self.ranking_model.max_length
+        num_cut = 0
+
+        def evaluate(batch: list[int]) -> torch.Tensor:
+            nonlocal num_cut
+            tokens = self._tokenize([comparisons[index] for index in batch], [rows[index] for index in batch])
+            for place, index in enumerate(batch):
+                if len(tokens[place].context) > max_length:
+                    tokens[place] = self._cut_prompt(comparisons[index], rows[index])
+                    num_cut += 1
+            # With padding on the right its value is never seen
+            padded = model.padded([context for context, _ in tokens], pad_token_id=0)
+            logits = last_logits(model.model, **padded)
+            answers = torch.tensor([answers for _, answers in tokens], device=logits.device)
+            return logits.gather(1, answers).float().softmax(dim=1)[:, 0]
+
+        lengths = [sum(map(len, comparison)) for comparison in comparisons]
+        probabilities = model.run(lengths, evaluate, "Comparing completions")
+        if num_cut:
+            logger.warning(
+                f"{num_cut} of {len(comparisons)} comparisons exceeded max_length={max_length} tokens: their prompts "
+                "lost their beginning."
+            )
+        return probabilities
+
+    def _tokenize(self, comparisons: list[Texts], rows: list[int]) -> list[Tokens]:
+        """Write comparisons with the template and tokenise them with each answer, as TRL's `SFTTrainer` does."""
+        texts = [self.template(*comparison) + answer for comparison in comparisons for answer in ANSWERS]
+        token_ids = self.ranking_model.token_ids(texts)
+        tokens = []
+        for row, with_a, with_b in zip(rows, token_ids[::2], token_ids[1::2], strict=True):
+            answer = len(with_a) - 1
+            while answer > 0 and with_a[answer:] == with_b[answer:]:  # what the tokenizer appends, such as EOS
+                answer -= 1
+            if answer < 1 or with_a[:answer] != with_b[:answer] or with_a[answer + 1 :] != with_b[answer + 1 :]:
+                raise ValueError(
+                    f"Prompt row {row}: the tokenizer does not write the answers A and B as one token each, after the "
+                    "same tokens. End the `template` where a letter starts a new token, as after a line break, or use "
+                    "another tokenizer."
+                )
+            tokens.append(Tokens(with_a[:answer], (with_a[answer], with_b[answer])))
+        return tokens
+
+    def _cut_prompt(self, comparison: Texts, row: int) -> Tokens:
+        """Keep as much of the prompt's end as leaves room for the rest."""
+        prompt, max_length = comparison.prompt, self.ranking_model.max_length
+
+        def keep(num_characters: int) -> Tokens:
+            shortened = comparison._replace(prompt=prompt[len(prompt) - num_characters :])
+            return self._tokenize([shortened], [row])[0]
+
+        num_characters = bisect_right(range(len(prompt)), max_length, key=lambda size: len(keep(size).context)) - 1
+        if num_characters < 0:
+            raise ValueError(
+                f"Prompt row {row}: without any of the prompt, its two completions exceed `max_length` ({max_length} "
+                f"tokens) when compared. Raise `max_length`, or drop the row or its long completions."
+            )
+        return keep(num_characters)
+
+
+def last_logits(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Return the logits after the last token of each right-padded row, shape `(batch_size, vocabulary_size)`.
+
+    The LM head runs on the positions where some row ends, and on no others.
+    """
+    positions, position_of_row = torch.unique(attention_mask.sum(dim=1) - 1, return_inverse=True)
+    logits = model(
+        input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=positions, use_cache=False
+    ).logits
+    if logits.shape[1] != len(positions):  # a model that knows no `logits_to_keep`
+        logits = logits[:, positions]
+    return logits[torch.arange(len(logits), device=logits.device), position_of_row.to(logits.device)]
+
+
+def pairwise_ranker_dataset(pairs: Dataset, template: str | Template = "dialogue", seed: int = 0) -> Dataset:
+    """Turn preference pairs into the training set of a pairwise ranker, for TRL's `SFTTrainer`.
+
+    Args:
+        pairs ([`~datasets.Dataset`]):
+            Columns `prompt`, `chosen` and `rejected`, plain or conversational.
+        template (`str` or `Callable`, *optional*, defaults to `"dialogue"`):
+            As in [`PairwiseRanker`].
+        seed (`int`, *optional*, defaults to `0`):
+            Decides which row has its chosen completion first.
+
+    Returns:
+        [`~datasets.Dataset`]: one row per pair, columns `prompt` (the comparison, with the chosen completion first or
+        second with equal probability) and `completion` (`"A"` if it is first, `"B"` if not). The answer is at the end,
+        so give `SFTConfig` a `max_length` that holds the longest row, or `truncation_mode="keep_end"`.
+
+    Raises:
+        TypeError: if `pairs` is not a [`~datasets.Dataset`].
+        ValueError: if `pairs` is empty or lacks a column.
+
+    Example:
+
+    ```python
+    trainer = SFTTrainer("Qwen/Qwen3-0.6B", train_dataset=pairwise_ranker_dataset(pairs))
+    trainer.train()
+    ranker = PairwiseRanker(trainer.model, trainer.processing_class)
+    ```
+    """
+    check_columns(pairs, ["prompt", "chosen", "rejected"], "pairs")
+    write = resolve_template(template)
+    chosen_first = np.random.default_rng(seed).random(len(pairs)) < 0.5
+    rows = []
+    for pair, is_first in zip(pairs, chosen_first, strict=True):
+        texts = Texts.of(pair["prompt"], pair["chosen"], pair["rejected"])
+        texts = texts if is_first else texts.swapped()
+        rows.append({"prompt": write(*texts), "completion": ANSWERS[0] if is_first else ANSWERS[1]})
+    return Dataset.from_list(rows)

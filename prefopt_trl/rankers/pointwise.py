@@ -1,0 +1,167 @@
+"""The pointwise ranker: a reward model, that is a sequence classification model with one label."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from prefopt_trl.data.formats import Completion, Message, Prompt, completion_text, wrap_completion
+from prefopt_trl.rankers.base import PointwiseRanker
+from prefopt_trl.rankers.models import RankingModel
+
+logger = logging.getLogger(__name__)
+
+
+class RewardModelRanker(PointwiseRanker):
+    """A sequence classification model with one label, whose output is the reward of a completion.
+
+    Text is written as TRL's `RewardTrainer` does: a plain prompt, completion and EOS one after the other, or messages
+    through the chat template. `compare` and `score` are those of [`PointwiseRanker`].
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Sequence classification model, or its folder or Hub id: then it is loaded, onto the accelerator if there
+            is one. The model finds the last token of a row by its config's `pad_token_id`; where that is missing it is
+            set to the tokenizer's padding token or EOS, as `RewardTrainer` does.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            By default it is loaded from where the model came from.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Number of completions in one forward pass.
+        max_length (`int`, *optional*):
+            Most tokens of prompt and completion. Where there are more, the prompt loses its beginning (a special token
+            at the start stays), and one logged line says how often. By default the limit of the tokenizer or of the
+            model's positions, whichever is lower.
+
+    Raises:
+        ValueError: if the model does not have one label, if the tokenizer has neither a padding token nor EOS, if a
+            number is out of range, or if no tokenizer can be found.
+
+    Example:
+
+    ```python
+    >>> ranker = RewardModelRanker("my-reward-model")
+    >>> ranker.score(["What is 2 + 2?"], [["It is 4.", "It is 5."]])
+    [array([ 1.7, -0.4])]
+    ```
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        batch_size: int = 32,
+        max_length: int | None = None,
+    ) -> None:
+        self.ranking_model = RankingModel(AutoModelForSequenceClassification, model, tokenizer, batch_size, max_length)
+        self.tokenizer = self.ranking_model.tokenizer
+        config = self.ranking_model.model.config
+        if config.num_labels != 1:
+            raise ValueError(
+                f"`model` has {config.num_labels} labels, a reward model has one. Load it with `num_labels=1` and "
+                "train it with TRL's `RewardTrainer`, or make one number of them in a function for `FunctionRanker`."
+            )
+        # To the model, a row ends with the last token that is not this one: nothing else may be used as padding
+        text_config = config.get_text_config()
+        if text_config.pad_token_id is None:
+            text_config.pad_token_id = _padding_token_id(self.tokenizer)
+        self.pad_token_id = text_config.pad_token_id
+
+    def rewards(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[np.ndarray]:
+        """Run the model once on each distinct text.
+
+        Args:
+            prompts (`Sequence` of length `n`):
+                Prompts.
+            completions (`Sequence` of length `n`):
+                For each prompt, its completions.
+
+        Returns:
+            `list[np.ndarray]` of length `n`: for each prompt, the rewards of its completions, float64.
+
+        Raises:
+            ValueError: naming the row of a completion that exceeds `max_length` by itself, or of a conversational
+                prompt for which the tokenizer has no chat template.
+        """
+        written = [
+            [self._write(row, prompt, completion) for completion in row_completions]
+            for row, (prompt, row_completions) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        row_of_text = {text: row for row, row_texts in enumerate(written) for text in row_texts}
+        texts = list(row_of_text)
+        num_cut = 0
+
+        def evaluate(batch: list[int]) -> torch.Tensor:
+            nonlocal num_cut
+            token_ids = []
+            for text in (texts[index] for index in batch):
+                row = row_of_text[text]
+                token_ids.append(self._tokenize(text, prompts[row]))
+                if len(token_ids[-1]) > self.ranking_model.max_length:
+                    token_ids[-1] = self._cut_prompt(token_ids[-1], row, prompts[row])
+                    num_cut += 1
+            return self.ranking_model.model(**self.ranking_model.padded(token_ids, self.pad_token_id)).logits[:, 0]
+
+        values = self.ranking_model.run([len(text) for text in texts], evaluate, "Scoring completions")
+        if num_cut:
+            logger.warning(
+                f"{num_cut} of {len(texts)} texts exceeded max_length={self.ranking_model.max_length} tokens: their "
+                "prompts lost their beginning."
+            )
+        rewards = dict(zip(texts, values, strict=True))
+        return [np.array([rewards[text] for text in row_texts]) for row_texts in written]
+
+    def settings(self) -> dict[str, Any]:
+        """Describe the ranker: the model's class, fingerprints of its weights and tokenizer, and its numbers.
+
+        Returns:
+            `dict`: serialisable as JSON, and different whenever the results may be.
+        """
+        return {"class": type(self).__name__, **self.ranking_model.settings(), "pad_token_id": self.pad_token_id}
+
+    def _write(self, row: int, prompt: Prompt, completion: Completion) -> str:
+        if isinstance(prompt, str):
+            text, eos_token = completion_text(completion), self.tokenizer.eos_token or ""
+            return prompt + (text if text.endswith(eos_token) else text + eos_token)
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"Prompt row {row} is a list of messages, but the tokenizer has no chat template. Set "
+                "`tokenizer.chat_template` to the one the model was trained with, or give plain text."
+            )
+        messages = wrap_completion(prompt, completion) if isinstance(completion, str) else completion
+        return self._render([*prompt, *messages])
+
+    def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return cast(str, text)
+
+    def _tokenize(self, text: str, prompt: Prompt) -> list[int]:
+        # A chat template writes the special tokens itself
+        return self.ranking_model.token_ids([text], add_special_tokens=isinstance(prompt, str))[0]
+
+    def _cut_prompt(self, token_ids: list[int], row: int, prompt: Prompt) -> list[int]:
+        text = prompt if isinstance(prompt, str) else self._render(list(prompt), add_generation_prompt=True)
+        num_kept = 1 if token_ids[0] in self.tokenizer.all_special_ids else 0
+        num_dropped = len(token_ids) - self.ranking_model.max_length
+        if num_kept + num_dropped > len(self._tokenize(text, prompt)):
+            raise ValueError(
+                f"Prompt row {row}: without any of the prompt, a completion exceeds `max_length` "
+                f"({self.ranking_model.max_length} tokens). Raise `max_length`, or drop the row or the completion."
+            )
+        return token_ids[:num_kept] + token_ids[num_kept + num_dropped :]
+
+
+def _padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    if tokenizer.eos_token_id is not None:
+        return tokenizer.eos_token_id
+    raise ValueError(
+        "`tokenizer` has neither a padding token nor EOS, so rows cannot be padded. Set `tokenizer.pad_token` to a "
+        "token of its vocabulary that ends no text."
+    )

@@ -1,0 +1,105 @@
+import functools
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prefopt_trl.data.fingerprints import function_fingerprint, model_fingerprint, tokenizer_fingerprint
+
+
+def test_a_model_keeps_its_fingerprint_when_loaded_again_and_used(tiny_llama_dir):
+    model, again = (AutoModelForCausalLM.from_pretrained(tiny_llama_dir) for _ in range(2))
+    again(input_ids=torch.tensor([[1, 2, 3]]))
+    assert model_fingerprint(model) == model_fingerprint(again)
+
+
+def test_a_step_of_training_in_any_one_parameter_is_seen(tiny_llama_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    seen = {model_fingerprint(model)}
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        with torch.no_grad():
+            parameter += 1e-5
+        seen.add(model_fingerprint(model))
+    assert len(seen) == len(parameters) + 1
+
+
+def test_another_dtype_shape_or_name_is_another_fingerprint():
+    def layers(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.nn.ParameterDict:
+        return torch.nn.ParameterDict({name: torch.nn.Parameter(torch.ones(shape, dtype=dtype))})
+
+    models = [
+        layers("a", (2, 3), torch.float32),
+        layers("b", (2, 3), torch.float32),
+        layers("a", (3, 2), torch.float32),
+        layers("a", (2, 3), torch.bfloat16),
+        layers("a", (), torch.float32),
+    ]
+    assert len({model_fingerprint(model) for model in models}) == len(models)
+
+
+def test_few_elements_of_a_large_parameter_are_read(monkeypatch):
+    model = torch.nn.Linear(1000, 1000, bias=False)
+    sizes = []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: sizes.append(tensor.numel()) or cpu(tensor))
+    model_fingerprint(model)
+    assert len(sizes) == 1 and 32 <= sizes[0] < 64
+
+
+def test_a_tokenizer_is_told_from_one_with_another_vocabulary_template_or_special_token(tiny_llama_dir):
+    def load():
+        return AutoTokenizer.from_pretrained(tiny_llama_dir)
+
+    larger, other_chat, other_pad = load(), load(), load()
+    larger.add_tokens(["<new>"])
+    other_chat.chat_template = "{{ messages[0]['content'] }}"
+    other_pad.pad_token = other_pad.eos_token
+    fingerprints = [tokenizer_fingerprint(tokenizer) for tokenizer in (load(), larger, other_chat, other_pad)]
+    assert len(set(fingerprints)) == 4
+    assert tokenizer_fingerprint(load()) == fingerprints[0]
+
+
+def length(completions):
+    return [len(completion) for completion in completions]
+
+
+def test_a_function_is_known_by_its_name_and_source():
+    def with_other_source():
+        def length(completions):
+            return [len(completion) + 1 for completion in completions]
+
+        length.__qualname__ = "length"
+        return length
+
+    name, _, digest = function_fingerprint(length).partition(":")
+    assert name == "length" and len(digest) == 64
+    assert function_fingerprint(with_other_source()) == function_fingerprint(with_other_source())
+    assert function_fingerprint(with_other_source()) != function_fingerprint(length)
+
+
+def test_a_function_without_source_is_known_by_what_it_does():
+    def typed(source: str):
+        names: dict = {}
+        exec(source, names)
+        return names["f"]
+
+    assert function_fingerprint(typed("f = lambda x: x + 1")) == function_fingerprint(typed("f = lambda x: x + 1"))
+    assert function_fingerprint(typed("f = lambda x: x + 1")) != function_fingerprint(typed("f = lambda x: x + 2"))
+
+
+def test_the_arguments_of_a_partial_count():
+    assert function_fingerprint(functools.partial(length, 1)) == function_fingerprint(functools.partial(length, 1))
+    assert function_fingerprint(functools.partial(length, 1)) != function_fingerprint(functools.partial(length, 2))
+
+
+def test_a_callable_that_cannot_be_known_says_what_to_do():
+    class Judge:
+        def __init__(self):
+            self.questions = (question for question in [])  # generators do not pickle
+
+        def __call__(self, completions):
+            return completions
+
+    with pytest.raises(ValueError, match=r"Judge changes between runs.*plain `def` function"):
+        function_fingerprint(Judge())

@@ -1,0 +1,76 @@
+import pytest
+from datasets import Dataset, DatasetDict
+
+from prefopt_trl.data.formats import check_columns, completion_text, prompt_text, transcript, wrap_completion
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi\n\nAre you there? "},
+    {"role": "assistant", "content": " Yes."},
+    {"role": "assistant", "content": ""},
+    {"role": "user", "content": "Good"},
+]
+
+
+def test_transcript_writes_every_turn_and_keeps_every_character() -> None:
+    assert transcript(CHAT) == (
+        "\n\nSystem: Be brief.\n\nHuman: Hi\n\nAre you there? \n\nAssistant:  Yes.\n\nAssistant: \n\nHuman: Good"
+    )
+    assert transcript([]) == ""
+
+
+@pytest.mark.parametrize("split", [2, 3])
+def test_prompt_then_completion_is_the_transcript(split: int) -> None:
+    assert prompt_text(CHAT[:split]) + completion_text(CHAT[split:]) == transcript(CHAT)
+    assert prompt_text(CHAT[:split]).endswith("\n\nAssistant:")
+
+
+def test_plain_text_stays_as_it_is() -> None:
+    assert prompt_text("\n\nHuman: Hi ") == "\n\nHuman: Hi "
+    assert completion_text("  Hello\n") == "  Hello\n"
+
+
+@pytest.mark.parametrize("prompt", ["Hi", [{"role": "user", "content": "Hi"}]])
+def test_a_wrapped_completion_has_the_format_of_its_prompt_and_the_text(prompt: str | list[dict[str, str]]) -> None:
+    completion = wrap_completion(prompt, "Hello\n")
+    assert type(completion) is type(prompt)
+    assert completion_text(completion).removeprefix(" ") == "Hello\n"
+    if isinstance(prompt, list):
+        assert completion == [{"role": "assistant", "content": "Hello\n"}]
+
+
+def test_messages_that_cannot_be_written_are_named() -> None:
+    with pytest.raises(ValueError, match=r"message 1 has the role 'tool'; the roles .* are system, user, assistant"):
+        transcript([CHAT[1], {"role": "tool", "content": "42"}])
+    with pytest.raises(ValueError, match="message 0 must have text as its content, got list"):
+        prompt_text([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}])
+
+
+@pytest.mark.parametrize("completion", [[], [{"role": "user", "content": "Hi"}]])
+def test_a_completion_begins_with_the_assistant(completion: list[dict[str, str]]) -> None:
+    with pytest.raises(ValueError, match="must begin with a message of the assistant, got "):
+        completion_text(completion)
+
+
+def test_check_columns_passes_what_is_there() -> None:
+    check_columns(Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "more": [1]}), ["chosen", "prompt"], "data")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": ["a"]}, "train_dataset lacks the columns prompt, chosen; it has text. Rename yours with"),
+        ({"prompt": ["a"], "text": ["a"]}, "train_dataset lacks the column chosen; it has prompt, text. Rename"),
+        ({}, "train_dataset lacks the columns prompt, chosen; it has none."),
+        ({"prompt": [], "chosen": []}, "train_dataset is empty: it must have at least one row"),
+    ],
+)
+def test_check_columns_says_what_is_wrong_and_what_to_do(columns: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_columns(Dataset.from_dict(columns), ["prompt", "chosen"], "train_dataset")
+
+
+def test_check_columns_asks_for_one_split() -> None:
+    splits = DatasetDict({"train": Dataset.from_dict({"prompt": ["a"]})})
+    with pytest.raises(TypeError, match=r'prompts must be a datasets.Dataset, got DatasetDict; .* dataset\["train"\]'):
+        check_columns(splits, ["prompt"], "prompts")

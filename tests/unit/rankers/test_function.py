@@ -1,0 +1,83 @@
+import json
+import math
+
+import pytest
+import torch
+
+from prefopt_trl.rankers import FunctionRanker
+
+QUESTION = [{"role": "user", "content": "Why?"}]
+
+
+def brevity(completions, **kwargs):
+    return [-len(completion) for completion in completions]
+
+
+def test_the_function_is_called_once_as_trl_does_with_the_prompt_repeated():
+    calls = []
+
+    def record(**kwargs):
+        calls.append(kwargs)
+        return range(3)
+
+    rewards = FunctionRanker(record).score(["p", "q", "r"], [["a", "b"], [], ["c"]])
+    assert calls == [{"prompts": ["p", "p", "r"], "completions": ["a", "b", "c"]}]
+    assert [row.tolist() for row in rewards] == [[0.0, 1.0], [], [2.0]]
+
+
+def test_completions_of_a_conversation_come_as_messages():
+    seen = []
+
+    def record(prompts, completions):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [0.0] * len(completions)
+
+    answer = [{"role": "assistant", "content": "Because."}]
+    FunctionRanker(record).score([QUESTION, "plain"], [["Because.", answer], ["text"]])
+    assert seen == [(QUESTION, answer), (QUESTION, answer), ("plain", "text")]
+
+
+def test_compare_is_the_sigmoid_of_the_difference():
+    probabilities = FunctionRanker(brevity).compare(["p", "p"], ["ab", "abc"], ["abc", "abc"])
+    assert probabilities == pytest.approx([1 / (1 + math.exp(-1)), 0.5], abs=1e-15)
+
+
+def test_tensors_are_numbers():
+    ranker = FunctionRanker(lambda prompts, completions: torch.tensor([1.5, 2.5], dtype=torch.bfloat16))
+    assert ranker.score(["p"], [["a", "b"]])[0].tolist() == [1.5, 2.5]
+
+
+@pytest.mark.parametrize("missing", [None, math.nan])
+def test_a_missing_reward_names_the_row_and_the_completion(missing):
+    ranker = FunctionRanker(lambda prompts, completions: [missing if text == "bad" else 1.0 for text in completions])
+    with pytest.raises(ValueError, match="FunctionRanker returned nan for completion 2 of prompt row 1"):
+        ranker.score(["p", "q"], [["a"], ["b", "c", "bad"]])
+
+
+@pytest.mark.parametrize(("returned", "found"), [([1.0], "1 rewards"), (None, "None")])
+def test_a_wrong_number_of_rewards_is_refused(returned, found):
+    with pytest.raises(ValueError, match=f"FunctionRanker returned {found}, 2 rewards were expected. Return a list"):
+        FunctionRanker(lambda prompts, completions: returned).score(["p"], [["a", "b"]])
+
+
+def test_a_function_that_needs_more_is_refused_at_once():
+    with pytest.raises(TypeError, match=r"missing a required argument: 'solution'.*functools\.partial"):
+        FunctionRanker(lambda completions, solution, **kwargs: [])
+
+
+def test_a_coroutine_function_is_refused_at_once():
+    async def judge(prompts, completions):
+        return []
+
+    with pytest.raises(TypeError, match="coroutine function. Wrap it in a plain one"):
+        FunctionRanker(judge)
+
+
+def test_settings_are_json_and_tell_functions_apart():
+    def verbosity(completions, **kwargs):
+        return [len(completion) for completion in completions]
+
+    settings = FunctionRanker(brevity).settings()
+    assert json.loads(json.dumps(settings)) == settings
+    assert settings == FunctionRanker(brevity).settings() != FunctionRanker(verbosity).settings()
+    assert settings["function"].startswith("brevity:")

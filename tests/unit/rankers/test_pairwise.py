@@ -1,0 +1,474 @@
+import json
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    GPT2Config,
+    MambaConfig,
+    MistralConfig,
+    MptConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+)
+from trl import SFTConfig, SFTTrainer
+
+from prefopt_trl.rankers import PairwiseRanker, pairwise_ranker_dataset
+from prefopt_trl.rankers.templates import dialogue, summary
+
+PROMPTS = ["What is the capital of France?", "Bake bread.", "Tell me how to bake bread, and then wait for the dog."]
+FIRST = ["Paris.", "Mix the flour, the water and the salt.", "No."]
+SECOND = ["The dog sleeps on, and on.", "Wait.", "The quick brown fox jumps over it."]
+
+
+def randomise(model):
+    """Give a model weights so large that its answers depend on its input, as those of a new one hardly do."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and not name.endswith("A_log"):
+                parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.fixture
+def tokenizer(tiny_llama_dir):
+    return AutoTokenizer.from_pretrained(tiny_llama_dir)
+
+
+@pytest.fixture
+def model(tiny_llama_dir):
+    return randomise(AutoModelForCausalLM.from_pretrained(tiny_llama_dir))
+
+
+def probability_of_a(model, tokenizer, text: str) -> float:
+    """Slow reference: one unpadded row, float64 softmax over the two answers."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([tokenizer(text).input_ids])).logits[0, -1].double()
+    odds = logits[tokenizer.convert_tokens_to_ids("A")] - logits[tokenizer.convert_tokens_to_ids("B")]
+    return 1 / (1 + math.exp(-odds))
+
+
+def record_inputs(model) -> list[list[int]]:
+    """Return a list that collects the token ids of every row the model is given, without padding."""
+    rows: list[list[int]] = []
+
+    def hook(module, args, kwargs):
+        pairs = zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True)
+        rows.extend(row[mask == 1].tolist() for row, mask in pairs)
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    return rows
+
+
+def logged(caplog) -> list[str]:
+    return [record.message for record in caplog.records if record.name.startswith("prefopt_trl")]
+
+
+@pytest.mark.parametrize(("name", "write"), [("dialogue", dialogue), ("summary", summary)])
+def test_compare_is_the_softmax_over_the_answers_averaged_over_both_orders(model, tokenizer, name, write):
+    ranker = PairwiseRanker(model, tokenizer, template=name, batch_size=4)
+    expected = [
+        (
+            probability_of_a(model, tokenizer, write(prompt, first, second))
+            + 1
+            - probability_of_a(model, tokenizer, write(prompt, second, first))
+        )
+        / 2
+        for prompt, first, second in zip(PROMPTS, FIRST, SECOND, strict=True)
+    ]
+    assert max(abs(p - 0.5) for p in expected) > 0.05  # the order and the completions do matter to this model
+    probabilities = ranker.compare(PROMPTS, FIRST, SECOND)
+    assert probabilities.dtype == np.float64
+    assert probabilities == pytest.approx(expected, abs=1e-5)
+
+
+def test_swapping_the_completions_gives_the_rest_of_one(model, tokenizer):
+    ranker = PairwiseRanker(model, tokenizer)
+    sums = ranker.compare(PROMPTS, FIRST, SECOND) + ranker.compare(PROMPTS, SECOND, FIRST)
+    assert sums == pytest.approx(np.ones(3), abs=1e-12)
+
+
+def test_a_conversation_and_its_transcript_are_the_same(model, tokenizer):
+    ranker = PairwiseRanker(model, tokenizer)
+    messages = [{"role": "user", "content": "Hi"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("Hello", "Go away")]
+    of_messages = ranker.compare([messages], [answers[0]], [answers[1]])
+    of_text = ranker.compare(["\n\nHuman: Hi\n\nAssistant:"], [" Hello"], [" Go away"])
+    assert of_messages == of_text != 0.5
+
+
+def test_equal_comparisons_are_run_once_and_equal_completions_never(model, tokenizer):
+    rows = record_inputs(model)
+    probabilities = PairwiseRanker(model, tokenizer).compare(["p"] * 4, ["a", "a", "b", "c"], ["b", "b", "a", "c"])
+    assert len(rows) == 2
+    assert probabilities[0] == probabilities[1] == 1 - probabilities[2]
+    assert probabilities[3] == 0.5
+
+
+def test_the_longest_comparisons_are_run_first(model, tokenizer):
+    rows = record_inputs(model)
+    PairwiseRanker(model, tokenizer, batch_size=2).compare(["p" * 3, "p" * 90, "p" * 30], ["a"] * 3, ["b"] * 3)
+    lengths = [len(row) for row in rows]
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) == 3
+
+
+def test_no_rows_give_no_probabilities_and_no_rewards(model, tokenizer):
+    ranker = PairwiseRanker(model, tokenizer)
+    assert ranker.compare([], [], []).shape == (0,)
+    assert ranker.score([], []) == []
+    assert [len(row) for row in ranker.score(["p", "q"], [[], ["a"]], baselines=["b", "b"])] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=300),
+        OPTConfig(
+            hidden_size=16,
+            ffn_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=300,
+            word_embed_proj_dim=16,
+        ),
+        BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=300),
+        MptConfig(d_model=16, n_layers=2, n_heads=2, vocab_size=300),
+        MistralConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=300,
+            sliding_window=8,
+        ),
+        MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=300, state_size=4),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_batch_of_unequal_lengths_changes_nothing_for_any_family(config, tokenizer):
+    torch.manual_seed(0)
+    model = randomise(AutoModelForCausalLM.from_config(config))
+    alone = PairwiseRanker(model, tokenizer, batch_size=1).compare(PROMPTS, FIRST, SECOND)
+    together = PairwiseRanker(model, tokenizer, batch_size=6).compare(PROMPTS, FIRST, SECOND)
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert len(set(alone.round(4))) == 3
+
+
+def test_a_model_that_knows_no_logits_to_keep_gives_the_same(model, tokenizer):
+    expected = PairwiseRanker(model, tokenizer).compare(PROMPTS, FIRST, SECOND)
+    forward = model.forward
+    model.forward = lambda logits_to_keep, **kwargs: forward(**kwargs)
+    assert PairwiseRanker(model, tokenizer).compare(PROMPTS, FIRST, SECOND) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_answer_is_read_where_trls_sft_trainer_puts_it(model, tokenizer, tmp_path):
+    pairs = Dataset.from_dict({"prompt": PROMPTS, "chosen": FIRST, "rejected": SECOND})
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, max_length=None),
+        train_dataset=pairwise_ranker_dataset(pairs),
+        processing_class=tokenizer,
+    )
+    contexts, answers = [], []
+    for row in trainer.train_dataset:
+        start = next(place for place, label in enumerate(row["labels"]) if label != -100)
+        contexts.append(row["input_ids"][:start])
+        answers.append(row["input_ids"][start:])
+    assert {tokenizer.decode(answer) for answer in answers} == {"A</s>", "B</s>"}
+    assert all(len(answer) == 2 for answer in answers)
+
+    seen = record_inputs(model)
+    PairwiseRanker(model, tokenizer).compare(PROMPTS, FIRST, SECOND)
+    assert len(seen) == 6
+    assert all(context in seen for context in contexts)
+
+
+def test_an_eos_that_the_tokenizer_appends_is_not_read(model, tokenizer):
+    expected = PairwiseRanker(model, tokenizer).compare(PROMPTS, FIRST, SECOND)
+    special_tokens = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=special_tokens
+    )
+    assert tokenizer("Hi").input_ids[-1] == tokenizer.eos_token_id
+    assert PairwiseRanker(model, tokenizer).compare(PROMPTS, FIRST, SECOND) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_merge_of_the_cue_with_both_answers_is_one_token_each(model, tokenizer):
+    # Its vocabulary has " A" and " B", so the space before the answer belongs to it, as it would to `SFTTrainer`
+    tokenizer.add_tokens([" A", " B"])
+    model.resize_token_embeddings(len(tokenizer))
+    with torch.no_grad():
+        model.lm_head.weight[-2:] = torch.tensor([[0.5], [-0.5]]) * torch.arange(32)
+
+    def with_space(prompt: str, first: str, second: str) -> str:
+        return f"{prompt} {first} or {second}? "
+
+    context = torch.tensor([tokenizer("p a or b?").input_ids])
+    swapped = torch.tensor([tokenizer("p b or a?").input_ids])
+    odds = [model(input_ids=ids).logits[0, -1, -2:].double().softmax(0)[0].item() for ids in (context, swapped)]
+    ranker = PairwiseRanker(model, tokenizer, template=with_space)
+    assert ranker.compare(["p"], ["a"], ["b"]) == pytest.approx((odds[0] + 1 - odds[1]) / 2, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "vocabulary",
+    [
+        ["yA"],  # one token, where "yB" is two
+        ["?yA", "yB"],  # two tokens after the template's "?y", which begin at different places
+    ],
+)
+def test_answers_that_are_not_one_token_each_are_refused(model, tokenizer, vocabulary):
+    tokenizer.add_tokens(vocabulary)
+
+    def into_a_word(prompt: str, first: str, second: str) -> str:
+        return f"{prompt} {first} {second}?y"
+
+    ranker = PairwiseRanker(model, tokenizer, template=into_a_word)
+    with pytest.raises(
+        ValueError, match=r"Prompt row 0: the tokenizer does not write the answers.*End the `template`"
+    ):
+        ranker.compare(["p"], ["a"], ["b"])
+
+
+def test_a_tokenizer_that_does_not_know_the_answers_is_refused(model):
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "yes": 1, "no": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    ranker = PairwiseRanker(model, PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>"))
+    with pytest.raises(ValueError, match=r"Prompt row 0: the tokenizer does not write the answers.*another tokenizer"):
+        ranker.compare(["p"], ["yes"], ["no"])
+
+
+def test_a_long_prompt_loses_its_beginning_and_nothing_else(model, tokenizer, caplog):
+    prompt = "".join(chr(ord("a") + place % 26) for place in range(200))
+    whole = len(tokenizer(dialogue(prompt, "yes", "no")).input_ids)
+    rows = record_inputs(model)
+    with caplog.at_level(logging.WARNING):
+        PairwiseRanker(model, tokenizer, max_length=whole - 10).compare([prompt, "p"], ["yes"] * 2, ["no"] * 2)
+    seen = [tokenizer.decode(row) for row in rows]
+    assert logged(caplog) == [
+        f"2 of 4 comparisons exceeded max_length={whole - 10} tokens: their prompts lost their beginning."
+    ]
+    longest = max(seen, key=len)
+    assert longest.startswith("<s>[CONTEXT] ")
+    context = longest.removeprefix("<s>[CONTEXT] ").split(" ")[0]
+    assert prompt.endswith(context) and len(context) < 200
+    assert seen[0][-40:] == dialogue("", "yes", "no")[-40:]
+    # As much is kept as fits
+    kept = [
+        len(tokenizer(dialogue(prompt[-size:], "yes", "no")).input_ids) for size in (len(context), len(context) + 1)
+    ]
+    assert kept[0] <= whole - 10 < kept[1]
+
+
+def test_a_comparison_that_fills_max_length_is_whole(model, tokenizer, caplog):
+    length = len(tokenizer(dialogue("p", "yes", "no")).input_ids)
+    with caplog.at_level(logging.WARNING):
+        exact = PairwiseRanker(model, tokenizer, max_length=length).compare(["p"], ["yes"], ["no"])
+    assert exact == PairwiseRanker(model, tokenizer).compare(["p"], ["yes"], ["no"])
+    assert logged(caplog) == []
+
+
+@pytest.mark.parametrize("call", ["compare", "score"])
+def test_completions_that_exceed_max_length_name_their_row(model, tokenizer, call):
+    ranker = PairwiseRanker(model, tokenizer, max_length=100)
+    with pytest.raises(ValueError, match=r"Prompt row 1: .*exceed `max_length` \(100 tokens\).*Raise `max_length`"):
+        if call == "compare":
+            ranker.compare(["p", "q"], ["a", "x" * 100], ["b", "b"])
+        else:
+            ranker.score(["p", "q"], [["a", "b", "c"], ["x" * 100]], baselines=["b", "b"])
+
+
+def test_scores_are_the_logit_against_the_baseline(model, tokenizer):
+    ranker = PairwiseRanker(model, tokenizer)
+    rewards = ranker.score(PROMPTS[:2], [["No.", "Paris."], ["Wait.", "Mix.", "Flour."]], baselines=["Yes.", "Mix."])
+    probabilities = ranker.compare(
+        [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, ["No.", "Paris.", "Wait.", "Flour."], ["Yes."] * 2 + ["Mix."] * 2
+    )
+    expected = [math.log(p / (1 - p)) for p in probabilities]
+    assert rewards[0] == pytest.approx(expected[:2], abs=1e-5)
+    assert rewards[1][[0, 2]] == pytest.approx(expected[2:], abs=1e-5)
+    assert rewards[1][1] == 0.0
+
+
+def test_the_baseline_depends_on_the_seed_and_the_prompts_candidates_alone(model, tokenizer):
+    prompts = [f"Question {number}" for number in range(12)]
+    completions = [["a", "b", "c", "d"]] * 12
+
+    def baselines(ranker: PairwiseRanker, prompts: list[str]) -> list[int]:
+        rewards = ranker.score(prompts, completions[: len(prompts)])
+        zeros = [np.flatnonzero(row == 0.0) for row in rewards]
+        assert all(len(indices) == 1 for indices in zeros)
+        return [int(indices[0]) for indices in zeros]
+
+    ranker = PairwiseRanker(model, tokenizer)
+    drawn = baselines(ranker, prompts)
+    assert len(set(drawn)) > 1
+    assert baselines(ranker, prompts) == drawn
+    assert baselines(ranker, prompts[::-1]) == drawn[::-1]
+    assert baselines(ranker, prompts[5:6]) == drawn[5:6]
+    assert baselines(PairwiseRanker(model, tokenizer, batch_size=3), prompts) == drawn
+    assert baselines(PairwiseRanker(model, tokenizer, seed=1), prompts) != drawn
+
+
+def test_the_baseline_is_drawn_evenly(tokenizer, model):
+    # 2000 draws among 4: each count has mean 500, standard deviation 19.4; a limit of 5 of them fails once in 400,000
+    # seeds, and the seed is fixed
+    ranker = PairwiseRanker(model, tokenizer)
+    counts = np.zeros(4)
+    for number in range(2000):
+        counts["abcd".index(ranker._draw_baseline(0, f"Question {number}", list("abcd")))] += 1
+    assert np.abs(counts - 500).max() < 5 * 19.4
+
+
+def test_certainty_is_a_large_finite_reward_and_said_once(model, tokenizer, caplog):
+    with torch.no_grad():
+        model.lm_head.weight *= 1e4
+    digits = [str(number) for number in range(1, 10)]
+    ranker = PairwiseRanker(model, tokenizer, template=lambda prompt, first, second: f"{prompt} {first} {second}")
+    probabilities = ranker.compare(["p"] * 9, digits, ["0"] * 9)
+    with caplog.at_level(logging.WARNING):
+        rewards = ranker.score(["p"], [digits], baselines=["0"])[0]
+    assert set(probabilities) == {0.0, 0.5, 1.0}
+    largest = math.log((1 - 1e-6) / 1e-6)
+    expected = np.select([probabilities == 0, probabilities == 1], [-largest, largest], 0)
+    assert rewards == pytest.approx(expected, abs=1e-9)
+    assert logged(caplog) == [
+        f"{(expected != 0).sum()} of 9 probabilities were closer than 1e-06 to 0 or 1 and were clamped: these rewards "
+        "are -13.8 or 13.8."
+    ]
+
+
+def test_a_prompt_without_completions_names_its_row(model, tokenizer):
+    with pytest.raises(ValueError, match="Prompt row 1 has no completions to draw a baseline from. Drop the row."):
+        PairwiseRanker(model, tokenizer).score(["p", "q"], [["a"], []])
+
+
+def test_a_model_that_overflows_names_the_row_and_the_completion(model, tokenizer):
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    ranker = PairwiseRanker(model, tokenizer)
+    with pytest.raises(ValueError, match="PairwiseRanker returned nan for completion 1 of prompt row 1"):
+        ranker.score(["p", "q"], [["a"], ["a", "b"]], baselines=["a", "a"])
+    with pytest.raises(ValueError, match="PairwiseRanker returned nan for prompt row 1"):
+        ranker.compare(["p", "q"], ["a", "a"], ["a", "b"])
+
+
+def test_the_model_is_left_as_it_was(model, tokenizer):
+    model.config.attention_dropout = 0.5
+    model.train()
+    ranker = PairwiseRanker(model, tokenizer)
+    assert (ranker.compare(PROMPTS, FIRST, SECOND) == ranker.compare(PROMPTS, FIRST, SECOND)).all()  # no dropout
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_bfloat16_is_close(model, tokenizer):
+    expected = PairwiseRanker(model, tokenizer).compare(PROMPTS, FIRST, SECOND)
+    probabilities = PairwiseRanker(model.bfloat16(), tokenizer).compare(PROMPTS, FIRST, SECOND)
+    assert probabilities == pytest.approx(expected, abs=0.05)
+
+
+def test_settings_are_json_and_change_with_the_results(model, tokenizer):
+    def mine(prompt: str, first: str, second: str) -> str:
+        return f"{prompt} {first} {second}\n"
+
+    def changed(other: PairwiseRanker) -> set[str]:
+        return {key for key, value in other.settings().items() if value != settings[key]}
+
+    ranker = PairwiseRanker(model, tokenizer)
+    settings = ranker.settings()
+    assert json.loads(json.dumps(settings)) == settings == PairwiseRanker(model, tokenizer, batch_size=1).settings()
+    assert changed(PairwiseRanker(model, tokenizer, seed=1)) == {"seed"}
+    assert changed(PairwiseRanker(model, tokenizer, max_length=64)) == {"max_length"}
+    assert changed(PairwiseRanker(model, tokenizer, template="summary")) == {"template"}
+    assert changed(PairwiseRanker(model, tokenizer, template=mine)) == {"template"}
+    with torch.no_grad():
+        model.lm_head.weight += 1e-3
+    assert changed(ranker) == {"weights"}
+
+
+def test_pairs_become_prompts_with_the_chosen_completion_in_either_place():
+    pairs = Dataset.from_dict(
+        {
+            "prompt": [f"Question {number}" for number in range(400)],
+            "chosen": ["yes"] * 400,
+            "rejected": ["no"] * 400,
+        }
+    )
+    dataset = pairwise_ranker_dataset(pairs, template="summary")
+    assert dataset.column_names == ["prompt", "completion"]
+    for number, row in enumerate(dataset):
+        texts = ("yes", "no") if row["completion"] == "A" else ("no", "yes")
+        assert row == {"prompt": summary(f"Question {number}", *texts), "completion": row["completion"]}
+    # 400 fair draws: 5 standard deviations of 10, exceeded once in 1.7 million seeds, and the seed is fixed
+    assert abs(dataset["completion"][:].count("A") - 200) < 50
+    assert dataset["completion"][:] == pairwise_ranker_dataset(pairs)["completion"][:]
+    assert dataset["completion"][:] != pairwise_ranker_dataset(pairs, seed=1)["completion"][:]
+
+
+def test_conversations_become_transcripts():
+    pairs = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": "Hi"}],
+                "chosen": [{"role": "assistant", "content": "Hello"}],
+                "rejected": [{"role": "assistant", "content": "Go away"}],
+            }
+        ]
+    )
+    plain = Dataset.from_list([{"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello", "rejected": " Go away"}])
+    assert pairwise_ranker_dataset(pairs).to_list() == pairwise_ranker_dataset(plain).to_list()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (Dataset.from_dict({"prompt": ["p"], "chosen": ["a"]}), "pairs lacks the column rejected"),
+        (Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []}), "pairs is empty"),
+    ],
+)
+def test_a_dataset_that_cannot_be_used_is_refused(pairs, message):
+    with pytest.raises(ValueError, match=message):
+        pairwise_ranker_dataset(pairs)
+
+
+def test_a_model_trained_by_trl_on_a_simple_rule_ranks_by_it(tiny_llama_dir, tmp_path):
+    pairs = Dataset.from_dict(
+        {
+            "prompt": [f"Question {number}" for number in range(300)],
+            "chosen": ["the the the the"] * 300,
+            "rejected": ["fox fox fox fox"] * 300,
+        }
+    )
+    arguments = SFTConfig(
+        str(tmp_path),
+        max_steps=60,
+        per_device_train_batch_size=16,
+        learning_rate=1e-2,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(tiny_llama_dir, arguments, train_dataset=pairwise_ranker_dataset(pairs))
+    untrained = PairwiseRanker(tiny_llama_dir)
+    trainer.train()
+    ranker = PairwiseRanker(trainer.model, trainer.processing_class)
+
+    prompts = [f"New question {number}" for number in range(20)]
+    good, bad = ["the the the the"] * 20, ["fox fox fox fox"] * 20
+    assert untrained.compare(prompts, good, bad) == pytest.approx(np.full(20, 0.5), abs=0.05)
+    assert ranker.compare(prompts, good, bad).min() > 0.8
+    assert ranker.compare(prompts, bad, good).max() < 0.2
+    assert all(row[0] > 1 > row[1] for row in ranker.score(prompts, [[good[0], bad[0]]] * 20, baselines=bad))
+    assert ranker.settings()["weights"] != untrained.settings()["weights"]

@@ -1,0 +1,207 @@
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl import RewardConfig, RewardTrainer
+
+from prefopt_trl.rankers import RewardModelRanker
+
+PROMPTS = ["What is the capital of France?", "Bake bread."]
+COMPLETIONS = [
+    [" Paris.", " The dog", " The capital of France is Paris, and no other town is."],
+    [" Mix the flour.", ""],
+]
+
+
+def as_messages(role: str, text: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text}]
+
+
+@pytest.fixture
+def tokenizer(tiny_llama_dir):
+    return AutoTokenizer.from_pretrained(tiny_llama_dir)
+
+
+@pytest.fixture
+def model(tiny_llama_dir):
+    torch.manual_seed(0)  # the head is new
+    return AutoModelForSequenceClassification.from_pretrained(tiny_llama_dir, num_labels=1)
+
+
+def reward_of_last_token(model, token_ids: list[int]) -> float:
+    """Slow reference: one unpadded row in float64, and the head on its last position."""
+    reference = AutoModelForSequenceClassification.from_pretrained(model.config.name_or_path, num_labels=1).double()
+    reference.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        hidden = reference.model(input_ids=torch.tensor([token_ids])).last_hidden_state[0, -1]
+        return reference.score(hidden).item()
+
+
+@pytest.mark.parametrize("conversational", [False, True], ids=["plain", "conversational"])
+def test_rewards_are_the_models_on_the_rows_of_trls_reward_trainer(model, tokenizer, conversational, tmp_path):
+    prompts, completions = PROMPTS, COMPLETIONS
+    if conversational:
+        prompts = [as_messages("user", prompt) for prompt in PROMPTS]
+        completions = [[as_messages("assistant", text) for text in row] for row in COMPLETIONS]
+    pairs = [
+        {"prompt": prompt, "chosen": completion, "rejected": completion}
+        for prompt, row in zip(prompts, completions, strict=True)
+        for completion in row
+    ]
+    trainer = RewardTrainer(
+        model,
+        RewardConfig(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )
+    expected = [reward_of_last_token(model, token_ids) for token_ids in trainer.train_dataset["chosen_ids"]]
+
+    rewards = RewardModelRanker(model, tokenizer, batch_size=2).score(prompts, completions)
+    assert [len(row) for row in rewards] == [3, 2]
+    assert np.concatenate(rewards) == pytest.approx(expected, abs=1e-5)
+
+
+def test_text_candidates_of_a_conversation_become_the_assistants_message(model, tokenizer):
+    ranker = RewardModelRanker(model, tokenizer)
+    prompt = as_messages("user", "Why?")
+    of_text, of_messages = ranker.score([prompt] * 2, [["So."], [as_messages("assistant", "So.")]])
+    assert of_text == of_messages
+
+
+def test_an_eos_that_is_there_is_not_written_twice(model, tokenizer):
+    rewards = RewardModelRanker(model, tokenizer).score(["Why?"], [[" So.", " So.</s>"]])[0]
+    assert rewards[0] == rewards[1]
+
+
+def test_the_padding_is_the_one_the_model_looks_for(model, tokenizer):
+    # The dog's name is padding to this model, whatever the tokenizer says
+    model.config.pad_token_id = tokenizer.convert_tokens_to_ids("<|system|>")
+    batched = RewardModelRanker(model, tokenizer, batch_size=8).score(PROMPTS, COMPLETIONS)
+    for prompt, row, rewards in zip(PROMPTS, COMPLETIONS, batched, strict=True):
+        expected = [reward_of_last_token(model, tokenizer(prompt + text + "</s>").input_ids) for text in row]
+        assert rewards == pytest.approx(expected, abs=1e-5)
+
+
+def test_without_a_padding_token_eos_is_it_in_the_model_too(model, tokenizer):
+    model.config.pad_token_id = None
+    tokenizer.pad_token = None
+    batched = RewardModelRanker(model, tokenizer, batch_size=8).score(PROMPTS, COMPLETIONS)
+    assert model.config.pad_token_id == tokenizer.eos_token_id
+    # As in `RewardTrainer`: EOS is padding to the model, so the reward is that of the last token before it
+    for prompt, row, rewards in zip(PROMPTS, COMPLETIONS, batched, strict=True):
+        expected = [reward_of_last_token(model, tokenizer(prompt + text).input_ids) for text in row]
+        assert rewards == pytest.approx(expected, abs=1e-5)
+
+
+def test_equal_texts_are_run_once(model, tokenizer):
+    rows = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: rows.extend(kwargs["input_ids"]), with_kwargs=True)
+    rewards = RewardModelRanker(model, tokenizer).score(["a", "b", "a"], [["x", "y", "x"], ["x"], ["x"]])
+    assert len(rows) == 3
+    assert rewards[0][0] == rewards[0][2] == rewards[2][0] != rewards[1][0]
+
+
+def test_compare_is_the_sigmoid_of_the_difference_and_scores_are_relative_to_a_baseline(model, tokenizer):
+    ranker = RewardModelRanker(model, tokenizer)
+    first, second = ranker.score(["Why?"], [[" So.", " Because."]])[0]
+    assert ranker.compare(["Why?"], [" So."], [" Because."]) == pytest.approx(1 / (1 + np.exp(second - first)))
+    assert ranker.score(["Why?"], [[" So."]], baselines=[" Because."])[0] == pytest.approx(first - second, abs=1e-6)
+
+
+def test_a_long_prompt_loses_its_beginning_but_no_bos(model, tokenizer, caplog):
+    prompt, completion = "Mix the flour, the water and the salt, then wait.", " Bread."
+    token_ids = tokenizer(prompt + completion + "</s>").input_ids
+    ranker = RewardModelRanker(model, tokenizer, max_length=20)
+    with caplog.at_level(logging.WARNING):
+        rewards = ranker.score([prompt, "Hi"], [[completion], [completion]])
+    kept = token_ids[:1] + token_ids[-19:]
+    assert rewards[0] == pytest.approx(reward_of_last_token(model, kept), abs=1e-5)
+    messages = [record.message for record in caplog.records if record.name.startswith("prefopt_trl")]
+    assert messages == ["1 of 2 texts exceeded max_length=20 tokens: their prompts lost their beginning."]
+
+
+def test_the_whole_prompt_may_go_but_no_token_of_the_completion(model, tokenizer):
+    num_tokens = len(tokenizer(" Bread.</s>").input_ids)  # with BOS
+    rewards = RewardModelRanker(model, tokenizer, max_length=num_tokens).score(["Bake"], [[" Bread."]])
+    alone = RewardModelRanker(model, tokenizer).score([""], [[" Bread."]])
+    assert rewards[0] == pytest.approx(alone[0], abs=1e-6)
+    with pytest.raises(ValueError, match="Prompt row 0"):
+        RewardModelRanker(model, tokenizer, max_length=num_tokens - 1).score(["Bake"], [[" Bread."]])
+
+
+@pytest.mark.parametrize("conversational", [False, True], ids=["plain", "conversational"])
+def test_a_completion_that_exceeds_max_length_names_its_row(model, tokenizer, conversational):
+    prompt = as_messages("user", "Hi") if conversational else "Hi"
+    ranker = RewardModelRanker(model, tokenizer, max_length=20)
+    with pytest.raises(
+        ValueError, match=r"Prompt row 1: .*exceeds `max_length` \(20 tokens\)\. Raise `max_length`, or"
+    ):
+        ranker.score([prompt, prompt], [["Hello"], ["x" * 30]])
+
+
+def test_the_positions_of_the_model_are_the_default_limit(model, tokenizer):
+    assert RewardModelRanker(model, tokenizer).settings()["max_length"] == 1024
+    tokenizer.model_max_length = 512
+    assert RewardModelRanker(model, tokenizer).settings()["max_length"] == 512
+
+
+def test_the_model_is_left_as_it_was(model, tokenizer):
+    model.config.attention_dropout = 0.5
+    model.train()
+    ranker = RewardModelRanker(model, tokenizer)
+    assert ranker.score(["Why?"], [[" So."]]) == ranker.score(["Why?"], [[" So."]])  # no dropout
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_folder_loads_model_and_tokenizer(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    expected = RewardModelRanker(model, tokenizer).score(PROMPTS, COMPLETIONS)
+    for loaded, row in zip(RewardModelRanker(str(tmp_path)).score(PROMPTS, COMPLETIONS), expected, strict=True):
+        assert loaded == pytest.approx(row, abs=1e-6)
+
+
+def test_settings_are_json_and_follow_the_weights(model, tokenizer):
+    ranker = RewardModelRanker(model, tokenizer)
+    before = ranker.settings()
+    assert json.loads(json.dumps(before)) == before == RewardModelRanker(model, tokenizer).settings()
+    with torch.no_grad():
+        model.score.weight += 1e-3
+    assert {key for key, value in ranker.settings().items() if value != before[key]} == {"weights"}
+
+
+def test_a_model_with_two_labels_is_refused(tiny_llama_dir):
+    with pytest.raises(
+        ValueError, match=r"`model` has 2 labels, a reward model has one\. Load it with `num_labels=1`"
+    ):
+        RewardModelRanker(tiny_llama_dir)
+
+
+def test_a_tokenizer_with_neither_padding_nor_eos_is_refused(model, tokenizer):
+    model.config.pad_token_id = None
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"neither a padding token nor EOS.*Set `tokenizer\.pad_token`"):
+        RewardModelRanker(model, tokenizer)
+
+
+def test_messages_need_a_chat_template(model, tokenizer):
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"Prompt row 1 is a list of messages.*Set `tokenizer\.chat_template`"):
+        RewardModelRanker(model, tokenizer).score(["Hi", as_messages("user", "Hi")], [["a"], ["b"]])
+
+
+@pytest.mark.parametrize("argument", ["batch_size", "max_length"])
+def test_a_number_below_one_is_refused(model, tokenizer, argument):
+    with pytest.raises(ValueError, match=f"`{argument}` is 0. Give 1 or more"):
+        RewardModelRanker(model, tokenizer, **{argument: 0})
+
+
+def test_a_model_from_nowhere_needs_its_tokenizer(model):
+    model.config.name_or_path = ""
+    with pytest.raises(ValueError, match="`tokenizer` is missing"):
+        RewardModelRanker(model)

@@ -1,0 +1,58 @@
+import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+from prefopt_trl.rankers.templates import ANSWERS, dialogue, resolve_template, summary
+
+# As LLaMA 3 and Qwen have it: a word takes one preceding sign along, but no line break
+LLAMA_3_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def test_dialogue_is_the_papers_input_and_a_cue():
+    assert dialogue("Human: Hi", "Hello.", "Go.") == (
+        "[CONTEXT] Human: Hi [RESPONSE A] Hello. [RESPONSE B] Go. [ANSWER]\n"
+    )
+
+
+def test_summary_is_the_papers_input_and_a_cue():
+    assert summary("A long text.", "Text.", "Long.") == (
+        "[CONTEXT] A long text. [SUMMARY A] Text. [SUMMARY B] Long. [ANSWER]\n"
+    )
+
+
+def test_a_name_or_a_function_resolves_to_a_function():
+    def mine(prompt: str, first: str, second: str) -> str:
+        return prompt + first + second
+
+    assert resolve_template("dialogue") is dialogue
+    assert resolve_template("summary") is summary
+    assert resolve_template(mine) is mine
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"`template` is 'chat'. Give one of 'dialogue', 'summary', or a function"):
+        resolve_template("chat")
+
+
+@pytest.mark.parametrize(
+    "pre_tokenizer",
+    [
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(LLAMA_3_WORDS), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+    ],
+    ids=["gpt2", "llama3"],
+)
+def test_no_tokenizer_merges_the_answer_with_the_cue_however_often_it_has_seen_the_two(pre_tokenizer):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    text = dialogue("Hi", "yes", "no")
+    tokenizer.train_from_iterator([text + ANSWERS[0]] * 100, trainer)
+    assert tokenizer.encode("[ANSWER]").tokens != list("[ANSWER]")  # it did learn to merge
+    for answer in ANSWERS:
+        assert tokenizer.encode(text + answer).ids == tokenizer.encode(text).ids + tokenizer.encode(answer).ids
