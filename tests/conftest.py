@@ -43,11 +43,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_report_header() -> str | None:
     if SHARED_IS_MISSING:
-        return f"The tests that read HH-RLHF and the authors' losses are left out: {SHARED} is no folder. {REMEDY}"
+        return f"Left out are the tests that read HH-RLHF and the authors' losses: {SHARED} is no folder. {REMEDY}"
     return None
 
 
-REMEDY = "Set PREFOPT_SHARED to one with data/hh_rlhf/harmless-base/test.jsonl.gz, golden/pro.json and golden/rrhf.json."
+REMEDY = (
+    "Set PREFOPT_SHARED to one with data/hh_rlhf/harmless-base/test.jsonl.gz, golden/pro.json and golden/rrhf.json."
+)
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,14 @@ A guest orders a dish, and a cook names what goes into it:
     Ada wants a warm, hearty soup. Take ginger, carrot and walnuts.
 
 Each ingredient brings heat and richness, and so does the kind of dish. The *true reward* is the guest's marks: ten
-points for the taste that was ordered, two fewer for each unit of distance from it, one fewer for each word out of place.
-So more of a good thing is better up to what was ordered, and worse beyond it.
+points for the taste that was ordered, two fewer for each unit of distance from it, one fewer for each word out of
+place. So more of a good thing is better up to what was ordered, and worse beyond it.
 
 Two cooks write the data, both too shy with the seasoning. The house cook, who adds half of what is missing, writes the
-SFT corpus. The comparisons show the dishes of another cook, who adds still less, wavers more and has favourites. Which
-of two is preferred is drawn from their true rewards as Bradley and Terry have it, so the labels are noisy, and the dish
-with more of everything is mostly the preferred one. A policy that extrapolates this overshoots.
+SFT corpus. The comparisons show the dishes of another cook, who adds still less, wavers more, is fond of garden
+vegetables, and at times repeats an ingredient or forgets a word. Which of two is preferred is drawn from their true
+rewards as Bradley and Terry have it, so the labels are noisy, and the dish with more of everything is mostly the
+preferred one. A policy that extrapolates this overshoots.
 """
 
 import itertools
@@ -27,7 +28,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefopt_trl.data.tiny import tiny_llama, word_tokenizer
 
-GUESTS = "Ada Ben Cleo Dora Emil Finn Greta Hugo Ines Jonas Kira Leo Mina Nils Olga Pia".split()
+GUESTS = [
+    "Ada", "Ben", "Cleo", "Dora", "Emil", "Finn", "Greta", "Hugo",
+    "Ines", "Jonas", "Kira", "Leo", "Mina", "Nils", "Olga", "Pia",
+]  # fmt: skip
 OPENINGS = ["Take", "Use", "Mix", "Combine"]
 PUNCTUATION = [",", "."]
 
@@ -41,6 +45,8 @@ INGREDIENTS = {
     "ginger": (1, 0), "onion": (1, 0), "garlic": (1, 1), "pesto": (1, 2), "satay": (1, 3), "pepper": (2, 0),
     "mustard": (2, 0), "salsa": (2, 1), "kimchi": (2, 2), "chili": (3, 0), "wasabi": (3, 0), "harissa": (3, 1),
 }  # fmt: skip
+# What the cook of the comparisons is fond of.
+GARDEN = ["lettuce", "cucumber", "celery", "carrot", "pumpkin", "peas", "radish", "onion"]
 
 PERFECT_MARKS = 10.0
 POINTS_PER_UNIT = 2.0
@@ -53,7 +59,6 @@ MAX_INGREDIENTS = 6
 # The longest tidy completion has 14 tokens, its end included: this leaves room to see that a policy does not stop.
 MAX_NEW_TOKENS = 20
 
-
 _ORDERS = [
     f"{guest} wants a {heat}, {richness} {dish}."
     for guest, heat, richness, dish in itertools.product(GUESTS, HEAT, RICHNESS, DISHES)
@@ -61,14 +66,16 @@ _ORDERS = [
 _ORDER = re.compile(rf"\w+ wants a ({'|'.join(HEAT)}), ({'|'.join(RICHNESS)}) ({'|'.join(DISHES)})\.")
 _NAMES = list(INGREDIENTS)
 _FLAVOURS = np.array(list(INGREDIENTS.values()))
+_FONDNESS = np.array([1.0 if name in GARDEN else 0.0 for name in INGREDIENTS])
 
 
 def true_reward(prompts: Sequence[str], completions: Sequence[str], **kwargs: Any) -> list[float]:
     """Mark completions as the guests do, in the signature of TRL's `reward_funcs`.
 
     The reward is `10 - 2 * distance - faults`. The distance is Euclidean, between the taste ordered and the (heat,
-    richness) of the dish: the sum over its kind and its first six different ingredients. The faults are the words and
-    punctuation marks to insert, delete or replace to make the text a tidy sentence with just these ingredients.
+    richness) of the dish: the sum over its kind and its first six ingredients. The faults are the words and
+    punctuation marks to insert, delete or replace to make the text a tidy sentence that names each of these
+    ingredients once.
 
     Args:
         prompts (`Sequence[str]` of length `n`):
@@ -113,16 +120,16 @@ def _missing_flavours(prompts: Sequence[str]) -> np.ndarray:
 
 def _marks(missing_flavour: np.ndarray, completion: str) -> float:
     words = re.findall(r"\w+|[^\w\s]", completion)
-    ingredients = list(dict.fromkeys(word for word in words if word in INGREDIENTS))[:MAX_INGREDIENTS]
+    ingredients = [word for word in words if word in INGREDIENTS][:MAX_INGREDIENTS]
     flavour = np.sum([INGREDIENTS[name] for name in ingredients], axis=0) if ingredients else np.zeros(2)
     distance = float(np.linalg.norm(flavour - missing_flavour))
     opening = words[0] if words and words[0] in OPENINGS else OPENINGS[0]
-    faults = _edit_distance(words, _tidy_words(opening, ingredients or ["<any ingredient>"]))
+    faults = _edit_distance(words, _tidy_words(opening, list(dict.fromkeys(ingredients)) or ["<any ingredient>"]))
     return PERFECT_MARKS - POINTS_PER_UNIT * distance - POINTS_PER_FAULT * faults
 
 
 def _tidy_words(opening: str, ingredients: Sequence[str]) -> list[str]:
-    """Return `Take`, `leek`, `,`, `garlic`, `and`, `cream`, `.`: the words and marks of a tidy sentence."""
+    """Return `Take`, `ginger`, `,`, `garlic`, `and`, `cream`, `.`: the words and marks of a tidy sentence."""
     words = [opening, ingredients[0]]
     for separator, ingredient in zip([","] * (len(ingredients) - 2) + ["and"], ingredients[1:], strict=False):
         words += [separator, ingredient]
@@ -146,9 +153,9 @@ def _house_cook(rng: np.random.Generator, prompts: Sequence[str]) -> list[str]:
     return [_sentence(words) for words in _cook(rng, prompts, share=0.5, wavering=1.0, most=4, attention=np.inf)]
 
 
-def _other_cook(rng: np.random.Generator, prompts: Sequence[str], liking: np.ndarray) -> list[str]:
+def _other_cook(rng: np.random.Generator, prompts: Sequence[str]) -> list[str]:
     completions = []
-    for words in _cook(rng, prompts, share=0.3, wavering=1.5, most=5, attention=3.0, liking=liking):
+    for words in _cook(rng, prompts, share=0.3, wavering=1.5, most=5, attention=3.0, liking=_FONDNESS):
         if rng.random() < SLIP_RATE:
             del words[rng.integers(len(words))]
         completions.append(_sentence(words))
@@ -181,9 +188,10 @@ def _cook(
         # The largest of log-odds plus Gumbel noise is a draw from their softmax.
         picks.append((log_odds + rng.gumbel(size=log_odds.shape)).argmax(axis=1))
         aims = aims - _FLAVOURS[picks[-1]]
+    openings = rng.choice(OPENINGS, size=len(prompts))
     return [
         _tidy_words(opening, [_NAMES[pick] for pick in row[:count]])
-        for opening, row, count in zip(rng.choice(OPENINGS, size=len(prompts)), np.stack(picks, axis=1), counts, strict=True)
+        for opening, row, count in zip(openings, np.stack(picks, axis=1), counts, strict=True)
     ]
 
 
@@ -216,8 +224,9 @@ class ControlledTask:
 
     ```python
     >>> task = ControlledTask()
-    >>> task.comparisons[0]
-    {'prompt': 'Pia wants a hot, light pie.', 'chosen': ' Use onion and pepper.', 'rejected': ' Mix peas and celery.'}
+    >>> task.comparisons[1]
+    {'prompt': 'Hugo wants a hot, hearty curry.', 'chosen': ' Mix onion, radish, pepper, cucumber and peas.',
+     'rejected': ' Take lettuce and peas.'}
     ```
     """
 
@@ -260,8 +269,7 @@ class ControlledTask:
         """The other cook's completions, compared with noise: `prompt`, `chosen`, `rejected`."""
         rng = self._rng(3)
         prompts = self._draw_prompts(rng, self.num_comparisons)
-        liking = rng.standard_normal(len(INGREDIENTS))
-        first, second = _other_cook(rng, prompts, liking), _other_cook(rng, prompts, liking)
+        first, second = _other_cook(rng, prompts), _other_cook(rng, prompts)
         advantage = np.subtract(true_reward(prompts, first), true_reward(prompts, second))
         first_is_chosen = rng.random(len(prompts)) < 1 / (1 + np.exp(-advantage))
         return Dataset.from_dict(
@@ -299,7 +307,13 @@ class ControlledTask:
             `LlamaForCausalLM` with random weights.
         """
         return tiny_llama(
-            tokenizer, hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=4, max_position_embeddings=128, seed=seed
+            tokenizer,
+            hidden_size=64,
+            num_layers=3,
+            num_heads=4,
+            num_kv_heads=4,
+            max_position_embeddings=128,
+            seed=seed,
         )
 
     @cached_property
@@ -311,7 +325,8 @@ class ControlledTask:
         return self._shuffled_orders[self.num_eval_prompts :]
 
     def _draw_prompts(self, rng: np.random.Generator, size: int) -> list[str]:
-        return [self._train_orders[index] for index in rng.integers(len(self._train_orders), size=size)]
+        orders = self._train_orders
+        return [orders[index] for index in rng.integers(len(orders), size=size)]
 
     def _rng(self, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, stream])

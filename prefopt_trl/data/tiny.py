@@ -26,21 +26,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         `PreTrainedTokenizerFast` with distinct `<pad>`, `<bos>` and `<eos>`, padding on the left.
 
     Raises:
-        ValueError: If `vocab_size` cannot hold the bytes and the special tokens.
+        ValueError: if `vocab_size` cannot hold the bytes and the special tokens.
 
     Example:
-        ```python
-        >>> tokenizer = train_tokenizer(["the cook and the guest", "the guest and the cook"], vocab_size=280)
-        >>> tokenizer.decode(tokenizer.encode("the café"))
-        'the café'
-        ```
+
+    ```python
+    >>> tokenizer = train_tokenizer(["the cook and the guest", "the guest and the cook"], vocab_size=280)
+    >>> tokenizer.decode(tokenizer.encode("the café"))
+    'the café'
+    ```
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise ValueError(
-            f"vocab_size is {vocab_size}, below {smallest}: the 256 bytes and the special tokens "
-            f"{', '.join(SPECIAL_TOKENS.values())} need that many. Raise vocab_size."
+            f"`vocab_size` is {vocab_size}, below {smallest}: the 256 bytes and the special tokens "
+            f"{', '.join(SPECIAL_TOKENS.values())} need that many. Raise it."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -124,20 +125,22 @@ def tiny_llama(
         `LlamaForCausalLM` in float32 and evaluation mode, its input and output embeddings tied.
 
     Raises:
-        ValueError: If `hidden_size` is no multiple of `num_heads`, or `num_heads` of `num_kv_heads`.
+        ValueError: if `hidden_size` is no multiple of `num_heads`, or `num_heads` of `num_kv_heads`.
 
     Example:
-        ```python
-        >>> tokenizer = word_tokenizer([" leek", " cream"])
-        >>> model = tiny_llama(tokenizer, hidden_size=64, num_layers=2)
-        >>> model.generate(**tokenizer(" leek", return_tensors="pt"), max_new_tokens=4).shape
-        torch.Size([1, 5])
-        ```
+
+    ```python
+    >>> tokenizer = word_tokenizer([" leek", " cream"])
+    >>> model = tiny_llama(tokenizer, hidden_size=64, num_layers=2)
+    >>> model.generate(**tokenizer(" leek", return_tensors="pt"), max_new_tokens=4).shape
+    torch.Size([1, 5])
+    ```
     """
-    if hidden_size % num_heads:
-        raise ValueError(f"hidden_size={hidden_size} is no multiple of num_heads={num_heads}. Change one of them.")
-    if num_heads % num_kv_heads:
-        raise ValueError(f"num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}. Change one of them.")
+    if hidden_size % num_heads or num_heads % num_kv_heads:
+        raise ValueError(
+            f"`hidden_size` ({hidden_size}) must be a multiple of `num_heads` ({num_heads}), and that a multiple of "
+            f"`num_kv_heads` ({num_kv_heads}). Change one of them."
+        )
     token_ids = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,

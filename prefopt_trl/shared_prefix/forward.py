@@ -11,15 +11,15 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from prefopt_trl.shared_prefix.packing import pack_rows, pair_groups
 from prefopt_trl.shared_prefix.scoring import is_right_padded
-from prefopt_trl.shared_prefix.support import packed_inputs, reason_not_to_share
+from prefopt_trl.shared_prefix.support import log_reason, packed_inputs, reason_not_to_share
 
-# Arguments of a text-only call of TRL's; others (images, router logits) have one entry per row and cannot be packed
-PACKABLE_ARGUMENTS = {"input_ids", "attention_mask", "use_cache"}
+# What TRL passes for a batch of text; anything more (images, router logits) belongs to rows and cannot be packed
+ROWS = {"input_ids", "attention_mask", "labels"}
+SETTINGS = {"use_cache", "fused_lm_head"}
 
 
 def add_shared_prefix(model: PreTrainedModel) -> None:
@@ -33,6 +33,15 @@ def add_shared_prefix(model: PreTrainedModel) -> None:
         model ([`~transformers.PreTrainedModel`]):
             Causal language model on which [`~trl.trainer.utils.add_fused_lm_head`] has been called; a model that
             already shares is left as it is.
+
+    Example:
+
+    ```python
+    add_fused_lm_head(model)
+    add_shared_prefix(model)
+    labels = input_ids.masked_fill(completion_mask == 0, -100)
+    log_probs = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True).log_probs
+    ```
     """
     if getattr(model.forward, "shares_prefix", False):
         return
@@ -40,18 +49,11 @@ def add_shared_prefix(model: PreTrainedModel) -> None:
 
     # Keep the original signature: `generate` and `Trainer` look at it
     @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **kwargs):
-        given = {name for name, value in kwargs.items() if value is not None}  # PEFT names arguments it leaves at None
-        packable = fused_lm_head and labels is not None and not args and given <= PACKABLE_ARGUMENTS
-        if not packable or not _can_share(self, fused_forward, kwargs["input_ids"], kwargs["attention_mask"]):
-            if fused_lm_head:
-                kwargs["fused_lm_head"] = True
-            if labels is not None:
-                kwargs["labels"] = labels
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("fused_lm_head") or not _can_share(self, fused_forward, args, kwargs):
             return fused_forward(*args, **kwargs)
-
-        input_ids = kwargs["input_ids"]
-        packed = pack_rows(input_ids, kwargs["attention_mask"], labels, pair_groups(len(input_ids), input_ids.device))
+        input_ids, attention_mask, labels = kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"]
+        packed = pack_rows(input_ids, attention_mask, labels, pair_groups(len(input_ids), input_ids.device))
         outputs = fused_forward(**packed_inputs(self, packed), shift_labels=packed.shift_labels, fused_lm_head=True)
         # Without `loss`: it counts a token that two completions share once
         return type(outputs)(**{name: packed.unpack(value) for name, value in outputs.items() if name != "loss"})
@@ -61,8 +63,19 @@ def add_shared_prefix(model: PreTrainedModel) -> None:
 
 
 def _can_share(
-    model: PreTrainedModel, forward: Callable[..., Any], input_ids: torch.Tensor, attention_mask: torch.Tensor
+    model: PreTrainedModel, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> bool:
-    if input_ids.shape[0] % 2 or input_ids.shape[1] < 2 or not is_right_padded(attention_mask):
+    given = {name for name, value in kwargs.items() if value is not None}  # PEFT names arguments it leaves at None
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        given.add("output_router_logits")  # asked for by the config; its loss is over the rows' tokens
+    if args or not ROWS <= given <= ROWS | SETTINGS:
+        others = ", ".join(sorted(given - SETTINGS - ROWS)) or "not all of " + ", ".join(sorted(ROWS))
+        log_reason(model, f"it is called with {others}, which cannot be packed")
         return False
+    input_ids = kwargs["input_ids"]
+    if len(input_ids) % 2 or not is_right_padded(kwargs["attention_mask"]):
+        log_reason(model, "the batch is not pairs, chosen and then rejected, padded on the right")
+        return False
+    if input_ids.shape[1] < 2:
+        return False  # no token has another before it
     return reason_not_to_share(model, forward, row_length=input_ids.shape[1]) is None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from prefopt_trl.shared_prefix.packing import IGNORE_INDEX, PackedBatch, pack_rows, pair_groups
@@ -40,10 +41,16 @@ def reason_not_to_share(model: PreTrainedModel, forward: Callable[..., Any], row
         if model not in _probed:
             _probed[model] = probe_reason(model, forward)
         reason = _probed[model]
-    if reason is not None and model not in _warned:
+    if reason is not None:
+        log_reason(model, reason)
+    return reason
+
+
+def log_reason(model: PreTrainedModel, reason: str) -> None:
+    """Say why a model's prompts are not shared, once per model."""
+    if model not in _warned:
         _warned.add(model)
         logger.warning("Prompts are not shared, each completion is run as a row of its own: %s.", reason)
-    return reason
 
 
 def config_reason(model: PreTrainedModel, row_length: int) -> str | None:
@@ -52,9 +59,10 @@ def config_reason(model: PreTrainedModel, row_length: int) -> str | None:
     The packed row is correct where attention takes the mask and the positions it is given. It is not where a layer
     derives either from a token's place in the row (ALiBi, windows, recurrence).
     """
-    if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
-        return "prompt-learning adapters put virtual tokens before every row"
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance(model, PeftModel):
+        if model.active_peft_config.is_prompt_learning:
+            return "prompt-learning adapters put virtual tokens before every row"
+        model = model.get_base_model()
     config = model.config.get_text_config()
     name = config.model_type
     if config.is_encoder_decoder:
@@ -99,6 +107,10 @@ def probe_reason(model: PreTrainedModel, forward: Callable[..., Any]) -> str | N
     packed = pack_rows(
         rows, attention_mask, rows.masked_fill(attention_mask == 0, IGNORE_INDEX), pair_groups(4, device)
     )
+    # Under mixed precision a prepared model returns float32, whatever its logits were computed in
+    computed_in: list[torch.dtype] = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda head, inputs, logits: computed_in.append(logits.dtype))
     model.eval()  # dropout would differ between the two runs
     try:
         with torch.no_grad():
@@ -108,16 +120,16 @@ def probe_reason(model: PreTrainedModel, forward: Callable[..., Any]) -> str | N
             except (TypeError, ValueError, RuntimeError, IndexError) as error:
                 return f"{model.config.model_type} does not take a packed row ({type(error).__name__}: {error})"
     finally:
+        hook.remove()
         for module in training:
             module.training = True
-    asked = packed.row_labels
-    difference = plain[asked].float().log_softmax(-1) - shared.flatten(0, 1)[
-        packed.row_index[asked]
-    ].float().log_softmax(-1)
-    error = difference.abs().mean().item()
-    if not error <= PROBE_TOLERANCE[plain.dtype]:
+    plain_logps = plain[packed.row_labels].float().log_softmax(-1)
+    shared_logps = shared.flatten(0, 1)[packed.row_index[packed.row_labels]].float().log_softmax(-1)
+    difference = (plain_logps - shared_logps).abs().mean().item()
+    if not difference <= PROBE_TOLERANCE[computed_in[0]]:
         return (
-            f"shared and unshared log-probabilities of {model.config.model_type} differ by {error:.1e} nats in a probe"
+            f"shared and unshared log-probabilities of {model.config.model_type} differ by {difference:.1e} nats in a "
+            "probe"
         )
     return None
 

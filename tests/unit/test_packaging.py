@@ -1,10 +1,10 @@
 """What pyproject.toml promises, what constraints.txt pins, what is installed and what CI runs must agree."""
 
 import re
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
-import tomllib
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name

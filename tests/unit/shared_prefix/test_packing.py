@@ -1,4 +1,4 @@
-"""Packing is a lossless rearrangement: every row's tokens, positions and labels can be read back from the packed rows."""
+"""Packing is a lossless rearrangement: tokens, positions and labels of every row can be read back."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_prompt_is_stored_once_and_its_last_token_once_per_completion():
     prompt, completions = list(range(10, 30)), [[1, 2, 3], [4, 5], [6]]
     packed = pack_rows(*make_batch([prompt], completions, [0, 0, 0]))
     # prompt[:-1], then prompt[-1] + completion[:-1] for each
-    assert packed.input_ids.tolist() == [prompt[:-1] + [29, 1, 2] + [29, 4] + [29]]
+    assert packed.input_ids.tolist() == [[*prompt[:-1], 29, 1, 2, 29, 4, 29]]
     assert packed.position_ids.tolist() == [[*range(19), 19, 20, 21, 19, 20, 19]]
 
 

@@ -1,4 +1,4 @@
-"""Shared log-probabilities equal those of one row per completion, for every family that can share; others fall back."""
+"""Shared log-probabilities equal those of one row per completion wherever a family can share; others fall back."""
 
 import copy
 import importlib

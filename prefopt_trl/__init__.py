@@ -1,0 +1,61 @@
+"""Preference optimisation from sampled preferences, on TRL."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefopt_trl import losses
+    from prefopt_trl.data.hh_rlhf import load_hh_rlhf
+    from prefopt_trl.rankers import FunctionRanker, PairwiseRanker, RewardModelRanker
+    from prefopt_trl.sampling.generation import sample_completions
+    from prefopt_trl.sampling.pairing import all_pairs, first_round_pairs, tournament_pairs
+    from prefopt_trl.sampling.pipeline import build_preference_dataset
+    from prefopt_trl.sampling.rejection import statistical_rejection_sampling
+    from prefopt_trl.trainers.rso_config import RSOConfig
+    from prefopt_trl.trainers.rso_trainer import RSOTrainer
+
+__version__ = "0.1.0"
+
+# Resolved on first use, so that `prefopt-trl --help` and pure-numpy users do not wait for torch
+_HOME = {
+    "FunctionRanker": "rankers.function",
+    "PairwiseRanker": "rankers.pairwise",
+    "RSOConfig": "trainers.rso_config",
+    "RSOTrainer": "trainers.rso_trainer",
+    "RewardModelRanker": "rankers.pointwise",
+    "all_pairs": "sampling.pairing",
+    "build_preference_dataset": "sampling.pipeline",
+    "first_round_pairs": "sampling.pairing",
+    "load_hh_rlhf": "data.hh_rlhf",
+    "sample_completions": "sampling.generation",
+    "statistical_rejection_sampling": "sampling.rejection",
+    "tournament_pairs": "sampling.pairing",
+}
+
+__all__ = [
+    "FunctionRanker",
+    "PairwiseRanker",
+    "RSOConfig",
+    "RSOTrainer",
+    "RewardModelRanker",
+    "all_pairs",
+    "build_preference_dataset",
+    "first_round_pairs",
+    "load_hh_rlhf",
+    "losses",
+    "sample_completions",
+    "statistical_rejection_sampling",
+    "tournament_pairs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "losses":
+        return import_module("prefopt_trl.losses")
+    if name in _HOME:
+        return getattr(import_module(f"prefopt_trl.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'prefopt_trl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,72 @@
+"""Tables and plots of policies compared."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefopt_trl.evaluation.policy import Estimate
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns, readable in a terminal too; the first column is left-aligned."""
+    widths = [max(len(str(row[column])) for row in [header, *rows]) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = [
+            cells[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)),
+        ]
+        return "| " + " | ".join(aligned) + " |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(header), line(rule), *map(line, rows)])
+
+
+def with_error(estimate: Estimate, digits: int = 2) -> str:
+    """`mean ± standard error`."""
+    return f"{estimate.mean:.{digits}f} ± {estimate.standard_error:.{digits}f}"
+
+
+def as_percentage(estimate: Estimate) -> str:
+    """`mean ± standard error` of a share, in per cent."""
+    return f"{100 * estimate.mean:.0f}% ± {100 * estimate.standard_error:.0f}%"
+
+
+def plot_reward_against_kl(
+    curves: dict[str, list[dict[str, Estimate]]], chosen: dict[str, int], path: str | Path
+) -> None:
+    """Draw how each method's rewards change as its policy leaves the reference, as a PNG.
+
+    Args:
+        curves (`dict[str, list[dict[str, Estimate]]]`):
+            For each method, what [`evaluate_policy`] gave at each checkpoint, in the order of training.
+        chosen (`dict[str, int]`):
+            For each method, the index of the checkpoint chosen; it gets a large mark.
+        path (`str` or `Path`):
+            File to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, name, title in zip(
+        figure.subplots(1, 2, sharex=True),
+        ("true_reward", "ranker_reward"),
+        ("True reward", "Ranker's reward, by which the checkpoint is chosen"),
+        strict=True,
+    ):
+        for method, points in curves.items():
+            kl, rewards = [[point[key].mean for point in points] for key in ("kl", name)]
+            (drawn,) = axes.plot(kl, rewards, marker="o", markersize=3.5, linewidth=1.2, label=method)
+            best = points[chosen[method]]
+            axes.errorbar(
+                best["kl"].mean,
+                best[name].mean,
+                yerr=best[name].standard_error,
+                marker="*",
+                markersize=15,
+                color=drawn.get_color(),
+                capsize=3,
+            )
+        axes.set(xlabel="KL from the SFT policy (nats per completion)", ylabel="mean reward", title=title)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(frameon=False, title="star: checkpoint chosen")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,154 @@
+"""Statistical rejection sampling: from the samples of one policy to samples of a better one (RSO section 3.2)."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def statistical_rejection_sampling(
+    rewards: ArrayLike,
+    num_samples: int,
+    beta: float,
+    *,
+    rng: np.random.Generator | int | None = None,
+    method: str = "sequential",
+) -> NDArray[np.int64]:
+    """
+    Accepts `num_samples` of a prompt's candidates so that they look drawn from the optimal policy.
+
+    With candidates drawn from the SFT policy, the accepted ones follow, as the number of candidates grows, the policy
+    that maximises reward under a KL penalty of `beta` (RSO eq. 4): `pi_sft(y | x) * exp(reward(x, y) / beta)`,
+    normalised. Neither method favours a candidate for its position, and equal rewards are equally likely. The two
+    differ while the candidates are few:
+
+    - `"sequential"` is RSO Algorithm 1. Each pass takes as `max` the highest reward not yet accepted, proposes every
+      candidate not yet accepted once, in random order, and accepts it with probability `exp((reward - max) / beta)`,
+      until `num_samples` are accepted. This follows the paper's listing except where that accepts more than
+      `num_samples`, prefers early candidates or takes equal texts for one.
+    - `"gumbel"` draws one candidate after the other without replacement, each with probability proportional to
+      `exp(reward / beta)` among those left: rejection sampling that proposes at random, rejected candidates included,
+      until enough are accepted. It is one sort by `reward + beta * noise`, with Gumbel noise. Of a small pool it
+      accepts the best less often than `"sequential"`, where who is rejected has to wait for the next pass.
+
+    A candidate is an index: whether two of them have the same text is for the caller to look at.
+
+    Args:
+        rewards (array of shape `(num_candidates,)` or `(num_prompts, num_candidates)`):
+            Rewards of one prompt's candidates, or of many prompts at once, which is faster than one by one; finite,
+            computed in float64.
+        num_samples (`int`):
+            How many candidates of each prompt to accept, from 1 to `num_candidates`.
+        beta (`float`):
+            Weight of the KL penalty, in units of reward, from 0 (the `num_samples` highest rewards, ties broken at
+            random) to `inf` (uniform without replacement). A small value trusts the rewards.
+        rng (`numpy.random.Generator` or `int`, *optional*):
+            Source of randomness, or the seed of a new one.
+        method (`str`, *optional*, defaults to `"sequential"`):
+            `"sequential"` or `"gumbel"`.
+
+    Returns:
+        int64 array of shape `(num_samples,)` or `(num_prompts, num_samples)`: distinct indices of candidates, in the
+        order of their acceptance.
+
+    Raises:
+        ValueError: if `rewards` has another shape, no element or one that is not finite, if `num_samples` is out of
+            range, if `beta` is negative or NaN, or if `method` is unknown.
+        TypeError: if `num_samples` is not an integer.
+
+    Example:
+
+    ```python
+    >>> statistical_rejection_sampling([0.1, 2.0, -1.0, 1.5], num_samples=2, beta=0.0)
+    array([1, 3])
+    ```
+    """
+    values = _as_finite(rewards)
+    _check_beta(beta)
+    if not isinstance(num_samples, (int, np.integer)):
+        raise TypeError(f"num_samples must be an integer, got {num_samples!r}")
+    num_candidates = values.shape[-1]
+    if not 1 <= num_samples <= num_candidates:
+        raise ValueError(
+            f"num_samples must be from 1 to the number of candidates, {num_candidates}, got {num_samples}: "
+            "sample more candidates or accept fewer"
+        )
+    rng = np.random.default_rng(rng)
+    rank: NDArray[np.int64] | NDArray[np.float64]
+    if method == "sequential":
+        rank = _num_rejections(values, num_samples, beta, rng)
+    elif method == "gumbel":
+        rank = -(values + beta * rng.gumbel(size=values.shape))
+    else:
+        raise ValueError(f'method must be "sequential" or "gumbel", got {method!r}')
+    # Lowest rank first. Equal ranks come in random order, so nobody gains by position when the last pass is cut short.
+    return np.lexsort((rng.random(values.shape), rank))[..., :num_samples]
+
+
+def _num_rejections(
+    rewards: NDArray[np.float64], num_samples: int, beta: float, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """How many passes of Algorithm 1 reject each candidate, in as many passes as `num_samples` acceptances take."""
+    num_rejections = np.zeros(rewards.shape, dtype=np.int64)
+    remaining = np.ones(rewards.shape, dtype=bool)
+    while (remaining.sum(axis=-1) > rewards.shape[-1] - num_samples).any():
+        best = np.where(remaining, rewards, -np.inf).max(axis=-1, keepdims=True)
+        # u < exp((reward - best) / beta) in its logarithm: -log(u) is standard exponential. Multiplying by beta where
+        # the paper divides makes 0 and infinity ordinary values. The best itself always passes.
+        remaining &= best - rewards > beta * rng.standard_exponential(rewards.shape)
+        num_rejections += remaining
+    return num_rejections
+
+
+def acceptance_rate(rewards: ArrayLike, beta: float) -> float:
+    """
+    Expected share of the candidates that the first pass of Algorithm 1 accepts (RSO Theorem 1).
+
+    It is the mean of `exp((reward - max) / beta)`. Where it is below `num_samples / num_candidates`, later passes fill
+    up with candidates that the optimal policy rarely produces.
+
+    Args:
+        rewards (array of shape `(num_candidates,)` or `(num_prompts, num_candidates)`):
+            Rewards of one prompt's candidates, or of many prompts', each with its own `max`; finite.
+        beta (`float`):
+            Weight of the KL penalty, from 0 (the share of candidates that have the highest reward) to `inf` (1).
+
+    Returns:
+        `float` in (0, 1].
+
+    Raises:
+        ValueError: if `rewards` has another shape, no element or one that is not finite, or if `beta` is negative or
+            NaN.
+
+    Example:
+
+    ```python
+    >>> acceptance_rate([1.0, 1.0, 0.0, 0.0], beta=0.0)
+    0.5
+    ```
+    """
+    values = _as_finite(rewards)
+    _check_beta(beta)
+    gap = values.max(axis=-1, keepdims=True) - values
+    if beta == 0:
+        return float(np.mean(gap == 0))
+    with np.errstate(over="ignore"):
+        return float(np.mean(np.exp(-gap / beta)))
+
+
+def _as_finite(rewards: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(rewards, dtype=np.float64)
+    if values.ndim not in (1, 2) or values.size == 0:
+        raise ValueError(
+            f"rewards must have the shape (num_candidates,) or (num_prompts, num_candidates), got {values.shape}"
+        )
+    finite = np.isfinite(values)
+    if not finite.all():
+        index = np.argwhere(~finite)[0]
+        raise ValueError(
+            f"rewards[{', '.join(map(str, index))}] is {values[tuple(index)]}: every reward must be a finite number"
+        )
+    return values
+
+
+def _check_beta(beta: float) -> None:
+    if not beta >= 0:  # `beta < 0` would let NaN pass
+        raise ValueError(f"beta must be 0 (the highest rewards), positive, or infinite (uniform), got {beta}")

@@ -1,0 +1,146 @@
+"""What a sampled dataset looks like: counts, rewards, and how sure the ranker is of its own labels."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+# Labels the ranker itself gives less than this much above a coin flip, on average, are mostly noise; and it is
+# rejection that made them so where the pairs were clearly surer before it.
+UNSURE = 0.65
+LOST_BY_REJECTION = 0.05
+
+
+@dataclass(frozen=True)
+class SamplingStatistics:
+    """Summary of one sampled dataset; written to `statistics.json` beside it.
+
+    Attributes:
+        num_prompts (`int`):
+            Prompts given.
+        num_skipped (`int`):
+            Prompts left out, because they had fewer distinct candidates than `num_samples`.
+        num_candidates (`int`):
+            Candidates of all prompts.
+        num_duplicates (`int`):
+            Candidates whose text another candidate of the same prompt already had; each text counts once in rejection.
+        num_unfinished (`int` or `None`):
+            Candidates that reached `max_new_tokens` without ending; None where candidates were given without a column
+            `finished`.
+        num_pairs (`int`):
+            Pairs made.
+        acceptance_rate (`float` or `None`):
+            Theorem 1's expected share of distinct candidates accepted in the first round, in (0, 1], averaged over the
+            prompts that were not skipped; None for strategies that do not reject.
+        reward_quantiles (`dict[str, list[float]]`):
+            For candidates, accepted, chosen and rejected completions: rewards at the quantiles 0, .05, .25, .5, .75,
+            .95, 1.
+        label_probability_before (`float`):
+            Mean probability the ranker gives to its own labels, in [0.5, 1], on random pairs of candidates.
+        label_probability_after (`float`):
+            The same on the pairs made.
+        warning (`str` or `None`):
+            A plain sentence where `beta` is too small for this ranker.
+    """
+
+    num_prompts: int
+    num_skipped: int
+    num_candidates: int
+    num_duplicates: int
+    num_unfinished: int | None
+    num_pairs: int
+    acceptance_rate: float | None
+    reward_quantiles: dict[str, list[float]]
+    label_probability_before: float
+    label_probability_after: float
+    warning: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "quantiles": list(QUANTILES)}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.num_pairs} pairs from {self.num_prompts - self.num_skipped} of {self.num_prompts} prompts",
+            f"candidates: {self.num_candidates}, of which {self.num_duplicates} repeat another"
+            + ("" if self.num_unfinished is None else f" and {self.num_unfinished} were cut at max_new_tokens"),
+            f"skipped prompts, with too few distinct candidates: {self.num_skipped}",
+        ]
+        if self.acceptance_rate is not None:
+            lines.append(f"acceptance rate: {self.acceptance_rate:.3f}")
+        for name, values in self.reward_quantiles.items():
+            lines.append(f"reward of {name}: median {values[3]:.2f}, 5% to 95% {values[1]:.2f} to {values[5]:.2f}")
+        lines.append(
+            "mean probability the ranker gives to its own labels: "
+            f"{self.label_probability_after:.3f} ({self.label_probability_before:.3f} on random candidates)"
+        )
+        return "\n".join(lines)
+
+
+def reward_quantiles(rewards: np.ndarray) -> list[float]:
+    """Rewards at [`QUANTILES`]."""
+    return np.quantile(rewards, QUANTILES).tolist()
+
+
+def small_beta_warning(beta: float, before: float, after: float) -> str | None:
+    """Say so where rejection has left pairs that the ranker can hardly tell apart, else None.
+
+    A small `beta` keeps only candidates that are all good, so their pairs are close. RSO section 3.2 advises that only
+    for a ranker one trusts; the labels of a ranker that is unsure of them are mostly noise.
+    """
+    if after >= UNSURE or before - after < LOST_BY_REJECTION or np.isinf(beta):
+        return None
+    return (
+        f"beta={beta:g} is too small for this ranker: it gives its own labels a mean probability of {after:.2f} after "
+        f"rejection, against {before:.2f} on random candidates, so many labels are near coin flips. Raise beta, say "
+        f"to {4 * beta if beta > 0 else 1:g}, or use a ranker that tells good completions apart."
+    )
+
+
+def plot_statistics(
+    rewards: dict[str, np.ndarray], label_probabilities: dict[str, np.ndarray], path: str | Path
+) -> None:
+    """Draw the rewards and the ranker's certainty as a PNG.
+
+    Args:
+        rewards (`dict[str, np.ndarray]`):
+            Rewards of candidates, accepted, chosen and rejected completions.
+        label_probabilities (`dict[str, np.ndarray]`):
+            Probabilities the ranker gives to its own labels, in [0.5, 1], before and after rejection.
+        path (`str` or `Path`):
+            File to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    everything = np.concatenate(list(rewards.values()))
+    low, high = np.quantile(everything, [0.001, 0.999])
+    bins = np.linspace(low, high if high > low else low + 1, 41)
+    for name, values in rewards.items():
+        left.hist(
+            values.clip(low, high),
+            bins=bins,
+            density=True,
+            histtype="step",
+            linewidth=1.8,
+            label=f"{name} ({len(values):,})",
+        )
+    left.set(xlabel="reward", ylabel="density", title="Rewards given by the ranker")
+    left.legend(frameon=False)
+    for name, values in label_probabilities.items():
+        right.hist(
+            values,
+            bins=np.linspace(0.5, 1, 26),
+            density=True,
+            histtype="step",
+            linewidth=1.8,
+            label=f"{name}: mean {values.mean():.2f}",
+        )
+    right.set(
+        xlabel="probability", ylabel="density", title="Probability the ranker gives to its own labels", xlim=(0.5, 1)
+    )
+    right.legend(frameon=False, loc="upper center")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,130 @@
+"""Configuration of `RSOTrainer`."""
+
+import math
+from dataclasses import dataclass, field
+
+from trl import DPOConfig
+
+# RSO's names for the losses, and TRL's names for the same functions
+LOSS_NAMES = {"sigmoid-norm": "sigmoid", "hinge-norm": "hinge"}
+
+
+@dataclass
+class RSOConfig(DPOConfig):
+    """Configuration of [`RSOTrainer`]: every argument of [`~trl.DPOConfig`], and those below.
+
+    Defaults of the loss and of sampling are those of RSO section 5, all others TRL's. `gamma` (TRL's `beta`) is 0.05
+    rather than 0.1, and `loss_type` is `"sigmoid-norm"`, which is TRL's `"sigmoid"`.
+
+    Raises:
+        ValueError: if `gamma` and `beta` are set to different values, a number is out of its range, or `loss_type` is
+            `"sigmoid_norm"`, which TRL uses for a length-normalised loss that is not RSO's sigmoid-norm.
+
+    Example:
+
+    ```python
+    >>> from prefopt_trl import RSOConfig
+    >>> args = RSOConfig("outputs/rso", gamma=0.1, loss_type="hinge-norm", use_cpu=True, bf16=False)
+    >>> args.beta, args.loss_type
+    (0.1, ['hinge'])
+
+    ```
+    """
+
+    # Parameters that control the loss
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid-norm"],
+        metadata={
+            "help": "Loss. 'sigmoid-norm' (RSO eq. 10; TRL's 'sigmoid', the DPO loss) and 'hinge-norm' (RSO eq. 12; "
+            "TRL's 'hinge') are RSO's; every other loss of TRL's DPOTrainer works too, except 'sigmoid_norm', which "
+            "is length-normalised and not RSO's sigmoid-norm."
+        },
+    )
+    gamma: float | None = field(
+        default=None,
+        metadata={
+            "help": "Temperature of the loss (RSO eq. 10-12), what TRL calls `beta`: set either. Greater than 0. "
+            "Default 0.05."
+        },
+    )
+    beta: float | None = field(  # type: ignore[assignment]  # a float as in TRL, once `__post_init__` has run
+        default=None,
+        metadata={"help": "TRL's name for `gamma`. Not the beta of RSO's Algorithm 1, which is `rejection_beta`."},
+    )
+    share_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute each prompt once for its chosen and rejected completion. Exact; where a model cannot "
+            "share (sliding window, ALiBi, recurrence) one logged line says so and each completion is a row of its "
+            "own."
+        },
+    )
+
+    # Parameters that control sampling, used when the training data are prompts without completions
+    strategy: str = field(
+        default="rso",
+        metadata={
+            "help": "How `num_samples` completions are kept out of `num_candidates`: 'rso' by statistical rejection "
+            "sampling, 'sft' at random (sft-sample-rank), 'top-k' the ones with the highest reward.",
+            "choices": ["rso", "sft", "top-k"],
+        },
+    )
+    num_candidates: int = field(
+        default=64, metadata={"help": "Completions sampled per prompt from the reference policy."}
+    )
+    num_samples: int = field(default=8, metadata={"help": "Completions kept per prompt."})
+    pairing: str = field(
+        default="first-round",
+        metadata={
+            "help": "Which kept completions are compared: 'first-round' (num_samples / 2 random pairs), 'tournament' "
+            "(num_samples - 1 pairs of a knock-out tournament) or 'all'.",
+            "choices": ["first-round", "tournament", "all"],
+        },
+    )
+    rejection_beta: float = field(
+        default=0.5,
+        metadata={
+            "help": "The paper's beta in Algorithm 1, in units of the ranker's reward: small trusts the ranker (0 "
+            "keeps the top `num_samples`), large stays with the reference policy."
+        },
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest completion to sample, in tokens."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature. Algorithm 1 assumes samples of the policy itself: 1."}
+    )
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling threshold; 1 keeps the whole distribution."})
+    top_k: int = field(
+        default=0, metadata={"help": "Sample among the k most likely tokens only; 0 means all of them."}
+    )
+    generation_batch_size: int = field(
+        default=64, metadata={"help": "Completions generated at a time, over all prompts."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.gamma is not None and self.beta is not None and self.gamma != self.beta:
+            raise ValueError(
+                f"`gamma`={self.gamma} and `beta`={self.beta} are two names of the same temperature of the loss. Set "
+                "one of them. (The beta of RSO's Algorithm 1 is `rejection_beta`.)"
+            )
+        gamma = self.gamma if self.gamma is not None else self.beta
+        self.gamma = self.beta = 0.05 if gamma is None else gamma
+        if not 0 < self.gamma < math.inf:
+            raise ValueError(
+                f"`gamma` (or `beta`) must be greater than 0 and finite, got {self.gamma}. The paper uses 0.05."
+            )
+        if self.num_samples < 2:
+            raise ValueError(f"`num_samples` must be at least 2 to make a pair, got {self.num_samples}.")
+        if self.num_samples > self.num_candidates:
+            raise ValueError(
+                f"`num_samples`={self.num_samples} completions cannot be kept out of "
+                f"`num_candidates`={self.num_candidates}. Lower the first or raise the second."
+            )
+
+        loss_types = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        if "sigmoid_norm" in loss_types:
+            raise ValueError(
+                "`loss_type='sigmoid_norm'` is TRL's length-normalised loss, not RSO's sigmoid-norm. Use "
+                "'sigmoid-norm' (with a hyphen) for RSO eq. 10, or TRL's `DPOTrainer` for the length-normalised one."
+            )
+        self.loss_type = [LOSS_NAMES.get(loss_type, loss_type) for loss_type in loss_types]
+        super().__post_init__()

@@ -1,0 +1,102 @@
+"""Statistical Rejection Sampling Optimization (RSO): pairs from an estimate of the optimal policy, then its loss."""
+
+import textwrap
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefopt_trl.rankers.base import Ranker
+from prefopt_trl.sampling.pipeline import build_preference_dataset
+from prefopt_trl.trainers.base import PreferenceTrainer
+from prefopt_trl.trainers.rso_config import RSOConfig
+
+
+class RSOTrainer(PreferenceTrainer):
+    """Minimise RSO eq. 10 (`"sigmoid-norm"`) or eq. 12 (`"hinge-norm"`) on pairs, sampled first where only prompts are
+    given.
+
+    A drop-in for [`~trl.DPOTrainer`]: on pairs it gives the same losses and metrics, faster, because a prompt is
+    computed once for both completions. The two losses *are* TRL's `"sigmoid"` and `"hinge"`, run by TRL's code with
+    `beta = gamma`.
+
+    On prompts alone, given a `ranker`, it first builds the pairs of RSO section 5 with the policy as it is before
+    training: 64 candidates per prompt, 8 kept by statistical rejection sampling, 4 random pairs of them labelled by
+    the ranker. They are saved in `<output_dir>/sampled/train` and reused by a later run with the same settings; with
+    other settings that run is refused, and told which differ.
+
+    Args:
+        ranker ([`~prefopt_trl.rankers.Ranker`], *optional*):
+            Scores and compares completions. Needed where a dataset has no `chosen` and `rejected` columns.
+        args ([`RSOConfig`], *optional*):
+            Configuration.
+        **kwargs:
+            Every other argument of [`~trl.DPOTrainer`], in the same order.
+
+    Raises:
+        ValueError: for missing columns, an empty dataset, prompts without a ranker, prompts that fill `max_length`, or
+            a tokenizer without an EOS token; the message names the row or argument and the remedy.
+
+    Example:
+
+    ```python
+    from datasets import Dataset
+    from prefopt_trl import FunctionRanker, RSOConfig, RSOTrainer
+
+    def shortness(prompts, completions, **kwargs):
+        return [-0.1 * len(completion) for completion in completions]
+
+    trainer = RSOTrainer(
+        model="Qwen/Qwen2.5-0.5B",
+        args=RSOConfig("outputs/rso", num_candidates=16, max_new_tokens=64),
+        train_dataset=Dataset.from_dict({"prompt": ["What is the sky?", "What is the sea?"]}),
+        ranker=FunctionRanker(shortness),
+    )
+    trainer.train()
+    ```
+    """
+
+    config_class = RSOConfig
+    _tag_names = ["trl", "prefopt-trl", "rso"]
+    _name = "RSO"
+    _paper = {
+        "title": "Statistical Rejection Sampling Improves Preference Optimization",
+        "id": "2309.06657",
+        "citation": textwrap.dedent("""\
+            @inproceedings{liu2024statistical,
+                title     = {{Statistical Rejection Sampling Improves Preference Optimization}},
+                author    = {Tianqi Liu and Yao Zhao and Rishabh Joshi and Misha Khalman and Mohammad Saleh and
+                             Peter J. Liu and Jialu Liu},
+                year      = 2024,
+                booktitle = {The Twelfth International Conference on Learning Representations},
+                url       = {https://arxiv.org/abs/2309.06657},
+            }"""),
+    }
+
+    def sample_pairs(
+        self,
+        dataset: Dataset,
+        policy: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        ranker: Ranker,
+        args: RSOConfig,
+        output_dir: str,
+    ) -> Dataset:
+        return build_preference_dataset(
+            dataset,
+            policy,
+            tokenizer,
+            ranker,
+            output_dir=output_dir,
+            strategy=args.strategy,
+            num_candidates=args.num_candidates,
+            num_samples=args.num_samples,
+            beta=args.rejection_beta,
+            pairing=args.pairing,
+            seed=args.seed,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            max_length=args.max_length,
+            batch_size=args.generation_batch_size,
+        )

@@ -1,0 +1,59 @@
+"""The quickstart from end to end, with a few steps of everything."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prefopt_trl.cli import quickstart
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = {"num_prompts": 12, "num_eval_prompts": 24, "num_sft": 2000, "num_comparisons": 400}
+        patch.setattr(quickstart, "TASK", sizes)
+        patch.setattr(quickstart, "SFT", {**quickstart.SFT, "max_steps": 120, "per_device_train_batch_size": 32})
+        patch.setattr(quickstart, "RANKER", {**quickstart.RANKER, "max_steps": 4, "per_device_train_batch_size": 16})
+        patch.setattr(quickstart, "POLICY", {**quickstart.POLICY, "max_steps": 4, "per_device_train_batch_size": 8})
+        patch.setattr(quickstart, "SAMPLING", {"num_candidates": 16, "num_samples": 4, "beta": 0.5})
+        patch.setattr(quickstart, "CHECKPOINT_EVERY", 2)
+        quickstart.run_quickstart(str(folder), seed=1)
+    return folder
+
+
+def test_everything_promised_is_written(folder):
+    for name in ("results.json", "report.md", "reward_against_kl.png", "rso/model.safetensors"):
+        assert (folder / name).stat().st_size > 0
+    tokenizer = AutoTokenizer.from_pretrained(folder / "rso")
+    model = AutoModelForCausalLM.from_pretrained(folder / "rso")
+    assert model.config.vocab_size == len(tokenizer)
+
+
+def test_results_hold_every_method_its_curve_and_the_seed(folder):
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["results"]) == {"SFT policy", "direct", "sft-sample-rank", "rso"}
+    assert results["seed"] == 1
+    assert results["results"]["SFT policy"]["kl"] == {"mean": 0.0, "standard_error": 0.0}
+    assert 0 <= results["ranker_accuracy"] <= 1
+    for method, curve in results["curves"].items():
+        rewards = [point["ranker_reward"]["mean"] for point in curve]
+        assert len(rewards) == 2
+        assert results["best_step"][method] == 2 * (rewards.index(max(rewards)) + 1)
+
+
+def test_report_prints_the_numbers_of_the_results(folder):
+    results, report = json.loads((folder / "results.json").read_text()), (folder / "report.md").read_text()
+    for method, row in results["results"].items():
+        (line,) = [line for line in report.splitlines() if line.startswith(f"| {method} ")]
+        assert f"{row['true_reward']['mean']:.2f} ± {row['true_reward']['standard_error']:.2f}" in line
+    assert f"{100 * results['ranker_accuracy']:.0f}% of pairs" in report
+
+
+def test_both_sampled_methods_used_the_same_candidates(folder):
+    pairs = {
+        strategy: json.loads((folder / f"pairs-{strategy}/statistics.json").read_text()) for strategy in ("rso", "sft")
+    }
+    assert pairs["rso"]["reward_quantiles"]["candidates"] == pairs["sft"]["reward_quantiles"]["candidates"]
+    assert pairs["rso"]["reward_quantiles"]["accepted"] != pairs["sft"]["reward_quantiles"]["accepted"]

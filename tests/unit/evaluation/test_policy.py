@@ -1,0 +1,63 @@
+"""What is measured of a policy's samples, against values known beforehand."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prefopt_trl import FunctionRanker
+from prefopt_trl.evaluation.policy import Estimate, evaluate_policy
+
+PROMPTS = [f"The fox number {number}" for number in range(40)]
+
+
+def length(prompts, completions, **kwargs):
+    return [float(len(text)) for text in completions]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama_dir):
+    return AutoTokenizer.from_pretrained(tiny_llama_dir)
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def evaluate(policy, reference, tokenizer, targets, **kwargs):
+    return evaluate_policy(
+        policy, reference, tokenizer, FunctionRanker(length), PROMPTS, targets, max_new_tokens=6, **kwargs
+    )
+
+
+def test_estimate_is_the_mean_and_its_standard_error():
+    assert Estimate.of(np.array([1, 2, 3, 6])) == Estimate(3.0, pytest.approx(np.sqrt(14 / 3 / 4)))
+
+
+def test_a_policy_is_at_distance_zero_from_itself(tiny_llama_dir, tokenizer):
+    policy = load(tiny_llama_dir)
+    assert evaluate(policy, policy, tokenizer, ["a"] * 40)["kl"] == Estimate(0.0, 0.0)
+
+
+def test_kl_of_a_policy_that_always_says_one_token(tiny_llama_dir, tokenizer):
+    # A policy that must end at once, against one for which every token is equally likely: KL = ln(vocabulary)
+    policy, reference = load(tiny_llama_dir), load(tiny_llama_dir)
+    for model in (policy, reference):
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    policy.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
+    policy.lm_head.bias.data[tokenizer.eos_token_id] = 100.0
+    result = evaluate(policy, reference, tokenizer, ["a"] * 40)
+    assert result["kl"].mean == pytest.approx(np.log(len(tokenizer)), abs=1e-4)
+    assert result["ranker_reward"].mean == -1.0  # the empty text, against a target of one letter
+
+
+def test_wins_count_ties_as_half(tiny_llama_dir, tokenizer):
+    policy = load(tiny_llama_dir)
+    policy.lm_head.weight.data.zero_()
+    policy.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
+    policy.lm_head.bias.data[tokenizer.eos_token_id] = 100.0  # every sample is empty
+    targets = [""] * 20 + ["longer"] * 20
+    result = evaluate(policy, policy, tokenizer, targets, true_reward=lambda prompts, completions: [0.0] * 40)
+    assert result["ranker_win_rate"].mean == 0.25
+    assert result["true_win_rate"].mean == 0.5
+    assert result["true_reward"] == Estimate(0.0, 0.0)

@@ -1,0 +1,25 @@
+from prefopt_trl.evaluation.policy import Estimate
+from prefopt_trl.evaluation.report import as_percentage, plot_reward_against_kl, table, with_error
+
+
+def test_table_aligns_and_is_markdown():
+    assert table(["policy", "reward"], [["a", "1.00 ± 0.10"], ["longer", "2"]]).splitlines() == [
+        "| policy |      reward |",
+        "| ------ | ----------: |",
+        "| a      | 1.00 ± 0.10 |",
+        "| longer |           2 |",
+    ]
+
+
+def test_numbers_come_with_their_errors():
+    assert with_error(Estimate(1.236, 0.041)) == "1.24 ± 0.04"
+    assert as_percentage(Estimate(0.516, 0.02)) == "52% ± 2%"
+
+
+def test_plot_is_a_png(tmp_path):
+    points = [
+        {"kl": Estimate(kl, 0.1), "true_reward": Estimate(kl, 0.2), "ranker_reward": Estimate(-kl, 0.2)}
+        for kl in (0.0, 1.0, 3.0)
+    ]
+    plot_reward_against_kl({"rso": points, "direct": points[:2]}, {"rso": 2, "direct": 0}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

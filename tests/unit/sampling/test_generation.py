@@ -1,0 +1,497 @@
+import copy
+import itertools
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from scipy.stats import chisquare
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from prefopt_trl.sampling.generation import Candidates, sample_candidates, sample_completions, tokenize_prompts
+
+PAD, EOS, TURN = 0, 1, 2
+LETTERS = "abcdefghi"
+NARROW = {
+    "do_sample": True,
+    "temperature": 0.2,
+    "top_k": 2,
+    "top_p": 0.3,
+    "min_p": 0.2,
+    "repetition_penalty": 5.0,
+    "no_repeat_ngram_size": 1,
+    "suppress_tokens": [3, 4],
+    "max_new_tokens": 1,
+}
+CHANCE = 1e-6  # of each chi-square test to fail on samples that do follow the law
+PromptIds = Sequence[int]
+
+
+def letter_tokenizer(words: Sequence[str] = tuple(LETTERS)) -> PreTrainedTokenizerFast:
+    """One token per word, of which the text is split into single letters, and no BOS."""
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<|turn|>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=["<|turn|>"],
+    )
+
+
+def random_model(vocab_size: int = 12, seed: int = 0) -> LlamaForCausalLM:
+    """A LLaMA with weights so large that its next-token law is far from uniform and depends on all of the prompt."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def bigram_model(logits: torch.Tensor) -> LlamaForCausalLM:
+    """A LLaMA whose next-token law is softmax(logits[last token]): one-hot embeddings, and layers that add nothing."""
+    size = len(logits)
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=size,
+        intermediate_size=2,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        head_dim=2,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(size))
+        model.lm_head.weight.copy_(logits.T / math.sqrt(size))  # the norm makes a one-hot vector sqrt(size) long
+    return model
+
+
+def scripted_model(vocab_size: int, *scripts: Sequence[int]) -> LlamaForCausalLM:
+    """A model that says the next token of a script, after any token of it, with a probability of 1 - 1e-40."""
+    logits = torch.zeros(vocab_size, vocab_size)
+    for token, following in itertools.chain.from_iterable(map(itertools.pairwise, scripts)):
+        logits[token, following] = 100.0
+    return bigram_model(logits)
+
+
+def next_token_law(model: torch.nn.Module, prompt_ids: PromptIds, adjust: Callable | None = None) -> np.ndarray:
+    """The model's own next-token law, in float64, from a forward pass of one unpadded row."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([list(prompt_ids)])).logits[0, -1].double()
+    return torch.softmax(logits if adjust is None else adjust(logits), dim=-1).numpy()
+
+
+def law_of_texts(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, prompt_ids: PromptIds, adjust: Callable | None = None
+) -> dict[str, float]:
+    """Probability of every text that sampling at most two tokens may give."""
+    law: dict[str, float] = defaultdict(float)
+    for first, probability in enumerate(next_token_law(model, prompt_ids, adjust)):
+        if first == EOS:
+            law[""] += probability
+            continue
+        for second, then in enumerate(next_token_law(model, [*prompt_ids, first], adjust)):
+            text = tokenizer.convert_ids_to_tokens([first, second])
+            law["".join(word for word in text if word in LETTERS)] += probability * then
+    return law
+
+
+def p_value(texts: list[str], law: dict[str, float]) -> float:
+    """Chi-square test of the texts against the law; rare ones share a cell, so that 5 or more are expected of each."""
+    assert math.isclose(sum(law.values()), 1)
+    if not set(texts) <= law.keys():
+        return 0.0
+    counts = Counter(texts)
+    cells = [(counts[text], law[text] * len(texts)) for text in sorted(law, key=law.get)]
+    observed, expected = [0], [0.0]
+    for count, expectation in cells:
+        if expected[-1] >= 5:
+            observed.append(0)
+            expected.append(0.0)
+        observed[-1] += count
+        expected[-1] += expectation
+    assert len(expected) > 1
+    return chisquare(observed, expected).pvalue
+
+
+def candidates_of(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, **options) -> Candidates:
+    """Two completions of one prompt, with whether they ended by themselves."""
+    options = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 1.0, "top_k": 0} | options
+    return sample_candidates(model, tokenizer, [tokenizer(prompt)["input_ids"]], 2, seed=0, batch_size=2, **options)[0]
+
+
+# The law
+
+
+@pytest.mark.parametrize("batch_size", [30_000, 700], ids=["all prompts at once", "each prompt in parts"])
+def test_completions_follow_the_models_own_law_whatever_the_lengths_of_the_prompts(batch_size: int) -> None:
+    model, tokenizer = random_model(), letter_tokenizer()
+    prompts = ["abc", "d", "ihgfedcba", "bc"]
+    completions = sample_completions(model, tokenizer, prompts, 4000, max_new_tokens=2, batch_size=batch_size)
+    laws = [law_of_texts(model, tokenizer, tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    assert [len(texts) for texts in completions] == [4000] * 4
+    # That no prompt's completions follow the law of another one shows that the test can tell
+    for one, other in itertools.product(range(4), repeat=2):
+        assert (p_value(completions[one], laws[other]) > CHANCE) == (one == other)
+
+
+def test_the_models_generation_config_narrows_nothing_and_is_put_back() -> None:
+    model, tokenizer = random_model(), letter_tokenizer()
+    model.generation_config = own = GenerationConfig(**NARROW)
+    before = copy.deepcopy(own)
+    texts = sample_completions(model, tokenizer, ["ab"], 4000, max_new_tokens=2)[0]
+    assert p_value(texts, law_of_texts(model, tokenizer, tokenizer("ab")["input_ids"])) > CHANCE
+    assert model.generation_config is own
+    assert own == before
+
+
+@pytest.mark.parametrize("own_config", [False, True], ids=["config of the model inside", "config of its own too"])
+def test_nor_does_that_of_a_model_with_an_adapter(own_config: bool) -> None:
+    tokenizer = letter_tokenizer()
+    base = random_model()
+    base_law = law_of_texts(base, tokenizer, tokenizer("ab")["input_ids"])
+    base.generation_config = inside = GenerationConfig(**NARROW)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model: PeftModel = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    if own_config:
+        model.generation_config = GenerationConfig(**NARROW)
+    outside = model.generation_config
+    texts = sample_completions(model, tokenizer, ["ab"], 4000, max_new_tokens=2)[0]
+    model.eval()
+    assert p_value(texts, law_of_texts(model, tokenizer, tokenizer("ab")["input_ids"])) > CHANCE
+    assert p_value(texts, base_law) < CHANCE  # the adapter counts
+    assert model.get_base_model().generation_config is inside
+    assert model.generation_config is outside
+    assert (outside is inside) is not own_config
+
+
+def test_generates_default_of_the_50_most_likely_tokens_is_not_used() -> None:
+    tokenizer = letter_tokenizer([chr(ord("一") + index) for index in range(97)])
+    texts = sample_completions(bigram_model(torch.zeros(100, 100)), tokenizer, ["一"], 3000, max_new_tokens=1)[0]
+    # Each of 97 letters is missed with a chance of 0.99 ** 3000, so any of them with one of 8e-12
+    assert len(set(texts) - {""}) == 97
+
+
+def test_arguments_narrow_the_law_as_they_say() -> None:
+    tokenizer = letter_tokenizer()
+    probabilities = torch.tensor([0.0, 0.0, 0.0, 0.4, 0.3, 0.15, 0.1, 0.05, 0.0, 0.0, 0.0, 0.0])
+    model = bigram_model(probabilities.clamp(min=1e-20).log().expand(12, 12))
+
+    def sample(**options) -> list[str]:
+        return sample_completions(model, tokenizer, ["i"], 4000, max_new_tokens=1, **options)[0]
+
+    def law(*weights: float) -> dict[str, float]:
+        return {letter: weight / sum(weights) for letter, weight in zip(LETTERS, weights, strict=False)}
+
+    assert p_value(sample(), law(0.4, 0.3, 0.15, 0.1, 0.05)) > CHANCE
+    assert p_value(sample(temperature=0.5), law(0.16, 0.09, 0.0225, 0.01, 0.0025)) > CHANCE
+    assert p_value(sample(temperature=2.0), law(*(math.sqrt(p) for p in (0.4, 0.3, 0.15, 0.1, 0.05)))) > CHANCE
+    assert p_value(sample(top_k=2), law(0.4, 0.3)) > CHANCE
+    assert p_value(sample(top_p=0.8), law(0.4, 0.3, 0.15)) > CHANCE
+    assert p_value(sample(generation_kwargs={"min_p": 0.2}), law(0.4, 0.3, 0.15, 0.1)) > CHANCE
+
+
+def test_a_temperature_near_zero_is_greedy() -> None:
+    model, tokenizer = random_model(seed=3), letter_tokenizer()
+    prompts = ["ab", "c", "defg", "ihg", "ff"]
+    expected = []
+    for prompt in prompts:
+        ids = tokenizer(prompt)["input_ids"]
+        length = len(ids)
+        while len(ids) < length + 6 and ids[-1] != EOS:
+            ids.append(int(next_token_law(model, ids).argmax()))
+        expected.append(tokenizer.decode(ids[length:], skip_special_tokens=True))
+    assert len(set(expected)) > 1
+    completions = sample_completions(model, tokenizer, prompts, 3, max_new_tokens=6, temperature=1e-4)
+    assert completions == [[text] * 3 for text in expected]
+
+
+# Seeds and order
+
+
+def test_the_seed_decides() -> None:
+    model, tokenizer = random_model(), letter_tokenizer()
+    prompts = ["ab", "ab", "cde"]
+
+    def sample(seed: int) -> list[list[str]]:
+        return sample_completions(model, tokenizer, prompts, 20, max_new_tokens=8, seed=seed, batch_size=16)
+
+    torch.manual_seed(0)
+    first = sample(0)
+    torch.manual_seed(1)
+    assert sample(0) == first
+    other = sample(1)
+    assert all(ours != theirs for ours, theirs in zip(first, other, strict=True))
+    assert first[0] != first[1]  # one prompt twice is two prompts
+    assert first[0][:10] != first[0][10:]  # parts of one prompt's completions are not copies
+
+
+def test_the_order_is_that_of_the_prompts_whatever_their_lengths() -> None:
+    tokenizer = letter_tokenizer()
+    model = scripted_model(12, tokenizer("abcdefghi")["input_ids"])
+    prompts = ["iiia", "b", "iic", "iiiiiid", "e", "if", "g", "iiiih"]
+    completions = sample_completions(model, tokenizer, prompts, 2, max_new_tokens=1, batch_size=4)
+    assert completions == [[letter] * 2 for letter in "bcdefghi"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 13, 14, 64])
+def test_any_batch_size_gives_as_many_completions_as_asked_for(batch_size: int) -> None:
+    model, tokenizer = random_model(), letter_tokenizer()
+    sizes = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    completions = sample_completions(model, tokenizer, ["a", "bc", "d"], 7, max_new_tokens=2, batch_size=batch_size)
+    assert [len(texts) for texts in completions] == [7, 7, 7]
+    assert max(sizes) == {1: 1, 3: 3, 7: 7, 13: 7, 14: 14, 64: 21}[batch_size]
+    assert sample_completions(model, tokenizer, [], 7, max_new_tokens=2, batch_size=batch_size) == []
+
+
+# What is left as it was
+
+
+def state_of(model: torch.nn.Module) -> tuple:
+    return (
+        {name: module.training for name, module in model.named_modules()},
+        torch.is_grad_enabled(),
+        torch.get_rng_state().tolist(),
+        np.random.get_state()[1].tolist(),
+        random.getstate(),
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_everything_is_as_before_also_after_an_error(fails: bool) -> None:
+    model, tokenizer = random_model(), letter_tokenizer()
+    model.generation_config = own = GenerationConfig(**NARROW)
+    model.train()
+    model.model.layers[0].eval()
+    model.model.layers[0].mlp.train()
+    seen = []
+
+    def look(module: torch.nn.Module, inputs: tuple, output: object) -> None:
+        seen.append((any(part.training for part in model.modules()), torch.is_grad_enabled()))
+        if fails:
+            raise RuntimeError("out of memory")
+
+    model.lm_head.register_forward_hook(look)
+    before = state_of(model)
+    if fails:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            sample_completions(model, tokenizer, ["ab"], 2, max_new_tokens=2)
+    else:
+        sample_completions(model, tokenizer, ["ab"], 2, max_new_tokens=2)
+    assert state_of(model) == before
+    assert model.generation_config is own
+    assert set(seen) == {(False, False)}  # sampled in evaluation mode, without gradients
+
+
+# Ends
+
+
+def test_a_completion_ends_before_eos_and_is_finished() -> None:
+    tokenizer = letter_tokenizer()
+    model = scripted_model(12, [*tokenizer("abcde")["input_ids"], EOS])
+    assert candidates_of(model, tokenizer, "a") == Candidates(["bcde"] * 2, [True] * 2)
+    assert candidates_of(model, tokenizer, "a", max_new_tokens=5) == Candidates(["bcde"] * 2, [True] * 2)
+    assert candidates_of(model, tokenizer, "a", max_new_tokens=4) == Candidates(["bcde"] * 2, [False] * 2)
+    assert candidates_of(model, tokenizer, "a", max_new_tokens=1) == Candidates(["b"] * 2, [False] * 2)
+    assert candidates_of(model, tokenizer, "e") == Candidates([""] * 2, [True] * 2)
+
+
+def test_finished_is_told_for_each_row_of_a_batch() -> None:
+    tokenizer = letter_tokenizer()
+    model = scripted_model(12, [*tokenizer("abcdefghi")["input_ids"], EOS])
+    prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in ("a", "f", "d")]
+    sampled = sample_candidates(
+        model,
+        tokenizer,
+        prompt_ids,
+        1,
+        seed=0,
+        batch_size=3,
+        max_new_tokens=5,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+    )
+    assert sampled == [Candidates(["bcdef"], [False]), Candidates(["ghi"], [True]), Candidates(["efghi"], [False])]
+
+
+@pytest.mark.parametrize("own", [5, [5], [7, 5]])
+def test_the_models_further_eos_tokens_end_too(own: int | list[int]) -> None:
+    tokenizer = letter_tokenizer()
+    model = scripted_model(12, tokenizer("abcdefghi")["input_ids"])
+    assert tokenizer.convert_ids_to_tokens(5) == "c"
+    model.generation_config.eos_token_id = None
+    assert candidates_of(model, tokenizer, "a", max_new_tokens=4) == Candidates(["bcde"] * 2, [False] * 2)
+    model.generation_config.eos_token_id = own
+    assert candidates_of(model, tokenizer, "a", max_new_tokens=4) == Candidates(["b"] * 2, [True] * 2)
+    # and the tokenizer's still does
+    assert candidates_of(scripted_model(12, [3, 4, EOS]), tokenizer, "a") == Candidates(["b"] * 2, [True] * 2)
+
+
+@pytest.mark.parametrize(
+    ("stop_strings", "text", "finished"),
+    [
+        ("de", "bc", True),
+        (["de"], "bc", True),
+        (["gh", "c"], "b", True),
+        (["b"], "", True),
+        (["fh"], "bcdefghi", False),
+        (["ed"], "bcdefghi", False),
+    ],
+)
+def test_stop_strings_are_cut_off(stop_strings: str | list[str], text: str, finished: bool) -> None:
+    tokenizer = letter_tokenizer()
+    model = scripted_model(12, tokenizer("abcdefghi")["input_ids"])
+    candidates = candidates_of(model, tokenizer, "a", stop_strings=stop_strings, max_new_tokens=8)
+    assert candidates == Candidates([text] * 2, [finished] * 2)
+    texts = sample_completions(
+        model, tokenizer, ["a"], 1, max_new_tokens=8, generation_kwargs={"stop_strings": stop_strings}
+    )
+    assert texts == [[text]]
+
+
+def test_a_stop_string_may_begin_inside_a_token_and_be_a_special_token() -> None:
+    tokenizer = letter_tokenizer([*"abcdefg", "cd", "ef"])
+    a, b, g, cd, ef = tokenizer.convert_tokens_to_ids(["a", "b", "g", "cd", "ef"])
+    model = scripted_model(12, [a, b, cd, ef, TURN, g, EOS])
+    assert candidates_of(model, tokenizer, "a") == Candidates(["bcdefg"] * 2, [True] * 2)
+    assert candidates_of(model, tokenizer, "a", stop_strings=["de"]) == Candidates(["bc"] * 2, [True] * 2)
+    assert candidates_of(model, tokenizer, "a", stop_strings=["d", "c"]) == Candidates(["b"] * 2, [True] * 2)
+    assert candidates_of(model, tokenizer, "a", stop_strings=["<|turn|>"]) == Candidates(["bcdef"] * 2, [True] * 2)
+    # One that only the text without special tokens has is cut off all the same
+    cut = candidates_of(model, tokenizer, "a", stop_strings=["fg"], max_new_tokens=5)
+    assert cut == Candidates(["bcde"] * 2, [True] * 2)
+
+
+@pytest.mark.parametrize("stop_strings", [None, ["c"]])
+def test_without_a_pad_token_eos_pads(stop_strings: list[str] | None) -> None:
+    tokenizer = letter_tokenizer()
+    model = scripted_model(12, [*tokenizer("abcdef")["input_ids"], EOS])
+    options = {"max_new_tokens": 9, "generation_kwargs": {"stop_strings": stop_strings}}
+    expected = sample_completions(model, tokenizer, ["e", "a", "abc"], 2, **options)
+    assert expected == (
+        [["f"] * 2, ["b"] * 2, ["def"] * 2] if stop_strings else [["f"] * 2, ["bcdef"] * 2, ["def"] * 2]
+    )
+    tokenizer.pad_token = None
+    assert sample_completions(model, tokenizer, ["e", "a", "abc"], 2, **options) == expected
+
+
+# Text
+
+
+def test_texts_are_the_tokens_without_special_ones(tiny_llama_dir: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    text = "é☂ ,n't\n"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(set(ids)) == len(ids) > len(text)  # a character may take several tokens, and no token comes twice
+    start, user = tokenizer.convert_tokens_to_ids(["<s>", "<|user|>"])
+    script = [start, *ids[:3], user, *ids[3:], tokenizer.pad_token_id, tokenizer.eos_token_id]
+    texts = sample_completions(scripted_model(len(tokenizer), script), tokenizer, [""], 2, max_new_tokens=40)
+    assert texts == [[text] * 2]
+
+
+def test_spaces_are_not_cleaned_up_whatever_the_tokenizer_does() -> None:
+    tokenizer = letter_tokenizer(["a", " ", ",", "."])
+    tokenizer.clean_up_tokenization_spaces = True
+    assert tokenizer.decode([4, 5]) == ","
+    assert candidates_of(scripted_model(8, [3, 4, 5, EOS]), tokenizer, "a").texts == [" ,"] * 2
+
+
+QUESTION = [{"role": "user", "content": "The dog?"}]
+
+
+def test_conversations_go_through_the_chat_template(tiny_llama_dir: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    written = "<s><|user|>The dog?</s><|assistant|>"
+    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+    assert tokenize_prompts(tokenizer, [QUESTION]) == [ids]
+    answer = tokenizer("Paris", add_special_tokens=False)["input_ids"]
+    model = scripted_model(len(tokenizer), [ids[-1], *answer, tokenizer.eos_token_id])
+    longer = [QUESTION[0], {"role": "assistant", "content": "It sleeps on."}, {"role": "user", "content": "Why?"}]
+    texts = sample_completions(model, tokenizer, [QUESTION, longer], 2, max_new_tokens=20)
+    assert texts == [["Paris"] * 2] * 2
+
+
+def test_plain_prompts_are_tokenised_as_they_are(tiny_llama_dir: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    assert tokenize_prompts(tokenizer, ["The dog", ""]) == [
+        [tokenizer.bos_token_id, *tokenizer("The dog", add_special_tokens=False)["input_ids"]],
+        [tokenizer.bos_token_id],
+    ]
+
+
+# Errors
+
+
+def test_conversations_without_a_chat_template_are_refused() -> None:
+    with pytest.raises(ValueError, match="`prompts` are conversational and the tokenizer has no chat template"):
+        sample_completions(random_model(), letter_tokenizer(), [QUESTION], 2, max_new_tokens=2)
+
+
+def test_an_empty_prompt_is_named() -> None:
+    with pytest.raises(ValueError, match="The prompt of row 2 is empty"):
+        sample_completions(random_model(), letter_tokenizer(), ["a", "b", "", ""], 2, max_new_tokens=2)
+
+
+def test_a_tokenizer_without_eos_is_refused() -> None:
+    tokenizer = letter_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="`tokenizer` has no EOS token.*Set `tokenizer.eos_token`"):
+        sample_completions(random_model(), tokenizer, ["a"], 2, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_completions": 0}, "`num_completions`=0 .* at least 1"),
+        ({"batch_size": 0}, "`batch_size`=0 must be at least 1"),
+        ({"temperature": 0.0}, "`temperature` must be greater than 0, got 0.0"),
+        ({"temperature": -1.0}, "`temperature` must be greater than 0, got -1.0"),
+        ({"temperature": math.nan}, "`temperature` must be greater than 0, got nan"),
+        ({"top_p": 0.0}, "`top_p` must be in .0, 1., got 0.0"),
+        ({"top_p": 1.01}, "`top_p` must be in .0, 1., got 1.01"),
+        ({"top_k": -1}, "`top_k`=-1 must be at least 0"),
+        ({"max_new_tokens": 0}, "`max_new_tokens`=0 at least 1"),
+        ({"generation_kwargs": {"top_k": 5}}, "`generation_kwargs` has `top_k`, .* Leave it out"),
+        (
+            {"generation_kwargs": {"min_p": 0.1, "num_return_sequences": 5}},
+            "has `num_return_sequences`, which sampling",
+        ),
+        ({"generation_kwargs": {"stop_string": "a", "seed": 1}}, "has `seed`, `stop_string`, which .* has not"),
+    ],
+)
+def test_options_out_of_range_are_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample_completions(
+            random_model(), letter_tokenizer(), ["a"], **({"num_completions": 2, "max_new_tokens": 2} | options)
+        )
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_progress_bar_counts_completions(progress: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "progress": progress}
+    sample_candidates(random_model(), letter_tokenizer(), [[3], [4, 5]], 3, seed=0, batch_size=4, **options)
+    assert ("6/6" in capsys.readouterr().err) == progress

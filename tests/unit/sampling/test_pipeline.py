@@ -1,0 +1,547 @@
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from prefopt_trl.rankers import FunctionRanker
+from prefopt_trl.rankers.base import PointwiseRanker, sigmoid
+from prefopt_trl.sampling import pipeline
+from prefopt_trl.sampling.generation import sample_completions
+from prefopt_trl.sampling.pipeline import build_preference_dataset
+from prefopt_trl.sampling.selection import select_and_pair
+from prefopt_trl.sampling.store import SampleStore
+
+PROMPTS = ["The dog", "What is the capital of France?", "Bread:"]
+CONVERSATIONS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+OPTIONS: dict[str, Any] = {"num_candidates": 8, "num_samples": 4, "max_new_tokens": 6}
+COLUMNS = ["prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "label_probability"]
+FILES = {"candidates", "manifest.json", "pairs", "statistics.json", "statistics.png"}
+
+
+def text(completion: str | list[dict[str, str]]) -> str:
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def log_code(prompts, completions, **kwargs):
+    """The logarithm of the mean code of a completion's characters."""
+    return [np.log1p(np.mean([ord(letter) for letter in text(completion)] or [0])) for completion in completions]
+
+
+def twice_log_code(prompts, completions, **kwargs):
+    return [2 * reward for reward in log_code(prompts, completions)]
+
+
+RANKER = FunctionRanker(log_code)
+
+
+class CountingRanker(PointwiseRanker):
+    """As RANKER, counts the calls of `score`, and fails in those that it is told to fail in."""
+
+    def __init__(self, failing: int = 0) -> None:
+        self.failing, self.calls = failing, 0
+
+    def score(self, prompts, completions, baselines=None):
+        self.calls += 1
+        if self.calls <= self.failing:
+            raise RuntimeError("the judge is out")
+        return super().score(prompts, completions, baselines)
+
+    def compare(self, prompts, first, second):
+        return RANKER.compare(prompts, first, second)
+
+    def rewards(self, prompts, completions):
+        return RANKER.rewards(prompts, completions)
+
+    def settings(self):
+        return {"class": "CountingRanker"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama_dir: str) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(tiny_llama_dir)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_llama_dir: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+
+
+@pytest.fixture(scope="module")
+def build(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Dataset]:
+    """`build_preference_dataset` of a few prompts, unless told otherwise."""
+
+    def call(output_dir: Path, prompts: Any = PROMPTS, **options: Any) -> Dataset:
+        arguments = {"policy": policy, "tokenizer": tokenizer, "ranker": RANKER, **OPTIONS, **options}
+        return build_preference_dataset(prompts, output_dir=output_dir, **arguments)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def built(build: Callable[..., Dataset], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished dataset, to be read only."""
+    folder = tmp_path_factory.mktemp("built") / "pairs"
+    build(folder)
+    return folder
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of prompts whenever completions are sampled."""
+    calls: list[int] = []
+
+    def count(model, tokenizer, prompt_ids, *args, **options):
+        calls.append(len(prompt_ids))
+        return sample_candidates(model, tokenizer, prompt_ids, *args, **options)
+
+    sample_candidates = pipeline.sample_candidates
+    monkeypatch.setattr(pipeline, "sample_candidates", count)
+    return calls
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# What is made
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, CONVERSATIONS], ids=["plain", "conversational"])
+def test_from_prompts_to_pairs(prompts: list, build, policy, tokenizer, tmp_path: Path) -> None:
+    pairs = build(tmp_path / "pairs", prompts, seed=3)
+    assert names(tmp_path / "pairs") == FILES
+
+    candidates = load_from_disk(str(tmp_path / "pairs" / "candidates"))
+    assert candidates.column_names == ["prompt", "completions", "finished", "rewards"]
+    assert candidates["prompt"] == prompts
+    samples = sample_completions(policy, tokenizer, prompts, 8, max_new_tokens=6, seed=3)
+    assert [[text(completion) for completion in row] for row in candidates["completions"]] == samples
+    for row in candidates:
+        assert row["rewards"] == log_code(None, row["completions"])
+
+    assert pairs.column_names == COLUMNS
+    assert pairs["prompt"] == [prompt for prompt in prompts for _ in range(2)]
+    for pair in pairs:
+        row = candidates[prompts.index(pair["prompt"])]
+        rewards = {
+            text(completion): reward for completion, reward in zip(row["completions"], row["rewards"], strict=True)
+        }
+        assert pair["chosen"] in row["completions"]
+        assert pair["rejected"] in row["completions"]
+        assert pair["chosen_reward"] == rewards[text(pair["chosen"])]
+        assert pair["rejected_reward"] == rewards[text(pair["rejected"])]
+        assert pair["chosen_reward"] > pair["rejected_reward"]
+        margin = pair["chosen_reward"] - pair["rejected_reward"]
+        assert pair["label_probability"] == pytest.approx(sigmoid(np.array(margin)))
+    if prompts is CONVERSATIONS:
+        assert all(pair["chosen"][0]["role"] == "assistant" and len(pair["chosen"]) == 1 for pair in pairs)
+    assert load_from_disk(str(tmp_path / "pairs" / "pairs")).to_dict() == pairs.to_dict()
+
+
+@pytest.mark.parametrize("strategy", ["rso", "sft", "top-k"])
+@pytest.mark.parametrize("pairing", ["first-round", "tournament", "all"])
+def test_pairs_are_selected_from_the_saved_candidates(strategy: str, pairing: str, build, tmp_path: Path) -> None:
+    pairs = build(tmp_path / "pairs", strategy=strategy, pairing=pairing, beta=0.1, seed=5)
+    candidates = load_from_disk(str(tmp_path / "pairs" / "candidates"))
+    selected = select_and_pair(candidates, RANKER, strategy, 4, 0.1, pairing, 5)
+    assert pairs.to_dict() == selected.pairs.to_dict()
+    assert len(pairs) == 3 * {"first-round": 2, "tournament": 3, "all": 6}[pairing]
+    statistics = json.loads((tmp_path / "pairs" / "statistics.json").read_text())
+    assert statistics == selected.statistics.as_dict()
+
+
+def test_the_manifest_has_every_setting(built: Path) -> None:
+    manifest = json.loads((built / "manifest.json").read_text())
+    assert manifest["finished"] is True
+    settings = manifest["settings"]
+    fingerprints = {name: settings.pop(name) for name in ("prompts", "policy", "tokenizer", "ranker")}
+    assert settings == {
+        "strategy": "rso",
+        "num_candidates": 8,
+        "num_samples": 4,
+        "beta": 0.5,
+        "pairing": "first-round",
+        "seed": 0,
+        "max_new_tokens": 6,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_length": None,
+        "batch_size": 64,
+    }
+    assert all(len(fingerprints[name]) == 64 for name in ("prompts", "policy", "tokenizer"))
+    assert fingerprints["ranker"] == RANKER.settings()
+
+
+def test_the_same_seed_gives_the_same_dataset_and_another_seed_another(build, built: Path, tmp_path: Path) -> None:
+    torch.manual_seed(123)
+    pairs = load_from_disk(str(built / "pairs")).to_dict()
+    assert build(tmp_path / "again").to_dict() == pairs
+    assert build(tmp_path / "column", Dataset.from_dict({"prompt": PROMPTS})["prompt"]).to_dict() == pairs
+    other = build(tmp_path / "other", seed=1).to_dict()
+    assert not set(other["chosen"]) & set(pairs["chosen"])
+
+
+def test_a_tokenizer_without_pad_gives_the_same_dataset(
+    build, built: Path, tiny_llama_dir: str, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    tokenizer.pad_token = None
+    pairs = build(tmp_path / "pairs", tokenizer=tokenizer)
+    assert pairs.to_dict() == load_from_disk(str(built / "pairs")).to_dict()
+
+
+def test_top_k_keeps_the_best(build, tmp_path: Path) -> None:
+    pairs = build(tmp_path / "pairs", strategy="top-k", num_samples=2)
+    candidates = load_from_disk(str(tmp_path / "pairs" / "candidates"))
+    best = [sorted(rewards, reverse=True)[:2] for rewards in candidates["rewards"]]
+    assert list(zip(pairs["chosen_reward"], pairs["rejected_reward"], strict=True)) == [tuple(two) for two in best]
+
+
+def test_generation_kwargs_reach_the_sampler(build, tmp_path: Path) -> None:
+    build(tmp_path / "pairs", num_candidates=64, generation_kwargs={"stop_strings": ["e", "a"]})
+    candidates = load_from_disk(str(tmp_path / "pairs" / "candidates"))
+    assert any(any(finished) for finished in candidates["finished"])
+    assert not any(
+        set("ea") & set(completion) for completions in candidates["completions"] for completion in completions
+    )
+    manifest = json.loads((tmp_path / "pairs" / "manifest.json").read_text())
+    assert manifest["settings"]["stop_strings"] == ["e", "a"]
+
+
+# Given columns
+
+
+def test_direct_returns_the_given_pairs_and_saves_nothing(tmp_path: Path) -> None:
+    rows = {"prompt": ["p", "q"], "chosen": ["a", "b"], "rejected": ["c", "d"]}
+    given = Dataset.from_dict({"source": ["x", "y"], **rows})
+    pairs = build_preference_dataset(given, None, None, None, output_dir=tmp_path / "pairs", strategy="direct")
+    assert pairs.to_dict() == rows
+    assert not (tmp_path / "pairs").exists()
+    with pytest.raises(ValueError, match="`prompts` lacks the columns chosen, rejected"):
+        build_preference_dataset(["p"], None, None, None, output_dir=tmp_path / "pairs", strategy="direct")
+
+
+def test_given_candidates_are_not_sampled_and_may_differ_in_number(sampled: list[int], tmp_path: Path) -> None:
+    completions = [["a", "b", "c", "d", "a"], ["e", "f"], ["g", "h", "i", "j"]]
+    given = Dataset.from_dict({"prompt": PROMPTS, "completions": completions})
+    pairs = build_preference_dataset(
+        given, None, None, RANKER, output_dir=tmp_path / "pairs", num_samples=4, num_candidates=1, pairing="all"
+    )
+    assert sampled == []
+    assert set(pairs["prompt"]) == {PROMPTS[0], PROMPTS[2]}
+    assert {*pairs["chosen"], *pairs["rejected"]} == set("abcdghij")
+    candidates = load_from_disk(str(tmp_path / "pairs" / "candidates"))
+    assert candidates.to_dict() == {**given.to_dict(), "rewards": [log_code(None, row) for row in completions]}
+    statistics = json.loads((tmp_path / "pairs" / "statistics.json").read_text())
+    assert (statistics["num_skipped"], statistics["num_duplicates"], statistics["num_unfinished"]) == (1, 1, None)
+    manifest = json.loads((tmp_path / "pairs" / "manifest.json").read_text())
+    assert not {"policy", "tokenizer", "max_new_tokens", "num_candidates"} & manifest["settings"].keys()
+
+
+def test_given_rewards_are_not_scored_again(sampled: list[int], tmp_path: Path) -> None:
+    rewards = [[1.0, 2.0], [4.0, 3.0]]  # not the ranker's, whose labels follow the alphabet
+    given = Dataset.from_dict({"prompt": ["p", "q"], "completions": [["a", "b"], ["c", "d"]], "rewards": rewards})
+    ranker = CountingRanker()
+    pairs = build_preference_dataset(given, None, None, ranker, output_dir=tmp_path / "pairs", num_samples=2)
+    assert (ranker.calls, sampled) == (0, [])
+    assert pairs["chosen"] == ["b", "d"]
+    assert pairs["chosen_reward"] == [2.0, 3.0]
+    assert pairs["rejected_reward"] == [1.0, 4.0]
+
+
+def test_saved_candidates_serve_another_beta(build, built: Path, sampled: list[int], tmp_path: Path) -> None:
+    candidates = load_from_disk(str(built / "candidates"))
+    ranker = CountingRanker()
+    options = {"policy": None, "tokenizer": None, "ranker": ranker}
+    pairs = build(tmp_path / "pairs", candidates, beta=0.0, **options)
+    assert (ranker.calls, sampled) == (0, [])
+    assert pairs.to_dict() == build(tmp_path / "whole", beta=0.0).to_dict()
+    assert len(sampled) == 1
+
+
+# Once finished, or not
+
+
+def test_a_finished_dataset_is_read_again(
+    build, built: Path, sampled: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
+    with caplog.at_level(logging.WARNING):
+        pairs = build(str(built))
+    assert pairs.to_dict() == load_from_disk(str(built / "pairs")).to_dict()
+    assert sampled == []
+    assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
+    assert caplog.messages == [f"Reusing the 6 pairs in {built}, made with the same settings."]
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"strategy": "sft"}, "strategy: 'rso' there, 'sft' now"),
+        ({"num_candidates": 9}, "num_candidates: 8 there, 9 now"),
+        ({"num_samples": 2}, "num_samples: 4 there, 2 now"),
+        ({"beta": math.inf}, "beta: 0.5 there, inf now"),
+        ({"pairing": "all"}, "pairing: 'first-round' there, 'all' now"),
+        ({"seed": 1}, "seed: 0 there, 1 now"),
+        ({"max_new_tokens": 5}, "max_new_tokens: 6 there, 5 now"),
+        ({"temperature": 0.7}, "temperature: 1.0 there, 0.7 now"),
+        ({"top_p": 0.9}, "top_p: 1.0 there, 0.9 now"),
+        ({"top_k": 50}, "top_k: 0 there, 50 now"),
+        ({"max_length": 512}, "max_length: None there, 512 now"),
+        ({"batch_size": 8}, "batch_size: 64 there, 8 now"),
+        ({"generation_kwargs": {"min_p": 0.1}}, "min_p: None there, 0.1 now"),
+        ({"prompts": PROMPTS[::-1]}, "prompts: '"),
+        ({"ranker": FunctionRanker(twice_log_code)}, "ranker.function: 'log_code:"),
+        ({"ranker": CountingRanker()}, "ranker.class: 'FunctionRanker' there, 'CountingRanker' now"),
+    ],
+)
+def test_other_settings_are_refused_and_named(
+    options: dict, difference: str, build, built: Path, sampled: list[int]
+) -> None:
+    with pytest.raises(ValueError) as error:
+        build(built, **options)
+    first, *lines, _ = str(error.value).splitlines()
+    assert first == f"{built} holds a dataset sampled with other settings:"
+    assert any(line.startswith(f"  {difference}") for line in lines)
+    assert {line.split(":")[0].split(".")[0].strip() for line in lines} == {difference.split(":")[0].split(".")[0]}
+    assert sampled == []
+
+
+def test_other_weights_and_another_tokenizer_are_refused(build, built: Path, tiny_llama_dir: str) -> None:
+    policy = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    build(built, policy=policy)  # the same weights elsewhere are the same policy
+    with torch.no_grad():
+        policy.model.layers[1].mlp.up_proj.weight += 1e-3
+    with pytest.raises(ValueError, match="settings:\n  policy: '[0-9a-f]{64}' there, '[0-9a-f]{64}' now\nSet"):
+        build(built, policy=policy)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    tokenizer.chat_template = "{{ messages }}"
+    with pytest.raises(ValueError, match="settings:\n  tokenizer: '[0-9a-f]{64}' there, '[0-9a-f]{64}' now\nSet"):
+        build(built, tokenizer=tokenizer)
+
+
+def test_a_run_that_stopped_in_the_ranker_goes_on_from_its_candidates(
+    build, sampled: list[int], tmp_path: Path
+) -> None:
+    ranker = CountingRanker(failing=1)
+    with pytest.raises(RuntimeError, match="the judge is out"):
+        build(tmp_path / "pairs", ranker=ranker)
+    assert names(tmp_path / "pairs") == {"candidates", "manifest.json"}
+    assert load_from_disk(str(tmp_path / "pairs" / "candidates")).column_names == ["prompt", "completions", "finished"]
+    assert json.loads((tmp_path / "pairs" / "manifest.json").read_text())["finished"] is False
+    with pytest.raises(ValueError, match="beta: 0.5 there, 0.1 now"):
+        build(tmp_path / "pairs", ranker=ranker, beta=0.1)  # other settings may not go on from them
+
+    pairs = build(tmp_path / "pairs", ranker=ranker)
+    assert (sampled, ranker.calls) == ([3], 2)
+    assert names(tmp_path / "pairs") == FILES
+    assert pairs.to_dict() == build(tmp_path / "whole", ranker=CountingRanker()).to_dict()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_run_that_stopped_before_the_end_does_not_score_again(
+    given: bool, build, sampled: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self, pairs, statistics):
+        raise KeyboardInterrupt
+
+    ranker = CountingRanker()
+    completions = [["a", "b", "c", "d"], ["e", "f", "g", "h"]]
+    prompts = Dataset.from_dict({"prompt": ["p", "q"], "completions": completions}) if given else PROMPTS
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleStore, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "pairs", prompts, ranker=ranker)
+    assert names(tmp_path / "pairs") == {"candidates", "manifest.json"}
+    pairs = build(tmp_path / "pairs", prompts, ranker=ranker)
+    assert (len(sampled), ranker.calls) == (0 if given else 1, 1)
+    assert names(tmp_path / "pairs") == FILES
+    assert pairs.to_dict() == build(tmp_path / "whole", prompts, ranker=CountingRanker()).to_dict()
+
+
+def test_several_processes_may_only_read(build, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    assert len(build(built)) == 6
+    with pytest.raises(ValueError, match="Sampling runs in one process, and this is one of 2"):
+        build(tmp_path / "pairs")
+    assert not (tmp_path / "pairs").exists()
+
+
+# What is said
+
+
+def test_the_statistics_are_printed(build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(tmp_path / "pairs")
+    printed = capsys.readouterr().out
+    assert f"Pairs saved in {tmp_path / 'pairs'}\n6 pairs from 3 of 3 prompts\ncandidates: 24, of which" in printed
+    assert "mean probability the ranker gives to its own labels" in printed
+
+
+@pytest.mark.parametrize("num_cut", [0, 1, 2])
+def test_many_candidates_cut_short_are_warned_of(
+    num_cut: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    completions = [[chr(ord("a") + index) for index in range(10)]]
+    finished = [[False] * num_cut + [True] * (10 - num_cut)]
+    given = Dataset.from_dict({"prompt": ["p"], "completions": completions, "finished": finished})
+    with caplog.at_level(logging.WARNING):
+        build_preference_dataset(given, None, None, RANKER, output_dir=tmp_path / "pairs", num_samples=2)
+    warned = [message for message in caplog.messages if "were cut at `max_new_tokens`" in message]
+    # 1 of 10 is not many
+    assert warned == (
+        ["2 of 10 candidates were cut at `max_new_tokens`, yet training ends them with EOS too. Raise it."]
+        if num_cut == 2
+        else []
+    )
+
+
+def test_a_policy_that_does_not_end_is_warned_of(build, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        build(tmp_path / "pairs")
+    assert any("of 24 candidates were cut at `max_new_tokens`" in message for message in caplog.messages)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        build(tmp_path / "ending", generation_kwargs={"forced_eos_token_id": 2})
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(("strategy", "warns"), [("rso", True), ("top-k", False)])
+def test_a_beta_too_small_for_the_ranker_is_warned_of(
+    strategy: str, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    completions = [["z" * (index + 1) for index in range(4)] + [chr(20 * index + 1) for index in range(4)]] * 30
+    rewards = [[12.2] * 4 + [0.01, 0.21, 0.41, 0.61]] * 30
+    given = Dataset.from_dict(
+        {"prompt": [str(row) for row in range(30)], "completions": completions, "rewards": rewards}
+    )
+    with caplog.at_level(logging.WARNING):
+        build_preference_dataset(
+            given, None, None, RANKER, output_dir=tmp_path / "pairs", strategy=strategy, num_samples=4, beta=0.0
+        )
+    assert any("beta=0 is too small for this ranker" in message for message in caplog.messages) == warns
+
+
+def test_without_matplotlib_there_is_no_plot_and_one_line_says_so(
+    build, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with caplog.at_level(logging.WARNING):
+        pairs = build(tmp_path / "pairs")
+    assert pairs.to_dict() == load_from_disk(str(built / "pairs")).to_dict()
+    assert names(tmp_path / "pairs") == FILES - {"statistics.png"}
+    assert any("No plot was drawn: install matplotlib" in message for message in caplog.messages)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"prompts": Dataset.from_dict({"question": ["a"]})},
+            ValueError,
+            "`prompts` lacks the column prompt; it has qu",
+        ),
+        ({"prompts": Dataset.from_dict({"prompt": []})}, ValueError, "`prompts` is empty"),
+        ({"prompts": []}, ValueError, "`prompts` is empty"),
+        (
+            {"prompts": DatasetDict(train=Dataset.from_dict({"prompt": ["a"]}))},
+            TypeError,
+            "got DatasetDict; .* one split",
+        ),
+        ({"prompts": "The dog"}, TypeError, "`prompts` must be a datasets.Dataset, got str"),
+        ({"strategy": "best"}, ValueError, "`strategy` must be one of rso, sft, top-k and direct, got 'best'"),
+        ({"pairing": "league"}, ValueError, "`pairing` must be one of first-round, tournament, all, got 'league'"),
+        ({"ranker": None}, ValueError, "`ranker` is missing, and strategy='rso' needs one"),
+        ({"policy": None}, ValueError, "`policy` and `tokenizer` are needed to sample candidates"),
+        ({"tokenizer": None}, ValueError, "`policy` and `tokenizer` are needed to sample candidates"),
+        ({"num_samples": 9}, ValueError, "`num_samples`=9 must be .* at most `num_candidates`=8"),
+        ({"num_samples": 1}, ValueError, "`num_samples`=1 must be at least 2, to make a pair"),
+        ({"beta": -0.1}, ValueError, "`beta` must be at least 0, got -0.1"),
+        ({"beta": math.nan}, ValueError, "`beta` must be at least 0, got nan"),
+        ({"temperature": 0.0}, ValueError, "`temperature` must be greater than 0"),
+        ({"top_p": 2.0}, ValueError, "`top_p` must be in"),
+        ({"max_new_tokens": 0}, ValueError, "`max_new_tokens`=0 at least 1"),
+        ({"batch_size": 0}, ValueError, "`batch_size`=0 must be at least 1"),
+        ({"generation_kwargs": {"temperature": 0.5}}, ValueError, "`generation_kwargs` has `temperature`, which"),
+        ({"generation_kwargs": {"stop": "x"}}, ValueError, "`generation_kwargs` has `stop`, which"),
+        ({"generation_kwargs": {"stop_strings": {"x"}}}, TypeError, "not JSON serializable"),
+    ],
+)
+def test_bad_arguments_are_named_and_leave_nothing(
+    options: dict, error: type[Exception], message: str, build, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        build(tmp_path / "pairs", **options)
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_a_prompt_that_fills_max_length_is_named(build, tokenizer, tmp_path: Path) -> None:
+    lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    assert lengths[1] == max(lengths) > max(lengths[0], lengths[2])
+    message = (
+        f"The prompt of row 1 has {lengths[1]} tokens and fills `max_length`={lengths[1]} .1 of 3 prompts do.. "
+        "Raise `max_length` or leave those rows out"
+    )
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / "pairs", max_length=lengths[1])
+    assert not (tmp_path / "pairs").exists()
+    assert len(build(tmp_path / "pairs", max_length=lengths[1] + 1)) == 6  # the same folder serves the mended call
+
+
+def test_a_tokenizer_without_eos_is_refused(build, tiny_llama_dir: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="`tokenizer` has no EOS token.*Set `tokenizer.eos_token`"):
+        build(tmp_path / "pairs", tokenizer=tokenizer)
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_conversations_without_a_chat_template_are_refused(build, tiny_llama_dir: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template"):
+        build(tmp_path / "pairs", CONVERSATIONS, tokenizer=tokenizer)
+
+
+class BadRanker(CountingRanker):
+    def __init__(self, returned: list) -> None:
+        super().__init__()
+        self.returned = returned
+
+    def score(self, prompts, completions, baselines=None):
+        return self.returned
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([[0.0] * 8] * 2, "BadRanker returned rewards for 2 prompts, 3 were expected"),
+        ([[0.0] * 8, [0.0] * 7, [0.0] * 8], "BadRanker returned 7 rewards for prompt row 1, 8 were expected"),
+        ([[0.0] * 8] * 2 + [[0.0, math.nan] * 4], "BadRanker returned nan for completion 1 of prompt row 2"),
+        ([[math.inf] + [0.0] * 7] * 3, "BadRanker returned inf for completion 0 of prompt row 0"),
+    ],
+)
+def test_a_ranker_that_returns_the_wrong_rewards_is_named(returned: list, message: str, build, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / "pairs", ranker=BadRanker(returned))
+    assert names(tmp_path / "pairs") == {"candidates", "manifest.json"}  # sampled is sampled
+
+
+def test_prompts_with_too_few_distinct_candidates_are_an_error_if_all_are(build, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="No prompt has `num_samples`=4 distinct candidates .the most is 1.*`temperature`"
+    ):
+        build(tmp_path / "pairs", temperature=1e-5)

@@ -1,0 +1,282 @@
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from scipy.stats import chisquare
+
+from prefopt_trl.rankers import FunctionRanker
+from prefopt_trl.rankers.base import Ranker, sigmoid
+from prefopt_trl.sampling.selection import select_and_pair
+
+CHANCE = 1e-6  # of each chi-square test to fail on a selection that does follow the law
+
+
+def value(prompts, completions, **kwargs):
+    """A completion is a number, its reward; under the prompt "low" the lower the better."""
+    signs = [-1 if prompt == "low" else 1 for prompt in prompts]
+    return [sign * float(completion) for sign, completion in zip(signs, completions, strict=True)]
+
+
+RANKER = FunctionRanker(value)
+
+
+def scored(*rows: Sequence[str], prompts: Sequence[str] | None = None) -> Dataset:
+    """Candidates with the ranker's rewards, of prompts named p0, p1, ... unless others are given."""
+    prompts = prompts or [f"p{row}" for row in range(len(rows))]
+    rewards = [row.tolist() for row in RANKER.score(prompts, rows)]
+    return Dataset.from_dict({"prompt": prompts, "completions": rows, "rewards": rewards})
+
+
+def select(candidates: Dataset, ranker: Ranker = RANKER, **options):
+    settings = {"strategy": "rso", "num_samples": 2, "beta": 1.0, "pairing": "all", "seed": 0} | options
+    return select_and_pair(candidates, ranker, **settings)
+
+
+def kept(pairs: Dataset) -> dict[str, set[str]]:
+    """The completions of each prompt that met, which are all that were kept where each meets each."""
+    met: dict[str, set[str]] = {}
+    for row in pairs:
+        met.setdefault(row["prompt"], set()).update([row["chosen"], row["rejected"]])
+    return met
+
+
+# Which candidates are kept
+
+
+@pytest.mark.parametrize("options", [{"strategy": "top-k"}, {"strategy": "rso", "beta": 0.0}])
+def test_top_k_and_beta_0_keep_the_highest_distinct_candidates(options: dict) -> None:
+    candidates = scored(
+        ["9", "1", "9", "9", "7", "8", "3"],
+        ["2", "5", "6", "5", "4"],
+        ["2", "5", "6", "5", "4"],
+        prompts=["a", "b", "low"],
+    )
+    for seed in range(5):
+        selected = select(candidates, num_samples=3, seed=seed, **options)
+        assert kept(selected.pairs) == {"a": {"9", "8", "7"}, "b": {"6", "5", "4"}, "low": {"2", "4", "5"}}
+        assert len(selected.pairs) == 9
+
+
+@pytest.mark.parametrize("options", [{"strategy": "sft"}, {"strategy": "rso", "beta": math.inf}])
+def test_sft_and_beta_infinite_keep_any_distinct_candidates_alike(options: dict) -> None:
+    rows = 3000
+    selected = select(scored(*[["0", "5", "5", "2", "5", "3", "4", "5"]] * rows), num_samples=2, **options)
+    counts = Counter(frozenset(pair) for pair in kept(selected.pairs).values())
+    assert len(counts) == 10  # each 2 of the 5 that are distinct
+    assert sum(counts.values()) == rows
+    assert chisquare(list(counts.values())).pvalue > CHANCE
+
+
+def test_rso_keeps_by_algorithm_1_with_this_beta() -> None:
+    # The candidates with the highest reward pass at once, the third with a probability of exp(-1 / beta) = 1/2, and of
+    # three that passed two are kept: the third one with a probability of 1/2 * 2/3.
+    rows = 3000
+    selected = select(scored(*[["3", "3.0", "2"]] * rows), num_samples=2, beta=1 / math.log(2))
+    third = sum("2" in pair for pair in kept(selected.pairs).values())
+    assert chisquare([third, rows - third], [rows / 3, 2 * rows / 3]).pvalue > CHANCE
+    assert selected.statistics.acceptance_rate == pytest.approx((1 + 1 + 0.5) / 3)
+
+
+def test_of_equal_texts_the_first_counts() -> None:
+    candidates = Dataset.from_dict({"prompt": ["p"], "completions": [["x", "y", "x"]], "rewards": [[1.0, 2.0, 9.0]]})
+    ranker = FunctionRanker(lambda prompts, completions: [ord(text) for text in completions])
+    row = select(candidates, ranker, strategy="top-k").pairs[0]
+    assert (row["chosen"], row["chosen_reward"], row["rejected"], row["rejected_reward"]) == ("y", 2.0, "x", 1.0)
+
+
+def test_prompts_with_too_few_distinct_candidates_are_skipped_and_counted() -> None:
+    candidates = scored(["1", "1", "1"], ["1", "2", "3"], [], ["4", "4", "5"], ["6", "7", "8", "9"])
+    selected = select(candidates, num_samples=3, strategy="top-k")
+    assert kept(selected.pairs) == {"p1": {"1", "2", "3"}, "p4": {"7", "8", "9"}}
+    assert selected.statistics.num_prompts == 5
+    assert selected.statistics.num_skipped == 3
+    assert selected.statistics.num_candidates == 13
+    assert selected.statistics.num_duplicates == 3
+    assert len(selected.rewards["candidates"]) == 13
+
+
+def test_no_prompt_with_enough_distinct_candidates_is_an_error() -> None:
+    with pytest.raises(
+        ValueError, match="No prompt has `num_samples`=3 distinct candidates .the most is 2.. Raise `num_"
+    ):
+        select(scored(["1", "1", "1"], ["1", "2", "2"], []), num_samples=3)
+
+
+# The pairs
+
+
+NUM_PAIRS = [("first-round", lambda n: n // 2), ("tournament", lambda n: n - 1), ("all", lambda n: n * (n - 1) // 2)]
+
+
+@pytest.mark.parametrize("num_samples", [2, 5, 8])
+@pytest.mark.parametrize("strategy", ["rso", "sft", "top-k"])
+@pytest.mark.parametrize(("pairing", "num_pairs"), NUM_PAIRS)
+def test_pairs_are_as_many_as_the_pairing_makes_and_labelled_by_the_ranker(
+    pairing: str, num_pairs, strategy: str, num_samples: int
+) -> None:
+    numbers = np.random.default_rng(num_samples).normal(size=(6, 12))
+    numbers[0] = 0.0  # the first prompt is skipped, so that no row stands for another
+    candidates = scored(
+        *[[str(number) for number in row] for row in numbers], prompts=["low", "a", "low", "b", "c", "d"]
+    )
+    selected = select(candidates, pairing=pairing, strategy=strategy, num_samples=num_samples)
+    pairs = selected.pairs
+    each = num_pairs(num_samples)
+    assert pairs["prompt"] == [prompt for prompt in ["a", "low", "b", "c", "d"] for _ in range(each)]
+    assert selected.statistics.num_pairs == len(pairs) == 5 * each
+    chosen = np.array(value(pairs["prompt"], pairs["chosen"]))
+    rejected = np.array(value(pairs["prompt"], pairs["rejected"]))
+    assert (chosen > rejected).all()
+    np.testing.assert_array_equal(pairs["chosen_reward"], chosen)
+    np.testing.assert_array_equal(pairs["rejected_reward"], rejected)
+    np.testing.assert_allclose(pairs["label_probability"], sigmoid(chosen - rejected), rtol=1e-12)
+    of_row = {
+        prompt: set(texts) for prompt, texts in zip(candidates["prompt"], candidates["completions"], strict=True)
+    }
+    assert all({row["chosen"], row["rejected"]} <= of_row[row["prompt"]] for row in pairs)
+
+
+class Judge(Ranker):
+    """Prefers the shorter completion with a probability of 0.8, whatever the rewards, and counts what it is asked."""
+
+    def __init__(self, *probabilities: float) -> None:
+        self.probabilities = list(probabilities)
+        self.calls: list[int] = []
+
+    def compare(self, prompts, first, second):
+        self.calls.append(len(prompts))
+        if self.probabilities:
+            return self.probabilities
+        return np.array([0.8 if len(one) < len(two) else 0.2 for one, two in zip(first, second, strict=True)])
+
+    def score(self, prompts, completions, baselines=None):
+        raise AssertionError("the rewards are there")
+
+    def settings(self):
+        return {}
+
+
+def test_labels_are_the_rankers_also_against_the_rewards() -> None:
+    # The longest has the highest reward
+    candidates = scored(*[["1", "22", "333", "4444"]] * 3)
+    judge = Judge()
+    selected = select(candidates, judge, num_samples=4, pairing="tournament")
+    assert all(len(row["chosen"]) < len(row["rejected"]) for row in selected.pairs)
+    assert all(row["chosen_reward"] < row["rejected_reward"] for row in selected.pairs)
+    assert set(selected.pairs["label_probability"]) == {0.8}
+    # one call a round, for all prompts: random pairs of candidates, and the two rounds of the tournament
+    assert judge.calls == [6, 6, 3]
+
+
+def test_each_prompt_has_a_random_stream_of_its_own() -> None:
+    numbers = [str(number) for number in range(30)]
+
+    def pairs_of(prompt: str, *rows: Sequence[str], **options) -> list[dict]:
+        return [
+            row for row in select(scored(*rows), num_samples=4, beta=9.0, **options).pairs if row["prompt"] == prompt
+        ]
+
+    first = pairs_of("p2", numbers, numbers, numbers)
+    assert first == pairs_of("p2", numbers, numbers, numbers)
+    assert first == pairs_of("p2", numbers[:9], ["1", "1"], numbers, ["2", "3", "4", "5"])  # another row, one skipped
+    assert first != pairs_of("p2", numbers, numbers, numbers, seed=1)
+    by_row = [row | {"prompt": ""} for row in first]
+    assert by_row != [row | {"prompt": ""} for row in pairs_of("p1", numbers, numbers, numbers)]
+
+
+def test_completions_that_are_messages_stay_messages() -> None:
+    def message(content: str) -> list[dict[str, str]]:
+        return [{"role": "assistant", "content": content}]
+
+    prompt = [{"role": "user", "content": "A number?"}]
+    ranker = FunctionRanker(lambda prompts, completions: [float(messages[0]["content"]) for messages in completions])
+    completions = [[message("5"), message("5"), message("7"), message("6")]]
+    candidates = Dataset.from_dict({"prompt": [prompt], "completions": completions, "rewards": [[5.0, 5.0, 7.0, 6.0]]})
+    selected = select(candidates, ranker, num_samples=3, pairing="all")
+    assert selected.statistics.num_duplicates == 1
+    rows = sorted(selected.pairs, key=lambda row: (row["chosen_reward"], row["rejected_reward"]))
+    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in rows] == [
+        (prompt, message("6"), message("5")),
+        (prompt, message("7"), message("5")),
+        (prompt, message("7"), message("6")),
+    ]
+
+
+# Statistics
+
+
+def test_statistics_are_those_worked_out_by_hand() -> None:
+    # Two distinct candidates, so random pairs and pairs made are the same: 2 against 1, and 5 against 1
+    candidates = scored(["1", "2", "1"], ["5", "1"], ["3"])
+    candidates = candidates.add_column("finished", [[True, False, False], [False, True], [False]])
+    selected = select(candidates, beta=2.0, pairing="first-round")
+    statistics = selected.statistics
+    assert (statistics.num_prompts, statistics.num_skipped, statistics.num_pairs) == (3, 1, 2)
+    assert (statistics.num_candidates, statistics.num_duplicates, statistics.num_unfinished) == (6, 1, 4)
+    # Theorem 1: 1/2 (1 + exp(-1/2)) and 1/2 (1 + exp(-4/2)), over distinct candidates
+    assert statistics.acceptance_rate == pytest.approx((2 + math.exp(-0.5) + math.exp(-2)) / 4)
+    sure = (1 / (1 + math.exp(-1)) + 1 / (1 + math.exp(-4))) / 2
+    assert statistics.label_probability_before == pytest.approx(sure)
+    assert statistics.label_probability_after == pytest.approx(sure)
+    assert {name: (q[0], q[3], q[-1]) for name, q in statistics.reward_quantiles.items()} == {
+        "candidates": (1, 1.5, 5),  # 1 1 1 2 3 5
+        "accepted": (1, 1.5, 5),  # 1 1 2 5
+        "chosen": (2, 3.5, 5),
+        "rejected": (1, 1, 1),
+    }
+    assert sorted(selected.rewards["accepted"]) == [1, 1, 2, 5]
+    assert sorted(selected.label_probabilities["pairs made"]) == pytest.approx(sorted(sigmoid(np.array([1.0, 4.0]))))
+
+
+@pytest.mark.parametrize("strategy", ["sft", "top-k"])
+def test_only_rso_has_an_acceptance_rate(strategy: str) -> None:
+    assert select(scored(["1", "2"]), strategy=strategy).statistics.acceptance_rate is None
+
+
+def test_candidates_without_the_column_are_not_counted_as_finished() -> None:
+    assert select(scored(["1", "2"])).statistics.num_unfinished is None
+
+
+def test_a_beta_that_leaves_close_pairs_is_warned_of() -> None:
+    # Of 32 candidates from 0 to 8, four are nearly equal and the best: beta 0 keeps just these, and labels are guesses
+    row = ["8", "8.01", "8.02", "8.03", *[str(number / 4) for number in range(28)]]
+    small = select(scored(*[row] * 20), num_samples=4, beta=0.0).statistics
+    assert small.label_probability_after < 0.51
+    assert small.label_probability_before > 0.75
+    assert small.warning is not None
+    assert "beta=0 is too small for this ranker" in small.warning
+    assert select(scored(*[row] * 20), num_samples=4, beta=0.0, strategy="top-k").statistics.warning is None
+    assert select(scored(*[row] * 20), num_samples=4, beta=4.0).statistics.warning is None
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "message"),
+    [
+        ([0.5, 0.5, 0.5], "Judge.compare returned 3 probabilities, 2 were expected"),
+        ([0.5, math.nan], "Judge.compare returned nan for prompt row 1, a probability in"),
+        ([-0.1, 0.5], "Judge.compare returned -0.1 for prompt row 0, a probability in"),
+    ],
+)
+def test_a_ranker_that_compares_wrongly_is_named(probabilities: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        select(scored(["1", "2"], ["3", "4"]), Judge(*probabilities))
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ([[1.0, 2.0], [1.0]], "The column `rewards` returned 1 rewards for prompt row 1, 2 were expected"),
+        ([[1.0, math.nan], [1.0, 2.0]], "The column `rewards` returned nan for completion 1 of prompt row 0"),
+        ([[1.0, 2.0], [None, 1.0]], "The column `rewards` returned nan for completion 0 of prompt row 1"),
+    ],
+)
+def test_rewards_that_do_not_fit_are_named(rewards: list[list[float]], message: str) -> None:
+    candidates = scored(["1", "2"], ["3", "4"]).remove_columns("rewards").add_column("rewards", rewards)
+    with pytest.raises(ValueError, match=message):
+        select(candidates)

@@ -1,0 +1,169 @@
+import json
+import math
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from prefopt_trl.sampling.statistics import (
+    QUANTILES,
+    SamplingStatistics,
+    plot_statistics,
+    reward_quantiles,
+    small_beta_warning,
+)
+
+QUANTILES_OF_REWARDS = {
+    "candidates": [-4.0, -3.125, -1.0, 0.5, 1.0, 2.25, 3.0],
+    "accepted": [0.0, 0.5, 1.0, 1.5, 2.0, 2.75, 3.0],
+}
+STATISTICS = SamplingStatistics(
+    num_prompts=10,
+    num_skipped=2,
+    num_candidates=640,
+    num_duplicates=33,
+    num_unfinished=7,
+    num_pairs=32,
+    acceptance_rate=0.12345,
+    reward_quantiles=QUANTILES_OF_REWARDS,
+    label_probability_before=0.81,
+    label_probability_after=0.625,
+    warning="Beware.",
+)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "quantiles"),
+    [
+        (np.arange(101.0), [0, 5, 25, 50, 75, 95, 100]),
+        (np.arange(101.0)[::-1], [0, 5, 25, 50, 75, 95, 100]),
+        (np.array([1.0, 3.0]), [1, 1.1, 1.5, 2, 2.5, 2.9, 3]),  # between the two in a straight line
+        (np.array([-2.0]), [-2] * 7),
+    ],
+)
+def test_quantiles(rewards: np.ndarray, quantiles: list[float]) -> None:
+    assert reward_quantiles(rewards) == pytest.approx(quantiles)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (0.9, 0.65),  # sure enough
+        (0.99, 0.7),
+        (0.6, 0.56),  # unsure before rejection too: that is the ranker, not beta
+        (0.5, 0.5),
+        (0.55, 0.62),  # surer than before
+    ],
+)
+def test_no_warning_where_labels_are_sure_or_rejection_is_not_to_blame(before: float, after: float) -> None:
+    assert small_beta_warning(0.5, before, after) is None
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.9, 0.649), (0.7, 0.64), (0.56, 0.509)])
+def test_a_warning_where_rejection_left_labels_unsure(before: float, after: float) -> None:
+    warning = small_beta_warning(0.5, before, after)
+    assert warning is not None
+    assert warning.startswith("beta=0.5 is too small for this ranker: ")
+    assert f"a mean probability of {after:.2f} after rejection, against {before:.2f} on random candidates" in warning
+    assert "Raise beta, say to 2, or use a ranker" in warning
+
+
+def test_the_warning_names_a_beta_to_try() -> None:
+    assert "say to 0.04," in str(small_beta_warning(0.01, 0.9, 0.6))
+    assert "say to 1," in str(small_beta_warning(0.0, 0.9, 0.6))
+    assert small_beta_warning(math.inf, 0.9, 0.6) is None  # there is no larger one
+
+
+def test_the_text_says_it_all() -> None:
+    assert str(STATISTICS).splitlines() == [
+        "32 pairs from 8 of 10 prompts",
+        "candidates: 640, of which 33 repeat another and 7 were cut at max_new_tokens",
+        "skipped prompts, with too few distinct candidates: 2",
+        "acceptance rate: 0.123",
+        "reward of candidates: median 0.50, 5% to 95% -3.12 to 2.25",
+        "reward of accepted: median 1.50, 5% to 95% 0.50 to 2.75",
+        "mean probability the ranker gives to its own labels: 0.625 (0.810 on random candidates)",
+    ]
+
+
+def test_the_text_leaves_out_what_is_not_known() -> None:
+    values = {**vars(STATISTICS), "num_unfinished": None, "acceptance_rate": None, "reward_quantiles": {}}
+    assert str(SamplingStatistics(**values)).splitlines() == [
+        "32 pairs from 8 of 10 prompts",
+        "candidates: 640, of which 33 repeat another",
+        "skipped prompts, with too few distinct candidates: 2",
+        "mean probability the ranker gives to its own labels: 0.625 (0.810 on random candidates)",
+    ]
+
+
+def test_the_dictionary_says_which_quantiles_they_are_and_survives_json() -> None:
+    content = json.loads(json.dumps(STATISTICS.as_dict()))
+    assert content.pop("quantiles") == [0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0] == list(QUANTILES)
+    assert SamplingStatistics(**content) == STATISTICS
+
+
+def drawn(num_rewards: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    rewards = {name: rng.normal(size=num_rewards) for name in ("candidates", "accepted", "chosen", "rejected")}
+    return rewards, {name: rng.uniform(0.5, 1, num_rewards) for name in ("random candidates", "pairs made")}
+
+
+def test_the_plot_is_a_png_and_drawing_leaves_nothing_behind(tmp_path: Path) -> None:
+    pictures = [tmp_path / "one.png", tmp_path / "two.png"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for picture in pictures:
+            plot_statistics(*drawn(200), picture)
+    for picture in pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        pixels = imread(picture)
+        assert pixels.shape == (480, 1200, 4)
+        assert (pixels[..., :3] < 0.5).any(axis=-1).mean() > 0.005  # something is drawn
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    if "matplotlib.pyplot" in sys.modules:
+        assert sys.modules["matplotlib.pyplot"].get_fignums() == []
+
+
+def test_the_plot_shows_each_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+    rewards = {"candidates": np.array([*[0.0] * 3, *[4.0] * 1]), "chosen": np.array([4.0] * 1234)}
+    plot_statistics(rewards, {"pairs made": np.array([0.5, 0.75, 1.0, 1.0])}, tmp_path / "plot.png")
+    left, right = figures[0].axes
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["candidates (4)", "chosen (1,234)"]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["pairs made: mean 0.81"]
+    # Densities: 3/4 and 1/4 of the candidates in the first and last of 40 bins of width 4 / 40, and so on
+    heights = {patch.get_label(): patch.get_xy()[:, 1] for patch in left.patches}
+    np.testing.assert_allclose(sorted(set(heights["candidates (4)"])), [0, 2.5, 7.5])
+    np.testing.assert_allclose(sorted(set(heights["chosen (1,234)"])), [0, 10])
+    np.testing.assert_allclose(sorted(set(right.patches[0].get_xy()[:, 1])), [0, 12.5, 25])
+
+
+def test_rare_extremes_are_drawn_at_the_edge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+    rewards = {"candidates": np.array([0.0, 1.0] * 2000), "chosen": np.array([-50.0, 1e6, 1e6])}
+    plot_statistics(rewards, {"pairs made": np.array([0.5])}, tmp_path / "plot.png")
+    axes = figures[0].axes[0]
+    low, high = axes.get_xlim()
+    assert -0.1 < low < 0 < 1 < high < 1.1
+    heights = axes.patches[1].get_xy()[:, 1]
+    np.testing.assert_allclose(sorted(set(heights)), [0, 40 / 3, 80 / 3])
+
+
+@pytest.mark.parametrize("reward", [0.0, -3.7, 1e6])
+def test_rewards_that_are_all_the_same_are_drawn(reward: float, tmp_path: Path) -> None:
+    rewards = {name: np.full(5, reward) for name in ("candidates", "accepted", "chosen", "rejected")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_statistics(rewards, {"pairs made": np.full(5, 0.5)}, tmp_path / "plot.png")
+    assert imread(tmp_path / "plot.png").shape == (480, 1200, 4)
+
+
+def test_one_pair_is_drawn(tmp_path: Path) -> None:
+    plot_statistics(*drawn(1), tmp_path / "plot.png")
+    assert imread(tmp_path / "plot.png").shape == (480, 1200, 4)

@@ -1,0 +1,156 @@
+"""Models with TRL's fused LM head give the same per-token values when they share prompts, and say when they don't."""
+
+import inspect
+import logging
+
+import pytest
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from prefopt_trl.shared_prefix import support
+from prefopt_trl.shared_prefix.forward import add_shared_prefix
+
+FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def build(share_prefix: bool = True) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():  # a wrong mask or position moves the result by whole nats
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.3)
+    add_fused_lm_head(model, outputs=FIELDS)
+    if share_prefix:
+        add_shared_prefix(model)
+    return model
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Two pairs of rows with prompts of 9 and 5 tokens, padded on the right to 20."""
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(3, 97, (4, 20), generator=generator)
+    input_ids[2, :9], input_ids[3, :5] = input_ids[0, :9], input_ids[1, :5]
+    place = torch.arange(20)
+    attention_mask = (place < torch.tensor([20, 13, 15, 20])[:, None]).long()
+    prompt = place < torch.tensor([9, 5, 9, 5])[:, None]
+    return {
+        "input_ids": input_ids * attention_mask,
+        "attention_mask": attention_mask,
+        "labels": input_ids.masked_fill(prompt | (attention_mask == 0), -100),
+    }
+
+
+def num_embedded(model: LlamaForCausalLM, **inputs) -> int:
+    """Tokens that reach the model, without those of the probe that decides whether to share."""
+    with torch.no_grad():
+        model(**batch(), fused_lm_head=True)
+        counts = []
+        hook = model.model.embed_tokens.register_forward_pre_hook(lambda _, ids: counts.append(ids[0].numel()))
+        model(**inputs)
+    hook.remove()
+    return sum(counts)
+
+
+def reasons(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "not shared" in record.getMessage()]
+
+
+def test_every_per_token_value_is_the_same_from_fewer_tokens():
+    shared, plain = build(), build(share_prefix=False)
+    with torch.no_grad():
+        found = shared(**batch(), use_cache=False, fused_lm_head=True)
+        expected = plain(**batch(), use_cache=False, fused_lm_head=True)
+    for name in (*FIELDS, "label_mask"):
+        assert found[name].dtype == expected[name].dtype
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-5)
+    assert found.loss is None  # a mean over packed positions would count shared tokens once
+    # Two packed rows as long as the longer one: 8 + 11 + 6 tokens of the first pair, 4 + 8 + 15 of the second
+    assert num_embedded(shared, **batch(), fused_lm_head=True) == 2 * 27
+    assert num_embedded(plain, **batch(), fused_lm_head=True) == 4 * 20
+
+
+def test_a_second_call_changes_nothing():
+    model = build()
+    forward = model.forward
+    add_shared_prefix(model)
+    assert model.forward == forward
+
+
+def test_other_calls_are_the_models_own():
+    shared, plain = build(), build(share_prefix=False)
+    inputs = batch()
+    with torch.no_grad():
+        found, expected = shared(**inputs), plain(**inputs)
+        assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
+        assert torch.equal(shared(inputs["input_ids"]).logits, plain(inputs["input_ids"]).logits)
+        prompt = inputs["input_ids"][:2, :5]
+        tokens = shared.generate(prompt, max_new_tokens=8, do_sample=False)
+        assert torch.equal(tokens, plain.generate(prompt, max_new_tokens=8, do_sample=False))
+    assert tokens.shape[1] > 5
+    assert inspect.signature(shared.forward) == inspect.signature(plain.forward)
+
+
+@pytest.mark.parametrize("padding", ["left", "right, odd number of rows"])
+def test_a_batch_that_is_not_pairs_is_run_as_it_comes(padding, caplog):
+    shared, plain = build(), build(share_prefix=False)
+    if padding == "left":
+        inputs = {name: rows.flip(1) for name, rows in batch().items()}
+    else:
+        inputs = {name: rows[:3] for name, rows in batch().items()}
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl"), torch.no_grad():
+        for _ in range(2):
+            found = shared(**inputs, fused_lm_head=True)
+    expected = plain(**inputs, fused_lm_head=True)
+    assert torch.equal(found.log_probs, expected.log_probs) and torch.equal(found.loss, expected.loss)
+    assert len(reasons(caplog)) == 1 and "the batch is not pairs" in reasons(caplog)[0]
+
+
+def test_arguments_that_cannot_be_packed_are_named(caplog):
+    shared, plain = build(), build(share_prefix=False)
+    inputs = batch()
+    embedded = shared.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    position_ids = torch.arange(20).expand(4, -1)
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl"), torch.no_grad():
+        arguments = {**inputs, "inputs_embeds": embedded, "position_ids": position_ids, "fused_lm_head": True}
+        found, expected = shared(**arguments), plain(**arguments)
+    assert torch.equal(found.log_probs, expected.log_probs)
+    assert len(reasons(caplog)) == 1 and "called with inputs_embeds, position_ids," in reasons(caplog)[0]
+
+
+def test_rows_without_a_mask_are_run_as_they_come(caplog):
+    shared, plain = build(), build(share_prefix=False)
+    inputs = {"input_ids": batch()["input_ids"].clamp(min=3), "labels": batch()["labels"]}
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl"), torch.no_grad():
+        found, expected = shared(**inputs, fused_lm_head=True), plain(**inputs, fused_lm_head=True)
+    assert torch.equal(found.log_probs, expected.log_probs)
+    assert len(reasons(caplog)) == 1 and "attention_mask" in reasons(caplog)[0]
+
+
+@pytest.mark.parametrize(("error", "shares"), [(1e-2, True), (0.5, False)])
+def test_half_precision_under_autocast_may_differ_by_its_rounding(error, shares):
+    """What accelerate prepares for bfloat16 returns float32; the probe must not hold it to float32's rounding."""
+    model = build(share_prefix=False)
+    forward = model.forward
+
+    def imprecise(**inputs):
+        outputs = forward(**inputs)
+        if "position_ids" in inputs:  # the packed rows
+            outputs.logits = outputs.logits + error * torch.randn(outputs.logits.shape)
+        return outputs
+
+    prepared = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(imprecise))
+    assert prepared(input_ids=torch.ones(1, 2, dtype=torch.long)).logits.dtype == torch.float32
+    assert (support.probe_reason(model, prepared) is None) == shares
+    assert support.probe_reason(model, imprecise) is not None  # in float32 neither is rounding
+    assert support.probe_reason(model, forward) is None
