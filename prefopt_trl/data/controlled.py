@@ -225,8 +225,8 @@ class ControlledTask:
     ```python
     >>> task = ControlledTask()
     >>> task.comparisons[1]
-    {'prompt': 'Hugo wants a hot, hearty curry.', 'chosen': ' Mix onion, radish, pepper, cucumber and peas.',
-     'rejected': ' Take lettuce and peas.'}
+    {'prompt': 'Hugo wants a hot, hearty curry.', 'chosen': ' Mix pesto, cucumber, celery, onion and pumpkin.',
+     'rejected': ' Use cucumber, pumpkin, radish and peas.'}
     ```
     """
 

@@ -1,0 +1,392 @@
+"""`RSOTrainer` is a drop-in for TRL's `DPOTrainer`: the same losses and metrics, step by step, on HH-RLHF pairs."""
+
+import gc
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from trl import DPOConfig, DPOTrainer
+
+from prefopt_trl.data.hh_rlhf import load_hh_rlhf
+from prefopt_trl.trainers.rso_config import RSOConfig
+from prefopt_trl.trainers.rso_trainer import RSOTrainer
+
+TRAINER_ARGUMENTS = ("model", "ref_model", "train_dataset", "eval_dataset", "peft_config", "compute_metrics")
+NOT_COMPARED = ("runtime", "per_second")  # wall-clock times
+
+# TRL's metrics, all of which must come out of the shared rows too
+METRICS = {
+    "entropy", "num_tokens", "mean_token_accuracy", "logits/chosen", "logits/rejected", "logps/chosen",
+    "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fast_collection() -> Iterator[None]:
+    """Each training collects garbage, which takes longer than the training unless the libraries are left out."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def pairs(shared_dir: Path) -> Dataset:
+    """Real pairs with prompts of less than 120 bytes, in memory, so that no trainer finds another's cached files."""
+    dataset = load_hh_rlhf(shared_dir / "data" / "hh_rlhf" / "harmless-base" / "test.jsonl.gz")
+    return Dataset.from_list([row for row in dataset.select(range(400)) if len(row["prompt"]) < 120][:60])
+
+
+def save(model: PreTrainedModel, folder: Path, tokenizer_dir: str) -> str:
+    """Save a model with weights so large that a wrong mask or position moves log-probabilities by whole nats."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def policy_dir(tiny_llama_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    return save(model, tmp_path_factory.mktemp("policy"), tiny_llama_dir)
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(target_modules=["q_proj", "v_proj"], r=4)
+
+
+@dataclass
+class Run:
+    """What a training printed, and how many rows and tokens, padding among them, its models were given."""
+
+    logs: list[dict[str, float]]
+    num_rows: int
+    num_tokens: int
+    trainer: DPOTrainer
+
+
+@contextmanager
+def embedded_shapes() -> Iterator[list[torch.Size]]:
+    """Shapes `(num_rows, row_length)` that reach the token embeddings of the policy and the reference."""
+    shapes: list[torch.Size] = []
+
+    def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings >= 300:  # the vocabulary's
+            shapes.append(inputs[0].shape)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(record)
+    try:
+        yield shapes
+    finally:
+        hook.remove()
+
+
+def train(
+    trainer_class: type[DPOTrainer], config_class: type[DPOConfig], resume_from: str | None = None, **given: Any
+) -> Run:
+    arguments = {name: given.pop(name) for name in TRAINER_ARGUMENTS if name in given}
+    settings = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "max_length": 160,
+        "learning_rate": 1e-2 if "peft_config" in arguments else 1e-3,
+        "bf16": False,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **given,
+    }
+    with embedded_shapes() as shapes:
+        trainer = trainer_class(args=config_class(**settings), **arguments)
+        trainer.train(resume_from_checkpoint=resume_from)
+    batches = [shape for shape in shapes if shape.numel() > 50]  # the probe's are smaller
+    return Run(
+        trainer.state.log_history, sum(shape[0] for shape in batches), sum(map(torch.Size.numel, batches)), trainer
+    )
+
+
+def train_dpo(tmp_path: Path, **given: Any) -> Run:
+    return train(DPOTrainer, DPOConfig, output_dir=str(tmp_path / "dpo"), beta=0.1, **given)
+
+
+def train_rso(tmp_path: Path, **given: Any) -> Run:
+    return train(RSOTrainer, RSOConfig, output_dir=str(tmp_path / "rso"), gamma=0.1, **given)
+
+
+def assert_same(run: Run, expected: Run) -> None:
+    """Require the same keys and values in every log.
+
+    Values of hundreds of nats agree to float32's rounding of their sums. Adam makes a full step of a gradient that is
+    rounding alone, which the gradient's norm shows first.
+    """
+    assert len(run.logs) == len(expected.logs) > 0
+    for log, expected_log in zip(run.logs, expected.logs, strict=True):
+        assert log.keys() == expected_log.keys()
+        for name, value in expected_log.items():
+            if not name.endswith(NOT_COMPARED):
+                tolerance = 1e-3 if name == "grad_norm" else 2e-5
+                assert log[name] == pytest.approx(value, abs=1e-4, rel=tolerance), f"{name} at step {log['step']}"
+
+
+def assert_shared(run: Run, expected: Run) -> None:
+    """Require that policy and reference were given one row per pair, always."""
+    assert run.num_rows == expected.num_rows // 2 > 0
+    assert run.num_tokens < 0.9 * expected.num_tokens
+
+
+def losses(run: Run) -> list[float]:
+    return [log["loss"] for log in run.logs if "loss" in log]
+
+
+@pytest.mark.parametrize("fine_tuning", ["full", "LoRA"])
+@pytest.mark.parametrize("loss", ["sigmoid", "hinge"])
+def test_twenty_steps_are_those_of_trl(loss, fine_tuning, pairs, policy_dir, tmp_path):
+    given = {
+        "model": policy_dir,
+        "train_dataset": pairs.select(range(48)),
+        "eval_dataset": pairs.select(range(48, 54)),
+        "eval_strategy": "steps",
+        "eval_steps": 10,
+        "max_steps": 20,
+        **({"peft_config": lora()} if fine_tuning == "LoRA" else {}),
+    }
+    expected = train_dpo(tmp_path, loss_type=loss, **given)
+    assert len(losses(expected)) == 20 and max(losses(expected)) - min(losses(expected)) > 0.1
+    eval_logs = [log for log in expected.logs if "eval_loss" in log]
+    assert len(eval_logs) == 2 and {f"eval_{name}" for name in METRICS} <= eval_logs[0].keys()
+    assert expected.logs[0].keys() >= METRICS
+    for share_prefix in (True, False):
+        run = train_rso(tmp_path, loss_type=f"{loss}-norm", share_prefix=share_prefix, **given)
+        assert losses(run) == pytest.approx(losses(expected), abs=1e-4, rel=0)
+        assert_same(run, expected)
+        if share_prefix:
+            assert_shared(run, expected)
+        else:
+            assert (run.num_rows, run.num_tokens) == (expected.num_rows, expected.num_tokens)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ipo": {"loss_type": "ipo"},
+    "exo_pair": {"loss_type": "exo_pair", "label_smoothing": 1e-3},
+    "nca_pair": {"loss_type": "nca_pair"},
+    "robust": {"loss_type": "robust", "label_smoothing": 0.1},
+    "bco_pair": {"loss_type": "bco_pair"},
+    "sppo_hard": {"loss_type": "sppo_hard"},
+    "aot": {"loss_type": "aot"},
+    "aot_unpaired": {"loss_type": "aot_unpaired"},
+    "apo_zero": {"loss_type": "apo_zero"},
+    "apo_down": {"loss_type": "apo_down"},
+    "discopop": {"loss_type": "discopop"},
+    "sft": {"loss_type": "sft"},
+    "several losses": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "ld_alpha": {"ld_alpha": 0.5},
+    # Exponentials of the log-ratios, which are kept small
+    "forward_kl": {"f_divergence_type": "forward_kl", "learning_rate": 1e-4},
+    "alpha_divergence": {
+        "f_divergence_type": "alpha_divergence",
+        "f_alpha_divergence_coef": 0.3,
+        "learning_rate": 1e-4,
+    },
+    "js_divergence": {"f_divergence_type": "js_divergence"},
+    "use_weighting": {"use_weighting": True},
+    "precompute_ref_log_probs": {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3},
+    "sync_ref_model": {"sync_ref_model": True, "ref_model_sync_steps": 1},
+    "gradient accumulation": {"gradient_accumulation_steps": 2},
+    "no gradient checkpointing": {"gradient_checkpointing": False},
+    "reentrant gradient checkpointing": {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "truncation of completions": {"max_length": 90},
+    "truncation of prompts": {"max_length": 60, "truncation_mode": "keep_end"},
+    "eager attention": {"model_init_kwargs": {"attn_implementation": "eager"}},
+}
+NOT_WITH_LORA = {"sync_ref_model"}  # TRL refuses it
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_other_option_is_trls(variant, pairs, policy_dir, tmp_path):
+    given = {"model": policy_dir, "train_dataset": pairs.select(range(8)), **VARIANTS[variant]}
+    expected = train_dpo(tmp_path, **given)
+    run = train_rso(tmp_path, **given)
+    assert_same(run, expected)
+    if variant == "truncation of prompts":  # pairs cut at different places have nothing in common
+        assert run.num_rows == expected.num_rows // 2
+    else:
+        assert_shared(run, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("fine_tuning", ["full", "LoRA"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_other_option_is_trls_however_it_is_run(variant, fine_tuning, share_prefix, pairs, policy_dir, tmp_path):
+    if fine_tuning == "LoRA" and variant in NOT_WITH_LORA:
+        with pytest.raises(NotImplementedError, match="sync_ref_model"):
+            train_rso(tmp_path, model=policy_dir, train_dataset=pairs, peft_config=lora(), **VARIANTS[variant])
+        return
+    given = {"model": policy_dir, "train_dataset": pairs, "max_steps": 10, **VARIANTS[variant]}
+    given |= {"peft_config": lora()} if fine_tuning == "LoRA" else {}
+    assert_same(train_rso(tmp_path, share_prefix=share_prefix, **given), train_dpo(tmp_path, **given))
+
+
+def test_precomputing_shares_the_prompts_too(pairs, policy_dir, tmp_path):
+    given = {
+        "model": policy_dir,
+        "train_dataset": pairs.select(range(8)),
+        "eval_dataset": {"first": pairs.select(range(12, 16)), "second": pairs.select(range(16, 20))},
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "precompute_ref_log_probs": True,
+    }
+    expected = train_dpo(tmp_path, **given)
+    run = train_rso(tmp_path, **given)
+    assert_same(run, expected)
+    assert {"eval_first_loss", "eval_second_loss"} <= {name for log in run.logs for name in log}
+    assert_shared(run, expected)
+    for split in ("train_dataset", "eval_dataset"):
+        rows, expected_rows = getattr(run.trainer, split), getattr(expected.trainer, split)
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            got = rows[name] if split == "train_dataset" else rows["first"][name]
+            wanted = expected_rows[name] if split == "train_dataset" else expected_rows["first"][name]
+            assert list(got) == pytest.approx(list(wanted), abs=1e-4, rel=1e-6)
+
+
+def test_bfloat16_is_as_close_as_its_rounding(pairs, policy_dir, tmp_path):
+    given = {"model": policy_dir, "train_dataset": pairs.select(range(12))}
+    expected = train_dpo(tmp_path, bf16=True, **given)
+    run = train_rso(tmp_path, bf16=True, **given)
+    # bfloat16 keeps 8 bits. Sums in another order round otherwise: a completion of 100 tokens is off by some tenths of
+    # a nat, which gamma = 0.1 makes some hundredths of a loss. The mean log-probability stays within 0.1%.
+    assert losses(run) == pytest.approx(losses(expected), abs=5e-2)
+    for name in ("logps/chosen", "logps/rejected"):
+        assert [log[name] for log in run.logs[:-1]] == pytest.approx(
+            [log[name] for log in expected.logs[:-1]], rel=1e-3
+        )
+    assert run.logs[0].keys() == expected.logs[0].keys()
+    # Both the policy and the reference share, though autocast returns the logits of the latter in float32
+    assert_shared(run, expected)
+
+
+def test_an_explicit_reference_model(pairs, policy_dir, tiny_llama_dir, tmp_path):
+    def given() -> dict[str, Any]:
+        return {
+            "model": AutoModelForCausalLM.from_pretrained(policy_dir),
+            "ref_model": AutoModelForCausalLM.from_pretrained(tiny_llama_dir),
+            "train_dataset": pairs.select(range(8)),
+        }
+
+    expected = train_dpo(tmp_path, **given())
+    assert abs(expected.logs[0]["rewards/margins"]) > 0.1  # the reference is another model from the start
+    run = train_rso(tmp_path, **given())
+    assert_same(run, expected)
+    assert_shared(run, expected)
+
+
+def test_a_pretrained_adapter_is_its_own_reference(pairs, policy_dir, tmp_path):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(policy_dir)
+    adapter = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    get_peft_model(base, adapter).save_pretrained(tmp_path / "adapter")
+
+    def given() -> dict[str, Any]:
+        base = AutoModelForCausalLM.from_pretrained(policy_dir)
+        return {
+            "model": PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True),
+            "train_dataset": pairs.select(range(8)),
+        }
+
+    expected = train_dpo(tmp_path, **given())
+    assert expected.logs[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    run = train_rso(tmp_path, **given())
+    assert_same(run, expected)
+    assert_shared(run, expected)
+    with run.trainer.model.disable_adapter():  # the base is untouched
+        weights = dict(run.trainer.model.get_base_model().named_parameters())
+        assert torch.equal(weights["model.embed_tokens.weight"], base.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("fine_tuning", ["full", "LoRA"])
+def test_resuming_gives_the_uninterrupted_losses(fine_tuning, pairs, policy_dir, tmp_path):
+    given = {
+        "model": policy_dir,
+        "train_dataset": pairs.select(range(8)),
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        **({"peft_config": lora()} if fine_tuning == "LoRA" else {}),
+    }
+    whole = train_rso(tmp_path, **given)
+    assert_same(whole, train_dpo(tmp_path, **given))
+    resumed = train_rso(tmp_path / "resumed", resume_from=str(tmp_path / "rso" / "checkpoint-2"), **given)
+    assert losses(resumed)[-2:] == pytest.approx(losses(whole)[-2:], abs=1e-6)
+    assert resumed.num_tokens < whole.num_tokens
+
+
+@pytest.fixture(scope="module")
+def mixtral_dir(tiny_llama_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        router_aux_loss_coef=0.1,
+        sliding_window=None,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return save(MixtralForCausalLM(config), tmp_path_factory.mktemp("mixtral"), tiny_llama_dir)
+
+
+@pytest.mark.parametrize("output_router_logits", [True, False])
+def test_the_auxiliary_loss_of_experts_is_trls(output_router_logits, mixtral_dir, pairs, tmp_path, caplog):
+    def given() -> dict[str, Any]:
+        models = [AutoModelForCausalLM.from_pretrained(mixtral_dir) for _ in range(2)]
+        for model in models:
+            model.config.output_router_logits = output_router_logits
+        return {"model": models[0], "ref_model": models[1], "train_dataset": pairs.select(range(12))}
+
+    expected = train_dpo(tmp_path, **given())
+    assert expected.logs[0]["aux_loss"] > 0
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+        run = train_rso(tmp_path, **given())
+    assert_same(run, expected)
+    reasons = [record.getMessage() for record in caplog.records if "not shared" in record.getMessage()]
+    # Once per model that asks for the router's logits: the policy, and the reference if its config says so
+    assert len(reasons) == 1 + output_router_logits and all("output_router_logits" in reason for reason in reasons)
+
+
+def test_experts_without_auxiliary_loss_share(mixtral_dir, pairs, tmp_path):
+    given = {"model": mixtral_dir, "train_dataset": pairs.select(range(8)), "router_aux_loss_coef": 0.0}
+    expected = train_dpo(tmp_path, **given)
+    run = train_rso(tmp_path, **given)
+    assert_same(run, expected)
+    assert_shared(run, expected)
+
+
+def test_prefix_tuning_falls_back(pairs, policy_dir, tmp_path, caplog):
+    given = {
+        "model": policy_dir,
+        "train_dataset": pairs.select(range(8)),
+        "peft_config": PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+        "gradient_checkpointing": False,  # PEFT refuses it
+    }
+    expected = train_dpo(tmp_path, **given)
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+        run = train_rso(tmp_path, **given)
+    assert_same(run, expected)
+    assert [record.getMessage() for record in caplog.records if "past_key_values" in record.getMessage()]

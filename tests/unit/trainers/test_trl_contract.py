@@ -1,0 +1,253 @@
+"""What `trainers/base.py` and `shared_prefix/forward.py` take for granted about TRL, beyond its documented names.
+
+Where one of these fails after an upgrade, TRL has changed something private: the message says what, and where to mend
+it.
+"""
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+from trl.trainer import utils
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from prefopt_trl.trainers.base import PreferenceTrainer
+
+BASE = "prefopt_trl/trainers/base.py"
+FORWARD = "prefopt_trl/shared_prefix/forward.py"
+CONFIG = "prefopt_trl/trainers/rso_config.py"
+
+PAIRS = {
+    "prompt": ["The sky is", "Name a colour"],
+    "chosen": [" blue today", ": red"],
+    "rejected": [" green", ": seven of them"],
+}
+IDS = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 10, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+LABELS = torch.tensor([[-100, -100, 7, 8, 9], [-100, -100, 7, 10, -100]])
+PER_TOKEN = {"log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask"}
+
+
+def require(holds: bool, changed: str, where: str) -> None:
+    """Fail with what changed in TRL and the file that relies on it."""
+    if not holds:
+        pytest.fail(f"TRL {trl.__version__} has changed: {changed}. Mend {where}.", pytrace=False)
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def make(trainer_class, model_dir, tmp_path, **given):
+    settings = {name: given.pop(name) for name in ("precompute_ref_log_probs",) if name in given}
+    args = DPOConfig(str(tmp_path), use_cpu=True, bf16=False, max_steps=1, report_to="none", **settings)
+    return trainer_class(model_dir, args=args, train_dataset=Dataset.from_dict(PAIRS), **given)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected", "where"),
+    [
+        (
+            DPOTrainer._prepare_dataset,
+            ["self", "dataset", "processing_class", "args", "dataset_name"],
+            f"PreferenceTrainer._prepare_dataset in {BASE}",
+        ),
+        (
+            DPOTrainer._precompute_ref_logps,
+            ["self", "dataset", "name", "batch_size"],
+            f"PreferenceTrainer._precompute_ref_logps in {BASE}",
+        ),
+        (
+            DPOTrainer.__init__,
+            parameters(PreferenceTrainer.__init__)[:-1],  # all but `ranker`
+            f"PreferenceTrainer.__init__ in {BASE}",
+        ),
+        (
+            utils.create_model_from_path,
+            ["model_id", "architecture", "kwargs"],
+            f"PreferenceTrainer._reference_policy in {BASE}",
+        ),
+        (utils.get_config_model_id, ["config"], f"PreferenceTrainer.__init__ in {BASE}"),
+    ],
+)
+def test_the_signatures_we_override_or_call(function, expected, where):
+    found = parameters(function)
+    require(found == expected, f"{function.__qualname__} takes {found}, was {expected}", where)
+
+
+def test_the_metadata_of_a_model_card():
+    for name in ("_tag_names", "_name", "_paper"):
+        require(hasattr(DPOTrainer, name), f"DPOTrainer has no `{name}`", f"RSOTrainer's, and its use in {BASE}")
+    found = set(DPOTrainer._paper)
+    require(found == {"title", "id", "citation"}, f"`_paper` has the keys {found}", "RSOTrainer._paper")
+
+
+def test_what_the_constructor_calls_and_sets(tiny_llama_dir, tmp_path):
+    calls = []
+
+    class Recorder(DPOTrainer):
+        def _prepare_dataset(self, *args, **kwargs):
+            calls.append(("prepare", args[-1], kwargs))
+            return super()._prepare_dataset(*args, **kwargs)
+
+        def _precompute_ref_logps(self, *args, **kwargs):
+            fused = hasattr(self.model.forward, "__wrapped__")
+            calls.append(("precompute", args[1], kwargs, fused, self.ref_model))
+            return super()._precompute_ref_logps(*args, **kwargs)
+
+    eval_dataset = {"other": Dataset.from_dict(PAIRS)}
+    trainer = make(Recorder, tiny_llama_dir, tmp_path, eval_dataset=eval_dataset, precompute_ref_log_probs=True)
+    expected = [
+        ("prepare", "train", {}),
+        ("prepare", "other", {}),
+        ("precompute", "train", {}, True, None),
+        ("precompute", "other", {}, True, None),
+    ]
+    require(
+        calls == expected,
+        f"DPOTrainer.__init__ prepares and precomputes by {calls}, was {expected}: each split is prepared, then the "
+        "LM head fused, then the reference log-probs computed with the policy itself",
+        f"_prepare_dataset, _precompute_ref_logps and _share_prefixes in {BASE}",
+    )
+    for name in ("model", "ref_model", "args", "accelerator"):
+        require(hasattr(trainer, name), f"DPOTrainer has no `{name}`", f"_share_prefixes in {BASE}")
+
+
+def test_both_models_have_the_fused_head_once_constructed(tiny_llama_dir, tmp_path):
+    trainer = make(DPOTrainer, tiny_llama_dir, tmp_path)
+    for name in ("model", "ref_model"):
+        model = trainer.accelerator.unwrap_model(getattr(trainer, name))
+        require(
+            "forward" in vars(model),
+            f"DPOTrainer's `{name}` has no forward of its own, where add_fused_lm_head put one",
+            f"_share_prefixes in {BASE} and {FORWARD}",
+        )
+    trainer = make(DPOTrainer, tiny_llama_dir, tmp_path, peft_config=LoraConfig(target_modules=["q_proj"]))
+    require(
+        "forward" in vars(trainer.model.get_base_model()) and trainer.ref_model is None,
+        "under PEFT the fused LM head is not on the base model, or there is a second reference model",
+        f"_share_prefixes in {BASE}",
+    )
+
+
+@pytest.fixture
+def fused_model(tiny_llama_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
+    return model
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_fused_head_returns_per_token_values_and_a_loss(fused_model, shifted):
+    labels = {"shift_labels": LABELS} if shifted else {"labels": LABELS}
+    try:
+        outputs = fused_model(input_ids=IDS, attention_mask=MASK, use_cache=False, fused_lm_head=True, **labels)
+    except TypeError as error:
+        require(False, f"the fused forward does not take these arguments ({error})", f"add_shared_prefix in {FORWARD}")
+    found = set(outputs.keys())
+    require(
+        found == PER_TOKEN | {"loss"},
+        f"the fused forward returns {found}, was {PER_TOKEN | {'loss'}}: all but `loss` are unpacked per token",
+        f"the last line of add_shared_prefix in {FORWARD}",
+    )
+    shape = (2, 5) if shifted else (2, 4)
+    for name in PER_TOKEN:
+        require(
+            outputs[name].shape == shape,
+            f"`{name}` of the fused forward has shape {tuple(outputs[name].shape)}, was {shape} with {list(labels)}",
+            f"add_shared_prefix in {FORWARD}",
+        )
+    asked = (LABELS if shifted else LABELS[:, 1:]) != -100
+    require(
+        all(not outputs[name][~asked].any() for name in PER_TOKEN),
+        "the fused forward has values other than zero where the label is -100",
+        "PackedBatch.unpack in prefopt_trl/shared_prefix/packing.py",
+    )
+
+
+def test_shifted_labels_are_scored_where_they_stand(fused_model):
+    logits = AutoModelForCausalLM.from_pretrained(fused_model.name_or_path)(input_ids=IDS).logits
+    shift_labels = torch.tensor([[-100, 7, 8, 9, 11], [12, 7, 10, -100, -100]])
+    outputs = fused_model(input_ids=IDS, attention_mask=MASK, shift_labels=shift_labels, fused_lm_head=True)
+    expected = logits.log_softmax(-1).gather(2, shift_labels.clamp(min=0)[:, :, None]).squeeze(2)
+    require(
+        torch.allclose(outputs.log_probs, expected.masked_fill(shift_labels == -100, 0), atol=1e-5),
+        "`shift_labels[i, t]` is not what position t is scored on",
+        f"add_shared_prefix in {FORWARD}",
+    )
+
+
+def test_without_the_switch_the_forward_is_the_models_own(fused_model):
+    plain = AutoModelForCausalLM.from_pretrained(fused_model.name_or_path)
+    found, expected = fused_model(input_ids=IDS, labels=LABELS), plain(input_ids=IDS, labels=LABELS)
+    require(
+        torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss),
+        "a model with the fused LM head no longer runs its own forward without `fused_lm_head=True`",
+        f"add_shared_prefix in {FORWARD}",
+    )
+
+
+def test_the_batch_has_chosen_rows_then_rejected_rows_padded_on_the_right():
+    collator = DataCollatorForPreference(pad_token_id=0)
+    batch = collator(
+        [
+            {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
+            {"prompt_ids": [7, 8], "chosen_ids": [9], "rejected_ids": [10, 11]},
+        ]
+    )
+    found = {name: rows.tolist() for name, rows in batch.items()}
+    expected = {
+        "input_ids": [[1, 2, 3, 4, 5], [7, 8, 9, 0, 0], [1, 2, 3, 6, 0], [7, 8, 10, 11, 0]],
+        "attention_mask": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0]],
+        "completion_mask": [[0, 0, 0, 1, 1], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 1, 1, 0]],
+    }
+    require(
+        found == expected,
+        f"DataCollatorForPreference makes {found}, was {expected}",
+        "pair_groups in prefopt_trl/shared_prefix/packing.py and _can_share in prefopt_trl/shared_prefix/forward.py",
+    )
+
+
+@pytest.mark.parametrize("fine_tuning", ["full", "LoRA"])
+@pytest.mark.parametrize("precompute", [False, True])
+def test_the_models_are_called_with_these_arguments_alone(
+    fine_tuning, precompute, tiny_llama_dir, tmp_path, monkeypatch
+):
+    calls = []
+
+    def recording(model, *args, **kwargs):
+        add_fused_lm_head(model, *args, **kwargs)
+        forward = model.forward
+
+        def record(*args, **kwargs):
+            calls.append((len(args), {name for name, value in kwargs.items() if value is not None}))
+            return forward(*args, **kwargs)
+
+        model.forward = record
+
+    add_fused_lm_head = utils.add_fused_lm_head
+    monkeypatch.setattr("trl.trainer.dpo_trainer.add_fused_lm_head", recording)
+    peft_config = LoraConfig(target_modules=["q_proj"]) if fine_tuning == "LoRA" else None
+    trainer = make(DPOTrainer, tiny_llama_dir, tmp_path, precompute_ref_log_probs=precompute, peft_config=peft_config)
+    trainer.train()
+    expected = (0, {"input_ids", "attention_mask", "use_cache", "labels", "fused_lm_head"})
+    require(
+        len(calls) == 2 and all(call == expected for call in calls),
+        f"in one step DPOTrainer calls its models with {calls} (positional arguments, names), was twice {expected}",
+        f"ROWS and SETTINGS in {FORWARD}, without which no prompt is shared",
+    )
+
+
+def test_the_names_of_the_losses():
+    field = {field.name: field for field in dataclasses.fields(DPOConfig)}["loss_type"]
+    require(
+        all(f"'{name}'" in field.metadata["help"] for name in ("sigmoid", "hinge", "sigmoid_norm")),
+        "DPOConfig.loss_type no longer names 'sigmoid', 'hinge' and 'sigmoid_norm'",
+        f"LOSS_NAMES and __post_init__ in {CONFIG}",
+    )
