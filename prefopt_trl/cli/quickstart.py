@@ -7,8 +7,10 @@ torch.
 
 import json
 import logging
+import shutil
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +42,17 @@ from prefopt_trl.trainers.rso_trainer import RSOTrainer
 
 TASK: dict[str, Any] = {"num_prompts": 400, "num_eval_prompts": 512}
 SFT: dict[str, Any] = {"max_steps": 500, "per_device_train_batch_size": 64, "learning_rate": 3e-3}
-RANKER: dict[str, Any] = {"max_steps": 1000, "per_device_train_batch_size": 128, "learning_rate": 3e-3}
+RANKER: dict[str, Any] = {"max_steps": 900, "per_device_train_batch_size": 128, "learning_rate": 3e-3}
 POLICY: dict[str, Any] = {"max_steps": 240, "per_device_train_batch_size": 32, "learning_rate": 1e-4, "gamma": 0.5}
-SAMPLING: dict[str, Any] = {"num_candidates": 64, "num_samples": 8, "beta": 0.5}
+SAMPLING: dict[str, Any] = {"num_candidates": 64, "num_samples": 8}
+BETA, LARGER_BETA = 0.5, 2.0  # the paper's, and the one to try where the ranker is unsure of its labels
 CHECKPOINT_EVERY = 20
 
 METHODS = {
     "direct": "the given comparisons (DPO)",
     "sft-sample-rank": "8 of 64 SFT samples, at random, labelled by the ranker",
-    "rso": "8 of 64 SFT samples, by rejection sampling, labelled by the ranker",
+    "rso": f"8 of 64 SFT samples, by rejection sampling with the paper's beta of {BETA:g}, labelled by the ranker",
+    "rso, larger beta": f"the same with beta {LARGER_BETA:g}, which trusts the ranker less",
 }
 
 
@@ -59,6 +63,8 @@ def run_quickstart(output_dir: str, seed: int) -> None:
     _quiet()
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    for earlier in folder.glob("pairs-*"):  # of another run of this command, perhaps with another seed
+        shutil.rmtree(earlier)
     started = time.perf_counter()
 
     def say(message: str) -> None:
@@ -89,10 +95,19 @@ def run_quickstart(output_dir: str, seed: int) -> None:
     say(f"Ranker accuracy on pairs of SFT samples, against the true reward: {accuracy:.3f}")
 
     say(f"Sampling {SAMPLING['num_candidates']} completions for each of {len(task.prompts)} prompts, and ranking them")
+    sample = partial(build_preference_dataset, ranker=ranker, seed=seed, **SAMPLING)
+    how: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": 1024}
     pairs = {"direct": task.comparisons}
-    pairs["rso"], rso_statistics = _sample_pairs(task.prompts, sft, tokenizer, ranker, "rso", folder, seed)
-    candidates = load_from_disk(str(folder / "pairs-rso" / "candidates"))
-    pairs["sft-sample-rank"], sft_statistics = _sample_pairs(candidates, None, None, ranker, "sft", folder, seed)
+    pairs["rso"] = sample(task.prompts, sft, tokenizer, beta=BETA, output_dir=folder / "pairs-rso", **how)
+    candidates = load_from_disk(str(folder / "pairs-rso" / "candidates"))  # sampled and scored once, for all three
+    pairs["sft-sample-rank"] = sample(candidates, None, None, strategy="sft", output_dir=folder / "pairs-sft")
+    pairs["rso, larger beta"] = sample(
+        candidates, None, None, beta=LARGER_BETA, output_dir=folder / "pairs-rso-larger-beta"
+    )
+    statistics = {
+        name: json.loads((folder / name / "statistics.json").read_text())
+        for name in ("pairs-rso", "pairs-sft", "pairs-rso-larger-beta")
+    }
 
     # Checkpoints are chosen on one half of the evaluation prompts and reported on the other
     halves = task.eval_dataset.train_test_split(test_size=0.5, seed=seed)
@@ -102,7 +117,7 @@ def run_quickstart(output_dir: str, seed: int) -> None:
     chosen: dict[str, int] = {}
     for method, source in METHODS.items():
         say(f"{method}: {POLICY['max_steps']} steps on {source}")
-        policy, checkpoints = _train(sft_dir, tokenizer, pairs[method], measure, halves["train"], folder, method, seed)
+        policy, checkpoints = _train(sft_dir, tokenizer, pairs[method], measure, halves["train"], folder, seed)
         curves[method] = checkpoints.measured
         chosen[method] = checkpoints.best
         policy.load_state_dict(checkpoints.best_weights)
@@ -112,40 +127,7 @@ def run_quickstart(output_dir: str, seed: int) -> None:
             say(f"The trained RSO model is saved in {folder / 'rso'}")
         results[method] = measure(policy, halves["test"])
 
-    steps = {method: CHECKPOINT_EVERY * (index + 1) for method, index in chosen.items()}
-    lines = table(
-        ["policy", "true reward", "wins by truth", "wins by ranker", "KL, nats", "best step"],
-        [
-            [
-                method,
-                with_error(result["true_reward"]),
-                as_percentage(result["true_win_rate"]),
-                as_percentage(result["ranker_win_rate"]),
-                with_error(result["kl"]),
-                str(steps.get(method, "")),
-            ]
-            for method, result in results.items()
-        ],
-    )
-    seconds = time.perf_counter() - started
-    content = {
-        "seed": seed,
-        "seconds": round(seconds, 1),
-        "ranker_accuracy": accuracy,
-        "results": {method: {name: asdict(value) for name, value in row.items()} for method, row in results.items()},
-        "best_step": steps,
-        "curves": {
-            method: [{name: asdict(value) for name, value in point.items()} for point in points]
-            for method, points in curves.items()
-        },
-        "sampling": {"rso": rso_statistics, "sft-sample-rank": sft_statistics},
-        "settings": {"task": TASK, "sft": SFT, "ranker": RANKER, "policy": POLICY, "sampling": SAMPLING},
-        "versions": versions(),
-    }
-    (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n")
-    plot_reward_against_kl(curves, chosen, folder / "reward_against_kl.png")
-    report = _report(lines, accuracy, rso_statistics, seed, len(halves["test"]))
-    (folder / "report.md").write_text(report)
+    report = _write_report(folder, results, curves, chosen, statistics, accuracy, seed, len(halves["test"]))
     print("\n" + report.split("\n", 2)[2], flush=True)
     say(f"Written: report.md, results.json, reward_against_kl.png and the RSO model, in {folder}")
 
@@ -210,31 +192,6 @@ def ranker_accuracy(
     return float((preferred == (truth > 0))[truth != 0].mean())
 
 
-def _sample_pairs(
-    prompts: Dataset,
-    policy: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerFast | None,
-    ranker: PairwiseRanker,
-    strategy: str,
-    folder: Path,
-    seed: int,
-) -> tuple[Dataset, dict[str, Any]]:
-    output_dir = folder / f"pairs-{strategy}"
-    pairs = build_preference_dataset(
-        prompts,
-        policy,
-        tokenizer,
-        ranker,
-        output_dir=output_dir,
-        strategy=strategy,
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=1024,
-        seed=seed,
-        **SAMPLING,
-    )
-    return pairs, json.loads((output_dir / "statistics.json").read_text())
-
-
 class _Measure:
     """Evaluation of a policy on some of the evaluation prompts, always with the same seed."""
 
@@ -282,7 +239,6 @@ def _train(
     measure: _Measure,
     examples: Dataset,
     folder: Path,
-    method: str,
     seed: int,
 ) -> tuple[PreTrainedModel, _Checkpoints]:
     """Train the SFT policy on pairs with RSO eq. 10; the three methods differ in their pairs alone."""
@@ -290,9 +246,7 @@ def _train(
     policy = AutoModelForCausalLM.from_pretrained(sft_dir)
     trainer = RSOTrainer(
         policy,
-        args=RSOConfig(
-            str(folder / f"{method}_trainer"), seed=seed, lr_scheduler_type="constant", **_COMMON, **POLICY
-        ),
+        args=RSOConfig(str(folder / "policy_trainer"), seed=seed, lr_scheduler_type="constant", **_COMMON, **POLICY),
         train_dataset=pairs,
         processing_class=tokenizer,
         callbacks=[checkpoints],
@@ -302,12 +256,65 @@ def _train(
     return policy, checkpoints
 
 
+def _write_report(
+    folder: Path,
+    results: dict[str, dict[str, Estimate]],
+    curves: dict[str, list[dict[str, Estimate]]],
+    chosen: dict[str, int],
+    statistics: dict[str, Any],
+    accuracy: float,
+    seed: int,
+    num_prompts: int,
+) -> str:
+    """Write results.json, the plot and report.md; return the report."""
+    steps = {method: CHECKPOINT_EVERY * (index + 1) for method, index in chosen.items()}
+    lines = table(
+        ["policy", "true reward", "wins by truth", "wins by ranker", "KL, nats", "best step"],
+        [
+            [
+                method,
+                with_error(result["true_reward"]),
+                as_percentage(result["true_win_rate"]),
+                as_percentage(result["ranker_win_rate"]),
+                with_error(result["kl"]),
+                str(steps.get(method, "")),
+            ]
+            for method, result in results.items()
+        ],
+    )
+    content = {
+        "seed": seed,
+        "ranker_accuracy": accuracy,
+        "results": {method: {name: asdict(value) for name, value in row.items()} for method, row in results.items()},
+        "best_step": steps,
+        "curves": {
+            method: [{name: asdict(value) for name, value in point.items()} for point in points]
+            for method, points in curves.items()
+        },
+        "sampling": statistics,
+        "settings": {
+            "task": TASK,
+            "sft": SFT,
+            "ranker": RANKER,
+            "policy": POLICY,
+            "sampling": {**SAMPLING, "beta": BETA, "larger_beta": LARGER_BETA},
+        },
+        "versions": versions(),
+    }
+    (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n")
+    plot_reward_against_kl(curves, chosen, folder / "reward_against_kl.png")
+    report = _report(lines, accuracy, statistics["pairs-rso"], seed, num_prompts)
+    (folder / "report.md").write_text(report)
+    return report
+
+
 def _report(lines: str, accuracy: float, statistics: dict[str, Any], seed: int, num_prompts: int) -> str:
     sources = "\n".join(f"- **{method}**: {source}" for method, source in METHODS.items())
     warning = f"\n\n> {statistics['warning']}" if statistics["warning"] else ""
-    return f"""# Quickstart: three sources of pairs, one loss
+    before, after = statistics["label_probability_before"], statistics["label_probability_after"]
+    return f"""# Quickstart: sources of pairs, one loss
 
-All three policies start from the same SFT policy and minimise RSO eq. 10 (the DPO loss) with gamma
+All policies start from the same SFT policy and minimise RSO eq. 10 (the DPO loss) with gamma
 {POLICY["gamma"]}; only their pairs differ:
 
 {sources}
@@ -319,10 +326,9 @@ against the SFT targets. Each policy is at the checkpoint with the highest rewar
 prompts (RSO section 5). The true reward is at most 10. This is one seed ({seed}): differences of a few
 standard errors can be luck.
 
-The ranker orders {100 * accuracy:.0f}% of pairs of SFT samples as the true reward does. It gives its own labels a mean
-probability of {statistics["label_probability_before"]:.2f} on random pairs of SFT samples, and of
-{statistics["label_probability_after"]:.2f} after rejection with beta {SAMPLING["beta"]} (acceptance rate
-{statistics["acceptance_rate"]:.3f}).{warning}
+The ranker orders {100 * accuracy:.0f}% of pairs of SFT samples as the true reward does. It gives its own
+labels a mean probability of {before:.2f} on random pairs of SFT samples, and of {after:.2f} after rejection
+with beta {BETA:g}, where the acceptance rate is {statistics["acceptance_rate"]:.3f}.{warning}
 
 ![reward against KL](reward_against_kl.png)
 """

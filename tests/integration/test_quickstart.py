@@ -17,7 +17,7 @@ def folder(tmp_path_factory):
         patch.setattr(quickstart, "SFT", {**quickstart.SFT, "max_steps": 120, "per_device_train_batch_size": 32})
         patch.setattr(quickstart, "RANKER", {**quickstart.RANKER, "max_steps": 4, "per_device_train_batch_size": 16})
         patch.setattr(quickstart, "POLICY", {**quickstart.POLICY, "max_steps": 4, "per_device_train_batch_size": 8})
-        patch.setattr(quickstart, "SAMPLING", {"num_candidates": 16, "num_samples": 4, "beta": 0.5})
+        patch.setattr(quickstart, "SAMPLING", {"num_candidates": 16, "num_samples": 4})
         patch.setattr(quickstart, "CHECKPOINT_EVERY", 2)
         quickstart.run_quickstart(str(folder), seed=1)
     return folder
@@ -33,7 +33,7 @@ def test_everything_promised_is_written(folder):
 
 def test_results_hold_every_method_its_curve_and_the_seed(folder):
     results = json.loads((folder / "results.json").read_text())
-    assert set(results["results"]) == {"SFT policy", "direct", "sft-sample-rank", "rso"}
+    assert set(results["results"]) == {"SFT policy", *quickstart.METHODS}
     assert results["seed"] == 1
     assert results["results"]["SFT policy"]["kl"] == {"mean": 0.0, "standard_error": 0.0}
     assert 0 <= results["ranker_accuracy"] <= 1
@@ -51,9 +51,10 @@ def test_report_prints_the_numbers_of_the_results(folder):
     assert f"{100 * results['ranker_accuracy']:.0f}% of pairs" in report
 
 
-def test_both_sampled_methods_used_the_same_candidates(folder):
-    pairs = {
-        strategy: json.loads((folder / f"pairs-{strategy}/statistics.json").read_text()) for strategy in ("rso", "sft")
-    }
-    assert pairs["rso"]["reward_quantiles"]["candidates"] == pairs["sft"]["reward_quantiles"]["candidates"]
-    assert pairs["rso"]["reward_quantiles"]["accepted"] != pairs["sft"]["reward_quantiles"]["accepted"]
+def test_all_sampled_methods_used_the_same_candidates(folder):
+    sampling = json.loads((folder / "results.json").read_text())["sampling"]
+    rso, sft, larger_beta = (
+        sampling[name]["reward_quantiles"] for name in ("pairs-rso", "pairs-sft", "pairs-rso-larger-beta")
+    )
+    assert rso["candidates"] == sft["candidates"] == larger_beta["candidates"]
+    assert rso["accepted"][3] > sft["accepted"][3]  # medians
