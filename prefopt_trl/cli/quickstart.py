@@ -10,7 +10,6 @@ import logging
 import shutil
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +94,31 @@ def run_quickstart(output_dir: str, seed: int) -> None:
     say(f"Ranker accuracy on pairs of SFT samples, against the true reward: {accuracy:.3f}")
 
     say(f"Sampling {SAMPLING['num_candidates']} completions for each of {len(task.prompts)} prompts, and ranking them")
-    sample = partial(build_preference_dataset, ranker=ranker, seed=seed, **SAMPLING)
-    how: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": 1024}
-    pairs = {"direct": task.comparisons}
-    pairs["rso"] = sample(task.prompts, sft, tokenizer, beta=BETA, output_dir=folder / "pairs-rso", **how)
-    candidates = load_from_disk(str(folder / "pairs-rso" / "candidates"))  # sampled and scored once, for all three
-    pairs["sft-sample-rank"] = sample(candidates, None, None, strategy="sft", output_dir=folder / "pairs-sft")
-    pairs["rso, larger beta"] = sample(
-        candidates, None, None, beta=LARGER_BETA, output_dir=folder / "pairs-rso-larger-beta"
+    how: dict[str, Any] = {**SAMPLING, "seed": seed}
+    rso = build_preference_dataset(
+        task.prompts,
+        sft,
+        tokenizer,
+        ranker,
+        output_dir=folder / "pairs-rso",
+        beta=BETA,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=1024,
+        **how,
     )
+    candidates = load_from_disk(str(folder / "pairs-rso" / "candidates"))  # sampled and scored once, for all three
+    from_sft = build_preference_dataset(
+        candidates, None, None, ranker, output_dir=folder / "pairs-sft", strategy="sft", **how
+    )
+    larger_beta = build_preference_dataset(
+        candidates, None, None, ranker, output_dir=folder / "pairs-rso-larger-beta", beta=LARGER_BETA, **how
+    )
+    pairs = {
+        "direct": task.comparisons,
+        "sft-sample-rank": from_sft,
+        "rso": rso,
+        "rso, larger beta": larger_beta,
+    }
     statistics = {
         name: json.loads((folder / name / "statistics.json").read_text())
         for name in ("pairs-rso", "pairs-sft", "pairs-rso-larger-beta")
