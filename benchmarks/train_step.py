@@ -122,15 +122,18 @@ def main() -> None:
         print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
         return
 
+    # First, because a process inherits the peak of the one that starts it
+    peaks = {}
+    for side in SIDES:
+        command = [sys.executable, __file__, *sys.argv[1:], "--model", model, "--peak_memory_of", side]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peaks[f"{side}_peak_memory_mib"] = round(float(output.splitlines()[-1]))
+
     ours, theirs = (Steps(side, model, dataset, args) for side in ("ours", "theirs"))
-    results: dict[str, Any] = {"train_step_n2": alternate(ours, theirs, args.rounds)}
+    results: dict[str, Any] = {"train_step_n2": {**alternate(ours, theirs, args.rounds), **peaks}}
     results["train_step_n2"]["largest_difference_of_losses"] = max(
         abs(our - their) for our, their in zip(ours.losses, theirs.losses, strict=True)
     )
-    for side in SIDES:
-        command = [sys.executable, __file__, *sys.argv[1:], "--peak_memory_of", side]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        results["train_step_n2"][f"{side}_peak_memory_mib"] = round(float(output.splitlines()[-1]))
     print("train step, n = 2:", json.dumps(results["train_step_n2"], indent=2), flush=True)
 
     scored = AutoModelForCausalLM.from_pretrained(model)

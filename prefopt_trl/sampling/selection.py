@@ -11,7 +11,7 @@ from prefopt_trl.data.formats import Completion, completion_text
 from prefopt_trl.rankers.base import Ranker, check_probabilities, check_rewards
 from prefopt_trl.sampling.pairing import Pairing, Pairs, first_round, play, round_robin, tournament
 from prefopt_trl.sampling.rejection import acceptance_rate, statistical_rejection_sampling
-from prefopt_trl.sampling.statistics import SamplingStatistics, reward_quantiles, small_beta_warning
+from prefopt_trl.sampling.statistics import SamplingStatistics, label_warning, reward_quantiles
 
 # Beta of Algorithm 1 that each strategy stands for: its own, and the two limits of RSO section 3.2
 STRATEGIES: dict[str, Callable[[float], float]] = {"rso": float, "sft": lambda beta: np.inf, "top-k": lambda beta: 0.0}
@@ -127,7 +127,7 @@ def select_and_pair(
         reward_quantiles={name: reward_quantiles(values) for name, values in drawn.items()},
         label_probability_before=means["random candidates"],
         label_probability_after=means["pairs made"],
-        warning=small_beta_warning(beta, *means.values()) if strategy == "rso" else None,
+        warning=label_warning(strategy, beta, *means.values()),
     )
     return Selection(Dataset.from_dict(columns), statistics, drawn, certainty)
 

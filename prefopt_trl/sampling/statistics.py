@@ -13,6 +13,9 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 UNSURE = 0.65
 LOST_BY_REJECTION = 0.05
 
+# A ranker that is no surer than this of random pairs has learned next to nothing
+COIN_FLIP = 0.55
+
 
 @dataclass(frozen=True)
 class SamplingStatistics:
@@ -43,7 +46,7 @@ class SamplingStatistics:
         label_probability_after (`float`):
             The same on the pairs made.
         warning (`str` or `None`):
-            A plain sentence where `beta` is too small for this ranker.
+            A plain sentence where `beta` is too small for this ranker, or the ranker cannot tell completions apart.
     """
 
     num_prompts: int
@@ -82,6 +85,26 @@ class SamplingStatistics:
 def reward_quantiles(rewards: np.ndarray) -> list[float]:
     """Rewards at [`QUANTILES`]."""
     return np.quantile(rewards, QUANTILES).tolist()
+
+
+def label_warning(strategy: str, beta: float, before: float, after: float) -> str | None:
+    """What a user should know about the labels, in a plain sentence, or None.
+
+    Args:
+        strategy (`str`):
+            How completions were kept; a larger `beta` is a remedy for `"rso"` only.
+        beta (`float`):
+            Algorithm 1's beta.
+        before, after (`float`):
+            Mean probability the ranker gives to its own labels on random candidates, and on the pairs made.
+    """
+    if before < COIN_FLIP:
+        return (
+            f"The ranker gives its own labels a mean probability of only {before:.2f} on random candidates, so they "
+            "are near coin flips, whatever the beta. Train it longer or make it larger, and check that it is asked "
+            "with the template it was trained on."
+        )
+    return small_beta_warning(beta, before, after) if strategy == "rso" else None
 
 
 def small_beta_warning(beta: float, before: float, after: float) -> str | None:

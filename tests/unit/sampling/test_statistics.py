@@ -12,6 +12,7 @@ from matplotlib.image import imread
 from prefopt_trl.sampling.statistics import (
     QUANTILES,
     SamplingStatistics,
+    label_warning,
     plot_statistics,
     reward_quantiles,
     small_beta_warning,
@@ -167,3 +168,14 @@ def test_rewards_that_are_all_the_same_are_drawn(reward: float, tmp_path: Path) 
 def test_one_pair_is_drawn(tmp_path: Path) -> None:
     plot_statistics(*drawn(1), tmp_path / "plot.png")
     assert imread(tmp_path / "plot.png").shape == (480, 1200, 4)
+
+
+@pytest.mark.parametrize("strategy", ["rso", "sft", "top-k"])
+def test_a_ranker_that_flips_coins_is_named_for_every_strategy(strategy):
+    assert "0.52 on random candidates" in str(label_warning(strategy, 0.5, 0.52, 0.51))
+    assert label_warning(strategy, 0.5, 0.56, 0.56) is None
+
+
+def test_a_larger_beta_is_advised_for_rso_only():
+    assert label_warning("rso", 0.5, 0.8, 0.6) == small_beta_warning(0.5, 0.8, 0.6) is not None
+    assert label_warning("top-k", 0.5, 0.8, 0.6) is None
