@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,7 +147,9 @@ def main() -> None:
             args.rounds,
         )
         print(f"scoring, n = {n}:", json.dumps(results[f"scoring_n{n}"], indent=2), flush=True)
-    print("written to", write_results("train_step", vars(args), results))
+    settings = {"data": Path(args.data).name, "split": args.split, "model": args.model or "LLaMA, 5M, random"}
+    settings |= {"batch_size": args.batch_size, "max_length": args.max_length}
+    print("written to", write_results("train_step", settings, results))
 
 
 if __name__ == "__main__":
