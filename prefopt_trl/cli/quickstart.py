@@ -1,6 +1,6 @@
 """`prefopt-trl quickstart`: RSO's claim on a task whose true reward is known (RSO sections 3 and 5, in five minutes).
 
-One SFT policy and one pairwise ranker; then the same loss on three sources of pairs, each policy at the checkpoint
+One SFT policy and one pairwise ranker; then the same loss on four sources of pairs, each policy at the checkpoint
 that the ranker rewards most. Imported by the command when it runs, so that `prefopt-trl --help` does not wait for
 torch.
 """
@@ -46,6 +46,7 @@ POLICY: dict[str, Any] = {"max_steps": 240, "per_device_train_batch_size": 32, "
 SAMPLING: dict[str, Any] = {"num_candidates": 64, "num_samples": 8}
 BETA, LARGER_BETA = 0.5, 2.0  # the paper's, and the one to try where the ranker is unsure of its labels
 CHECKPOINT_EVERY = 20
+SAMPLED = ("pairs-rso", "pairs-sft", "pairs-rso-larger-beta")
 
 METHODS = {
     "direct": "the given comparisons (DPO)",
@@ -62,8 +63,8 @@ def run_quickstart(output_dir: str, seed: int) -> None:
     _quiet()
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for earlier in folder.glob("pairs-*"):  # of another run of this command, perhaps with another seed
-        shutil.rmtree(earlier)
+    for name in SAMPLED:  # by an earlier run of this command, perhaps with another seed
+        shutil.rmtree(folder / name, ignore_errors=True)
     started = time.perf_counter()
 
     def say(message: str) -> None:
@@ -119,10 +120,7 @@ def run_quickstart(output_dir: str, seed: int) -> None:
         "rso": rso,
         "rso, larger beta": larger_beta,
     }
-    statistics = {
-        name: json.loads((folder / name / "statistics.json").read_text())
-        for name in ("pairs-rso", "pairs-sft", "pairs-rso-larger-beta")
-    }
+    statistics = {name: json.loads((folder / name / "statistics.json").read_text()) for name in SAMPLED}
 
     # Checkpoints are chosen on one half of the evaluation prompts and reported on the other
     halves = task.eval_dataset.train_test_split(test_size=0.5, seed=seed)
@@ -256,7 +254,7 @@ def _train(
     folder: Path,
     seed: int,
 ) -> tuple[PreTrainedModel, _Checkpoints]:
-    """Train the SFT policy on pairs with RSO eq. 10; the three methods differ in their pairs alone."""
+    """Train the SFT policy on pairs with RSO eq. 10; the methods differ in their pairs alone."""
     checkpoints = _Checkpoints(measure, examples)
     policy = AutoModelForCausalLM.from_pretrained(sft_dir)
     trainer = RSOTrainer(

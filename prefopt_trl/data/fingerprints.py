@@ -20,8 +20,9 @@ ELEMENTS_PER_PARAMETER = 32
 def model_fingerprint(model: nn.Module) -> str:
     """Fingerprint the weights of a model without reading all of them.
 
-    It covers names, shapes, dtypes and a few dozen evenly spaced elements of each parameter, so it is cheap for a 7B
-    model and differs after any training, but not after a change that spares those elements.
+    It covers the config, the adapters and which of them is active, and names, shapes, dtypes and a few dozen evenly
+    spaced elements of each parameter. So it is cheap for a 7B model and differs after any training, but not after a
+    change that spares those elements.
 
     Args:
         model ([`~torch.nn.Module`]):
@@ -39,7 +40,7 @@ def model_fingerprint(model: nn.Module) -> str:
     False
     ```
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_settings_of(model).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         flat = parameter.detach().flatten()
@@ -48,8 +49,34 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+# Says where a model was loaded from or how it is run, not what it computes
+NOT_THE_MODEL = {
+    "_name_or_path",
+    "base_model_name_or_path",
+    "inference_mode",
+    "pad_token_id",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def _settings_of(model: Any) -> str:
+    """Config of a model and of its adapters, as JSON."""
+    configs = {"config": model.config.to_dict()} if hasattr(model, "config") else {}
+    if hasattr(model, "peft_config"):
+        configs |= {name: adapter.to_dict() for name, adapter in model.peft_config.items()}
+        configs["active"] = {"adapters": model.active_adapters}
+    kept = {
+        name: {key: value for key, value in config.items() if key not in NOT_THE_MODEL}
+        for name, config in configs.items()
+    }
+    return json.dumps(
+        kept, sort_keys=True, default=lambda value: sorted(map(str, value)) if isinstance(value, set) else str(value)
+    )
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Fingerprint a tokenizer by its vocabulary, special tokens and chat template.
+    """Fingerprint a tokenizer by all it does to a text, its special tokens and its chat template.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -58,18 +85,24 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     Returns:
         `str`: SHA-256 in hexadecimal.
     """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = (
-        sorted(tokenizer.get_vocab().items()),
+        sorted(tokenizer.get_vocab().items()) if backend is None else _without_calls(backend.to_str()),
         sorted(tokenizer.special_tokens_map.items()),
         tokenizer.chat_template,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def function_fingerprint(function: Callable[..., Any]) -> str:
-    """Fingerprint a function by its name and its source code.
+def _without_calls(tokenizer: str) -> str:
+    """A tokenizer as JSON, without the padding and truncation that its last call left in it."""
+    return json.dumps({**json.loads(tokenizer), "padding": None, "truncation": None}, sort_keys=True)
 
-    What the function reads from outside (a global, a file, a closure) is not seen: it changes nothing here.
+
+def function_fingerprint(function: Callable[..., Any]) -> str:
+    """Fingerprint a function by its name, its source code, its defaults and the values it closes over.
+
+    Of a method, the attributes of its object count too. What is read from elsewhere (a global, a file) is not seen.
 
     Args:
         function (`Callable`):
@@ -92,15 +125,20 @@ def function_fingerprint(function: Callable[..., Any]) -> str:
     name = getattr(function, "__qualname__", type(function).__qualname__)
     try:
         source = inspect.getsource(function)
+        cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+        defaults = (getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None))
+        held: Any = (cells, defaults, getattr(getattr(function, "__self__", None), "__dict__", None))
     except (OSError, TypeError):
-        try:
-            source = Hasher.hash(function)
-        except Exception as error:  # whatever its parts raise on pickling
-            raise ValueError(
-                f"Cannot tell whether {name} changes between runs: Python finds no source for it and it does not "
-                "pickle. Wrap it in a plain `def` function saved in a file."
-            ) from error
-    return f"{name}:{hashlib.sha256(source.encode()).hexdigest()}"
+        source, held = "", function
+    try:
+        values = Hasher.hash(held)
+    except Exception as error:  # whatever its parts raise on pickling
+        raise ValueError(
+            f"Cannot tell whether {name} changes between runs: what it holds does not pickle, or Python finds no "
+            "source "
+            "for it. Wrap it in a plain `def` function saved in a file."
+        ) from error
+    return f"{name}:{hashlib.sha256((source + values).encode()).hexdigest()}"
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:

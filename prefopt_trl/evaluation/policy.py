@@ -85,7 +85,7 @@ def evaluate_policy(
     measured: dict[str, Any] = {
         "ranker_reward": rewards,
         "ranker_win_rate": _wins(rewards),
-        "kl": _log_ratios(policy, reference, tokenizer, prompt_ids, sampled),
+        "kl": _log_ratios(policy, reference, tokenizer, prompts, prompt_ids, sampled),
     }
     if true_reward is not None:
         measured["true_reward"] = np.array(true_reward(prompts=prompts, completions=completions))
@@ -103,13 +103,14 @@ def _log_ratios(
     policy: PreTrainedModel,
     reference: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
     prompt_ids: list[list[int]],
     sampled: list[Any],
 ) -> np.ndarray:
     """log policy - log reference of each sample, its EOS token included where it ended by itself."""
     rows = []
-    for prompt, candidates in zip(prompt_ids, sampled, strict=True):
-        completion = tokenizer(candidates.texts[0], add_special_tokens=False)["input_ids"]
+    for text, prompt, candidates in zip(prompts, prompt_ids, sampled, strict=True):
+        completion = tokenizer(text + candidates.texts[0])["input_ids"][len(prompt) :]
         rows.append((prompt, completion + [tokenizer.eos_token_id] * candidates.finished[0]))
     length = max(len(prompt) + len(completion) for prompt, completion in rows)
     place = torch.arange(length)

@@ -134,6 +134,12 @@ def _names(names: set[str]) -> str:
 
 def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of each prompt, as TRL's `DPOTrainer` tokenises it for training."""
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, str | list):
+            raise ValueError(
+                f"The prompt of row {row} is {type(prompt).__name__}, not text or a list of messages. Leave the row "
+                "out."
+            )
     encode: Any = tokenizer
     if len(prompts) and is_conversational({"prompt": prompts[0]}):
         if tokenizer.chat_template is None:
@@ -172,9 +178,9 @@ def sample_candidates(
             f"`top_k`={generation['top_k']} must be at least 0 and `max_new_tokens`={generation['max_new_tokens']} "
             "at least 1."
         )
-    eos_token_ids = _eos_token_ids(model, tokenizer)
+    end_ids = eos_token_ids(model, tokenizer)
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    config = GenerationConfig(do_sample=True, eos_token_id=eos_token_ids, pad_token_id=pad_token_id, **generation)
+    config = GenerationConfig(do_sample=True, eos_token_id=end_ids, pad_token_id=pad_token_id, **generation)
     stop_strings = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or []
     matcher = {"tokenizer": tokenizer} if stop_strings else {}
     generate = cast(Callable[..., torch.Tensor], model.generate)
@@ -197,14 +203,15 @@ def sample_candidates(
                 output = generate(**inputs, generation_config=config, **matcher)
                 completions = output[:, inputs["input_ids"].shape[1] :].tolist()
                 for index, ids in enumerate(completions):
-                    text, finished = _read(tokenizer, ids, eos_token_ids, stop_strings)
-                    results[rows[index // count]].texts.append(text)
-                    results[rows[index // count]].finished.append(finished)
+                    row = rows[index // count]
+                    text, finished = _read(tokenizer, prompt_ids[row], ids, end_ids, stop_strings)
+                    results[row].texts.append(text)
+                    results[row].finished.append(finished)
                 bar.update(len(completions))
     return results
 
 
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """End-of-sequence tokens of the tokenizer and of the model, which may have further ones for ends of turns."""
     if tokenizer.eos_token_id is None:
         raise ValueError("`tokenizer` has no EOS token, so completions would never end. Set `tokenizer.eos_token`.")
@@ -245,13 +252,25 @@ def _left_pad(ids: list[list[int]], pad_token_id: int, device: torch.device) -> 
 
 
 def _read(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], eos_token_ids: list[int], stop_strings: list[str]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    ids: list[int],
+    eos_token_ids: list[int],
+    stop_strings: list[str],
 ) -> tuple[str, bool]:
     """Text of a generated row up to its first EOS token or stop string, and whether it ended by itself."""
 
     def decode(skip_special_tokens: bool) -> str:
-        text = tokenizer.decode(ids[:end], skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
-        return cast(str, text)
+        # Behind the end of its prompt: LLaMA's decoder would drop the space that the first word of a text begins with
+        before = prompt_ids[-8:]
+        prefix, text = (
+            cast(
+                str,
+                tokenizer.decode(part, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False),
+            )
+            for part in (before, before + ids[:end])
+        )
+        return text.removeprefix(prefix)
 
     end = next((place for place, token in enumerate(ids) if token in eos_token_ids), len(ids))
     text = decode(skip_special_tokens=True)

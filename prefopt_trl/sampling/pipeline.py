@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt_trl.data.fingerprints import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
 from prefopt_trl.data.formats import Prompt, check_columns, wrap_completion
 from prefopt_trl.rankers.base import Ranker, check_rewards
-from prefopt_trl.sampling.generation import generation_options, sample_candidates, tokenize_prompts
+from prefopt_trl.sampling.generation import eos_token_ids, generation_options, sample_candidates, tokenize_prompts
 from prefopt_trl.sampling.selection import PAIRINGS, STRATEGIES, select_and_pair
 from prefopt_trl.sampling.statistics import plot_statistics
 from prefopt_trl.sampling.store import SampleStore
@@ -120,6 +120,13 @@ def build_preference_dataset(
         raise ValueError(f"`ranker` is missing, and strategy={strategy!r} needs one to label the pairs.")
     if pairing not in PAIRINGS:
         raise ValueError(f"`pairing` must be one of {', '.join(PAIRINGS)}, got {pairing!r}.")
+    unused = {"tools", "chat_template_kwargs"} & set(prompts.column_names)
+    if unused:
+        raise ValueError(
+            f"`prompts` has the column {' and '.join(sorted(unused))}, which sampling does not use. Write its "
+            "content into "
+            "the prompts and remove it with `dataset.remove_columns`."
+        )
     given = "completions" in prompts.column_names
     if num_samples < 2 or (num_samples > num_candidates and not given):
         raise ValueError(
@@ -152,7 +159,7 @@ def build_preference_dataset(
             **generation,
             "batch_size": batch_size,
             "num_candidates": num_candidates,
-            "max_length": max_length,
+            "eos_token_ids": eos_token_ids(policy, tokenizer),
             "policy": model_fingerprint(policy),
             "tokenizer": tokenizer_fingerprint(tokenizer),
         }

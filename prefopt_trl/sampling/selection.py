@@ -133,8 +133,8 @@ def select_and_pair(
 
 
 def _first_occurrences(completions: list[Completion]) -> np.ndarray:
-    """Indices of the distinct completions: Algorithm 1 counts equal texts once."""
+    """Indices of the distinct completions: Algorithm 1 counts equal texts once, and rankers do not see outer space."""
     first: dict[str, int] = {}
     for index, completion in enumerate(completions):
-        first.setdefault(completion_text(completion), index)
+        first.setdefault(completion_text(completion).strip(), index)
     return np.array(list(first.values()))

@@ -118,7 +118,8 @@ def small_beta_warning(beta: float, before: float, after: float) -> str | None:
     return (
         f"beta={beta:g} is too small for this ranker: it gives its own labels a mean probability of {after:.2f} after "
         f"rejection, against {before:.2f} on random candidates, so many labels are near coin flips. Raise beta, say "
-        f"to {4 * beta if beta > 0 else 1:g}, or use a ranker that tells good completions apart."
+        f"to {4 * beta if beta > 0 else 1:g}, or use a ranker that tells good completions apart. (In `RSOConfig` "
+        "this beta is `rejection_beta`.)"
     )
 
 

@@ -45,11 +45,12 @@ def add_shared_prefix(model: PreTrainedModel) -> None:
     """
     if getattr(model.forward, "shares_prefix", False):
         return
-    fused_forward = model.forward
+    bound_forward: Any = model.forward
 
     # Keep the original signature: `generate` and `Trainer` look at it
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        fused_forward = types.MethodType(bound_forward.__func__, self)  # of this model: it may be a copy of the first
         if not kwargs.get("fused_lm_head") or not _can_share(self, fused_forward, args, kwargs):
             return fused_forward(*args, **kwargs)
         input_ids, attention_mask, labels = kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"]

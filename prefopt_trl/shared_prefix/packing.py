@@ -65,7 +65,14 @@ def pair_groups(num_rows: int, device: torch.device | str | None = None) -> torc
 
     Returns:
         `torch.LongTensor` of shape `(num_rows,)`.
+
+    Raises:
+        ValueError: if the number of rows is odd.
     """
+    if num_rows % 2:
+        raise ValueError(
+            f"{num_rows} rows are not pairs, chosen and then rejected. Pass `group_ids`: whose prompt each has."
+        )
     return torch.arange(num_rows, device=device) % (num_rows // 2)
 
 

@@ -126,7 +126,7 @@ def probe_reason(model: PreTrainedModel, forward: Callable[..., Any]) -> str | N
     plain_logps = plain[packed.row_labels].float().log_softmax(-1)
     shared_logps = shared.flatten(0, 1)[packed.row_index[packed.row_labels]].float().log_softmax(-1)
     difference = (plain_logps - shared_logps).abs().mean().item()
-    if not difference <= PROBE_TOLERANCE[computed_in[0]]:
+    if not difference <= PROBE_TOLERANCE[computed_in[0] if computed_in else plain.dtype]:
         return (
             f"shared and unshared log-probabilities of {model.config.model_type} differ by {difference:.1e} nats in a "
             "probe"

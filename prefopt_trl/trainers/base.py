@@ -154,8 +154,8 @@ class PreferenceTrainer(DPOTrainer):
         if missing:
             raise ValueError(
                 f"The {dataset_name} dataset has no column {' and no column '.join(map(repr, missing))}; it has "
-                f"{columns}. Preference data have `prompt`, `chosen` and `rejected`: rename yours with "
-                "`dataset.rename_column(old, new)`."
+                f"{columns}. Preference data have `prompt`, `chosen` and `rejected`, and data to be "
+                "sampled have `prompt` and need a `ranker`: rename yours with `dataset.rename_column(old, new)`."
             )
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset) and len(prepared) < len(dataset):

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
+from prefopt_trl.sampling.selection import PAIRINGS, STRATEGIES
+
 # RSO's names for the losses, and TRL's names for the same functions
 LOSS_NAMES = {"sigmoid-norm": "sigmoid", "hinge-norm": "hinge"}
 
@@ -66,7 +68,7 @@ class RSOConfig(DPOConfig):
         metadata={
             "help": "How `num_samples` completions are kept out of `num_candidates`: 'rso' by statistical rejection "
             "sampling, 'sft' at random (sft-sample-rank), 'top-k' the ones with the highest reward.",
-            "choices": ["rso", "sft", "top-k"],
+            "choices": list(STRATEGIES),
         },
     )
     num_candidates: int = field(
@@ -78,7 +80,7 @@ class RSOConfig(DPOConfig):
         metadata={
             "help": "Which kept completions are compared: 'first-round' (num_samples / 2 random pairs), 'tournament' "
             "(num_samples - 1 pairs of a knock-out tournament) or 'all'.",
-            "choices": ["first-round", "tournament", "all"],
+            "choices": list(PAIRINGS),
         },
     )
     rejection_beta: float = field(
@@ -112,6 +114,13 @@ class RSOConfig(DPOConfig):
             raise ValueError(
                 f"`gamma` (or `beta`) must be greater than 0 and finite, got {self.gamma}. The paper uses 0.05."
             )
+        for name, choices in (("strategy", STRATEGIES), ("pairing", PAIRINGS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        if not self.rejection_beta >= 0:
+            raise ValueError(f"`rejection_beta` must be at least 0, got {self.rejection_beta}. The paper uses 0.5.")
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` must be greater than 0, got {self.temperature}. Algorithm 1 assumes 1.")
         if self.num_samples < 2:
             raise ValueError(f"`num_samples` must be at least 2 to make a pair, got {self.num_samples}.")
         if self.num_samples > self.num_candidates:

@@ -2,9 +2,17 @@ import functools
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefopt_trl.data.fingerprints import function_fingerprint, model_fingerprint, tokenizer_fingerprint
+from prefopt_trl.data.fingerprints import (
+    dataset_fingerprint,
+    function_fingerprint,
+    model_fingerprint,
+    tokenizer_fingerprint,
+)
 
 
 def test_a_model_keeps_its_fingerprint_when_loaded_again_and_used(tiny_llama_dir):
@@ -103,3 +111,54 @@ def test_a_callable_that_cannot_be_known_says_what_to_do():
 
     with pytest.raises(ValueError, match=r"Judge changes between runs.*plain `def` function"):
         function_fingerprint(Judge())
+
+
+def scaled(factor):
+    def reward(prompts, completions, **kwargs):
+        return [factor * len(completion) for completion in completions]
+
+    return reward
+
+
+class Scorer:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def reward(self, prompts, completions, **kwargs):
+        return [self.factor * len(completion) for completion in completions]
+
+
+def test_what_a_function_closes_over_counts():
+    assert function_fingerprint(scaled(1)) == function_fingerprint(scaled(1))
+    assert function_fingerprint(scaled(1)) != function_fingerprint(scaled(-1))
+
+
+def test_what_the_object_of_a_method_holds_counts():
+    assert function_fingerprint(Scorer(1).reward) == function_fingerprint(Scorer(1).reward)
+    assert function_fingerprint(Scorer(1).reward) != function_fingerprint(Scorer(-1).reward)
+
+
+def test_the_scale_of_an_adapter_counts(tiny_llama_dir):
+    prints = set()
+    for lora_alpha in (8, 8, 64):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+        prints.add(
+            model_fingerprint(get_peft_model(model, LoraConfig(target_modules=["q_proj"], lora_alpha=lora_alpha)))
+        )
+    assert len(prints) == 2
+
+
+def test_a_tokenizer_that_was_used_is_the_same_one(tiny_llama_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer(["a", "longer text"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_fingerprint(tokenizer) == before
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])  # no BOS any more
+    assert tokenizer_fingerprint(tokenizer) != before
+
+
+def test_datasets_differ_by_their_rows_alone():
+    rows = Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}])
+    assert dataset_fingerprint(rows) == dataset_fingerprint(Dataset.from_list(list(rows)))
+    assert dataset_fingerprint(rows) != dataset_fingerprint(rows.select([1, 0]))

@@ -10,9 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import chisquare
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from prefopt_trl.sampling import generation
 from prefopt_trl.sampling.generation import Candidates, sample_candidates, sample_completions, tokenize_prompts
 
 PAD, EOS, TURN = 0, 1, 2
@@ -495,3 +496,23 @@ def test_the_progress_bar_counts_completions(progress: bool, capsys: pytest.Capt
     options = {"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "progress": progress}
     sample_candidates(random_model(), letter_tokenizer(), [[3], [4, 5]], 3, seed=0, batch_size=4, **options)
     assert ("6/6" in capsys.readouterr().err) == progress
+
+
+def test_the_space_before_a_first_word_survives_the_decoder_of_llama(tiny_llama_dir):
+    # A LLaMA tokenizer takes the space before a word as part of it, and drops the first one of a text on decoding
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    text = "\n\nHuman: Hi\n\nAssistant: Boil the water."
+    tokenizer.train_from_iterator(
+        [text] * 3, trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], vocab_size=60, show_progress=False)
+    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+    prompt, completion = text[:23], text[23:]
+    prompt_ids, ids = wrapped(prompt)["input_ids"], wrapped(text)["input_ids"]
+    completion_ids = ids[len(prompt_ids) :]
+    assert ids[: len(prompt_ids)] == prompt_ids and completion == " Boil the water."
+    assert wrapped.decode(completion_ids) == "Boil the water."  # the space is gone
+    read = generation._read(wrapped, prompt_ids, [*completion_ids, wrapped.eos_token_id], [wrapped.eos_token_id], [])
+    assert read == (completion, True)
+    assert wrapped(prompt + read[0])["input_ids"] == ids  # what is trained on is what was sampled

@@ -176,7 +176,7 @@ def test_the_manifest_has_every_setting(built: Path) -> None:
         "temperature": 1.0,
         "top_p": 1.0,
         "top_k": 0,
-        "max_length": None,
+        "eos_token_ids": [2],
         "batch_size": 64,
     }
     assert all(len(fingerprints[name]) == 64 for name in ("prompts", "policy", "tokenizer"))
@@ -298,7 +298,6 @@ def test_a_finished_dataset_is_read_again(
         ({"temperature": 0.7}, "temperature: 1.0 there, 0.7 now"),
         ({"top_p": 0.9}, "top_p: 1.0 there, 0.9 now"),
         ({"top_k": 50}, "top_k: 0 there, 50 now"),
-        ({"max_length": 512}, "max_length: None there, 512 now"),
         ({"batch_size": 8}, "batch_size: 64 there, 8 now"),
         ({"generation_kwargs": {"min_p": 0.1}}, "min_p: None there, 0.1 now"),
         ({"prompts": PROMPTS[::-1]}, "prompts: '"),

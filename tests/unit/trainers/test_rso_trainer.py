@@ -1,3 +1,4 @@
+import copy
 import inspect
 import json
 import logging
@@ -547,3 +548,20 @@ def test_the_model_card_is_rsos(pairs, policy_dir, tmp_path):
     citation = card.split("```bibtex")[1].split("```")[0]
     authors = "Tianqi Liu and Yao Zhao and Rishabh Joshi and Misha Khalman and Mohammad Saleh and Peter J. Liu and"
     assert authors in " ".join(citation.split()) and "Jialu Liu},\n" in citation and "year      = 2024,\n" in citation
+
+
+def test_a_second_round_may_take_a_copy_of_the_first_as_its_reference(policy_dir, pairs, tmp_path):
+    losses_of = {}
+    for trainer_class, config_class in ((DPOTrainer, DPOConfig), (RSOTrainer, RSOConfig)):
+        common = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "beta": 0.1}
+        args = config_class(
+            str(tmp_path / trainer_class.__name__), max_steps=2, learning_rate=1e-2, logging_steps=1, seed=0, **common
+        )
+        first = trainer_class(policy_dir, args=args, train_dataset=pairs)
+        first.train()
+        reference = copy.deepcopy(first.model)
+        second = trainer_class(policy_dir, ref_model=reference, args=args, train_dataset=pairs)
+        second.train()
+        losses_of[trainer_class] = [row["loss"] for row in second.state.log_history if "loss" in row]
+    assert losses_of[RSOTrainer] == pytest.approx(losses_of[DPOTrainer], abs=1e-4)
+    assert abs(losses_of[RSOTrainer][0] - 0.6931) > 1e-2  # the reference is not the policy
