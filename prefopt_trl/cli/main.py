@@ -1,6 +1,7 @@
 """The `prefopt-trl` command."""
 
 import argparse
+import logging
 from collections.abc import Sequence
 
 from prefopt_trl import __version__
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.seed < 0:
         parser.error(f"argument --seed: must be at least 0, got {options.seed}")
 
+    # It complains when it is imported that a CPU kernel is not installed, which nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from prefopt_trl.cli.quickstart import run_quickstart  # after parsing: it imports torch
 
     run_quickstart(options.output_dir, options.seed)
