@@ -118,6 +118,11 @@ def build_preference_dataset(
     check_columns(prompts, ["prompt"], "`prompts`")
     if ranker is None:
         raise ValueError(f"`ranker` is missing, and strategy={strategy!r} needs one to label the pairs.")
+    if not isinstance(ranker, Ranker):
+        raise TypeError(
+            f"`ranker` is a {type(ranker).__name__}, not a ranker. Wrap a function in `FunctionRanker`, a reward "
+            "model in `RewardModelRanker`, a causal language model in `PairwiseRanker`."
+        )
     if pairing not in PAIRINGS:
         raise ValueError(f"`pairing` must be one of {', '.join(PAIRINGS)}, got {pairing!r}.")
     unused = {"tools", "chat_template_kwargs"} & set(prompts.column_names)

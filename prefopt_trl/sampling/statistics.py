@@ -101,8 +101,8 @@ def label_warning(strategy: str, beta: float, before: float, after: float) -> st
     if before < COIN_FLIP:
         return (
             f"The ranker gives its own labels a mean probability of only {before:.2f} on random candidates, so they "
-            "are near coin flips, whatever the beta. Train it longer or make it larger, and check that it is asked "
-            "with the template it was trained on."
+            "are near coin flips, whatever the beta. Rewards are logits: multiply those of a function or reward model "
+            "that are too small. Train a pairwise ranker longer, and ask it with the template it was trained on."
         )
     return small_beta_warning(beta, before, after) if strategy == "rso" else None
 

@@ -46,7 +46,9 @@ class SampleStore:
             raise ValueError(
                 f"{self.folder} holds a dataset sampled with other settings:\n  "
                 + "\n  ".join(differences)
-                + "\nSet them as they were to reuse it, choose another `output_dir`, or delete the folder."
+                + "\nSet them as they were to reuse it, choose another `output_dir`, or delete the folder. "
+                "To keep its candidates, pass `load_from_disk('.../candidates')` as `prompts` with another "
+                "`output_dir`; without their column `rewards` they are scored again."
             )
         return manifest["finished"]
 

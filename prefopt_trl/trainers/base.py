@@ -63,7 +63,10 @@ class PreferenceTrainer(DPOTrainer):
         if args is None:
             args = self.config_class(f"{model_id.split('/')[-1]}-{self._name}")
         elif not isinstance(args, self.config_class):
-            raise TypeError(f"`args` must be a {self.config_class.__name__}, got {type(args).__name__}.")
+            raise TypeError(
+                f"`args` must be an {self.config_class.__name__}, got {type(args).__name__}. "
+                "It takes the same arguments and a few more."
+            )
         if processing_class is None:
             init_kwargs: Any = (args.model_init_kwargs if isinstance(model, str) else None) or {}
             processing_class = AutoProcessor.from_pretrained(
@@ -98,7 +101,7 @@ class PreferenceTrainer(DPOTrainer):
                 eval_dataset = {name.removeprefix("eval_"): dataset for name, dataset in splits.items()}
             else:
                 eval_dataset = splits["eval"]
-        elif ranker is not None:
+        elif ranker is not None and train_dataset is not None and "chosen" in _columns(train_dataset, "train"):
             logger.warning("`ranker` is not used: the datasets already have `chosen` and `rejected` completions.")
 
         super().__init__(
@@ -188,7 +191,8 @@ def _columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
             f"The {name} dataset must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`. Of several "
-            'splits pass one, such as `dataset["train"]`; a list becomes one with `Dataset.from_list`.'
+            'splits pass one, such as `dataset["train"]`; a list of prompts becomes one with '
+            '`Dataset.from_dict({"prompt": prompts})`.'
         )
     first_row = next(iter(dataset), None)
     if first_row is None:

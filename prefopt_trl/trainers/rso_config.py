@@ -9,6 +9,23 @@ from prefopt_trl.sampling.selection import PAIRINGS, STRATEGIES
 
 # RSO's names for the losses, and TRL's names for the same functions
 LOSS_NAMES = {"sigmoid-norm": "sigmoid", "hinge-norm": "hinge"}
+# TRL checks the name in the first step of training: too late after hours of sampling
+TRL_LOSSES = [
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+]
 
 
 @dataclass
@@ -135,5 +152,10 @@ class RSOConfig(DPOConfig):
                 "`loss_type='sigmoid_norm'` is TRL's length-normalised loss, not RSO's sigmoid-norm. Use "
                 "'sigmoid-norm' (with a hyphen) for RSO eq. 10, or TRL's `DPOTrainer` for the length-normalised one."
             )
+        for loss_type in loss_types:
+            if loss_type not in (*LOSS_NAMES, *TRL_LOSSES):
+                raise ValueError(
+                    f"`loss_type` must be among {', '.join((*LOSS_NAMES, *TRL_LOSSES))}; got {loss_type!r}."
+                )
         self.loss_type = [LOSS_NAMES.get(loss_type, loss_type) for loss_type in loss_types]
         super().__post_init__()

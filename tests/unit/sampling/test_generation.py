@@ -516,3 +516,11 @@ def test_the_space_before_a_first_word_survives_the_decoder_of_llama(tiny_llama_
     read = generation._read(wrapped, prompt_ids, [*completion_ids, wrapped.eos_token_id], [wrapped.eos_token_id], [])
     assert read == (completion, True)
     assert wrapped(prompt + read[0])["input_ids"] == ids  # what is trained on is what was sampled
+
+
+def test_a_single_text_and_a_prompt_that_is_none_are_refused(tiny_llama_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    with pytest.raises(TypeError, match="`prompts` is a single text"):
+        sample_completions(None, tokenizer, "a prompt", 1, max_new_tokens=1)
+    with pytest.raises(ValueError, match="The prompt of row 1 is NoneType"):
+        tokenize_prompts(tokenizer, ["a", None])

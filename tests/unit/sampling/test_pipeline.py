@@ -544,3 +544,14 @@ def test_prompts_with_too_few_distinct_candidates_are_an_error_if_all_are(build,
         ValueError, match="No prompt has `num_samples`=4 distinct candidates .the most is 1.*`temperature`"
     ):
         build(tmp_path / "pairs", temperature=1e-5)
+
+
+def test_a_bare_function_is_no_ranker(build, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="`ranker` is a function, not a ranker. Wrap a function in `FunctionRanker`"):
+        build(tmp_path / "pairs", ranker=lambda prompts, completions: [0.0])
+
+
+@pytest.mark.parametrize("column", ["tools", "chat_template_kwargs"])
+def test_columns_that_sampling_does_not_use_are_refused(build, column: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"`prompts` has the column {column}, which sampling does not use"):
+        build(tmp_path / "pairs", Dataset.from_dict({"prompt": ["a", "b"], column: ["x", "y"]}))

@@ -114,3 +114,8 @@ def test_random_batches_against_brute_force():
         if max(len(prompts[group]) + len(text) for group, text in zip(group_ids, completions, strict=True)) < 2:
             continue
         test_every_row_reads_back_with_its_own_history((prompts, completions, group_ids))
+
+
+def test_an_odd_number_of_rows_is_not_pairs():
+    with pytest.raises(ValueError, match="3 rows are not pairs.*Pass `group_ids`"):
+        pair_groups(3)

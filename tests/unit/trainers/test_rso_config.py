@@ -158,3 +158,19 @@ def test_the_config_of_a_checkpoint_makes_the_same_config():
     saved = {name: value for name, value in json.loads(args.to_json_string()).items() if name in init}
     assert RSOConfig(**saved).to_dict() == args.to_dict()
     assert dataclasses.replace(args, num_samples=6).gamma == 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss_type": "sigmod-norm"}, "`loss_type` must be among sigmoid-norm, hinge-norm, .*got 'sigmod-norm'"),
+        ({"strategy": "top_k"}, "`strategy` must be one of rso, sft, top-k, got 'top_k'"),
+        ({"pairing": "first_round"}, "`pairing` must be one of first-round, tournament, all, got 'first_round'"),
+        ({"rejection_beta": -1.0}, "`rejection_beta` must be at least 0, got -1.0"),
+        ({"rejection_beta": float("nan")}, "`rejection_beta` must be at least 0, got nan"),
+        ({"temperature": 0.0}, "`temperature` must be greater than 0, got 0.0"),
+    ],
+)
+def test_a_value_that_would_fail_after_sampling_is_refused_at_once(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        RSOConfig(str(tmp_path), use_cpu=True, bf16=False, **arguments)

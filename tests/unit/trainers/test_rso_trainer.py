@@ -423,7 +423,7 @@ def test_pairs_whose_prompt_fills_max_length_are_left_out_and_counted(pairs, pol
 
 def test_trls_own_config_is_refused(pairs, policy_dir, tmp_path):
     args = DPOConfig(str(tmp_path), use_cpu=True, bf16=False)
-    with pytest.raises(TypeError, match="`args` must be a RSOConfig, got DPOConfig"):
+    with pytest.raises(TypeError, match="`args` must be an RSOConfig, got DPOConfig. It takes the same"):
         RSOTrainer(policy_dir, args=args, train_dataset=pairs)
 
 
