@@ -100,8 +100,8 @@ def test_other_settings_are_refused_and_named(folder: Path, finished: bool, now:
     assert lines == [f"  {line}" for line in differences]
     assert remedy == (
         "Set them as they were to reuse it, choose another `output_dir`, or delete the folder. To keep its "
-        "candidates, pass `load_from_disk('.../candidates')` as `prompts` with another `output_dir`; without their column "
-        "`rewards` they are scored again."
+        "candidates, pass `load_from_disk('.../candidates')` as `prompts` with another `output_dir`; without their "
+        "column `rewards` they are scored again."
     )
 
 
