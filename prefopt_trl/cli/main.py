@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="compare DPO, SFT-sampled pairs and RSO on a small text world whose true reward is known",
         description="Train an SFT policy and a pairwise ranker on the controlled task, then train the policy on the "
         "given comparisons (direct), pairs of its own samples (sft-sample-rank) and rejection-sampled pairs (RSO), "
-        "and compare the three. Needs no network and no GPU, and takes about five minutes on two cores.",
+        "and compare them. Needs no network and no GPU, and takes about five minutes on two cores.",
     )
     quickstart.add_argument(
         "--output_dir", default="outputs/quickstart", help="folder for the report and the RSO model"
