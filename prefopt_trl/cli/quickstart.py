@@ -1,15 +1,15 @@
-"""`prefopt-trl quickstart`: RSO's claim on a task whose true reward is known (RSO sections 3 and 5, in five minutes).
+"""`prefopt-trl quickstart`: RSO's claim on a task whose true reward is known (RSO sections 3 and 5, in six minutes).
 
-One SFT policy and one pairwise ranker; then the same loss on four sources of pairs, each policy at the checkpoint
-that the ranker rewards most. Imported by the command when it runs, so that `prefopt-trl --help` does not wait for
-torch.
+One SFT policy and one pairwise ranker; then the same loss on four sources of pairs, and SLiC and PRO, each policy at
+the checkpoint that the ranker rewards most. Imported by the command when it runs, so that `prefopt-trl --help` does
+not wait for torch.
 """
 
 import json
 import shutil
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +36,60 @@ from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
 from prefopt_trl.rankers.templates import ANSWERS, dialogue
 from prefopt_trl.sampling.generation import sample_completions
 from prefopt_trl.sampling.pipeline import build_preference_dataset
-from prefopt_trl.trainers.rso_config import RSOConfig
+from prefopt_trl.trainers.base import PreferenceTrainer
+from prefopt_trl.trainers.pro_trainer import PROTrainer
 from prefopt_trl.trainers.rso_trainer import RSOTrainer
+from prefopt_trl.trainers.slic_trainer import SLiCTrainer
 
 TASK: dict[str, Any] = {"num_prompts": 400, "num_eval_prompts": 512}
 SFT: dict[str, Any] = {"max_steps": 500, "per_device_train_batch_size": 64, "learning_rate": 3e-3}
 RANKER: dict[str, Any] = {"max_steps": 900, "per_device_train_batch_size": 128, "learning_rate": 3e-3}
-POLICY: dict[str, Any] = {"max_steps": 240, "per_device_train_batch_size": 32, "learning_rate": 1e-4, "gamma": 0.5}
-SAMPLING: dict[str, Any] = {"num_candidates": 64, "num_samples": 8}
+POLICY: dict[str, Any] = {"max_steps": 240, "per_device_train_batch_size": 32, "learning_rate": 1e-4}
+GAMMA = 0.5  # temperature of RSO eq. 10; SLiC's margin is 1 / gamma
+NUM_CANDIDATES = 64
 BETA, LARGER_BETA = 0.5, 2.0  # the paper's, and the one to try where the ranker is unsure of its labels
 CHECKPOINT_EVERY = 20
-SAMPLED = ("pairs-rso", "pairs-sft", "pairs-rso-larger-beta")
+
+# Datasets made of the same candidates, by `build_preference_dataset`
+SAMPLED: dict[str, dict[str, Any]] = {
+    "pairs-rso": {"beta": BETA, "num_samples": 8},
+    "pairs-sft": {"strategy": "sft", "num_samples": 8},
+    "pairs-rso-larger-beta": {"beta": LARGER_BETA, "num_samples": 8},
+    "pairs-slic": {"strategy": "sft", "num_samples": 8, "pairing": "tournament"},
+    "rankings": {"strategy": "sft", "num_samples": 4, "pairing": "ranking"},
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the report: what is trained on which dataset."""
+
+    dataset: str
+    source: str
+    trainer: type[PreferenceTrainer] = RSOTrainer
+    loss: str = "RSO eq. 10"
+    arguments: tuple[tuple[str, Any], ...] = (("gamma", GAMMA),)
+
 
 METHODS = {
-    "direct": "the given comparisons (DPO)",
-    "sft-sample-rank": "8 of 64 SFT samples, at random, labelled by the ranker",
-    "rso": f"8 of 64 SFT samples, by rejection sampling with the paper's beta of {BETA:g}, labelled by the ranker",
-    "rso, larger beta": f"the same with beta {LARGER_BETA:g}, which trusts the ranker less",
+    "direct": Method("comparisons", "the given comparisons (DPO)"),
+    "sft-sample-rank": Method("pairs-sft", "8 of 64 SFT samples, at random, labelled by the ranker"),
+    "rso": Method(
+        "pairs-rso", f"8 of 64 SFT samples, by rejection sampling with the paper's beta of {BETA:g}, labelled likewise"
+    ),
+    "rso, larger beta": Method(
+        "pairs-rso-larger-beta", f"the same with beta {LARGER_BETA:g}, which trusts the ranker less"
+    ),
+    "slic": Method(
+        "pairs-slic",
+        "8 of 64 SFT samples, at random, labelled by the ranker in a tournament",
+        SLiCTrainer,
+        "RSO eq. 1",
+        (("delta", 1 / GAMMA),),
+    ),
+    "pro": Method(
+        "rankings", "4 of 64 SFT samples, at random, ranked by the ranker's reward", PROTrainer, "PRO eq. 7", ()
+    ),
 }
 
 
@@ -94,32 +131,23 @@ def run_quickstart(output_dir: str, seed: int) -> None:
     accuracy = ranker_accuracy(ranker, sft, tokenizer, task.eval_dataset["prompt"], seed)
     say(f"Ranker accuracy on pairs of SFT samples, against the true reward: {accuracy:.3f}")
 
-    say(f"Sampling {SAMPLING['num_candidates']} completions for each of {len(task.prompts)} prompts, and ranking them")
-    how: dict[str, Any] = {**SAMPLING, "seed": seed}
-    rso = build_preference_dataset(
-        task.prompts,
-        sft,
-        tokenizer,
-        ranker,
-        output_dir=folder / "pairs-rso",
-        beta=BETA,
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=1024,
-        **how,
-    )
-    candidates = load_from_disk(str(folder / "pairs-rso" / "candidates"))  # sampled and scored once, for all three
-    from_sft = build_preference_dataset(
-        candidates, None, None, ranker, output_dir=folder / "pairs-sft", strategy="sft", **how
-    )
-    larger_beta = build_preference_dataset(
-        candidates, None, None, ranker, output_dir=folder / "pairs-rso-larger-beta", beta=LARGER_BETA, **how
-    )
-    pairs = {
-        "direct": task.comparisons,
-        "sft-sample-rank": from_sft,
-        "rso": rso,
-        "rso, larger beta": larger_beta,
-    }
+    say(f"Sampling {NUM_CANDIDATES} completions for each of {len(task.prompts)} prompts, and ranking them")
+    candidates: Dataset | None = None  # sampled and scored once, for all
+    made: dict[str, Dataset] = {"comparisons": task.comparisons}
+    for name, how in SAMPLED.items():
+        made[name] = build_preference_dataset(
+            task.prompts if candidates is None else candidates,
+            sft,
+            tokenizer,
+            ranker,
+            output_dir=folder / name,
+            num_candidates=NUM_CANDIDATES,
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=1024,
+            seed=seed,
+            **how,
+        )
+        candidates = candidates or load_from_disk(str(folder / name / "candidates"))
     statistics = {name: json.loads((folder / name / "statistics.json").read_text()) for name in SAMPLED}
 
     # Checkpoints are chosen on one half of the evaluation prompts and reported on the other
@@ -128,17 +156,18 @@ def run_quickstart(output_dir: str, seed: int) -> None:
     results: dict[str, dict[str, Estimate]] = {"SFT policy": measure(sft, halves["test"])}
     curves: dict[str, list[dict[str, Estimate]]] = {}
     chosen: dict[str, int] = {}
-    for method, source in METHODS.items():
-        say(f"{method}: {POLICY['max_steps']} steps on {source}")
-        policy, checkpoints = _train(sft_dir, tokenizer, pairs[method], measure, halves["train"], folder, seed)
-        curves[method] = checkpoints.measured
-        chosen[method] = checkpoints.best
+    for name, method in METHODS.items():
+        say(f"{name}: {POLICY['max_steps']} steps on {method.source}")
+        dataset = made[method.dataset]
+        policy, checkpoints = _train(method, sft_dir, tokenizer, dataset, measure, halves["train"], folder, seed)
+        curves[name] = checkpoints.measured
+        chosen[name] = checkpoints.best
         policy.load_state_dict(checkpoints.best_weights)
-        if method == "rso":
+        if name == "rso":
             policy.save_pretrained(str(folder / "rso"))
             tokenizer.save_pretrained(str(folder / "rso"))
             say(f"The trained RSO model is saved in {folder / 'rso'}")
-        results[method] = measure(policy, halves["test"])
+        results[name] = measure(policy, halves["test"])
 
     report = _write_report(folder, results, curves, chosen, statistics, accuracy, seed, len(halves["test"]))
     print("\n" + report.split("\n", 2)[2], flush=True)
@@ -246,21 +275,30 @@ class _Checkpoints(TrainerCallback):
 
 
 def _train(
+    method: Method,
     sft_dir: str,
     tokenizer: PreTrainedTokenizerFast,
-    pairs: Dataset,
+    dataset: Dataset,
     measure: _Measure,
     examples: Dataset,
     folder: Path,
     seed: int,
 ) -> tuple[PreTrainedModel, _Checkpoints]:
-    """Train the SFT policy on pairs with RSO eq. 10; the methods differ in their pairs alone."""
+    """Train the SFT policy by one method, measured all along."""
     checkpoints = _Checkpoints(measure, examples)
     policy = AutoModelForCausalLM.from_pretrained(sft_dir)
-    trainer = RSOTrainer(
+    config: Any = method.trainer.config_class
+    trainer = method.trainer(
         policy,
-        args=RSOConfig(str(folder / "policy_trainer"), seed=seed, lr_scheduler_type="constant", **_COMMON, **POLICY),
-        train_dataset=pairs,
+        args=config(
+            str(folder / "policy_trainer"),
+            seed=seed,
+            lr_scheduler_type="constant",
+            **_COMMON,
+            **POLICY,
+            **dict(method.arguments),
+        ),
+        train_dataset=dataset,
         processing_class=tokenizer,
         callbacks=[checkpoints],
     )
@@ -310,7 +348,8 @@ def _write_report(
             "sft": SFT,
             "ranker": RANKER,
             "policy": POLICY,
-            "sampling": {**SAMPLING, "beta": BETA, "larger_beta": LARGER_BETA},
+            "methods": {name: dict(method.arguments) for name, method in METHODS.items()},
+            "sampling": {"num_candidates": NUM_CANDIDATES, **SAMPLED},
         },
         "versions": versions(),
     }
@@ -322,13 +361,13 @@ def _write_report(
 
 
 def _report(lines: str, accuracy: float, statistics: dict[str, Any], seed: int, num_prompts: int) -> str:
-    sources = "\n".join(f"- **{method}**: {source}" for method, source in METHODS.items())
+    sources = "\n".join(f"- **{name}** ({method.loss}): {method.source}" for name, method in METHODS.items())
     warning = f"\n\n> {statistics['warning']}" if statistics["warning"] else ""
     before, after = statistics["label_probability_before"], statistics["label_probability_after"]
-    return f"""# Quickstart: sources of pairs, one loss
+    return f"""# Quickstart: preferences sampled in different ways, and different losses
 
-All policies start from the same SFT policy and minimise RSO eq. 10 (the DPO loss) with gamma
-{POLICY["gamma"]}; only their pairs differ:
+All policies start from the same SFT policy and train for {POLICY["max_steps"]} steps. The first four minimise
+RSO eq. 10 (the DPO loss) with gamma {GAMMA:g}, and only their pairs differ; SLiC has the margin {1 / GAMMA:g}:
 
 {sources}
 

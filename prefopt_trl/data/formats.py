@@ -8,7 +8,7 @@ A *prompt* or *completion* is a string (plain format) or a list of `{"role": ...
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
@@ -164,3 +164,22 @@ def check_columns(dataset: Dataset, required: Sequence[str], where: str) -> None
         )
     if len(dataset) == 0:
         raise ValueError(f"{where} is empty: it must have at least one row")
+
+
+def columns_of(dataset: Dataset | IterableDataset, name: str) -> list[str]:
+    """Names of the columns of a dataset with at least one row; a stream may know them from its rows only.
+
+    Raises:
+        TypeError: for anything but a dataset.
+        ValueError: for an empty one.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(
+            f"The {name} dataset must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`. Of several "
+            'splits pass one, such as `dataset["train"]`; a list of prompts becomes one with '
+            '`Dataset.from_dict({"prompt": prompts})`.'
+        )
+    first_row = next(iter(dataset), None)
+    if first_row is None:
+        raise ValueError(f"The {name} dataset is empty. Give it at least one row.")
+    return list(first_row)

@@ -54,7 +54,7 @@ def plackett_luce(logratios: Tensor, beta: float, mask: Tensor | None = None) ->
     _check_positive("beta", beta)
     logratios, mask = _completions("logratios", logratios, mask)
     margins = beta * (logratios.unsqueeze(2) - logratios.unsqueeze(1))
-    return _contrast_each_with_worse(margins, _worse(mask))
+    return _contrast_each_with_worse(margins, _worse(mask)).sum(dim=1)
 
 
 def pro(mean_logps: Tensor, rewards: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -68,7 +68,8 @@ def pro(mean_logps: Tensor, rewards: Tensor | None = None, mask: Tensor | None =
     than divide by their inverses, so equal rewards need no special case: their terms are constants.
 
     Without rewards it is [`plackett_luce`] on mean log-probabilities with `beta=1`, hence Bradley-Terry on two
-    completions. The supervised term of PRO eq. 7 is the trainer's, not part of this. TRL has no such loss.
+    completions, where it is also TRL's experimental CPO loss `"simpo"` with `beta=1` and `simpo_gamma=0`; for more TRL
+    has none. The supervised term of PRO eq. 7 is the trainer's, not part of this.
 
     Args:
         mean_logps (`torch.Tensor`):
@@ -99,6 +100,35 @@ def pro(mean_logps: Tensor, rewards: Tensor | None = None, mask: Tensor | None =
     tensor([1.6543])
     >>> pro(mean_logps, rewards=torch.tensor([[2.0, 1.0, 0.0]]))
     tensor([1.8361])
+
+    ```
+    """
+    return pro_terms(mean_logps, rewards, mask).sum(dim=1)
+
+
+def pro_terms(mean_logps: Tensor, rewards: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    r"""
+    Terms of [`pro`]: each completion against all that are worse.
+
+    Args:
+        mean_logps, rewards, mask:
+            As in [`pro`].
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, n - 1)`: column `k` is the term of completion `k`, at least 0; 0 where
+        no completion is worse. The first column alone is the ablation of PRO section 4.7.
+
+    Raises:
+        ValueError, TypeError: As [`pro`].
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from prefopt_trl.losses import pro_terms
+
+    >>> pro_terms(torch.tensor([[-1.0, -2.0, -1.5]]))
+    tensor([[0.6803, 0.9741]])
 
     ```
     """
@@ -166,10 +196,10 @@ def rrhf(mean_logps: Tensor, rewards: Tensor, mask: Tensor | None = None) -> Ten
 
 
 def _contrast_each_with_worse(margins: Tensor, worse: Tensor) -> Tensor:
-    # sum_k log(1 + sum_{i worse than k} exp(-margin_ki)), written with logsigmoid to keep its digits when it is small.
+    # log(1 + sum_{i worse than k} exp(-margin_ki)) of each k, with logsigmoid to keep its digits when it is small.
     # The fill is finite because the gradient of logsumexp over nothing but -inf is NaN.
     log_odds_against = (-margins).masked_fill(~worse, torch.finfo(margins.dtype).min).logsumexp(dim=2)
-    return -logsigmoid(-log_odds_against).sum(dim=1)
+    return -logsigmoid(-log_odds_against)[:, :-1]
 
 
 def _worse(mask: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ def hinge(logps: Tensor, gamma: float) -> Tensor:
     Hinge loss on the policy's own log-probabilities, RSO's *hinge*; needs no reference model.
 
     `max(0, 1 - (gamma * logp_chosen - gamma * logp_rejected))` (RSO eq. 11). It equals `gamma` times [`slic`] with
-    `delta = 1 / gamma`. TRL's `loss_type="hinge"` is [`hinge_norm`], not this.
+    `delta = 1 / gamma`. `DPOTrainer`'s `loss_type="hinge"` is [`hinge_norm`]; the `"hinge"` of TRL's experimental
+    `CPOTrainer`, with `beta=gamma` and `cpo_alpha=0`, is this.
 
     Args:
         logps (`torch.Tensor`):
@@ -125,7 +126,8 @@ def slic(
     Calibration loss with a margin, plus the likelihood of a target completion; needs no reference model.
 
     `max(0, delta - logp_chosen + logp_rejected) - regularization_weight * target_logp` (RSO eq. 1). Its first term is
-    [`hinge`] with `gamma = 1 / delta`, divided by that `gamma`. TRL has no such loss.
+    [`hinge`] with `gamma = 1 / delta`, divided by that `gamma`; so TRL's experimental `CPOTrainer` has that term up to
+    the factor. Its `cpo_alpha` weights another one: the likelihood of the chosen completion, averaged over tokens.
 
     Args:
         logps (`torch.Tensor`):

@@ -114,6 +114,19 @@ def logit(probabilities: np.ndarray) -> np.ndarray:
     return np.log(probabilities) - np.log1p(-probabilities)
 
 
+def check_ranker(ranker: Any) -> None:
+    """Require something that is a ranker.
+
+    Raises:
+        TypeError: saying what to wrap anything else in.
+    """
+    if not isinstance(ranker, Ranker):
+        raise TypeError(
+            f"`ranker` is a {type(ranker).__name__}, not a ranker. Wrap a function in `FunctionRanker`, a reward "
+            "model in `RewardModelRanker`, a causal language model in `PairwiseRanker`."
+        )
+
+
 def check_lengths(prompts: Sized, **columns: Sized) -> None:
     """Require one entry per prompt in every column.
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import is_conversational
@@ -132,6 +133,20 @@ def generation_options(generation_kwargs: dict[str, Any] | None, **options: Any)
 
 def _names(names: set[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(names))
+
+
+def check_unused_columns(dataset: Dataset, where: str) -> None:
+    """Refuse columns that would change how prompts are tokenised for training, and that sampling does not use.
+
+    Raises:
+        ValueError: naming them.
+    """
+    unused = {"tools", "chat_template_kwargs"} & set(dataset.column_names)
+    if unused:
+        raise ValueError(
+            f"{where} has the column {' and '.join(sorted(unused))}, which sampling does not use. Write its content "
+            "into the prompts and remove it with `dataset.remove_columns`."
+        )
 
 
 def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -13,9 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.fingerprints import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
 from prefopt_trl.data.formats import Prompt, check_columns, wrap_completion
-from prefopt_trl.rankers.base import Ranker, check_rewards
-from prefopt_trl.sampling.generation import eos_token_ids, generation_options, sample_candidates, tokenize_prompts
-from prefopt_trl.sampling.selection import PAIRINGS, STRATEGIES, select_and_pair
+from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
+from prefopt_trl.sampling.generation import (
+    check_unused_columns,
+    eos_token_ids,
+    generation_options,
+    sample_candidates,
+    tokenize_prompts,
+)
+from prefopt_trl.sampling.selection import OWN_COLUMNS, PAIRINGS, RANKING, STRATEGIES, select_and_pair
 from prefopt_trl.sampling.statistics import plot_statistics
 from prefopt_trl.sampling.store import SampleStore
 
@@ -49,6 +55,7 @@ def build_preference_dataset(
 
     Each prompt gets `num_candidates` completions of `policy`; the ranker scores them; `num_samples` distinct ones are
     kept by `strategy`; `pairing` decides which of them meet, and the ranker says which of the two is preferred.
+    With `pairing="ranking"` those kept are ranked by reward instead, for [`PROTrainer`] and its relatives.
 
     Everything is saved in `output_dir`: the candidates with their rewards (`candidates/`, which another run with
     another `beta` or `strategy` may be given as its `prompts`), the pairs (`pairs/`), `manifest.json` with every
@@ -59,7 +66,7 @@ def build_preference_dataset(
         prompts ([`~datasets.Dataset`] or `list`):
             Column `prompt`, plain text or messages. With a column `completions` (a list of candidates per row, not
             necessarily of one length) nothing is sampled, so the arguments of sampling are not looked at, and with
-            `rewards` beside it nothing is scored either.
+            `rewards` beside it nothing is scored either. Other columns are carried over to the result.
         policy ([`~transformers.PreTrainedModel`]):
             Policy to sample from, the SFT model in the paper. May be None where the candidates are given.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -79,7 +86,7 @@ def build_preference_dataset(
         beta (`float`, *optional*, defaults to `0.5`):
             Algorithm 1's beta, at least 0, in units of the ranker's reward. Only `"rso"` uses it.
         pairing (`str`, *optional*, defaults to `"first-round"`):
-            `"first-round"` (`num_samples // 2` pairs), `"tournament"` (`num_samples - 1`) or `"all"`.
+            `"first-round"` (`num_samples // 2` pairs), `"tournament"` (`num_samples - 1`) or `"all"`; or `"ranking"`.
         seed (`int`, *optional*, defaults to `0`):
             Seed of sampling, rejection and pairing.
         max_new_tokens, temperature, top_p, top_k, batch_size, generation_kwargs:
@@ -90,7 +97,7 @@ def build_preference_dataset(
     Returns:
         [`~datasets.Dataset`] with `prompt`, `chosen`, `rejected` in the prompts' format, `chosen_reward`,
         `rejected_reward` (the ranker's scores) and `label_probability` (the ranker's probability of the label, in
-        [0.5, 1]).
+        [0.5, 1]); of rankings, `prompt`, `completions` and `rewards`, best first.
 
     Raises:
         TypeError: if `prompts` is neither a dataset nor a list, for example all the splits at once.
@@ -118,20 +125,10 @@ def build_preference_dataset(
     check_columns(prompts, ["prompt"], "`prompts`")
     if ranker is None:
         raise ValueError(f"`ranker` is missing, and strategy={strategy!r} needs one to label the pairs.")
-    if not isinstance(ranker, Ranker):
-        raise TypeError(
-            f"`ranker` is a {type(ranker).__name__}, not a ranker. Wrap a function in `FunctionRanker`, a reward "
-            "model in `RewardModelRanker`, a causal language model in `PairwiseRanker`."
-        )
-    if pairing not in PAIRINGS:
-        raise ValueError(f"`pairing` must be one of {', '.join(PAIRINGS)}, got {pairing!r}.")
-    unused = {"tools", "chat_template_kwargs"} & set(prompts.column_names)
-    if unused:
-        raise ValueError(
-            f"`prompts` has the column {' and '.join(sorted(unused))}, which sampling does not use. Write its "
-            "content into "
-            "the prompts and remove it with `dataset.remove_columns`."
-        )
+    check_ranker(ranker)
+    if pairing not in (*PAIRINGS, RANKING):
+        raise ValueError(f"`pairing` must be one of {', '.join(PAIRINGS)} and {RANKING}, got {pairing!r}.")
+    check_unused_columns(prompts, "`prompts`")
     given = "completions" in prompts.column_names
     if num_samples < 2 or (num_samples > num_candidates and not given):
         raise ValueError(
@@ -170,7 +167,7 @@ def build_preference_dataset(
         }
         sample = partial(
             _sample,
-            list(prompts["prompt"]),
+            prompts,
             policy,
             tokenizer,
             num_candidates,
@@ -182,7 +179,8 @@ def build_preference_dataset(
     store = SampleStore(output_dir)
     if store.finished(settings):
         pairs = store.pairs()
-        logger.warning("Reusing the %d pairs in %s, made with the same settings.", len(pairs), output_dir)
+        made = "rankings" if pairing == RANKING else "pairs"
+        logger.warning("Reusing the %d %s in %s, made with the same settings.", len(pairs), made, output_dir)
         return pairs
     if PartialState().num_processes > 1:
         raise ValueError(
@@ -207,7 +205,7 @@ def build_preference_dataset(
     selected = select_and_pair(candidates, ranker, strategy, num_samples, beta, pairing, seed)
     statistics = selected.statistics
     store.finish(selected.pairs, statistics.as_dict())
-    tqdm.write(f"Pairs saved in {output_dir}\n{statistics}")
+    tqdm.write(f"{statistics.made.capitalize()} saved in {output_dir}\n{statistics}")
     if statistics.num_unfinished and statistics.num_unfinished > MANY_UNFINISHED * statistics.num_candidates:
         logger.warning(
             "%d of %d candidates were cut at `max_new_tokens`, yet training ends them with EOS too. Raise it.",
@@ -224,14 +222,15 @@ def build_preference_dataset(
 
 
 def _sample(
-    prompts: list[Prompt],
+    dataset: Dataset,
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     num_candidates: int,
     max_length: int | None,
     **sampling: Any,
 ) -> Dataset:
-    """Candidates of each prompt: columns `prompt`, `completions` and `finished` (whether each ended by itself)."""
+    """Candidates of each prompt: columns `completions` and `finished` (whether each ended by itself) are added."""
+    prompts: list[Prompt] = list(dataset["prompt"])
     prompt_ids = tokenize_prompts(tokenizer, prompts)
     too_long = [row for row, ids in enumerate(prompt_ids) if max_length is not None and len(ids) >= max_length]
     if too_long:
@@ -246,4 +245,5 @@ def _sample(
         for prompt, candidates in zip(prompts, sampled, strict=True)
     ]
     finished = [candidates.finished for candidates in sampled]
-    return Dataset.from_dict({"prompt": prompts, "completions": completions, "finished": finished})
+    others = {name: list(dataset[name]) for name in dataset.column_names if name not in OWN_COLUMNS}
+    return Dataset.from_dict({"prompt": prompts, **others, "completions": completions, "finished": finished})

@@ -34,7 +34,7 @@ class SamplingStatistics:
             Candidates that reached `max_new_tokens` without ending; None where candidates were given without a column
             `finished`.
         num_pairs (`int`):
-            Pairs made.
+            Pairs made, or rankings.
         acceptance_rate (`float` or `None`):
             Theorem 1's expected share of distinct candidates accepted in the first round, in (0, 1], averaged over the
             prompts that were not skipped; None for strategies that do not reject.
@@ -44,9 +44,11 @@ class SamplingStatistics:
         label_probability_before (`float`):
             Mean probability the ranker gives to its own labels, in [0.5, 1], on random pairs of candidates.
         label_probability_after (`float`):
-            The same on the pairs made.
+            The same on the pairs made, or on first-round pairs of the rankings'.
         warning (`str` or `None`):
             A plain sentence where `beta` is too small for this ranker, or the ranker cannot tell completions apart.
+        made (`str`):
+            `"pairs"` or `"rankings"`.
     """
 
     num_prompts: int
@@ -60,13 +62,14 @@ class SamplingStatistics:
     label_probability_before: float
     label_probability_after: float
     warning: str | None = None
+    made: str = "pairs"
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "quantiles": list(QUANTILES)}
 
     def __str__(self) -> str:
         lines = [
-            f"{self.num_pairs} pairs from {self.num_prompts - self.num_skipped} of {self.num_prompts} prompts",
+            f"{self.num_pairs} {self.made} from {self.num_prompts - self.num_skipped} of {self.num_prompts} prompts",
             f"candidates: {self.num_candidates}, of which {self.num_duplicates} repeat another"
             + ("" if self.num_unfinished is None else f" and {self.num_unfinished} were cut at max_new_tokens"),
             f"skipped prompts, with too few distinct candidates: {self.num_skipped}",

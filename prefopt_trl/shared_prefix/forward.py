@@ -3,7 +3,7 @@
 TRL's trainers call `model(input_ids, attention_mask, labels=..., fused_lm_head=True)` on padded rows and read
 per-token values from the output. [`add_shared_prefix`] changes the model's forward in that case alone: rows are
 packed, run, and unpacked to the layout TRL expects. So every loss, metric and reference path of TRL keeps working as
-it is.
+it is. Rows that are not TRL's pairs say whose prompt they have in `group_ids`.
 """
 
 import functools
@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from prefopt_trl.shared_prefix.packing import pack_rows, pair_groups
@@ -25,9 +26,10 @@ SETTINGS = {"use_cache", "fused_lm_head"}
 def add_shared_prefix(model: PreTrainedModel) -> None:
     """Make a model with TRL's fused LM head compute each prompt of a preference batch once.
 
-    Changes `model.forward` for calls with `fused_lm_head=True` on pairs (chosen rows, then rejected rows); all other
-    calls, `generate` among them, are as before. Sharing is exact: where it would not be, rows are run as they come,
-    and one logged line says why (see [`reason_not_to_share`]).
+    Changes `model.forward` for calls with `fused_lm_head=True` on pairs (chosen rows, then rejected rows), or on any
+    rows with `group_ids` (`torch.LongTensor` of shape `(num_rows,)`, as in [`pack_rows`]); all other calls, `generate`
+    among them, are as before. Sharing is exact: where it would not be, rows are run as they come, and one logged line
+    says why (see [`reason_not_to_share`]).
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -51,10 +53,13 @@ def add_shared_prefix(model: PreTrainedModel) -> None:
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         fused_forward = types.MethodType(bound_forward.__func__, self)  # of this model: it may be a copy of the first
-        if not kwargs.get("fused_lm_head") or not _can_share(self, fused_forward, args, kwargs):
+        group_ids = kwargs.pop("group_ids", None)
+        if not kwargs.get("fused_lm_head") or not _can_share(self, fused_forward, args, kwargs, group_ids):
             return fused_forward(*args, **kwargs)
         input_ids, attention_mask, labels = kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"]
-        packed = pack_rows(input_ids, attention_mask, labels, pair_groups(len(input_ids), input_ids.device))
+        if group_ids is None:
+            group_ids = pair_groups(len(input_ids), input_ids.device)
+        packed = pack_rows(input_ids, attention_mask, labels, group_ids)
         outputs = fused_forward(**packed_inputs(self, packed), shift_labels=packed.shift_labels, fused_lm_head=True)
         # Without `loss`: it counts a token that two completions share once
         return type(outputs)(**{name: packed.unpack(value) for name, value in outputs.items() if name != "loss"})
@@ -64,7 +69,11 @@ def add_shared_prefix(model: PreTrainedModel) -> None:
 
 
 def _can_share(
-    model: PreTrainedModel, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: PreTrainedModel,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    group_ids: torch.Tensor | None,
 ) -> bool:
     given = {name for name, value in kwargs.items() if value is not None}  # PEFT names arguments it leaves at None
     if getattr(model.config.get_text_config(), "output_router_logits", False):
@@ -74,7 +83,7 @@ def _can_share(
         log_reason(model, f"it is called with {others}, which cannot be packed")
         return False
     input_ids = kwargs["input_ids"]
-    if len(input_ids) % 2 or not is_right_padded(kwargs["attention_mask"]):
+    if (group_ids is None and len(input_ids) % 2) or not is_right_padded(kwargs["attention_mask"]):
         log_reason(model, "the batch is not pairs, chosen and then rejected, padded on the right")
         return False
     if input_ids.shape[1] < 2:

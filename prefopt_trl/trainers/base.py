@@ -1,9 +1,10 @@
 """What every trainer shares: TRL's `DPOTrainer` with prompts computed once. The only file that touches TRL's private
 names."""
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,31 +19,48 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
 )
-from trl import DPOConfig, DPOTrainer
-from trl.trainer.utils import create_model_from_path, get_config_model_id
+from trl import DPOTrainer
+from trl.trainer import dpo_trainer
+from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
-from prefopt_trl.rankers.base import Ranker
+from prefopt_trl.data.collators import DataCollatorForRanking
+from prefopt_trl.data.formats import columns_of
+from prefopt_trl.data.rankings import tokenize_rankings, warn_of_full_prompts
+from prefopt_trl.rankers.base import Ranker, check_ranker
+from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
 from prefopt_trl.shared_prefix.forward import add_shared_prefix
+from prefopt_trl.shared_prefix.packing import IGNORE_INDEX, pair_groups
+from prefopt_trl.trainers.base_config import PreferenceConfig
+from prefopt_trl.trainers.completions import ScoredCompletions, by_prompt, columns_of_rows, ranking_metrics
+from prefopt_trl.trainers.preferences import (
+    check_prompts,
+    sample_preferences,
+    score_completions,
+)
 
 logger = logging.getLogger(__name__)
 
 
 class PreferenceTrainer(DPOTrainer):
-    """[`~trl.DPOTrainer`] whose models compute each prompt once, and which can sample its pairs before training.
+    """[`~trl.DPOTrainer`] whose models compute each prompt once, and which can sample what it learns from.
 
-    Subclasses set `config_class`, the metadata of their model card (`_tag_names`, `_name`, `_paper`), and
-    [`sample_pairs`], which makes pairs from prompts. The arguments are those of [`~trl.DPOTrainer`], and `ranker`.
+    Subclasses set `config_class` and the metadata of their model card (`_tag_names`, `_name`, `_paper`). The arguments
+    are those of [`~trl.DPOTrainer`], and `ranker`.
     """
 
-    config_class: type[DPOConfig]
+    config_class: type[PreferenceConfig]
+    learns_from: str = "pairs"  # or "rankings"
+    has_reference: bool = True  # where False, no second model is loaded or held
     args: Any  # an instance of `config_class`
 
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
         ref_model: PreTrainedModel | None = None,
-        args: DPOConfig | None = None,
+        args: PreferenceConfig | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset
@@ -79,58 +97,124 @@ class PreferenceTrainer(DPOTrainer):
                 "`tokenizer.eos_token` (and `tokenizer.pad_token`) to tokens of its vocabulary."
             )
 
+        if ref_model is not None and not self.has_reference:
+            raise ValueError(f"`ref_model` has no effect: {self._name} has no reference model. Leave it out.")
+        if ranker is not None:
+            check_ranker(ranker)
+        if self._keeps_ranker(args) and ranker is None:
+            raise ValueError("`ranker` is missing, and `bootstrap_parts` needs one to score the samples. Pass it.")
+        if args.sampling == "online" and data_collator is not None:
+            raise ValueError("`sampling='online'` collates batches itself. Leave `data_collator` out.")
+        if args.sampling == "online" and args.dataloader_num_workers:
+            raise ValueError(
+                "`sampling='online'` generates inside the training process, not in its dataloader's workers. Set "
+                "`dataloader_num_workers=0`."
+            )
+
         splits: dict[str, Any] = {"train": train_dataset}
         if isinstance(eval_dataset, dict):
             splits |= {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
         else:
             splits["eval"] = eval_dataset
-        to_sample = [name for name, dataset in splits.items() if dataset is not None and _is_prompts(dataset, name)]
+        columns = {name: columns_of(dataset, name) for name, dataset in splits.items() if dataset is not None}
+        images = {"image", "images"} & {column for names in columns.values() for column in names}
+        if images and self._takes_rankings(args):
+            raise ValueError(
+                f"The datasets have the column {' and '.join(sorted(images))}, and rankings are of text. Remove it, "
+                "or train on pairs with `RSOTrainer`."
+            )
+        to_sample = [name for name in columns if self._are_prompts(columns[name])]
         if to_sample and ranker is None:
             raise ValueError(
                 f"The {' and '.join(to_sample)} dataset has prompts but no `chosen` and `rejected` completions. Pass "
-                "a `ranker` so that pairs can be sampled, or a dataset of pairs."
+                "a `ranker` so that they can be sampled and ranked, or a dataset with completions."
             )
-        if to_sample and ranker is not None:
+        if args.sampling == "online" and ("train" not in to_sample or "completions" in columns["train"]):
+            raise ValueError(
+                "`sampling='online'` needs a training dataset of prompts, and this one has completions. Remove them "
+                "with `dataset.select_columns(\"prompt\")`, or leave `sampling` at 'offline'."
+            )
+        offline = [name for name in to_sample if name != "train" or args.sampling == "offline"]
+        if offline:
             policy = self._reference_policy(model, ref_model, args, quantization_config)
-            for name in to_sample:
+            for name in offline:
                 output_dir = os.path.join(str(args.output_dir), "sampled", name)
-                splits[name] = self.sample_pairs(splits[name], policy, tokenizer, ranker, args, output_dir)
+                splits[name] = sample_preferences(splits[name], name, policy, tokenizer, ranker, args, output_dir)
             del policy
-            train_dataset = splits.pop("train")
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {name.removeprefix("eval_"): dataset for name, dataset in splits.items()}
-            else:
-                eval_dataset = splits["eval"]
-        elif ranker is not None and train_dataset is not None and "chosen" in _columns(train_dataset, "train"):
-            logger.warning("`ranker` is not used: the datasets already have `chosen` and `rejected` completions.")
+        uses_ranker = bool(to_sample) or self._keeps_ranker(args)
+        for name in columns:
+            if name not in to_sample and self.learns_from == "rankings":
+                splits[name], scored = score_completions(splits[name], name, columns[name], ranker)
+                uses_ranker |= scored
+        if ranker is not None and not uses_ranker:
+            logger.warning("`ranker` is not used: the datasets already have ranked completions.")
+        train_dataset = splits.pop("train")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name.removeprefix("eval_"): dataset for name, dataset in splits.items()}
+        else:
+            eval_dataset = splits["eval"]
 
-        super().__init__(
-            model=model,
-            ref_model=ref_model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with contextlib.ExitStack() as stack:
+            if not self.has_reference:
+                stack.enter_context(_no_reference_model(policy_is_loaded=not isinstance(model, str)))
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        if not self.has_reference and isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
+            self.model.delete_adapter("ref")  # TRL's copy of a pretrained adapter
         self._share_prefixes()
+        collating: dict[str, Any] = {
+            "max_length": args.max_length,
+            "truncation_mode": args.truncation_mode,
+            "pad_to_multiple_of": args.pad_to_multiple_of,
+        }
+        if args.sampling == "online" and ranker is not None:
+            policy = self.accelerator.unwrap_model(self.ref_model or self.model)
+            self.data_collator = DataCollatorForRejectionSampling(
+                policy,
+                tokenizer,
+                ranker,
+                while_sampling=self._reference_adapter if self.ref_model is None else contextlib.nullcontext,
+                batch_size=args.generation_batch_size,
+                **args.selection_options(),
+                **args.generation_options(),
+                **collating,
+            )
+            self.add_callback(_EpochOfSampling(self.data_collator))
+        elif data_collator is None and self._takes_rankings(args):
+            self.data_collator = DataCollatorForRanking(pad_token_id=tokenizer.pad_token_id, **collating)
+        self._set_up(tokenizer, ranker)
 
-    def sample_pairs(
-        self,
-        dataset: Dataset,
-        policy: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        ranker: Ranker,
-        args: Any,
-        output_dir: str,
-    ) -> Dataset:
-        """Pairs sampled for the prompts of `dataset`; runs before training, and before the trainer's own set-up."""
-        raise ValueError(f"{type(self).__name__} needs a dataset with `chosen` and `rejected` completions.")
+    def _takes_rankings(self, args: Any) -> bool:
+        """Whether the batches are rankings, in our layout, rather than pairs in TRL's."""
+        return self.learns_from == "rankings"
+
+    def as_rankings(self, dataset: Dataset | IterableDataset, name: str, args: Any) -> Dataset | IterableDataset:
+        """The dataset with columns `prompt`, `completions` and `rewards`, where the batches are rankings."""
+        return dataset
+
+    def _keeps_ranker(self, args: Any) -> bool:
+        """Whether the ranker is used during training."""
+        return False
+
+    def _set_up(self, tokenizer: PreTrainedTokenizerBase, ranker: Ranker | None) -> None:
+        """What a trainer does at the end of its construction."""
+
+    def _are_prompts(self, columns: list[str]) -> bool:
+        """Whether a dataset with these columns is to be sampled."""
+        completions = {"chosen", "rejected"} if self.learns_from == "pairs" else {"chosen", "rejected", "completions"}
+        return "prompt" in columns and not completions & set(columns)
 
     @staticmethod
     def _reference_policy(model: Any, ref_model: Any, args: Any, quantization_config: Any) -> Any:
@@ -145,14 +229,30 @@ class PreferenceTrainer(DPOTrainer):
             policy = policy.to(args.device)
         return policy
 
+    def _reference_adapter(self) -> contextlib.AbstractContextManager[None]:
+        """While entered, a PEFT model is the reference model: its adapter is off, or TRL's copy of it in its place."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        return use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
+
     def _prepare_dataset(
         self,
         dataset: Dataset | IterableDataset,
-        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-        args: DPOConfig,
+        processing_class: Any,
+        args: Any,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        columns = _columns(dataset, dataset_name)
+        if args.sampling == "online" and dataset_name == "train":
+            return check_prompts(dataset, processing_class, args)
+        if self._takes_rankings(args):
+            return tokenize_rankings(
+                self.as_rankings(dataset, dataset_name, args),
+                getattr(processing_class, "tokenizer", processing_class),
+                dataset_name,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                num_proc=args.dataset_num_proc,
+            )
+        columns = columns_of(dataset, dataset_name)
         missing = [column for column in ("chosen", "rejected") if column not in columns]
         if missing:
             raise ValueError(
@@ -161,15 +261,15 @@ class PreferenceTrainer(DPOTrainer):
                 "sampled have `prompt` and need a `ranker`: rename yours with `dataset.rename_column(old, new)`."
             )
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if isinstance(dataset, Dataset) and len(prepared) < len(dataset):
-            message = (
-                f"{len(dataset) - len(prepared)} of {len(dataset)} rows of the {dataset_name} dataset have a prompt "
-                f"that fills `max_length`={args.max_length} and leaves no room for a completion"
-            )
-            if len(prepared) == 0:
-                raise ValueError(f"{message}. Raise `max_length` or shorten the prompts.")
-            logger.warning("%s; they are left out, as TRL does. Raise `max_length` to keep them.", message)
+        if isinstance(dataset, Dataset):
+            warn_of_full_prompts(len(dataset), len(prepared), dataset_name, args.max_length)
         return prepared
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        own = ["completion_ids", "rewards", "row", *(["prompt"] if self.args.sampling == "online" else [])]
+        columns += [column for column in own if column not in columns]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         self._share_prefixes()  # called by DPOTrainer.__init__, before ours ends
@@ -186,28 +286,134 @@ class PreferenceTrainer(DPOTrainer):
                 add_shared_prefix(model)
 
 
-def _columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
-    """Names of the columns of a dataset with at least one row; a stream may know them from its rows only."""
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        raise TypeError(
-            f"The {name} dataset must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`. Of several "
-            'splits pass one, such as `dataset["train"]`; a list of prompts becomes one with '
-            '`Dataset.from_dict({"prompt": prompts})`.'
+class CompletionTrainer(PreferenceTrainer):
+    """A trainer with a loss of its own over all the completions of a prompt, in place of TRL's over pairs.
+
+    Subclasses write [`loss_per_prompt`] and [`scores`].
+    """
+
+    num_compared: int | None = None  # completions of a prompt that are ranked; further ones only have a likelihood
+
+    def loss_per_prompt(self, completions: ScoredCompletions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of each prompt, and the parts of it that are logged; each of shape `(batch_size,)`."""
+        raise NotImplementedError
+
+    def scores(self, completions: ScoredCompletions) -> torch.Tensor:
+        """What the method takes as the policy's own reward of each completion, shape `(batch_size, n)`."""
+        raise NotImplementedError
+
+    def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool) -> Any:
+        completion_mask = inputs["completion_mask"]
+        group_ids = inputs.get("group_ids")
+        if group_ids is None:  # TRL's pairs: chosen rows, then rejected rows
+            group_ids = pair_groups(len(completion_mask), completion_mask.device)
+        model_inputs: dict[str, Any] = {name: value for name, value in inputs.items() if name not in OWN_INPUTS}
+        model_inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            model_inputs["output_router_logits"] = True
+        labels = inputs["input_ids"].masked_fill(completion_mask == 0, IGNORE_INDEX)
+        groups = {"group_ids": group_ids} if self.args.share_prefix else {}
+        outputs = model(**model_inputs, **groups, labels=labels, fused_lm_head=True)
+
+        asked = completion_mask[:, 1:].bool()
+        row_rewards = inputs.get("rewards")
+        if row_rewards is None:
+            row_rewards = (torch.arange(len(group_ids), device=group_ids.device) < len(group_ids) // 2).float()
+        completions = ScoredCompletions(
+            logps=by_prompt(_of_tokens(outputs.log_probs, asked).sum(dim=1), group_ids),
+            num_tokens=by_prompt(asked.sum(dim=1), group_ids),
+            mask=by_prompt(torch.ones_like(group_ids, dtype=torch.bool), group_ids),
+            rewards=by_prompt(row_rewards, group_ids),
+            ref_logps=by_prompt(self._ref_logps(inputs, groups), group_ids) if self.has_reference else None,
         )
-    first_row = next(iter(dataset), None)
-    if first_row is None:
-        raise ValueError(f"The {name} dataset is empty. Give it at least one row.")
-    return list(first_row)
+        losses, parts = self.loss_per_prompt(completions)
+        loss = losses.mean()
+        everyone = torch.tensor(len(losses), device=losses.device)
+        metrics = {f"loss/{name}": (part.sum(), everyone) for name, part in parts.items()}
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+            metrics["aux_loss"] = (outputs.aux_loss, torch.ones_like(outputs.aux_loss))
+        with torch.no_grad():
+            ranked = completions.first(self.num_compared)
+            metrics |= ranking_metrics(self.scores(ranked), ranked)
+            metrics |= _token_metrics(outputs, asked, columns_of_rows(group_ids), self.num_compared)
+        self._record(metrics, inputs["attention_mask"])
+        if not return_outputs:
+            return loss
+        with torch.no_grad():  # the fused head builds no logits
+            return loss, model(**model_inputs)
+
+    def _ref_logps(self, inputs: dict[str, torch.Tensor], groups: dict[str, torch.Tensor]) -> torch.Tensor:
+        rows = {name: value for name, value in inputs.items() if name not in OWN_INPUTS or name == "completion_mask"}
+        # TRL hands the rows back in two halves
+        return torch.cat(self.compute_ref_log_probs(self.ref_model or self.model, {**rows, **groups}))
+
+    def _record(self, metrics: dict[str, tuple[torch.Tensor, torch.Tensor]], attention_mask: torch.Tensor) -> None:
+        """Log sums over counts, over all processes; the names, and so what is gathered, are the same on each."""
+        model: Any = self.model
+        mode = "train" if model.training else "eval"
+        pairs = [torch.stack([part.detach().float() for part in pair]) for pair in metrics.values()]
+        pairs.append(torch.stack([attention_mask.sum().float()] * 2))
+        *gathered, num_tokens = self.accelerator.gather(torch.stack(pairs)[None]).sum(dim=0).tolist()
+        for name, (total, count) in zip(metrics, gathered, strict=True):
+            self._metrics[mode][name].append(total / count if count else 0.0)
+        if mode == "train":
+            self._total_train_tokens += int(num_tokens[0]) // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
 
-def _is_prompts(dataset: Dataset | IterableDataset, name: str) -> bool:
-    """Whether a dataset is to be sampled: it has prompts, and no completions."""
-    columns = _columns(dataset, name)
-    if "prompt" not in columns or "chosen" in columns or "rejected" in columns:
-        return False
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"The {name} dataset is an `IterableDataset` of prompts, and sampling needs to know how many there are. "
-            "Pass a `Dataset`, such as `Dataset.from_list(list(dataset.take(1000)))`, or stream pairs."
-        )
-    return True
+# What a batch has beside the model's own inputs
+OWN_INPUTS = {"completion_mask", "group_ids", "rewards"}
+
+
+def _of_tokens(per_token: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """The values of the rows' own tokens: prompt-learning adapters put virtual ones before them."""
+    return per_token[:, -asked.shape[1] :]
+
+
+def _token_metrics(
+    outputs: Any, asked: torch.Tensor, columns: torch.Tensor, num_compared: int | None
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """TRL's metrics over the tokens of completions; those of the best completions are the chosen ones."""
+    best = asked & (columns == 0)[:, None]
+    others = asked & (columns > 0)[:, None]
+    if num_compared is not None:
+        others &= (columns < num_compared)[:, None]
+    mean_logits = _of_tokens(outputs.mean_logits, asked)
+    return {
+        "entropy": ((_of_tokens(outputs.entropy, asked) * asked).sum(), asked.sum()),
+        "mean_token_accuracy": ((_of_tokens(outputs.is_top1, asked) & best).sum(), best.sum()),
+        "logits/chosen": ((mean_logits * best).sum(), best.sum()),
+        "logits/rejected": ((mean_logits * others).sum(), others.sum()),
+    }
+
+
+class _EpochOfSampling(TrainerCallback):
+    """Tells the collator the epoch, so that each draws anew, and a resumed one draws what it drew before."""
+
+    def __init__(self, collator: DataCollatorForRejectionSampling) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.collator.epoch = int((state.epoch or 0) + 1e-6)  # the sum of steps may lie just below the whole number
+
+
+@contextlib.contextmanager
+def _no_reference_model(policy_is_loaded: bool) -> Iterator[None]:
+    """While entered, TRL's constructor loads the policy and no copy of it.
+
+    Without PEFT, `DPOTrainer.__init__` loads a second copy of the weights as the reference model; its one way around
+    that, `precompute_ref_log_probs`, still loads it under FSDP. It does so with the function it has loaded the policy
+    with before. This may go once `DPOTrainer` can be told that a loss has no reference model.
+    """
+    load = dpo_trainer.create_model_from_path
+    to_load = [] if policy_is_loaded else [load]
+
+    def load_policy_only(*args: Any, **kwargs: Any) -> Any:
+        return to_load.pop()(*args, **kwargs) if to_load else None
+
+    dpo_trainer.create_model_from_path = load_policy_only
+    try:
+        yield
+    finally:
+        dpo_trainer.create_model_from_path = load

@@ -3,9 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from trl import DPOConfig
-
-from prefopt_trl.sampling.selection import PAIRINGS, STRATEGIES
+from prefopt_trl.trainers.base_config import PreferenceConfig
 
 # RSO's names for the losses, and TRL's names for the same functions
 LOSS_NAMES = {"sigmoid-norm": "sigmoid", "hinge-norm": "hinge"}
@@ -29,7 +27,7 @@ TRL_LOSSES = [
 
 
 @dataclass
-class RSOConfig(DPOConfig):
+class RSOConfig(PreferenceConfig):
     """Configuration of [`RSOTrainer`]: every argument of [`~trl.DPOConfig`], and those below.
 
     Defaults of the loss and of sampling are those of RSO section 5, all others TRL's. `gamma` (TRL's `beta`) is 0.05
@@ -70,54 +68,6 @@ class RSOConfig(DPOConfig):
         default=None,
         metadata={"help": "TRL's name for `gamma`. Not the beta of RSO's Algorithm 1, which is `rejection_beta`."},
     )
-    share_prefix: bool = field(
-        default=True,
-        metadata={
-            "help": "Compute each prompt once for its chosen and rejected completion. Exact; where a model cannot "
-            "share (sliding window, ALiBi, recurrence) one logged line says so and each completion is a row of its "
-            "own."
-        },
-    )
-
-    # Parameters that control sampling, used when the training data are prompts without completions
-    strategy: str = field(
-        default="rso",
-        metadata={
-            "help": "How `num_samples` completions are kept out of `num_candidates`: 'rso' by statistical rejection "
-            "sampling, 'sft' at random (sft-sample-rank), 'top-k' the ones with the highest reward.",
-            "choices": list(STRATEGIES),
-        },
-    )
-    num_candidates: int = field(
-        default=64, metadata={"help": "Completions sampled per prompt from the reference policy."}
-    )
-    num_samples: int = field(default=8, metadata={"help": "Completions kept per prompt."})
-    pairing: str = field(
-        default="first-round",
-        metadata={
-            "help": "Which kept completions are compared: 'first-round' (num_samples / 2 random pairs), 'tournament' "
-            "(num_samples - 1 pairs of a knock-out tournament) or 'all'.",
-            "choices": list(PAIRINGS),
-        },
-    )
-    rejection_beta: float = field(
-        default=0.5,
-        metadata={
-            "help": "The paper's beta in Algorithm 1, in units of the ranker's reward: small trusts the ranker (0 "
-            "keeps the top `num_samples`), large stays with the reference policy."
-        },
-    )
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest completion to sample, in tokens."})
-    temperature: float = field(
-        default=1.0, metadata={"help": "Sampling temperature. Algorithm 1 assumes samples of the policy itself: 1."}
-    )
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling threshold; 1 keeps the whole distribution."})
-    top_k: int = field(
-        default=0, metadata={"help": "Sample among the k most likely tokens only; 0 means all of them."}
-    )
-    generation_batch_size: int = field(
-        default=64, metadata={"help": "Completions generated at a time, over all prompts."}
-    )
 
     def __post_init__(self) -> None:
         if self.gamma is not None and self.beta is not None and self.gamma != self.beta:
@@ -131,21 +81,6 @@ class RSOConfig(DPOConfig):
             raise ValueError(
                 f"`gamma` (or `beta`) must be greater than 0 and finite, got {self.gamma}. The paper uses 0.05."
             )
-        for name, choices in (("strategy", STRATEGIES), ("pairing", PAIRINGS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-        if not self.rejection_beta >= 0:
-            raise ValueError(f"`rejection_beta` must be at least 0, got {self.rejection_beta}. The paper uses 0.5.")
-        if not self.temperature > 0:
-            raise ValueError(f"`temperature` must be greater than 0, got {self.temperature}. Algorithm 1 assumes 1.")
-        if self.num_samples < 2:
-            raise ValueError(f"`num_samples` must be at least 2 to make a pair, got {self.num_samples}.")
-        if self.num_samples > self.num_candidates:
-            raise ValueError(
-                f"`num_samples`={self.num_samples} completions cannot be kept out of "
-                f"`num_candidates`={self.num_candidates}. Lower the first or raise the second."
-            )
-
         loss_types = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
         if "sigmoid_norm" in loss_types:
             raise ValueError(

@@ -2,11 +2,6 @@
 
 import textwrap
 
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from prefopt_trl.rankers.base import Ranker
-from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.trainers.base import PreferenceTrainer
 from prefopt_trl.trainers.rso_config import RSOConfig
 
@@ -56,7 +51,7 @@ class RSOTrainer(PreferenceTrainer):
     """
 
     config_class = RSOConfig
-    _tag_names = ["trl", "prefopt-trl", "rso"]
+    _tag_names = ["trl", "prefopt-trl", "rso", "dpo"]
     _name = "RSO"
     _paper = {
         "title": "Statistical Rejection Sampling Improves Preference Optimization",
@@ -71,32 +66,3 @@ class RSOTrainer(PreferenceTrainer):
                 url       = {https://arxiv.org/abs/2309.06657},
             }"""),
     }
-
-    def sample_pairs(
-        self,
-        dataset: Dataset,
-        policy: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        ranker: Ranker,
-        args: RSOConfig,
-        output_dir: str,
-    ) -> Dataset:
-        return build_preference_dataset(
-            dataset,
-            policy,
-            tokenizer,
-            ranker,
-            output_dir=output_dir,
-            strategy=args.strategy,
-            num_candidates=args.num_candidates,
-            num_samples=args.num_samples,
-            beta=args.rejection_beta,
-            pairing=args.pairing,
-            seed=args.seed,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            max_length=args.max_length,
-            batch_size=args.generation_batch_size,
-        )

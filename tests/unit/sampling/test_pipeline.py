@@ -462,7 +462,11 @@ def test_without_matplotlib_there_is_no_plot_and_one_line_says_so(
         ),
         ({"prompts": "The dog"}, TypeError, "`prompts` must be a datasets.Dataset, got str"),
         ({"strategy": "best"}, ValueError, "`strategy` must be one of rso, sft, top-k and direct, got 'best'"),
-        ({"pairing": "league"}, ValueError, "`pairing` must be one of first-round, tournament, all, got 'league'"),
+        (
+            {"pairing": "league"},
+            ValueError,
+            "`pairing` must be one of first-round, tournament, all and ranking, got 'league'",
+        ),
         ({"ranker": None}, ValueError, "`ranker` is missing, and strategy='rso' needs one"),
         ({"policy": None}, ValueError, "`policy` and `tokenizer` are needed to sample candidates"),
         ({"tokenizer": None}, ValueError, "`policy` and `tokenizer` are needed to sample candidates"),

@@ -208,7 +208,7 @@ def test_every_sampling_setting_arrives(prompts, policy_dir, tmp_path, monkeypat
         received.update(settings, dataset=dataset, policy=policy, tokenizer=tokenizer, ranker=ranker)
         return Dataset.from_dict(PAIRS)
 
-    monkeypatch.setattr("prefopt_trl.trainers.rso_trainer.build_preference_dataset", record)
+    monkeypatch.setattr("prefopt_trl.trainers.preferences.build_preference_dataset", record)
     given = {
         "strategy": "top-k",
         "num_candidates": 7,
@@ -293,7 +293,7 @@ def test_evaluation_sets_keep_their_names(pairs, prompts, policy_dir, tmp_path):
 def test_a_ranker_without_use_is_said(pairs, policy_dir, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
         RSOTrainer(policy_dir, args=config(tmp_path), train_dataset=pairs, ranker=FunctionRanker(brevity))
-    assert messages(caplog) == ["`ranker` is not used: the datasets already have `chosen` and `rejected` completions."]
+    assert messages(caplog) == ["`ranker` is not used: the datasets already have ranked completions."]
 
 
 # Bad input
@@ -543,8 +543,8 @@ def test_the_model_card_is_rsos(pairs, policy_dir, tmp_path):
     assert "https://huggingface.co/papers/2309.06657" in card and "trained with RSO" in card
     assert "Statistical Rejection Sampling Improves Preference Optimization" in card
     header = card.split("---")[1]
-    assert all(f"- {tag}\n" in header for tag in ("trl", "prefopt-trl", "rso")) and "- dpo" not in header
-    assert set(trainer.model.model_tags) == {"trl", "prefopt-trl", "rso"}
+    assert all(f"- {tag}\n" in header for tag in ("trl", "prefopt-trl", "rso", "dpo"))
+    assert set(trainer.model.model_tags) == {"trl", "prefopt-trl", "rso", "dpo"}
     citation = card.split("```bibtex")[1].split("```")[0]
     authors = "Tianqi Liu and Yao Zhao and Rishabh Joshi and Misha Khalman and Mohammad Saleh and Peter J. Liu and"
     assert authors in " ".join(citation.split()) and "Jialu Liu},\n" in citation and "year      = 2024,\n" in citation

@@ -1,0 +1,43 @@
+r"""Listwise DPO on HH-RLHF: samples kept by statistical rejection sampling, ranked and learnt from whole (DPO eq. 20).
+
+From the Hub, with LLaMA-7B as the base model and LoRA, so that there is one copy of the weights:
+
+    python examples/hh_rlhf/listwise_dpo.py --output_dir outputs/listwise-dpo-7b --lora --learning_rate 1e-4 \
+        --num_candidates 64 --num_samples 4 --per_device_train_batch_size 4 --gradient_accumulation_steps 16
+
+Offline, with a local file and a model of 5M parameters made from scratch:
+
+    python examples/hh_rlhf/listwise_dpo.py --data path/to/harmless-base/test.jsonl.gz --from_scratch --use_cpu \
+        --bf16 False --num_candidates 16 \
+        --output_dir outputs/listwise_dpo-tiny --num_prompts 100 --max_new_tokens 48 --max_length 256 --max_steps 50 \
+        --learning_rate 1e-4
+"""
+
+from dataclasses import dataclass, field
+
+from peft import LoraConfig
+from shared import ScriptArguments, first_that_fit, load_comparisons, make_policy, make_ranker, train_and_save
+from trl import TrlParser
+
+from prefopt_trl import ListwiseDPOConfig, ListwiseDPOTrainer, PairwiseRanker
+
+
+@dataclass
+class ListwiseDPOScriptArguments(ScriptArguments):
+    lora: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all the weights."})
+
+
+def main(script: ListwiseDPOScriptArguments, args: ListwiseDPOConfig) -> None:
+    comparisons = load_comparisons(script)
+    policy = make_policy(script, args, comparisons)
+    ranker = PairwiseRanker(make_ranker(script, args, comparisons))
+    prompts = first_that_fit(comparisons, policy, script, args).select_columns(["prompt"])
+    peft_config = LoraConfig(task_type="CAUSAL_LM") if script.lora else None
+    train_and_save(
+        ListwiseDPOTrainer(policy, args=args, train_dataset=prompts, ranker=ranker, peft_config=peft_config)
+    )
+
+
+if __name__ == "__main__":
+    parser = TrlParser([ListwiseDPOScriptArguments, ListwiseDPOConfig])  # type: ignore[list-item]  # TRL's own examples pass classes too
+    main(*parser.parse_args_and_config())

@@ -1,0 +1,41 @@
+r"""RRHF on HH-RLHF: samples of the SFT policy, ranked, without a reference model (RSO section 1).
+
+From the Hub, with LLaMA-7B as the base model; `--lora` trains an adapter:
+
+    python examples/hh_rlhf/rrhf.py --output_dir outputs/rrhf-7b --num_candidates 4 --num_samples 4 \
+        --learning_rate 2e-5 --per_device_train_batch_size 2 --gradient_accumulation_steps 16
+
+Offline, with a local file and a model of 5M parameters made from scratch:
+
+    python examples/hh_rlhf/rrhf.py --data path/to/harmless-base/test.jsonl.gz --from_scratch --use_cpu --bf16 False \
+        --num_candidates 4 \
+        --output_dir outputs/rrhf-tiny --num_prompts 100 --max_new_tokens 48 --max_length 256 --max_steps 50 \
+        --learning_rate 1e-4
+"""
+
+from dataclasses import dataclass, field
+
+from peft import LoraConfig
+from shared import ScriptArguments, first_that_fit, load_comparisons, make_policy, make_ranker, train_and_save
+from trl import TrlParser
+
+from prefopt_trl import PairwiseRanker, RRHFConfig, RRHFTrainer
+
+
+@dataclass
+class RRHFScriptArguments(ScriptArguments):
+    lora: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all the weights."})
+
+
+def main(script: RRHFScriptArguments, args: RRHFConfig) -> None:
+    comparisons = load_comparisons(script)
+    policy = make_policy(script, args, comparisons)
+    ranker = PairwiseRanker(make_ranker(script, args, comparisons))
+    prompts = first_that_fit(comparisons, policy, script, args).select_columns(["prompt"])
+    peft_config = LoraConfig(task_type="CAUSAL_LM") if script.lora else None
+    train_and_save(RRHFTrainer(policy, args=args, train_dataset=prompts, ranker=ranker, peft_config=peft_config))
+
+
+if __name__ == "__main__":
+    parser = TrlParser([RRHFScriptArguments, RRHFConfig])  # type: ignore[list-item]  # TRL's own examples pass classes too
+    main(*parser.parse_args_and_config())

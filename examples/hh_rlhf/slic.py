@@ -1,0 +1,48 @@
+r"""SLiC on HH-RLHF, without a reference model: on the comparisons, or on samples of the SFT policy (RSO eq. 1).
+
+From the Hub, with LLaMA-7B as the base model:
+
+    python examples/hh_rlhf/slic.py --output_dir outputs/slic-7b --sample --delta 20 --optim adafactor \
+        --learning_rate 1e-5 --per_device_train_batch_size 8 --gradient_accumulation_steps 16
+
+Offline, with a local file and a model of 5M parameters made from scratch:
+
+    python examples/hh_rlhf/slic.py --data path/to/harmless-base/test.jsonl.gz --from_scratch --use_cpu --bf16 False \
+        --output_dir outputs/slic-tiny --num_prompts 100 --max_new_tokens 48 --max_length 256 --max_steps 50 \
+        --learning_rate 1e-4
+
+The policy is first fine-tuned on the chosen completions, into `<output_dir>/sft`, where a later run finds it. With
+`--sample` a ranker is trained too, and SLiC-sample-rank starts from its labels; else it is SLiC-direct.
+"""
+
+from dataclasses import dataclass, field
+
+from shared import ScriptArguments, first_that_fit, load_comparisons, make_policy, make_ranker, train_and_save
+from trl import TrlParser
+
+from prefopt_trl import PairwiseRanker, SLiCConfig, SLiCTrainer
+
+
+@dataclass
+class SLiCScriptArguments(ScriptArguments):
+    sample: bool = field(
+        default=False,
+        metadata={"help": "Sample completions of the SFT policy and let a ranker label them, as in SLiC-sample-rank."},
+    )
+
+
+def main(script: SLiCScriptArguments, args: SLiCConfig) -> None:
+    comparisons = load_comparisons(script)
+    policy = make_policy(script, args, comparisons)
+    pairs = first_that_fit(comparisons, policy, script, args)
+    if not script.sample:
+        train_and_save(SLiCTrainer(policy, args=args, train_dataset=pairs))
+        return
+    ranker = PairwiseRanker(make_ranker(script, args, comparisons))
+    prompts = pairs.select_columns(["prompt"])
+    train_and_save(SLiCTrainer(policy, args=args, train_dataset=prompts, ranker=ranker))
+
+
+if __name__ == "__main__":
+    parser = TrlParser([SLiCScriptArguments, SLiCConfig])  # type: ignore[list-item]  # TRL's own examples pass classes too
+    main(*parser.parse_args_and_config())

@@ -1,0 +1,176 @@
+"""Rankings: prompts with any number of completions, each with a reward."""
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl import extract_prompt
+
+from prefopt_trl.data.formats import columns_of
+from prefopt_trl.data.tokenization import tokenize_completions
+
+logger = logging.getLogger(__name__)
+
+
+def pairs_to_rankings(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Turn `chosen` and `rejected` into rankings of two, with rewards 1 and 0 (which PRO's temperatures leave at 1).
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Columns `chosen` and `rejected`, and `prompt` unless both begin with it.
+
+    Returns:
+        The same rows with `prompt`, `completions` and `rewards` in place of `chosen` and `rejected`.
+    """
+
+    def to_ranking(example: dict[str, Any]) -> dict[str, Any]:
+        example = example if "prompt" in example else extract_prompt(example)
+        completions = [example["chosen"], example["rejected"]]
+        return {"prompt": example["prompt"], "completions": completions, "rewards": [1.0, 0.0]}
+
+    return dataset.map(to_ranking, remove_columns=["chosen", "rejected"])
+
+
+def check_ranking(example: Mapping[str, Any], row: int, name: str) -> None:
+    """Require a prompt with two completions or more, and a finite reward for each.
+
+    Args:
+        example (`dict`):
+            `prompt`, `completions` and `rewards`.
+        row (`int`):
+            Its row in the dataset, for the error.
+        name (`str`):
+            Name of the dataset, for the error.
+
+    Raises:
+        ValueError: naming the row, what was expected and the remedy.
+
+    Example:
+
+    ```python
+    >>> check_ranking({"prompt": "Hi", "completions": ["Hello"], "rewards": [1.0]}, row=3, name="train")
+    Traceback (most recent call last):
+    ValueError: Row 3 of the train dataset has 1 completion, and a ranking has at least 2. Leave the row out.
+
+    ```
+    """
+    where = f"Row {row} of the {name} dataset"
+    completions, rewards = example["completions"], example["rewards"]
+    if not isinstance(completions, list):
+        raise ValueError(f"{where} has {type(completions).__name__} as `completions`. Give a list of completions.")
+    if len(completions) < 2:
+        count = f"{len(completions)} completion{'' if len(completions) == 1 else 's'}"
+        raise ValueError(f"{where} has {count}, and a ranking has at least 2. Leave the row out.")
+    if not isinstance(rewards, list) or len(rewards) != len(completions):
+        count = f"{len(rewards)} rewards" if isinstance(rewards, list) else f"{rewards!r} as `rewards`"
+        raise ValueError(f"{where} has {len(completions)} completions and {count}. Give one reward per completion.")
+    for index, reward in enumerate(rewards):
+        if not isinstance(reward, int | float) or not math.isfinite(reward):
+            raise ValueError(
+                f"{where} has the reward {reward!r} for completion {index}, a finite number was expected. Give "
+                "`rewards` as numbers, or leave the row out; with a `ranker` and no column `rewards`, they are scored."
+            )
+
+
+def tokenize_rankings(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    num_proc: int | None = None,
+) -> Dataset | IterableDataset:
+    """Tokenise rankings, for [`DataCollatorForRanking`], and leave out those whose prompt fills `max_length`.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Columns `prompt`, `completions` and `rewards`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer with an EOS token.
+        name (`str`):
+            Name of the dataset, for messages.
+        max_length (`int`, *optional*):
+            Longest row that the collator will keep, in tokens.
+        truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
+            As in [`DataCollatorForRanking`]; with `"keep_end"` no prompt fills a row.
+        num_proc (`int`, *optional*):
+            Processes to tokenise with.
+
+    Returns:
+        The dataset with `prompt_ids`, `completion_ids` and `rewards` beside its other columns.
+
+    Raises:
+        ValueError: for missing columns, a row that is no ranking (naming it), or if no row is left.
+    """
+    columns = columns_of(dataset, name)
+    missing = [column for column in ("prompt", "completions", "rewards") if column not in columns]
+    if missing:
+        raise ValueError(
+            f"The {name} dataset has no column {' and no column '.join(map(repr, missing))}; it has {columns}. "
+            "Rankings have `prompt`, `completions` and `rewards`, pairs have `prompt`, `chosen` and `rejected`, and "
+            "data to be sampled have `prompt` and need a `ranker`: rename yours with "
+            "`dataset.rename_column(old, new)`."
+        )
+
+    def tokenize(example: dict[str, Any], row: int) -> dict[str, Any]:
+        check_ranking(example, row, name)
+        tools = example.get("tools")
+        chat = {"tools": json.loads(tools) if isinstance(tools, str) else tools} if tools else {}
+        prompt_ids, completion_ids = tokenize_completions(
+            tokenizer, example["prompt"], example["completions"], **chat, **(example.get("chat_template_kwargs") or {})
+        )
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": completion_ids,
+            "rewards": [float(reward) for reward in example["rewards"]],
+        }
+
+    if not isinstance(dataset, Dataset):
+        tokenized = dataset.map(tokenize, with_indices=True)
+        if max_length is not None and truncation_mode == "keep_start":
+            tokenized = tokenized.filter(lambda example: len(example["prompt_ids"]) < max_length)
+        return tokenized
+
+    tokenized = dataset.map(tokenize, with_indices=True, num_proc=num_proc, desc=f"Tokenizing {name} dataset")
+    if max_length is None:
+        return tokenized
+    lengths = [
+        (len(prompt_ids), max(map(len, completion_ids)))
+        for prompt_ids, completion_ids in zip(tokenized["prompt_ids"], tokenized["completion_ids"], strict=True)
+    ]
+    cut = sum(prompt + completion > max_length for prompt, completion in lengths)
+    if cut:
+        logger.warning(
+            "%d of %d rows of the %s dataset have a completion that `max_length`=%d cuts. Raise `max_length` to keep "
+            "it whole.",
+            cut,
+            len(lengths),
+            name,
+            max_length,
+        )
+    if truncation_mode == "keep_end":
+        return tokenized
+    fits = [row for row, (prompt, _) in enumerate(lengths) if prompt < max_length]
+    warn_of_full_prompts(len(lengths), len(fits), name, max_length)
+    return tokenized if len(fits) == len(lengths) else tokenized.select(fits)
+
+
+def warn_of_full_prompts(num_rows: int, num_left: int, name: str, max_length: int | None) -> None:
+    """Say how many rows were left out because their prompt fills `max_length`.
+
+    Raises:
+        ValueError: if no row is left.
+    """
+    if num_left == num_rows:
+        return
+    message = (
+        f"{num_rows - num_left} of {num_rows} rows of the {name} dataset have a prompt that fills "
+        f"`max_length`={max_length} and leaves no room for a completion"
+    )
+    if num_left == 0:
+        raise ValueError(f"{message}. Raise `max_length` or shorten the prompts.")
+    logger.warning("%s; they are left out, as TRL does. Raise `max_length` to keep them.", message)

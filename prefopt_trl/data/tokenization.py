@@ -1,0 +1,73 @@
+"""A prompt and its completions as token ids, cut where TRL's `DPOTrainer` cuts them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prefopt_trl.data.formats import Completion, Prompt
+
+
+def tokenize_completions(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    completions: Sequence[Completion],
+    **chat_template_kwargs: Any,
+) -> tuple[list[int], list[list[int]]]:
+    """Tokenise a prompt with each of its completions, as TRL's `DPOTrainer` does for two of them.
+
+    A prompt and a completion are tokenised together, because tokens may merge where they meet; the completions begin
+    where the first of them departs from the tokens of the prompt alone. A completion in plain text ends with EOS; the
+    chat template ends one that is conversational.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer with an EOS token, and a chat template for conversational prompts.
+        prompt (`str` or `list[dict]`):
+            Prompt as plain text or as messages.
+        completions (sequence of `str` or `list[dict]`):
+            Its completions, in the same format.
+        **chat_template_kwargs:
+            Passed to `apply_chat_template`, such as `tools`.
+
+    Returns:
+        `tuple[list[int], list[list[int]]]`: ids of the prompt, and of each completion.
+
+    Raises:
+        TypeError: if a completion is not in the prompt's format.
+
+    Example:
+
+    ```python
+    prompt_ids, completion_ids = tokenize_completions(tokenizer, "The sky is", [" blue", " green"])
+    ```
+    """
+
+    template: Any = tokenizer.apply_chat_template
+
+    def encode(prompt: Any, completion: Any = None) -> list[int]:
+        if isinstance(prompt, str):
+            return tokenizer(prompt + (completion or ""))["input_ids"]
+        messages, is_prompt = prompt + (completion or []), completion is None
+        return template(messages, add_generation_prompt=is_prompt, return_dict=True, **chat_template_kwargs)[
+            "input_ids"
+        ]
+
+    for index, completion in enumerate(completions):
+        if not isinstance(completion, type(prompt)):
+            raise TypeError(
+                f"completion {index} is {type(completion).__name__} and its prompt is {type(prompt).__name__}: give "
+                "both as plain text, or both as lists of messages."
+            )
+    if isinstance(prompt, str):
+        eos: Any = tokenizer.eos_token
+        completions = [text if str(text).endswith(eos) else str(text) + eos for text in completions]
+    prompt_ids = encode(prompt)
+    both_ids = [encode(prompt, completion) for completion in completions]
+    end = min(_common_length(prompt_ids, ids) for ids in both_ids)
+    return prompt_ids[:end], [ids[end:] for ids in both_ids]
+
+
+def _common_length(ids: list[int], others: list[int]) -> int:
+    together = zip(ids, others, strict=False)
+    return next((place for place, (one, other) in enumerate(together) if one != other), min(len(ids), len(others)))

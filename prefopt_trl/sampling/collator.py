@@ -1,0 +1,220 @@
+"""Rejection sampling inside the training process: prompts go in, TRL's batch of pairs (or of rankings) comes out."""
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.data.data_collator import DataCollatorMixin
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from prefopt_trl.data.collators import DataCollatorForRanking
+from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
+from prefopt_trl.data.tokenization import tokenize_completions
+from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
+from prefopt_trl.sampling.generation import sample_candidates, tokenize_prompts
+from prefopt_trl.sampling.selection import (
+    PAIRINGS,
+    RANKING,
+    STRATEGIES,
+    accept,
+    first_occurrences,
+    label_pairs,
+    rank,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DataCollatorForRejectionSampling(DataCollatorMixin):
+    """
+    Samples completions of a batch of prompts, ranks, rejects and pairs them (RSO section 5), and collates the pairs.
+
+    Each example has a `"prompt"`, as plain text or as messages. The batch is the one that TRL's
+    `DataCollatorForPreference` makes of the pairs, or [`DataCollatorForRanking`] of the rankings. B prompts give
+    `B * num_samples // 2` pairs in the first round of a tournament, `B * (num_samples - 1)` in a whole one, or B
+    rankings: a batch size counts prompts. Examples that have `"prompt_ids"` are collated as they are.
+
+    Everything drawn for a batch depends on `seed`, `epoch` and the batch's prompts alone. So each process samples its
+    own prompts with its own stream, which is the same after any restart, and the global random state is left alone.
+
+    A prompt with fewer distinct candidates than `num_samples` keeps those it has, and one with a single candidate is
+    left out; of a batch that would be empty, one is paired with itself, which has no gradient. A warning counts them.
+
+    Args:
+        policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Reference policy, to sample from.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer, with an EOS token.
+        ranker ([`~prefopt_trl.rankers.Ranker`]):
+            Scores candidates and labels pairs.
+        strategy, num_candidates, num_samples, beta, pairing, seed, max_new_tokens, temperature, top_p, top_k:
+            As in [`build_preference_dataset`].
+        batch_size (`int`, *optional*, defaults to `64`):
+            Completions generated at a time.
+        max_length, truncation_mode, pad_to_multiple_of:
+            As in [`DataCollatorForRanking`].
+        while_sampling (`Callable`, *optional*):
+            Makes a context to sample in, such as the `disable_adapter` of a PEFT model that is being trained.
+        epoch (`int`, *optional*, defaults to `0`):
+            Epoch of the batches, so that each draws anew. The trainer sets it.
+
+    Raises:
+        TypeError: for something that is no ranker.
+        ValueError: for a number out of range, an unknown name, or a prompt that fills `max_length`.
+        RuntimeError: inside a worker of a dataloader.
+
+    Example:
+
+    ```python
+    collator = DataCollatorForRejectionSampling(model, tokenizer, ranker, num_candidates=16, max_new_tokens=64)
+    batch = collator([{"prompt": "The sky is"}, {"prompt": "The sea is"}])  # 8 pairs: 16 rows
+    ```
+    """
+
+    policy: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    ranker: Ranker
+    strategy: str = "rso"
+    num_candidates: int = 64
+    num_samples: int = 8
+    beta: float = 0.5
+    pairing: str = "first-round"
+    seed: int = 0
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    batch_size: int = 64
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    pad_to_multiple_of: int | None = None
+    while_sampling: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    epoch: int = 0
+    return_tensors: str = "pt"
+    num_short: int = field(default=0, init=False)  # prompts that had fewer distinct candidates than `num_samples`
+
+    def __post_init__(self) -> None:
+        check_ranker(self.ranker)
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"`strategy` must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}.")
+        if self.pairing not in (*PAIRINGS, RANKING):
+            raise ValueError(f"`pairing` must be one of {', '.join(PAIRINGS)} and {RANKING}, got {self.pairing!r}.")
+        if not 2 <= self.num_samples <= self.num_candidates:
+            raise ValueError(
+                f"`num_samples`={self.num_samples} must be at least 2, to make a pair, and at most "
+                f"`num_candidates`={self.num_candidates}."
+            )
+        if not self.beta >= 0:
+            raise ValueError(f"`beta` must be at least 0, got {self.beta}. The paper uses 0.5.")
+        make = DataCollatorForRanking if self.pairing == RANKING else DataCollatorForPreference
+        pad_token_id: Any = self.tokenizer.pad_token_id
+        self._collate = make(
+            pad_token_id=self.tokenizer.eos_token_id if pad_token_id is None else pad_token_id,
+            max_length=self.max_length,
+            truncation_mode=self.truncation_mode,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if "prompt_ids" in examples[0]:
+            return self._collate(examples)
+        if get_worker_info() is not None:
+            raise RuntimeError(
+                "`DataCollatorForRejectionSampling` generates inside the training process, and this is a worker of "
+                "the dataloader. Set `dataloader_num_workers=0`."
+            )
+        prompts = [example["prompt"] for example in examples]
+        drawn = json.dumps([self.seed, self.epoch, prompts]).encode()
+        seed = int.from_bytes(hashlib.sha256(drawn).digest()[:4], "little")
+        completions = self._sample(prompts, seed)
+        rewards = check_rewards(
+            self.ranker.score(prompts, completions), prompts, completions, type(self.ranker).__name__
+        )
+        streams = [np.random.default_rng([seed, index]) for index in range(len(prompts))]
+        beta = STRATEGIES[self.strategy](self.beta)
+        kept = []
+        for row, row_rewards, stream in zip(completions, rewards, streams, strict=True):
+            distinct = first_occurrences(row)
+            kept.append(accept(row_rewards, distinct, min(self.num_samples, len(distinct)), beta, stream))
+        self._count_short(kept)
+        full = [index for index, row in enumerate(kept) if len(row) > 1]
+        if not full:
+            kept[0], full = np.repeat(kept[0], 2), [0]
+
+        if self.pairing == RANKING:
+            rankings = [(index, rank(completions[index], rewards[index], kept[index])) for index in full]
+            return self._collate([self._tokenize(prompts[index], **ranking) for index, ranking in rankings])
+        labelled = label_pairs(
+            self.ranker,
+            [prompts[index] for index in full],
+            [completions[index] for index in full],
+            [kept[index] for index in full],
+            PAIRINGS[self.pairing],
+            [streams[index] for index in full],
+        )
+        return self._collate(
+            [
+                self._tokenize(prompts[index], [completions[index][chosen], completions[index][rejected]])
+                for index, pairs in zip(full, labelled, strict=True)
+                for chosen, rejected in zip(pairs.chosen, pairs.rejected, strict=True)
+            ]
+        )
+
+    def _sample(self, prompts: list[Prompt], seed: int) -> list[list[Completion]]:
+        prompt_ids = tokenize_prompts(self.tokenizer, prompts)
+        for prompt, ids in zip(prompts, prompt_ids, strict=True):
+            if self.max_length is not None and len(ids) >= self.max_length:
+                raise ValueError(
+                    f"A prompt has {len(ids)} tokens and fills `max_length`={self.max_length}. Raise `max_length` or "
+                    f"leave it out. It begins {str(prompt)[:60]!r}."
+                )
+        with self.while_sampling():
+            sampled = sample_candidates(
+                self.policy,
+                self.tokenizer,
+                prompt_ids,
+                self.num_candidates,
+                seed=seed,
+                batch_size=self.batch_size,
+                progress=False,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+            )
+        return [
+            [wrap_completion(prompt, text) for text in candidates.texts]
+            for prompt, candidates in zip(prompts, sampled, strict=True)
+        ]
+
+    def _count_short(self, kept: list[np.ndarray]) -> None:
+        short = sum(len(row) < self.num_samples for row in kept)
+        if short and not self.num_short:
+            logger.warning(
+                "%d of %d prompts of a batch have fewer than `num_samples`=%d distinct candidates, and make fewer "
+                "pairs. Raise `num_candidates`, `temperature` or `max_new_tokens`. (This is said once; `num_short` "
+                "counts on.)",
+                short,
+                len(kept),
+                self.num_samples,
+            )
+        self.num_short += short
+
+    def _tokenize(
+        self, prompt: Prompt, completions: list[Completion], rewards: list[float] | None = None
+    ) -> dict[str, Any]:
+        prompt_ids, completion_ids = tokenize_completions(self.tokenizer, prompt, completions)
+        if rewards is None:
+            chosen_ids, rejected_ids = completion_ids
+            return {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "rewards": rewards}

@@ -1,0 +1,194 @@
+"""What the configurations of all trainers share: prompts computed once, and sampling before or during training."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trl import DPOConfig
+
+from prefopt_trl.sampling.selection import PAIRINGS, RANKING, STRATEGIES
+
+# Arguments of `DPOConfig` that belong to TRL's own losses, and those that need a reference model
+TRL_LOSS_ARGUMENTS = [
+    "loss_weights",
+    "ld_alpha",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "label_smoothing",
+    "use_weighting",
+    "discopop_tau",
+]
+REFERENCE_ARGUMENTS = [
+    "beta",
+    "precompute_ref_log_probs",
+    "precompute_ref_batch_size",
+    "sync_ref_model",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+]
+
+
+@dataclass
+class PreferenceConfig(DPOConfig):
+    """Every argument of [`~trl.DPOConfig`], and those below, which all trainers of this package have.
+
+    Raises:
+        ValueError: if a number is out of its range or a name unknown.
+    """
+
+    share_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute each prompt once for all its completions. Exact; where a model cannot share (sliding "
+            "window, ALiBi, recurrence) one logged line says so and each completion is a row of its own."
+        },
+    )
+
+    # Parameters that control sampling, used when the training data are prompts without completions
+    sampling: str = field(
+        default="offline",
+        metadata={
+            "help": "When prompts are sampled: 'offline' before training, into a dataset that is saved (the papers' "
+            "way), 'online' batch by batch while training, from the reference model.",
+            "choices": ["offline", "online"],
+        },
+    )
+    strategy: str = field(
+        default="rso",
+        metadata={
+            "help": "How `num_samples` completions are kept out of `num_candidates`: 'rso' by statistical rejection "
+            "sampling, 'sft' at random (sft-sample-rank), 'top-k' the ones with the highest reward.",
+            "choices": list(STRATEGIES),
+        },
+    )
+    num_candidates: int = field(
+        default=64, metadata={"help": "Completions sampled per prompt from the policy as it is before training."}
+    )
+    num_samples: int = field(default=8, metadata={"help": "Completions kept per prompt."})
+    pairing: str = field(
+        default="first-round",
+        metadata={
+            "help": "Which kept completions are compared: 'first-round' (num_samples / 2 random pairs), 'tournament' "
+            "(num_samples - 1 pairs of a knock-out tournament) or 'all'; 'ranking' ranks them by reward instead, for "
+            "the trainers that learn from rankings.",
+            "choices": [*PAIRINGS, RANKING],
+        },
+    )
+    rejection_beta: float = field(
+        default=0.5,
+        metadata={
+            "help": "The paper's beta in Algorithm 1, in units of the ranker's reward: small trusts the ranker (0 "
+            "keeps the top `num_samples`), large stays with the reference policy."
+        },
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest completion to sample, in tokens."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature. Algorithm 1 assumes samples of the policy itself: 1."}
+    )
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling threshold; 1 keeps the whole distribution."})
+    top_k: int = field(
+        default=0, metadata={"help": "Sample among the k most likely tokens only; 0 means all of them."}
+    )
+    generation_batch_size: int = field(
+        default=64, metadata={"help": "Completions generated at a time, over all prompts."}
+    )
+
+    def __post_init__(self) -> None:
+        is_one_of(self, "sampling", ["offline", "online"])
+        if self.sampling == "online" and self.precompute_ref_log_probs:
+            raise ValueError(
+                "`precompute_ref_log_probs` needs the pairs before training, and `sampling='online'` samples them "
+                "later. Set one of them."
+            )
+        is_one_of(self, "strategy", STRATEGIES)
+        is_one_of(self, "pairing", self._pairings())
+        if not self.rejection_beta >= 0:
+            raise ValueError(f"`rejection_beta` must be at least 0, got {self.rejection_beta}. The paper uses 0.5.")
+        if not isinstance(self.temperature, str) and not self.temperature > 0:
+            raise ValueError(f"`temperature` must be greater than 0, got {self.temperature}. Algorithm 1 assumes 1.")
+        if self.num_samples < 2:
+            raise ValueError(f"`num_samples` must be at least 2 to make a pair, got {self.num_samples}.")
+        if self.num_samples > self.num_candidates:
+            raise ValueError(
+                f"`num_samples`={self.num_samples} completions cannot be kept out of "
+                f"`num_candidates`={self.num_candidates}. Lower the first or raise the second."
+            )
+        super().__post_init__()
+
+    def _pairings(self) -> list[str]:
+        return list(PAIRINGS)
+
+    def generation_options(self) -> dict[str, Any]:
+        """The arguments of [`sample_completions`] that say how to sample."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+        }
+
+    def selection_options(self) -> dict[str, Any]:
+        """The arguments of [`build_preference_dataset`] that say what is kept of the candidates, and who meets."""
+        return {
+            "strategy": self.strategy,
+            "num_candidates": self.num_candidates,
+            "num_samples": self.num_samples,
+            "beta": self.rejection_beta,
+            "pairing": self.pairing,
+            "seed": self.seed,
+        }
+
+
+@dataclass
+class RankingConfig(PreferenceConfig):
+    """What the configurations of trainers on rankings share: sampled completions are ranked, not paired."""
+
+    strategy: str = field(default="sft", metadata=PreferenceConfig.__dataclass_fields__["strategy"].metadata)
+    num_samples: int = field(default=4, metadata=PreferenceConfig.__dataclass_fields__["num_samples"].metadata)
+    pairing: str = field(default=RANKING, metadata=PreferenceConfig.__dataclass_fields__["pairing"].metadata)
+
+    def __post_init__(self) -> None:
+        refuse(self, [*TRL_LOSS_ARGUMENTS, "loss_type"], "it is for TRL's losses on pairs")
+        super().__post_init__()
+
+    def _pairings(self) -> list[str]:
+        return [RANKING]
+
+
+def refuse(config: DPOConfig, names: Iterable[str], reason: str) -> None:
+    """Refuse arguments of `DPOConfig` that would be without effect, where they are not at their default.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for argument in fields(DPOConfig):
+        if argument.name in names:
+            default = argument.default_factory() if callable(argument.default_factory) else argument.default
+            if getattr(config, argument.name) != default:
+                raise ValueError(
+                    f"`{argument.name}`={getattr(config, argument.name)!r} has no effect in "
+                    f"{type(config).__name__}: {reason}. Leave it out."
+                )
+
+
+def is_one_of(config: DPOConfig, name: str, choices: Iterable[str]) -> None:
+    """Require an argument to be one of its choices.
+
+    Raises:
+        ValueError: naming the argument and the choices.
+    """
+    if getattr(config, name) not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(config, name)!r}.")
+
+
+def is_number(config: DPOConfig, name: str, advice: str, above_zero: bool = False) -> None:
+    """Require an argument to be finite and at least 0, or above it.
+
+    Raises:
+        ValueError: naming the argument, its value and the advice.
+    """
+    value = getattr(config, name)
+    if not (value > 0 if above_zero else value >= 0) or value == math.inf:
+        bound = "greater than 0" if above_zero else "at least 0"
+        raise ValueError(f"`{name}` must be {bound} and finite, got {value}. {advice}")

@@ -1,0 +1,212 @@
+"""Self-bootstrapping (PRO Algorithm 1): the policy's own samples join the rankings that it learns from."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+
+from prefopt_trl.data.formats import wrap_completion
+from prefopt_trl.data.tokenization import tokenize_completions
+from prefopt_trl.rankers.base import Ranker, check_rewards
+from prefopt_trl.sampling.generation import check_unused_columns, sample_candidates, tokenize_prompts
+
+
+class Bootstrap(TrainerCallback):
+    """The parts of a dataset of rankings, and what the policy has sampled for their prompts in this epoch.
+
+    A part is sampled when its first row is about to be trained on, and saved in `folder` before that, with the number
+    of steps trained by then. A run that resumes from a checkpoint reads the parts sampled before the checkpoint, and
+    samples those after it anew, so it goes on as if it had not been interrupted. A run that starts anew removes what
+    an earlier one has saved in `folder`.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Columns `prompt` and `completions`.
+        num_parts (`int`):
+            Parts to split it into, K of Algorithm 1.
+        tokenizer, ranker:
+            Those of the trainer.
+        folder (`str` or `Path`):
+            Where samples are saved, as `epoch-0-part-0.json`.
+        seed (`int`):
+            Seed of the split, the order of rows and the samples.
+        batch_size (`int`):
+            Completions generated at a time.
+        generation (`dict`):
+            `max_new_tokens`, `temperature`, `top_p` and `top_k` of sampling.
+
+    Raises:
+        ValueError: for more parts than rows, or columns that sampling does not use.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        num_parts: int,
+        tokenizer: PreTrainedTokenizerBase,
+        ranker: Ranker,
+        folder: str | Path,
+        seed: int,
+        batch_size: int,
+        generation: dict[str, Any],
+    ) -> None:
+        if num_parts > len(dataset):
+            raise ValueError(
+                f"`bootstrap_parts`={num_parts} is more than the training dataset's {len(dataset)} rows. Lower it."
+            )
+        check_unused_columns(dataset, "The train dataset")
+        self.dataset, self.tokenizer, self.ranker = dataset, tokenizer, ranker
+        self.folder, self.seed, self.batch_size, self.generation = Path(folder), seed, batch_size, generation
+        order = np.random.default_rng(seed).permutation(len(dataset))
+        self.parts = np.array_split(order, num_parts)
+        self.starts = np.cumsum([0, *map(len, self.parts)])  # places at which the parts begin in an epoch
+        self.epoch = 0
+        self.resumed_at = 0  # steps that the checkpoint had been trained for
+        self.rankings: dict[int, dict[str, Any]] = {}  # of the rows sampled in this epoch
+        self.num_sampled = 0  # parts
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.resumed_at = state.global_step
+        if state.global_step == 0 and state.is_world_process_zero:
+            # Those of an earlier run, in larger steps, would pass for ones from before a checkpoint of this run
+            for file in self.folder.glob("epoch-*-part-*.json"):
+                file.unlink()
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.epoch = int((state.epoch or 0) + 1e-6)  # the sum of steps may lie just below the whole number
+        self.rankings, self.num_sampled = {}, 0
+        self.place = {row: place for place, row in enumerate(PartSampler(self))}
+
+    def extend(
+        self, rows: list[int], model: PreTrainedModel, accelerator: Accelerator, global_step: int
+    ) -> list[dict[str, Any]]:
+        """Rankings of these rows of the dataset, each with the policy's sample among them, for the collator.
+
+        Every process calls this at the same time, each with rows of its own.
+        """
+        places = accelerator.gather(torch.tensor([self.place[row] for row in rows], device=accelerator.device))
+        latest = int(np.searchsorted(self.starts, int(places.max()), side="right")) - 1
+        for part in range(self.num_sampled, latest + 1):
+            begun_before = self.starts[part] < int(places.min())
+            self._sample(part, model, accelerator, global_step, begun_before)
+            self.num_sampled = part + 1
+        return [self.rankings[row] for row in rows]
+
+    def _sample(
+        self, part: int, model: PreTrainedModel, accelerator: Accelerator, global_step: int, begun_before: bool
+    ) -> None:
+        file = self.folder / f"epoch-{self.epoch}-part-{part}.json"
+        saved = [self._read(file, part) if accelerator.is_main_process else None]
+        broadcast_object_list(saved)
+        if saved[0] is None and begun_before:
+            raise ValueError(
+                f"The checkpoint stands after the beginning of part {part}, whose samples are not in {file}. Resume "
+                "with the `output_dir` of the run that was interrupted, or from a checkpoint before that part."
+            )
+        if saved[0] is None:
+            # Each process samples as many prompts as the others, as ZeRO-3 needs it; some are sampled twice
+            rank, world = accelerator.process_index, accelerator.num_processes
+            own = np.resize(self.parts[part], -(-len(self.parts[part]) // world) * world)[rank::world]
+            sampled = gather_object(self._sample_rows(own, model, [self.seed, self.epoch, part, rank]))
+            saved[0] = list({ranking["row"]: ranking for ranking in sampled}.values())
+            if accelerator.is_main_process:
+                self._write(file, {"global_step": global_step, "rankings": saved[0]})
+        for ranking in saved[0] or []:
+            prompt, completions = ranking["prompt"], ranking["completions"]
+            prompt_ids, completion_ids = tokenize_completions(self.tokenizer, prompt, completions)
+            self.rankings[ranking["row"]] = {
+                "prompt_ids": prompt_ids,
+                "completion_ids": completion_ids,
+                "rewards": ranking["rewards"],
+            }
+
+    def _sample_rows(self, rows: np.ndarray, model: PreTrainedModel, stream: list[int]) -> list[dict[str, Any]]:
+        prompts, completions = (list(self.dataset[rows.tolist()][name]) for name in ("prompt", "completions"))
+        seed = int(np.random.SeedSequence(stream).generate_state(1)[0])
+        prompt_ids = tokenize_prompts(self.tokenizer, prompts)
+        sampled = sample_candidates(
+            model, self.tokenizer, prompt_ids, 1, seed=seed, batch_size=self.batch_size, **self.generation
+        )
+        extended = [
+            [*row, wrap_completion(prompt, candidates.texts[0])]
+            for prompt, row, candidates in zip(prompts, completions, sampled, strict=True)
+        ]
+        rewards = check_rewards(self.ranker.score(prompts, extended), prompts, extended, type(self.ranker).__name__)
+        return [
+            {"row": int(row), "prompt": prompt, **re_rank(completions, row_rewards)}
+            for row, prompt, completions, row_rewards in zip(rows, prompts, extended, rewards, strict=True)
+        ]
+
+    def _read(self, file: Path, part: int) -> list[dict[str, Any]] | None:
+        """Rankings of a part that was sampled before the checkpoint this run resumes from, or None."""
+        if not file.exists():
+            return None
+        content = json.loads(file.read_text())
+        if content["global_step"] >= self.resumed_at:
+            return None
+        prompts = {ranking["row"]: ranking["prompt"] for ranking in content["rankings"]}
+        if prompts != {int(row): self.dataset[int(row)]["prompt"] for row in self.parts[part]}:
+            raise ValueError(
+                f"{file} was sampled for other prompts. Resume with the dataset, `seed` and `bootstrap_parts` of the "
+                "run that was interrupted."
+            )
+        return content["rankings"]
+
+    def _write(self, file: Path, content: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".partial")
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(temporary, file)
+
+
+def re_rank(completions: list[Any], rewards: np.ndarray) -> dict[str, list[Any]]:
+    """Rank completions of which the last is the policy's sample, best first (PRO, footnote 6).
+
+    The sample never takes the first place: where its reward is the highest it goes second, and the rewards, which stay
+    descending, are dealt out anew to the places.
+
+    Args:
+        completions (`list` of length `n`):
+            Completions of one prompt.
+        rewards (`np.ndarray` of shape `(n,)`):
+            Their rewards.
+
+    Returns:
+        `dict[str, list]`: `completions` and `rewards`.
+
+    Example:
+
+    ```python
+    >>> re_rank(["good", "bad", "sampled"], np.array([1.0, 0.0, 2.0]))
+    {'completions': ['good', 'sampled', 'bad'], 'rewards': [2.0, 1.0, 0.0]}
+
+    ```
+    """
+    order = np.argsort(-rewards, kind="stable").tolist()
+    if order[0] == len(completions) - 1:
+        order[:2] = order[1], order[0]
+    return {"completions": [completions[index] for index in order], "rewards": sorted(rewards.tolist(), reverse=True)}
+
+
+class PartSampler(Sampler[int]):
+    """Rows of a dataset, part after part, in a random order within each that changes with the epoch."""
+
+    def __init__(self, bootstrap: Bootstrap) -> None:
+        self.bootstrap = bootstrap
+
+    def __len__(self) -> int:
+        return len(self.bootstrap.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        stream = np.random.default_rng([self.bootstrap.seed, self.bootstrap.epoch])
+        for rows in self.bootstrap.parts:
+            yield from stream.permutation(rows).tolist()

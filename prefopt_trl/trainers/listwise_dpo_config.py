@@ -1,0 +1,37 @@
+"""Configuration of `ListwiseDPOTrainer`."""
+
+from dataclasses import dataclass, field
+
+from prefopt_trl.trainers.base_config import PreferenceConfig, RankingConfig, is_number
+
+
+@dataclass
+class ListwiseDPOConfig(RankingConfig):
+    """Configuration of [`ListwiseDPOTrainer`]: the arguments of [`~trl.DPOConfig`], and those below.
+
+    `beta` is TRL's, 0.1 by default. The arguments of TRL's other losses are refused.
+
+    Raises:
+        ValueError: if a number is out of its range, a name unknown, or an argument is set that would have no effect.
+
+    Example:
+
+    ```python
+    >>> from prefopt_trl import ListwiseDPOConfig
+    >>> ListwiseDPOConfig("outputs/listwise-dpo", use_cpu=True, bf16=False).beta
+    0.1
+
+    ```
+    """
+
+    # Completions as the optimal policy would write them, as in RSO
+    strategy: str = field(default="rso", metadata=PreferenceConfig.__dataclass_fields__["strategy"].metadata)
+
+    def __post_init__(self) -> None:
+        is_number(self, "beta", "DPO uses 0.1 and 0.5.", above_zero=True)
+        if self.precompute_ref_log_probs:
+            raise ValueError(
+                "`precompute_ref_log_probs` works on pairs only. Leave it out; with `peft_config` there is no second "
+                "copy of the weights to save."
+            )
+        super().__post_init__()

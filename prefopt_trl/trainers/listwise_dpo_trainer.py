@@ -1,0 +1,69 @@
+"""Listwise DPO: Direct Preference Optimization under the Plackett-Luce model, for rankings of any length."""
+
+import textwrap
+
+import torch
+
+from prefopt_trl import losses
+from prefopt_trl.trainers.base import CompletionTrainer
+from prefopt_trl.trainers.completions import ScoredCompletions
+from prefopt_trl.trainers.listwise_dpo_config import ListwiseDPOConfig
+
+
+class ListwiseDPOTrainer(CompletionTrainer):
+    """Minimise DPO eq. 20 on rankings: DPO for more than two completions, with a reference model.
+
+    On rankings of two it is [`~trl.DPOTrainer`], step for step. With `peft_config` the reference model is the base
+    model, so there is one copy of the weights; otherwise two, as in TRL. Equal rewards keep the order of the data: the
+    model has no ties.
+
+    Args:
+        args ([`ListwiseDPOConfig`], *optional*):
+            Configuration.
+        ranker ([`~prefopt_trl.rankers.Ranker`], *optional*):
+            Scores completions where the data have no `rewards`, and samples where they have no completions.
+        **kwargs:
+            Every other argument of [`~trl.DPOTrainer`], in the same order.
+
+    Raises:
+        ValueError: as [`PROTrainer`].
+
+    Example:
+
+    ```python
+    from datasets import Dataset
+    from prefopt_trl import ListwiseDPOConfig, ListwiseDPOTrainer
+
+    rankings = Dataset.from_dict(
+        {"prompt": ["The sky is"], "completions": [[" blue.", " green.", " wet."]], "rewards": [[2.0, -1.0, 0.5]]}
+    )
+    trainer = ListwiseDPOTrainer(
+        "Qwen/Qwen2.5-0.5B", args=ListwiseDPOConfig("outputs/listwise-dpo"), train_dataset=rankings
+    )
+    trainer.train()
+    ```
+    """
+
+    config_class = ListwiseDPOConfig
+    learns_from = "rankings"
+    _tag_names = ["trl", "prefopt-trl", "listwise-dpo"]
+    _name = "Listwise DPO"
+    _paper = {
+        "title": "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+        "id": "2305.18290",
+        "citation": textwrap.dedent("""\
+            @inproceedings{rafailov2023direct,
+                title     = {{Direct Preference Optimization: Your Language Model is Secretly a Reward Model}},
+                author    = {Rafael Rafailov and Archit Sharma and Eric Mitchell and Christopher D. Manning and
+                             Stefano Ermon and Chelsea Finn},
+                year      = 2023,
+                booktitle = {Advances in Neural Information Processing Systems 36},
+                url       = {https://arxiv.org/abs/2305.18290},
+            }"""),
+    }
+
+    def loss_per_prompt(self, completions: ScoredCompletions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return losses.plackett_luce(completions.logratios, self.args.beta, completions.mask), {}
+
+    def scores(self, completions: ScoredCompletions) -> torch.Tensor:
+        return self.args.beta * completions.logratios

@@ -1,0 +1,98 @@
+"""From the dataset a user has to what a trainer learns from: prompts are sampled, completions scored."""
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefopt_trl.data.rankings import pairs_to_rankings
+from prefopt_trl.rankers.base import Ranker, check_rewards
+from prefopt_trl.sampling.generation import check_unused_columns, tokenize_prompts
+from prefopt_trl.sampling.pipeline import build_preference_dataset
+from prefopt_trl.trainers.base_config import PreferenceConfig
+
+
+def sample_preferences(
+    dataset: Dataset | IterableDataset,
+    name: str,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ranker: Ranker | None,
+    args: PreferenceConfig,
+    output_dir: str,
+) -> Dataset:
+    """Sample pairs or rankings for the prompts of a dataset, as the configuration says, and save them."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"The {name} dataset is an `IterableDataset` of prompts, and sampling needs to know how many there are. "
+            "Pass a `Dataset`, such as `Dataset.from_list(list(dataset.take(1000)))`, or stream completions."
+        )
+    return build_preference_dataset(
+        dataset,
+        policy,
+        tokenizer,
+        ranker,
+        output_dir=output_dir,
+        max_length=args.max_length,
+        batch_size=args.generation_batch_size,
+        **args.selection_options(),
+        **args.generation_options(),
+    )
+
+
+def score_completions(
+    dataset: Dataset | IterableDataset, name: str, columns: list[str], ranker: Ranker | None
+) -> tuple[Dataset | IterableDataset, bool]:
+    """Give completions that have no rewards those of the ranker; pairs without a ranker get 1 and 0.
+
+    Returns:
+        The dataset, of rankings where it had completions, and whether the ranker was used.
+
+    Raises:
+        ValueError: where a ranker is missing, or the rows cannot be counted.
+    """
+    if "rewards" in columns:
+        return dataset, False
+    if {"chosen", "rejected"} <= set(columns):
+        dataset = pairs_to_rankings(dataset)
+        if ranker is None:
+            return dataset, False
+        dataset = dataset.remove_columns("rewards")
+    elif not {"prompt", "completions"} <= set(columns):
+        return dataset, False  # `tokenize_rankings` says what is missing
+    if ranker is None:
+        raise ValueError(
+            f"The {name} dataset has `completions` and no `rewards`. Add the column, with one reward per completion, "
+            "or pass a `ranker` to score them."
+        )
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"The {name} dataset is an `IterableDataset` without `rewards`. Pass a `Dataset`, so that the ranker can "
+            "score it before training, or add the rewards."
+        )
+    prompts, completions = list(dataset["prompt"]), list(dataset["completions"])
+    rewards = check_rewards(ranker.score(prompts, completions), prompts, completions, type(ranker).__name__)
+    return dataset.add_column("rewards", [row.tolist() for row in rewards]), True
+
+
+def check_prompts(
+    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: PreferenceConfig
+) -> Dataset:
+    """Refuse, before training, prompts that could not be sampled while it goes on.
+
+    Raises:
+        ValueError: for a stream, columns that sampling does not use, or a prompt that fills `max_length` (naming its
+            row).
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            "The train dataset is an `IterableDataset` of prompts. Pass a `Dataset`, such as "
+            "`Dataset.from_list(list(dataset.take(1000)))`."
+        )
+    check_unused_columns(dataset, "The train dataset")
+    if args.max_length is not None:
+        for row, ids in enumerate(tokenize_prompts(tokenizer, list(dataset["prompt"]))):
+            if len(ids) >= args.max_length:
+                raise ValueError(
+                    f"The prompt of row {row} has {len(ids)} tokens and fills `max_length`={args.max_length}. Raise "
+                    "`max_length` or leave such rows out."
+                )
+    return dataset

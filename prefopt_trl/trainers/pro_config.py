@@ -1,0 +1,100 @@
+"""Configuration of `PROTrainer`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefopt_trl.trainers.base_config import (
+    REFERENCE_ARGUMENTS,
+    PreferenceConfig,
+    RankingConfig,
+    is_number,
+    is_one_of,
+    refuse,
+)
+
+TEMPERATURES = ["dynamic", "none"]
+
+
+@dataclass
+class PROConfig(RankingConfig):
+    """Configuration of [`PROTrainer`]: the arguments of [`~trl.DPOConfig`], and those below.
+
+    Arguments that need a reference model, and those of TRL's own losses, are refused. `temperature` is the paper's, in
+    the loss; the temperature of sampling is `sampling_temperature` here.
+
+    Raises:
+        ValueError: if a number is out of its range, a name unknown, or an argument is set that would have no effect.
+
+    Example:
+
+    ```python
+    >>> from prefopt_trl import PROConfig
+    >>> args = PROConfig("outputs/pro", sft_weight=0.05, temperature="none", use_cpu=True, bf16=False)
+    >>> args.generation_options()["temperature"]
+    1.0
+
+    ```
+    """
+
+    # Parameters that control the loss
+    temperature: str = field(  # type: ignore[assignment]  # the paper's, not the one of sampling
+        default="dynamic",
+        metadata={
+            "help": "Temperatures of the ranking term: 'dynamic' takes them from differences of rewards (PRO eq. "
+            "9-11), 'none' sets them to 1 (PRO eq. 8).",
+            "choices": TEMPERATURES,
+        },
+    )
+    sft_weight: float = field(
+        default=0.05,
+        metadata={
+            "help": "Weight of the log-likelihood of the best completion, summed over its tokens, at least 0; it is "
+            "multiplied by (n - 1)**2 for n completions (PRO section 4.3, eq. 7)."
+        },
+    )
+    first_term_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Contrast only the best completion with the others, the paper's ablation (PRO section 4.7): the "
+            "term k = 1 of eq. 8 or 9."
+        },
+    )
+    bootstrap_parts: int = field(
+        default=0,
+        metadata={
+            "help": "Self-bootstrapping (PRO Algorithm 1): split the training data into this many parts, and before "
+            "each add to every prompt a completion sampled from the policy as it then is. Needs a `ranker`. 0: none."
+        },
+    )
+
+    # Parameters that control sampling
+    sampling_temperature: float = field(
+        default=1.0, metadata=PreferenceConfig.__dataclass_fields__["temperature"].metadata
+    )
+
+    def __post_init__(self) -> None:
+        refuse(self, REFERENCE_ARGUMENTS, "PRO has no reference model")
+        if isinstance(self.temperature, int | float):
+            raise ValueError(
+                f"`temperature` is PRO's, 'dynamic' or 'none', and got {self.temperature}. The temperature of "
+                "sampling is `sampling_temperature`."
+            )
+        is_one_of(self, "temperature", TEMPERATURES)
+        is_number(self, "sft_weight", "The paper uses 0.05.")
+        is_number(self, "sampling_temperature", "The policy itself is sampled at 1.", above_zero=True)
+        if self.bootstrap_parts < 0:
+            raise ValueError(f"`bootstrap_parts` must be at least 0, got {self.bootstrap_parts}. 0 turns it off.")
+        if self.bootstrap_parts and self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"`train_sampling_strategy`={self.train_sampling_strategy!r} has no effect with `bootstrap_parts`, "
+                "which goes through the data part by part. Leave it out."
+            )
+        if self.sampling == "online":
+            raise ValueError(
+                "`sampling='online'` samples from the reference model, and PRO has none. To learn from samples of "
+                "the policy while it trains, set `bootstrap_parts`."
+            )
+        super().__post_init__()
+
+    def generation_options(self) -> dict[str, Any]:
+        return {**super().generation_options(), "temperature": self.sampling_temperature}
