@@ -28,7 +28,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id, use_a
 
 from prefopt_trl.data.collators import DataCollatorForRanking
 from prefopt_trl.data.formats import columns_of
-from prefopt_trl.data.rankings import tokenize_rankings, warn_of_full_prompts
+from prefopt_trl.data.rankings import pairs_to_rankings, tokenize_rankings, warn_of_full_prompts
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
 from prefopt_trl.shared_prefix.forward import add_shared_prefix
@@ -201,8 +201,10 @@ class PreferenceTrainer(DPOTrainer):
         return self.learns_from == "rankings"
 
     def as_rankings(self, dataset: Dataset | IterableDataset, name: str, args: Any) -> Dataset | IterableDataset:
-        """The dataset with columns `prompt`, `completions` and `rewards`, where the batches are rankings."""
-        return dataset
+        """The dataset with columns `prompt`, `completions` and `rewards`: pairs become rankings of two."""
+        columns = set(columns_of(dataset, name))
+        are_pairs = {"chosen", "rejected"} <= columns and "completions" not in columns
+        return pairs_to_rankings(dataset) if are_pairs else dataset
 
     def _keeps_ranker(self, args: Any) -> bool:
         """Whether the ranker is used during training."""

@@ -41,7 +41,7 @@ def sample_preferences(
 def score_completions(
     dataset: Dataset | IterableDataset, name: str, columns: list[str], ranker: Ranker | None
 ) -> tuple[Dataset | IterableDataset, bool]:
-    """Give completions that have no rewards those of the ranker; pairs without a ranker get 1 and 0.
+    """Give pairs and completions without rewards those of the ranker; pairs may do without one.
 
     Returns:
         The dataset, of rankings where it had completions, and whether the ranker was used.
@@ -49,15 +49,12 @@ def score_completions(
     Raises:
         ValueError: where a ranker is missing, or the rows cannot be counted.
     """
-    if "rewards" in columns:
-        return dataset, False
-    if {"chosen", "rejected"} <= set(columns):
-        dataset = pairs_to_rankings(dataset)
-        if ranker is None:
-            return dataset, False
-        dataset = dataset.remove_columns("rewards")
-    elif not {"prompt", "completions"} <= set(columns):
-        return dataset, False  # `tokenize_rankings` says what is missing
+    are_pairs = {"chosen", "rejected"} <= set(columns)
+    are_candidates = {"prompt", "completions"} <= set(columns)
+    if "rewards" in columns or (are_pairs and ranker is None) or not (are_pairs or are_candidates):
+        return dataset, False  # `tokenize_rankings` says what may be missing
+    if are_pairs:
+        dataset = pairs_to_rankings(dataset).remove_columns("rewards")
     if ranker is None:
         raise ValueError(
             f"The {name} dataset has `completions` and no `rewards`. Add the column, with one reward per completion, "

@@ -1,0 +1,148 @@
+import pytest
+import torch
+from datasets import Dataset
+
+from prefopt_trl.trainers.slic_config import SLiCConfig
+from prefopt_trl.trainers.slic_trainer import SLiCTrainer
+
+PAIRS = Dataset.from_dict(
+    {
+        "prompt": ["The capital of France is", "Tell me how to bake bread.", "Why?", "The dog"],
+        "chosen": [" Paris.", " Mix the flour and the water, then wait.", " Because it is so.", " sleeps"],
+        "rejected": [" the quick brown fox.", " No.", " I will not say, whatever you ask.", " jumps over the fox"],
+        "reference": [" It is Paris.", " Mix, then wait for it.", " Who knows?", " sleeps on"],
+    }
+)
+
+
+def losses_by_hand(model, loss_type="slic", delta=20.0, weight=0.0, target="chosen", unlikelihood_weight=1.0):
+    """Calibration and regularisation of each pair: RSO eq. 1 and 11, DPO appendix C.3."""
+    parts = []
+    for row in PAIRS:
+        chosen, rejected, y_ref = (
+            model.logps(row["prompt"], row[name]).sum() for name in ("chosen", "rejected", target)
+        )
+        if loss_type == "slic":
+            calibration = torch.relu(delta - chosen + rejected)
+        elif loss_type == "hinge":
+            gamma = 1 / delta
+            calibration = torch.relu(1 - (gamma * chosen - gamma * rejected))
+        else:
+            calibration = -chosen + unlikelihood_weight * rejected
+        parts.append((calibration, -weight * y_ref))
+    return parts
+
+
+CASES = {
+    "slic": {},
+    "slic, small margin": {"delta": 2.0},
+    "slic, regularised on chosen": {"delta": 5.0, "regularization_weight": 0.5},
+    "slic, regularised on the target": {"delta": 5.0, "regularization_weight": 0.5, "target_column": "reference"},
+    "hinge": {"loss_type": "hinge", "delta": 40.0},
+    "hinge, regularised": {"loss_type": "hinge", "regularization_weight": 0.1, "target_column": "reference"},
+    "unlikelihood": {"loss_type": "unlikelihood"},
+    "unlikelihood, weighted": {"loss_type": "unlikelihood", "unlikelihood_weight": 0.25},
+}
+WORDS = {"regularization_weight": "weight", "target_column": "target"}
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_minimises_the_papers_equation(case, share_prefix, by_hand, one_step):
+    settings = CASES[case]
+    parts = losses_by_hand(by_hand, **{WORDS.get(name, name): value for name, value in settings.items()})
+    loss = sum(calibration + regularization for calibration, regularization in parts) / 4
+    dataset = PAIRS if "target_column" in settings else PAIRS.remove_columns("reference")
+    step = one_step(SLiCTrainer, dataset, per_device_train_batch_size=4, share_prefix=share_prefix, **settings)
+    step.assert_is(loss, by_hand.gradients(loss))
+    assert step.num_rows == 4 * (1 if share_prefix else 3 if "target_column" in settings else 2)
+    parts_logged = {name for name in step.log if name.startswith("loss/")}
+    if settings.get("loss_type") == "unlikelihood":
+        assert not parts_logged
+    else:
+        assert parts_logged == {"loss/calibration", "loss/regularization"}
+        for name, values in zip(("calibration", "regularization"), zip(*parts, strict=True), strict=True):
+            assert step.log[f"loss/{name}"] == pytest.approx(sum(map(float, values)) / 4, rel=1e-5)
+
+
+def test_the_margin_is_met_by_some_pairs_only(by_hand):
+    """So that the cases above have both sides of the hinge."""
+    small = [float(calibration) for calibration, _ in losses_by_hand(by_hand, delta=2.0)]
+    assert 0 < sum(value > 0 for value in small) < 4
+
+
+def test_the_target_is_not_one_of_the_ranked(by_hand, one_step):
+    """The metrics are of chosen and rejected alone, whether or not the target is a third row."""
+    without = one_step(SLiCTrainer, PAIRS.remove_columns("reference"), regularization_weight=0.5).log
+    log = one_step(SLiCTrainer, PAIRS, regularization_weight=0.5, target_column="reference").log
+    names = {name for name in without if name.startswith(("rewards/", "ranking/", "logps/", "logits/"))}
+    assert {"rewards/accuracies", "ranking/top1", "logps/rejected", "logits/rejected"} < names
+    assert log.keys() == without.keys()
+    compared = {*names, "mean_token_accuracy", "loss/calibration"}
+    assert {name: log[name] for name in compared} == pytest.approx({name: without[name] for name in compared}, rel=1e-5)
+    assert log["loss/regularization"] != pytest.approx(without["loss/regularization"], rel=1e-2)
+    chosen, rejected = (
+        [by_hand.logps(row["prompt"], row[name]).sum().item() for row in PAIRS] for name in ("chosen", "rejected")
+    )
+    assert log["rewards/chosen"] == log["logps/chosen"] == pytest.approx(sum(chosen) / 4, rel=1e-5)
+    assert log["rewards/rejected"] == log["logps/rejected"] == pytest.approx(sum(rejected) / 4, rel=1e-5)
+    right = sum(one > other for one, other in zip(chosen, rejected, strict=True)) / 4
+    assert log["rewards/accuracies"] == log["ranking/top1"] == right
+    assert log["ranking/kendall_tau"] == 2 * right - 1
+
+
+def test_hinge_is_slic_divided_by_its_margin(one_step):
+    dataset = PAIRS.remove_columns("reference")
+    slic, hinge = (one_step(SLiCTrainer, dataset, loss_type=name, delta=8.0) for name in ("slic", "hinge"))
+    assert hinge.log["loss"] == pytest.approx(slic.log["loss"] / 8, rel=1e-6)
+    for name, gradient in hinge.gradients.items():
+        torch.testing.assert_close(gradient, slic.gradients[name] / 8, rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_and_accumulation(by_hand, make):
+    expected = sum(float(calibration) for calibration, _ in losses_by_hand(by_hand)) / 4
+    trainer = make(
+        SLiCTrainer,
+        PAIRS.remove_columns("reference"),
+        eval_dataset={"all": PAIRS.remove_columns("reference")},
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        per_device_eval_batch_size=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        learning_rate=0.0,
+    )
+    trainer.train()
+    trained, evaluated = trainer.state.log_history[:2]
+    assert trained["loss"] == pytest.approx(expected, rel=1e-5)
+    assert evaluated["eval_all_loss"] == pytest.approx(expected, rel=1e-5)
+    assert evaluated["eval_loss/calibration"] == pytest.approx(expected, rel=1e-5)
+    assert {"eval_rewards/margins", "eval_ranking/kendall_tau"} < evaluated.keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"loss_type": "sigmoid"}, "`loss_type` must be one of slic, hinge, unlikelihood; got 'sigmoid'"),
+        ({"loss_type": ["slic", "hinge"]}, "`loss_type` must be one of slic"),
+        ({"delta": 0.0}, "`delta` must be greater than 0 and finite, got 0.0"),
+        ({"delta": float("nan")}, "`delta` must be greater than 0 and finite, got nan"),
+        ({"regularization_weight": -1.0}, "`regularization_weight` must be at least 0 and finite, got -1.0"),
+        ({"loss_type": "unlikelihood", "unlikelihood_weight": -1.0}, "`unlikelihood_weight` must be at least 0"),
+        ({"loss_type": "unlikelihood", "delta": 1.0}, "`delta` has no effect with `loss_type='unlikelihood'`"),
+        ({"loss_type": "unlikelihood", "regularization_weight": 1.0}, "`regularization_weight` has no effect with"),
+        ({"unlikelihood_weight": 0.5}, "`unlikelihood_weight` needs `loss_type='unlikelihood'`"),
+        ({"target_column": "reference"}, "`target_column`='reference' needs a `regularization_weight` above 0"),
+        ({"sampling": "online"}, "`sampling='online'` samples from the reference model, and SLiC has none"),
+        ({"pairing": "ranking"}, "`pairing` must be one of first-round, tournament, all, got 'ranking'"),
+    ],
+)
+def test_what_has_no_effect_is_refused(given, message, config):
+    with pytest.raises(ValueError, match=message):
+        config(SLiCConfig, **given)
+
+
+@pytest.mark.parametrize("missing", ["reference", "prompt", "rejected"])
+def test_a_missing_target_is_named(missing, make):
+    with pytest.raises(ValueError, match=f"The train dataset has no column '{missing}'"):
+        make(SLiCTrainer, PAIRS.remove_columns(missing), regularization_weight=0.1, target_column="reference")
