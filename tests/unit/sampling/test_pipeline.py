@@ -559,3 +559,22 @@ def test_a_bare_function_is_no_ranker(build, tmp_path: Path) -> None:
 def test_columns_that_sampling_does_not_use_are_refused(build, column: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"`prompts` has the column {column}, which sampling does not use"):
         build(tmp_path / "pairs", Dataset.from_dict({"prompt": ["a", "b"], column: ["x", "y"]}))
+
+
+def test_rankings_are_saved_with_the_columns_of_their_prompts(policy, tokenizer, tmp_path, capsys, caplog):
+    prompts = Dataset.from_dict({"prompt": PROMPTS, "target": ["a", "b", "c"]})
+    how = {"output_dir": tmp_path, "pairing": "ranking", "strategy": "top-k", **OPTIONS}
+    made = build_preference_dataset(prompts, policy, tokenizer, RANKER, **how)
+    assert f"Rankings saved in {tmp_path}\n3 rankings from 3 of 3 prompts" in capsys.readouterr().out
+    candidates = load_from_disk(str(tmp_path / "candidates"))
+    assert candidates["target"] == made["target"] == ["a", "b", "c"]
+    for row, sampled in zip(made, candidates, strict=True):
+        distinct = {
+            text.strip(): reward for text, reward in zip(sampled["completions"], sampled["rewards"], strict=True)
+        }
+        assert row["rewards"] == sorted(distinct.values(), reverse=True)[:4]
+        assert row["rewards"] == pytest.approx(log_code(None, row["completions"]))
+    with caplog.at_level(logging.WARNING):
+        again = build_preference_dataset(prompts, policy, tokenizer, RANKER, **how)
+    assert again.to_dict() == made.to_dict() == load_from_disk(str(tmp_path / "pairs")).to_dict()
+    assert "Reusing the 3 rankings in" in caplog.text

@@ -280,3 +280,36 @@ def test_rewards_that_do_not_fit_are_named(rewards: list[list[float]], message: 
     candidates = scored(["1", "2"], ["3", "4"]).remove_columns("rewards").add_column("rewards", rewards)
     with pytest.raises(ValueError, match=message):
         select(candidates)
+
+
+# Rankings, and columns of the user's
+
+
+def test_a_ranking_holds_what_was_accepted_best_first() -> None:
+    candidates = scored(["9", "1", "9", "7", "8", "3"], ["2", "5", "6", "5", "4"], prompts=["a", "low"])
+    selected = select(candidates, strategy="top-k", num_samples=3, pairing="ranking")
+    assert selected.pairs.to_dict() == {
+        "prompt": ["a", "low"],
+        "completions": [["9", "8", "7"], ["2", "4", "5"]],
+        "rewards": [[9.0, 8.0, 7.0], [-2.0, -4.0, -5.0]],
+    }
+    statistics = selected.statistics
+    assert (statistics.num_pairs, statistics.made) == (2, "rankings") and "2 rankings from 2 of 2" in str(statistics)
+    assert statistics.reward_quantiles["chosen"][0] == -2.0 and statistics.reward_quantiles["rejected"][-1] == 8.0
+
+
+def test_a_ranking_and_pairs_keep_the_same_candidates() -> None:
+    candidates = scored(*[[str(number) for number in range(12)]] * 20)
+    ranked = select(candidates, num_samples=4, pairing="ranking").pairs
+    assert {row["prompt"]: set(row["completions"]) for row in ranked} == kept(select(candidates, num_samples=4).pairs)
+    assert all(row["rewards"] == sorted(row["rewards"], reverse=True) for row in ranked)
+
+
+@pytest.mark.parametrize("pairing", ["first-round", "ranking"])
+def test_other_columns_stay_with_their_prompt(pairing: str) -> None:
+    candidates = scored(["1", "1"], ["4", "2", "3", "1"], ["5", "6", "7", "8"])
+    candidates = candidates.add_column("target", ["t0", "t1", "t2"]).add_column("chosen", ["never", "these", "two"])
+    made = select(candidates, num_samples=4, pairing=pairing).pairs
+    rows = 1 if pairing == "ranking" else 2
+    assert list(zip(made["prompt"], made["target"], strict=True)) == [("p1", "t1")] * rows + [("p2", "t2")] * rows
+    assert pairing == "ranking" or "never" not in made["chosen"]

@@ -1,0 +1,77 @@
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from prefopt_trl.data.tiny import train_tokenizer
+from prefopt_trl.data.tokenization import tokenize_completions
+
+ROWS = [
+    ("The quick brown fox", " jumps over", " sleeps on the lazy dog."),
+    ("What is the capital", " of France?</s>", ""),
+    ("Tell me", " how", " how to bake bread"),
+    ("ends in a space ", "x", " y"),
+    ("wa", "ter", "it"),  # tokens merge where the two meet
+]
+PLAIN = Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), map(list, zip(*ROWS, strict=True)), strict=True)))
+
+
+def messages(row):
+    return {
+        "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": row["prompt"]}],
+        "chosen": [{"role": "assistant", "content": row["chosen"]}],
+        "rejected": [{"role": "assistant", "content": row["rejected"]}],
+    }
+
+
+@pytest.fixture(scope="module", params=["byte-level with BOS", "without BOS"])
+def tokenizer(request, tiny_llama_dir):
+    if request.param == "byte-level with BOS":
+        return AutoTokenizer.from_pretrained(tiny_llama_dir)
+    return train_tokenizer((text for row in ROWS for text in row), vocab_size=320)
+
+
+def by_trl(dataset, tokenizer, model_dir, tmp_path):
+    args = DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None)
+    return DPOTrainer(model_dir, args=args, train_dataset=dataset, processing_class=tokenizer).train_dataset
+
+
+def test_plain_text_is_tokenised_as_by_trl(tokenizer, tiny_llama_dir, tmp_path):
+    for row, expected in zip(PLAIN, by_trl(PLAIN, tokenizer, tiny_llama_dir, tmp_path), strict=True):
+        prompt_ids, completion_ids = tokenize_completions(tokenizer, row["prompt"], [row["chosen"], row["rejected"]])
+        assert prompt_ids == expected["prompt_ids"]
+        assert completion_ids == [expected["chosen_ids"], expected["rejected_ids"]]
+        assert all(ids[-1] == tokenizer.eos_token_id and ids.count(ids[-1]) == 1 for ids in completion_ids)
+
+
+def test_messages_are_tokenised_as_by_trl(tiny_llama_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    conversational = PLAIN.map(messages, remove_columns=PLAIN.column_names)
+    for row, expected in zip(conversational, by_trl(conversational, tokenizer, tiny_llama_dir, tmp_path), strict=True):
+        prompt_ids, completion_ids = tokenize_completions(tokenizer, row["prompt"], [row["chosen"], row["rejected"]])
+        assert prompt_ids == expected["prompt_ids"]
+        assert completion_ids == [expected["chosen_ids"], expected["rejected_ids"]]
+
+
+def test_completions_begin_where_the_first_of_them_departs_from_the_prompt(tiny_llama_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    alone, merged = tokenizer("wa")["input_ids"], tokenizer("water</s>")["input_ids"]
+    assert merged[: len(alone)] != alone  # else the test shows nothing
+    completions = ["x", "ter"]
+    prompt_ids, (first, second) = tokenize_completions(tokenizer, "wa", completions)
+    assert prompt_ids + first == tokenizer("wax</s>")["input_ids"] and prompt_ids + second == merged
+    assert len(prompt_ids) < len(alone)
+
+
+def test_the_template_gets_its_arguments(tiny_llama_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    tokenizer.chat_template = "{{ style }}" + tokenizer.chat_template
+    row = messages(PLAIN[0])
+    ids, _ = tokenize_completions(tokenizer, row["prompt"], [row["chosen"]], style="terse")
+    assert tokenizer.decode(ids).startswith("terse")
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [("text", [{"role": "assistant", "content": "a"}]), ([], "text")])
+def test_two_formats_in_one_row_are_refused(tiny_llama_dir, prompt, completion):
+    with pytest.raises(TypeError, match="completion 1 is .* and its prompt is .*: give both as plain text, or both"):
+        tokenize_completions(AutoTokenizer.from_pretrained(tiny_llama_dir), prompt, [prompt, completion])

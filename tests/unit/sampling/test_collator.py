@@ -1,0 +1,217 @@
+import contextlib
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from prefopt_trl.data.collators import DataCollatorForRanking
+from prefopt_trl.data.tokenization import tokenize_completions
+from prefopt_trl.rankers import FunctionRanker
+from prefopt_trl.sampling import collator as module
+from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
+from prefopt_trl.sampling.generation import Candidates
+
+EXAMPLES = [{"prompt": "The dog"}, {"prompt": "Bread:"}, {"prompt": "What is the capital of France?"}]
+
+
+def number(prompts, completions, **kwargs):
+    """A completion is a number, its reward."""
+    return [float(completion) for completion in completions]
+
+
+def length(prompts, completions, **kwargs):
+    return [0.2 * len(completion) for completion in completions]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama_dir):
+    return AutoTokenizer.from_pretrained(tiny_llama_dir)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_llama_dir):
+    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """What the policy is made to say for each prompt of a batch."""
+    said: list[list[str]] = []
+
+    def say(model, tokenizer, prompt_ids, num_completions, **settings):
+        return [Candidates(row, [True] * len(row)) for row in said[: len(prompt_ids)]]
+
+    monkeypatch.setattr(module, "sample_candidates", say)
+    return said
+
+
+def make(policy, tokenizer, **settings):
+    settings = {
+        "num_candidates": 6,
+        "num_samples": 4,
+        "max_new_tokens": 5,
+        "ranker": FunctionRanker(number),
+    } | settings
+    return DataCollatorForRejectionSampling(policy, tokenizer, **settings)
+
+
+def sampling(policy, tokenizer, **settings):
+    return make(policy, tokenizer, ranker=FunctionRanker(length), **settings)
+
+
+def same(batch, other):
+    return batch.keys() == other.keys() and all(torch.equal(batch[name], other[name]) for name in batch)
+
+
+def test_pairs_are_what_trls_collator_makes_of_them(policy, tokenizer, texts):
+    texts += [["3", "1", "7", "9", "5", "7"], ["2", "4", "6", "8", "0", "1"]]
+    batch = make(policy, tokenizer, strategy="top-k", num_samples=2)(EXAMPLES[:2])
+    pairs = []
+    for example, chosen, rejected in zip(EXAMPLES, ("9", "8"), ("7", "6"), strict=False):
+        prompt_ids, (chosen_ids, rejected_ids) = tokenize_completions(tokenizer, example["prompt"], [chosen, rejected])
+        pairs.append({"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids})
+    assert same(batch, DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)(pairs))
+
+
+def test_rankings_are_what_our_collator_makes_of_them(policy, tokenizer, texts):
+    texts += [["3", "1", "7", "9", "5", "7"], ["2", "4", "6", "8", "0", "1"]]
+    batch = make(policy, tokenizer, beta=0.0, num_samples=3, pairing="ranking")(EXAMPLES[:2])
+    rankings = []
+    for example, kept in zip(EXAMPLES, (["9", "7", "5"], ["8", "6", "4"]), strict=False):
+        prompt_ids, completion_ids = tokenize_completions(tokenizer, example["prompt"], kept)
+        rewards = [float(text) for text in kept]
+        rankings.append({"prompt_ids": prompt_ids, "completion_ids": completion_ids, "rewards": rewards})
+    assert same(batch, DataCollatorForRanking(pad_token_id=tokenizer.pad_token_id)(rankings))
+
+
+@pytest.mark.parametrize(("pairing", "pairs"), [("first-round", 2), ("tournament", 3), ("all", 6)])
+def test_a_prompt_makes_as_many_pairs_as_the_pairing_has_matches(policy, tokenizer, pairing, pairs):
+    batch = sampling(policy, tokenizer, pairing=pairing)(EXAMPLES)
+    assert len(batch["input_ids"]) == 2 * 3 * pairs
+
+
+def test_the_ranker_prefers_what_is_chosen(policy, tokenizer):
+    batch = sampling(policy, tokenizer)(EXAMPLES)
+    ids = [row[mask.bool()] for row, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)]
+    lengths = [len(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+    chosen, rejected = np.split(np.array(lengths), 2)
+    assert (chosen >= rejected).all() and (chosen > rejected).any()
+
+
+def test_a_batch_depends_on_seed_epoch_and_prompts_alone(policy, tokenizer):
+    collator = sampling(policy, tokenizer)
+    batch = collator(EXAMPLES)
+    state = torch.random.get_rng_state()
+    assert not same(collator(EXAMPLES[:2]), batch)  # whatever came between
+    assert same(collator(EXAMPLES), batch)
+    assert same(sampling(policy, tokenizer)(EXAMPLES), batch)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    collator.epoch = 1
+    assert not same(collator(EXAMPLES), batch)
+    assert not same(sampling(policy, tokenizer, seed=1)(EXAMPLES), batch)
+
+
+def test_tokenised_examples_are_collated_as_they_are(policy, tokenizer):
+    examples = [{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}]
+    collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
+    assert same(sampling(policy, tokenizer)(examples), collate(examples))
+
+
+def test_sampling_happens_in_the_given_context(policy, tokenizer, monkeypatch):
+    events = []
+
+    @contextlib.contextmanager
+    def context():
+        events.append("in")
+        yield
+        events.append("out")
+
+    real = module.sample_candidates
+    monkeypatch.setattr(module, "sample_candidates", lambda *a, **k: events.append("sample") or real(*a, **k))
+    sampling(policy, tokenizer, while_sampling=context)(EXAMPLES)
+    assert events == ["in", "sample", "out"]
+
+
+def test_conversations_are_sampled_as_messages(policy, tokenizer, texts):
+    texts.append([" yes", " no", " maybe"])
+    prompt = [{"role": "user", "content": "Will it rain?"}]
+
+    def content(prompts, completions, **kwargs):
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    settings = {"ranker": FunctionRanker(content), "strategy": "top-k", "num_samples": 2}
+    batch = make(policy, tokenizer, **settings)([{"prompt": prompt}])
+    texts_in = tokenizer.batch_decode(batch["input_ids"])
+    assert "<|user|>Will it rain?</s><|assistant|> maybe</s>" in texts_in[0]
+    assert "<|assistant|> yes</s>" in texts_in[1]
+
+
+# Few distinct candidates
+
+
+def test_a_prompt_with_few_distinct_candidates_keeps_those_it_has(policy, tokenizer, texts, caplog):
+    texts += [["1", "2", "1", " 2", "1", "2"], ["5"] * 6, ["1", "2", "3", "4", "5", "6"]]
+    collator = make(policy, tokenizer)
+    with caplog.at_level(logging.WARNING):
+        batch = collator(EXAMPLES)
+        collator(EXAMPLES)
+    chosen = tokenizer.batch_decode(batch["input_ids"][:3], skip_special_tokens=True)
+    assert [text.startswith("The dog") for text in chosen] == [True, False, False]
+    assert not any(text.startswith("Bread:") for text in chosen) and len(batch["input_ids"]) == 6
+    assert collator.num_short == 4
+    (message,) = caplog.messages
+    assert "2 of 3 prompts" in message and "`num_samples`=4" in message and "`temperature`" in message
+
+
+@pytest.mark.parametrize("pairing", ["first-round", "tournament", "all", "ranking"])
+def test_a_batch_is_never_empty(policy, tokenizer, texts, pairing):
+    texts += [["5"] * 6, ["6"] * 6]
+    batch = make(policy, tokenizer, pairing=pairing)(EXAMPLES[:2])
+    first, second = batch["input_ids"]
+    assert torch.equal(first, second)  # so that the gradient is zero
+    assert tokenizer.decode(first, skip_special_tokens=True) == "The dog5"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy": "best"}, "`strategy` must be one of rso, sft, top-k, got 'best'"),
+        ({"pairing": "league"}, "`pairing` must be one of first-round, tournament, all and ranking, got 'league'"),
+        ({"num_samples": 1}, "`num_samples`=1 must be at least 2"),
+        ({"num_samples": 7}, "`num_samples`=7 must be .* at most `num_candidates`=6"),
+        ({"beta": -1.0}, "`beta` must be at least 0, got -1.0"),
+        ({"beta": float("nan")}, "`beta` must be at least 0, got nan"),
+    ],
+)
+def test_settings_out_of_range_are_refused(policy, tokenizer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(policy, tokenizer, **settings)
+
+
+def test_a_function_is_no_ranker(policy, tokenizer):
+    with pytest.raises(TypeError, match="`ranker` is a function, not a ranker. Wrap a function in `FunctionRanker`"):
+        make(policy, tokenizer, ranker=number)
+
+
+def test_a_prompt_that_fills_max_length_is_refused(policy, tokenizer):
+    with pytest.raises(ValueError, match="fills `max_length`=5. Raise `max_length` .* begins 'What is the capital"):
+        sampling(policy, tokenizer, max_length=5)([EXAMPLES[2]])
+
+
+def test_a_ranker_that_returns_nan_is_refused(policy, tokenizer):
+    broken = FunctionRanker(lambda prompts, completions, **kwargs: [float("nan")] * len(prompts))
+    with pytest.raises(ValueError, match="nan for completion 0 of prompt row 0"):
+        make(policy, tokenizer, ranker=broken)(EXAMPLES)
+
+
+def test_workers_of_a_dataloader_are_refused(policy, tokenizer):
+    loader = DataLoader(EXAMPLES, batch_size=3, num_workers=1, collate_fn=sampling(policy, tokenizer))
+    with pytest.raises(RuntimeError, match="Set `dataloader_num_workers=0`"):
+        next(iter(loader))
