@@ -7,6 +7,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.data.data_collator import DataCollatorMixin
 
+from prefopt_trl.data.rankings import check_ranking
+
 
 @dataclass
 class DataCollatorForRanking(DataCollatorMixin):
@@ -34,6 +36,9 @@ class DataCollatorForRanking(DataCollatorMixin):
             Pad rows to a multiple of this length.
         return_tensors (`str`, *optional*, defaults to `"pt"`):
             Only `"pt"` is supported.
+
+    Raises:
+        ValueError: for another `truncation_mode`, or an example that is no ranking (see [`check_ranking`]).
 
     Example:
 
@@ -64,6 +69,10 @@ class DataCollatorForRanking(DataCollatorMixin):
     pad_to_multiple_of: int | None = None
     return_tensors: str = "pt"
 
+    def __post_init__(self) -> None:
+        if self.truncation_mode not in ("keep_start", "keep_end"):
+            raise ValueError(f"`truncation_mode` must be 'keep_start' or 'keep_end', got {self.truncation_mode!r}.")
+
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         kept = slice(self.max_length)
         if self.max_length is not None and self.truncation_mode == "keep_end":
@@ -71,6 +80,7 @@ class DataCollatorForRanking(DataCollatorMixin):
         rows, completions, group_ids, rewards = [], [], [], []
         for group, example in enumerate(examples):
             prompt_ids, completion_ids = example["prompt_ids"], example["completion_ids"]
+            check_ranking(completion_ids, example["rewards"], f"Example {group} of the batch")
             best_first = sorted(range(len(completion_ids)), key=lambda index: -example["rewards"][index])
             for index in best_first:
                 rows.append(torch.tensor((prompt_ids + completion_ids[index])[kept]))

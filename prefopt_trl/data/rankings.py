@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -35,31 +34,29 @@ def pairs_to_rankings(dataset: Dataset | IterableDataset) -> Dataset | IterableD
     return dataset.map(to_ranking, remove_columns=["chosen", "rejected"])
 
 
-def check_ranking(example: Mapping[str, Any], row: int, name: str) -> None:
-    """Require a prompt with two completions or more, and a finite reward for each.
+def check_ranking(completions: Any, rewards: Any, where: str) -> None:
+    """Require two completions or more, and a finite reward for each.
 
     Args:
-        example (`dict`):
-            `prompt`, `completions` and `rewards`.
-        row (`int`):
-            Its row in the dataset, for the error.
-        name (`str`):
-            Name of the dataset, for the error.
+        completions (`list`):
+            Completions of one prompt, as text, messages or token ids.
+        rewards (`list[float]`):
+            Their rewards.
+        where (`str`):
+            What they are to the user, for the error, such as `"Row 3 of the train dataset"`.
 
     Raises:
-        ValueError: naming the row, what was expected and the remedy.
+        ValueError: saying what was expected, and the remedy.
 
     Example:
 
     ```python
-    >>> check_ranking({"prompt": "Hi", "completions": ["Hello"], "rewards": [1.0]}, row=3, name="train")
+    >>> check_ranking(["Hello"], [1.0], "Row 3 of the train dataset")
     Traceback (most recent call last):
     ValueError: Row 3 of the train dataset has 1 completion, and a ranking has at least 2. Leave the row out.
 
     ```
     """
-    where = f"Row {row} of the {name} dataset"
-    completions, rewards = example["completions"], example["rewards"]
     if not isinstance(completions, list):
         raise ValueError(f"{where} has {type(completions).__name__} as `completions`. Give a list of completions.")
     if len(completions) < 2:
@@ -117,7 +114,7 @@ def tokenize_rankings(
         )
 
     def tokenize(example: dict[str, Any], row: int) -> dict[str, Any]:
-        check_ranking(example, row, name)
+        check_ranking(example["completions"], example["rewards"], f"Row {row} of the {name} dataset")
         tools = example.get("tools")
         chat = {"tools": json.loads(tools) if isinstance(tools, str) else tools} if tools else {}
         prompt_ids, completion_ids = tokenize_completions(

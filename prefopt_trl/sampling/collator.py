@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from prefopt_trl.data.collators import DataCollatorForRanking
 from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
 from prefopt_trl.data.tokenization import tokenize_completions
 from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
-from prefopt_trl.sampling.generation import sample_candidates, tokenize_prompts
+from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates, tokenize_prompts
 from prefopt_trl.sampling.selection import (
     PAIRINGS,
     RANKING,
@@ -40,15 +40,22 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
     Samples completions of a batch of prompts, ranks, rejects and pairs them (RSO section 5), and collates the pairs.
 
     Each example has a `"prompt"`, as plain text or as messages. The batch is the one that TRL's
-    `DataCollatorForPreference` makes of the pairs, or [`DataCollatorForRanking`] of the rankings. B prompts give
-    `B * num_samples // 2` pairs in the first round of a tournament, `B * (num_samples - 1)` in a whole one, or B
-    rankings: a batch size counts prompts. Examples that have `"prompt_ids"` are collated as they are.
+    `DataCollatorForPreference` makes of the pairs, or [`DataCollatorForRanking`] of the rankings. A batch size counts
+    prompts, so `per_device_train_batch_size` does too. With n = `num_samples`, B prompts give
+
+    - `"first-round"`: `B * (n // 2)` pairs, each of two rows;
+    - `"tournament"`: `B * (n - 1)` pairs;
+    - `"all"`: `B * n * (n - 1) / 2` pairs;
+    - `"ranking"`: B rankings, each of n rows.
+
+    Examples that have `"prompt_ids"` are collated as they are.
 
     Everything drawn for a batch depends on `seed`, `epoch` and the batch's prompts alone. So each process samples its
     own prompts with its own stream, which is the same after any restart, and the global random state is left alone.
 
     A prompt with fewer distinct candidates than `num_samples` keeps those it has, and one with a single candidate is
-    left out; of a batch that would be empty, one is paired with itself, which has no gradient. A warning counts them.
+    left out; of a batch that would be empty, one is paired with itself, so that each process has a batch: a loss of
+    differences has no gradient there, and a likelihood term keeps its own. A warning counts them.
 
     Args:
         policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -70,7 +77,8 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
 
     Raises:
         TypeError: for something that is no ranker.
-        ValueError: for a number out of range, an unknown name, or a prompt that fills `max_length`.
+        ValueError: for a number out of range, an unknown name, a tokenizer without an EOS token, or a prompt that
+            fills `max_length`.
         RuntimeError: inside a worker of a dataloader.
 
     Example:
@@ -84,6 +92,7 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
     policy: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     ranker: Ranker
+    _: KW_ONLY
     strategy: str = "rso"
     num_candidates: int = 64
     num_samples: int = 8
@@ -105,6 +114,7 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
 
     def __post_init__(self) -> None:
         check_ranker(self.ranker)
+        eos_token_ids(self.policy, self.tokenizer)  # raises where there is none
         if self.strategy not in STRATEGIES:
             raise ValueError(f"`strategy` must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}.")
         if self.pairing not in (*PAIRINGS, RANKING):

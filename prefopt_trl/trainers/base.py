@@ -126,8 +126,8 @@ class PreferenceTrainer(DPOTrainer):
         to_sample = [name for name in columns if self._are_prompts(columns[name])]
         if to_sample and ranker is None:
             raise ValueError(
-                f"The {' and '.join(to_sample)} dataset has prompts but no `chosen` and `rejected` completions. Pass "
-                "a `ranker` so that they can be sampled and ranked, or a dataset with completions."
+                f"The {' and '.join(to_sample)} dataset has prompts but no {self._completions()}. Pass a `ranker` so "
+                "that completions can be sampled and ranked, or a dataset that has them."
             )
         if args.sampling == "online" and ("train" not in to_sample or "completions" in columns["train"]):
             raise ValueError(
@@ -216,7 +216,16 @@ class PreferenceTrainer(DPOTrainer):
     def _are_prompts(self, columns: list[str]) -> bool:
         """Whether a dataset with these columns is to be sampled."""
         completions = {"chosen", "rejected"} if self.learns_from == "pairs" else {"chosen", "rejected", "completions"}
-        return "prompt" in columns and not completions & set(columns)
+        are_prompts = "prompt" in columns and not completions & set(columns)
+        if are_prompts and self.learns_from == "rankings" and "rewards" in columns:
+            raise ValueError(
+                "A dataset has `rewards` and no `completions` that they belong to. Rename the column that has them "
+                "with `dataset.rename_column(old, new)`, or remove `rewards` to sample completions."
+            )
+        return are_prompts
+
+    def _completions(self) -> str:
+        return "`chosen` and `rejected` completions" if self.learns_from == "pairs" else "`completions`"
 
     @staticmethod
     def _reference_policy(model: Any, ref_model: Any, args: Any, quantization_config: Any) -> Any:

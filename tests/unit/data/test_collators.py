@@ -70,3 +70,22 @@ def test_rankings_of_two_are_the_rows_of_trls_pairs(settings):
     chosen_then_rejected = [0, 2, 1, 3]
     for name, tensor in trls.items():
         assert torch.equal(ours[name][chosen_then_rejected], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rewards": [1.0, 2.0, 3.0]}, "Example 1 of the batch has 2 completions and 3 rewards"),
+        ({"rewards": [1.0, float("nan")]}, "Example 1 of the batch has the reward nan for completion 1"),
+        ({"rewards": ["1", "2"]}, "Example 1 of the batch has the reward '1' for completion 0"),
+        ({"completion_ids": [[8]], "rewards": [1.0]}, "Example 1 of the batch has 1 completion, .* at least 2"),
+    ],
+)
+def test_an_example_that_is_no_ranking_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        DataCollatorForRanking(pad_token_id=0)([EXAMPLES[0], {**EXAMPLES[1], **change}])
+
+
+def test_another_way_of_cutting_is_refused():
+    with pytest.raises(ValueError, match="`truncation_mode` must be 'keep_start' or 'keep_end', got 'middle'"):
+        DataCollatorForRanking(pad_token_id=0, truncation_mode="middle")

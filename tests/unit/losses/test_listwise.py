@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from prefopt_trl.losses import plackett_luce, pro, rrhf, sigmoid_norm, slic
+from prefopt_trl.losses import plackett_luce, pro, pro_terms, rrhf, sigmoid_norm, slic
 
 sizes = pytest.mark.parametrize("n", range(2, 9))
 
@@ -344,3 +344,43 @@ def test_pro_rewards_must_be_sorted():
 def test_beta_must_be_positive(beta):
     with pytest.raises(ValueError, match="`beta` must be positive and finite"):
         plackett_luce(torch.zeros(1, 3), beta=beta)
+
+
+# The terms of PRO
+
+
+@sizes
+@pytest.mark.parametrize("with_rewards", [True, False])
+def test_the_terms_of_pro_sum_up_to_it(n, with_rewards):
+    scores, rewards = random_rankings(24, n)
+    rewards = rewards if with_rewards else None
+    for mask in (None, random_mask(24, n)):
+        terms = pro_terms(scores, rewards, mask)
+        assert terms.shape == (24, n - 1) and (terms >= 0).all()
+        torch.testing.assert_close(terms.sum(dim=1), pro(scores, rewards, mask), rtol=0, atol=0)
+
+
+def test_the_terms_by_hand():
+    """Mean log-probabilities ln 4, ln 2 and 0; with rewards 2, 1 and 0.5 the temperatures of PRO eq. 10-11."""
+    scores = torch.tensor([[math.log(4), math.log(2), 0.0]], dtype=torch.float64)
+    first, second = pro_terms(scores)[0].tolist()
+    assert first == pytest.approx(-math.log(4 / (4 + 2 + 1)))
+    assert second == pytest.approx(-math.log(2 / (2 + 1)))
+    # 1 / T_1^1 = max(2 - 1, 2 - 0.5) = 1.5, so 4 ** 1.5 against 2 ** 1 and 1 ** 1.5
+    first, second = pro_terms(scores, torch.tensor([[2.0, 1.0, 0.5]]))[0].tolist()
+    assert first == pytest.approx(-math.log(8 / (8 + 2 + 1)))
+    assert second == pytest.approx(-math.log(2**0.5 / (2**0.5 + 1)))
+
+
+def test_a_term_is_the_first_of_the_ranking_without_the_better_ones():
+    scores, rewards = random_rankings(8, 5)
+    terms = pro_terms(scores, rewards)
+    for k in range(4):
+        torch.testing.assert_close(terms[:, k], pro_terms(scores[:, k:], rewards[:, k:])[:, 0])
+
+
+def test_terms_of_missing_completions_are_zero():
+    scores, rewards = random_rankings(3, 4)
+    mask = torch.tensor([[True, True, False, False], [True, False, False, False], [True, True, True, True]])
+    terms = pro_terms(scores, rewards, mask)
+    assert (terms > 0).tolist() == [[True, False, False], [False, False, False], [True, True, True]]

@@ -77,6 +77,22 @@ def test_pairs_are_what_trls_collator_makes_of_them(policy, tokenizer, texts):
     assert same(batch, DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)(pairs))
 
 
+@pytest.mark.parametrize("pairing", ["first-round", "ranking"])
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_rows_are_cut_and_padded_as_asked(policy, tiny_llama_dir, texts, pairing, mode):
+    texts.append(["1 and no more", "2", "3", "4", "5", "6"])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    tokenizer.pad_token = None
+    given = {"ranker": FunctionRanker(length), "strategy": "top-k", "num_samples": 2, "pairing": pairing}
+    batch = make(policy, tokenizer, **given, max_length=9, truncation_mode=mode, pad_to_multiple_of=4)(EXAMPLES[:1])
+    prompt_ids, (long_ids, short_ids) = tokenize_completions(tokenizer, "The dog", ["1 and no more", "2"])
+    whole = prompt_ids + long_ids
+    assert len(whole) > 9 > len(prompt_ids + short_ids)
+    assert batch["input_ids"].shape[1] == 12
+    assert batch["input_ids"][0, :9].tolist() == (whole[:9] if mode == "keep_start" else whole[-9:])
+    assert (batch["input_ids"][:, 9:] == tokenizer.eos_token_id).all()  # in place of the token for padding
+
+
 def test_rankings_are_what_our_collator_makes_of_them(policy, tokenizer, texts):
     texts += [["3", "1", "7", "9", "5", "7"], ["2", "4", "6", "8", "0", "1"]]
     batch = make(policy, tokenizer, beta=0.0, num_samples=3, pairing="ranking")(EXAMPLES[:2])
@@ -172,8 +188,14 @@ def test_a_batch_is_never_empty(policy, tokenizer, texts, pairing):
     texts += [["5"] * 6, ["6"] * 6]
     batch = make(policy, tokenizer, pairing=pairing)(EXAMPLES[:2])
     first, second = batch["input_ids"]
-    assert torch.equal(first, second)  # so that the gradient is zero
+    assert torch.equal(first, second)  # so that the gradient of their difference is zero
     assert tokenizer.decode(first, skip_special_tokens=True) == "The dog5"
+
+
+def test_a_policy_that_always_says_the_same_gives_one_pair(policy, tokenizer):
+    collator = sampling(policy, tokenizer, top_k=1)
+    first, second = collator(EXAMPLES)["input_ids"]
+    assert torch.equal(first, second) and collator.num_short == 3
 
 
 # What is refused
@@ -198,6 +220,13 @@ def test_settings_out_of_range_are_refused(policy, tokenizer, settings, message)
 def test_a_function_is_no_ranker(policy, tokenizer):
     with pytest.raises(TypeError, match="`ranker` is a function, not a ranker. Wrap a function in `FunctionRanker`"):
         make(policy, tokenizer, ranker=number)
+
+
+def test_a_tokenizer_without_eos_is_refused(policy, tiny_llama_dir):
+    endless = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="`tokenizer` has no EOS token.* Set `tokenizer.eos_token`"):
+        make(policy, endless)
 
 
 def test_a_prompt_that_fills_max_length_is_refused(policy, tokenizer):

@@ -6,7 +6,8 @@ import logging
 import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from prefopt_trl.shared_prefix import support
@@ -154,3 +155,107 @@ def test_half_precision_under_autocast_may_differ_by_its_rounding(error, shares)
     assert (support.probe_reason(model, prepared) is None) == shares
     assert support.probe_reason(model, imprecise) is not None  # in float32 neither is rounding
     assert support.probe_reason(model, forward) is None
+
+
+# Rows that say whose prompt they have
+
+
+def ragged_batch() -> dict[str, torch.Tensor]:
+    """Seven rows, so an odd number: one of a prompt of 9 tokens, four of one of 5, two of one of 7."""
+    group_ids = torch.tensor([0, 1, 1, 1, 1, 2, 2])
+    prompt_lengths = torch.tensor([9, 5, 5, 5, 5, 7, 7])
+    lengths = torch.tensor([14, 20, 11, 8, 13, 17, 9])
+    generator = torch.Generator().manual_seed(2)
+    input_ids = torch.randint(3, 97, (7, 20), generator=generator)
+    for row, first in ((2, 1), (3, 1), (4, 1), (6, 5)):
+        input_ids[row, : prompt_lengths[row]] = input_ids[first, : prompt_lengths[row]]
+    place = torch.arange(20)
+    attention_mask = (place < lengths[:, None]).long()
+    return {
+        "input_ids": input_ids * attention_mask,
+        "attention_mask": attention_mask,
+        "labels": input_ids.masked_fill((place < prompt_lengths[:, None]) | (attention_mask == 0), -100),
+        "group_ids": group_ids,
+    }
+
+
+def without_groups(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in inputs.items() if name != "group_ids"}
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6], [4, 5, 0, 2, 6, 1, 3], [1, 2, 3], [5, 6, 0]])
+def test_ragged_groups_share_their_prompts(order, caplog):
+    shared, plain = build(), build(share_prefix=False)
+    inputs = {name: value[order] for name, value in ragged_batch().items()}
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(inputs["group_ids"].tolist()))}
+    inputs["group_ids"] = torch.tensor([numbers[group] for group in inputs["group_ids"].tolist()])
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl"), torch.no_grad():
+        found = shared(**inputs, use_cache=False, fused_lm_head=True)
+        expected = plain(**without_groups(inputs), use_cache=False, fused_lm_head=True)
+    for name in (*FIELDS, "label_mask"):
+        assert found[name].shape == expected[name].shape
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-5)
+    assert reasons(caplog) == []
+    assert num_embedded(shared, **inputs, fused_lm_head=True) < 0.8 * num_embedded(
+        plain, **without_groups(inputs), fused_lm_head=True
+    )
+
+
+def test_the_gradients_of_ragged_groups_are_the_same():
+    gradients = []
+    for share_prefix in (True, False):
+        model, inputs = build(share_prefix).train(), ragged_batch()
+        outputs = model(**(inputs if share_prefix else without_groups(inputs)), fused_lm_head=True)
+        (outputs.log_probs * torch.arange(1.0, 8.0)[:, None]).sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+
+
+def test_groups_are_shared_under_peft():
+    models = []
+    for share_prefix in (True, False):
+        model = build(share_prefix)
+        torch.manual_seed(3)
+        models.append(get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)))
+    shared, plain = (model.eval() for model in models)
+    inputs, rows = ragged_batch(), []
+    shared.get_base_model().model.embed_tokens.register_forward_pre_hook(lambda _, ids: rows.append(len(ids[0])))
+    with torch.no_grad():
+        found = shared(**inputs, fused_lm_head=True)
+        expected = plain(**without_groups(inputs), fused_lm_head=True)
+        with shared.disable_adapter():
+            off = shared(**inputs, fused_lm_head=True)
+    torch.testing.assert_close(found.log_probs, expected.log_probs, atol=1e-4, rtol=1e-5)
+    assert rows[-1] == 3 and not torch.allclose(off.log_probs, found.log_probs, atol=0.1)
+
+
+def test_a_model_that_cannot_share_is_run_without_groups(caplog):
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        sliding_window=6,
+        pad_token_id=0,
+    )
+    model = MistralForCausalLM(config).eval()
+    add_fused_lm_head(model, outputs=FIELDS)
+    inputs = ragged_batch()
+    with torch.no_grad():
+        expected = model(**without_groups(inputs), fused_lm_head=True)
+        add_shared_prefix(model)
+        with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+            found = model(**inputs, fused_lm_head=True)
+    assert torch.equal(found.log_probs, expected.log_probs) and torch.equal(found.loss, expected.loss)
+    assert len(reasons(caplog)) == 1 and "sliding" in reasons(caplog)[0]
+
+
+def test_groups_are_left_out_of_calls_without_the_switch():
+    shared, plain = build(), build(share_prefix=False)
+    inputs = ragged_batch()
+    with torch.no_grad():
+        assert torch.equal(shared(**inputs).logits, plain(**without_groups(inputs)).logits)

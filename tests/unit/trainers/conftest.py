@@ -13,8 +13,6 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 from trl import DPOConfig
 
-from prefopt_trl.trainers.slic_config import SLiCConfig
-
 WORDS = ["blue", "green and yellow", "wet", "seven of them", "a very long completion, it seems", "bb", "no", "dddd"]
 
 
@@ -185,4 +183,4 @@ def one_step(make: Callable[..., Trainer]) -> Callable[..., Step]:
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[..., DPOConfig]:
     """Make a config of any class for this machine."""
-    return lambda config_class=SLiCConfig, **given: make_config(config_class, tmp_path, **given)
+    return lambda config_class, **given: make_config(config_class, tmp_path, **given)

@@ -4,8 +4,8 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 from trl import DPOTrainer
 
 from prefopt_trl.trainers.listwise_dpo_trainer import ListwiseDPOTrainer
@@ -89,6 +89,32 @@ def test_it_begins_where_all_orders_are_as_likely(rankings, one_step):
     assert log["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def mixtral_dir(policy_dir, tmp_path_factory):
+    config = AutoConfig.from_pretrained(policy_dir)
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            router_aux_loss_coef=0.5,
+            sliding_window=None,
+        )
+    )
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.2)
+    folder = tmp_path_factory.mktemp("mixtral")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(policy_dir).save_pretrained(folder)
+    return str(folder)
+
+
 def run(make, trainer_class, train_dataset, eval_dataset, folder, **given):
     trainer = make(
         trainer_class,
@@ -123,13 +149,24 @@ VARIANTS = {
     "truncation": {"max_length": 40},
     "truncation of prompts": {"max_length": 30, "truncation_mode": "keep_end"},
     "synchronised reference": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "experts": {},
+    # Virtual tokens before each row; PEFT refuses gradient checkpointing
+    "prefix tuning": {
+        "peft_config": PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+        "gradient_checkpointing": False,
+    },
+    "prompt tuning": {
+        "peft_config": PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+        "gradient_checkpointing": False,
+    },
 }
+NOT_SHARED = {"experts", "prefix tuning", "prompt tuning"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_completions_are_trls_dpo_step_for_step(variant, make, tmp_path, caplog):
+def test_two_completions_are_trls_dpo_step_for_step(variant, make, mixtral_dir, tmp_path, caplog):
     pairs = PAIRS.map(converse) if variant == "conversations" else PAIRS
-    settings = VARIANTS[variant]
+    settings = {**VARIANTS[variant], **({"model": mixtral_dir} if variant == "experts" else {})}
     given = {name: value for name, value in settings.items() if name != "share_prefix"}
     expected, before = run(make, DPOTrainer, pairs, pairs.select(range(3)), tmp_path / "dpo", **given)
     with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
@@ -141,13 +178,16 @@ def test_two_completions_are_trls_dpo_step_for_step(variant, make, tmp_path, cap
             tmp_path / "ours",
             **settings,
         )
-    assert not any("not shared" in record.getMessage() for record in caplog.records)
+    assert any("not shared" in record.getMessage() for record in caplog.records) == (variant in NOT_SHARED)
 
     trls, ours = expected.state.log_history, found.state.log_history
     trained = [log for log in trls if "loss" in log]
     assert len(trained) == 6 and len([log for log in trls if "eval_loss" in log]) == 2 and len(ours) == len(trls)
     losses = [log["loss"] for log in trained]
-    assert losses[0] == pytest.approx(0.693147, abs=1e-5) and abs(losses[-1] - losses[0]) > 1e-3
+    assert abs(losses[-1] - losses[0]) > 1e-3
+    assert ("aux_loss" in trained[0]) == (variant == "experts")
+    if variant not in NOT_SHARED:
+        assert losses[0] == pytest.approx(0.693147, abs=1e-5)
     for log, expected_log in zip(ours, trls, strict=True):
         own = {name.removeprefix("eval_") for name in log.keys() - expected_log.keys()}
         assert own == (RANKING_METRICS if len(expected_log) > 8 else set()) and not expected_log.keys() - log.keys()
@@ -166,8 +206,6 @@ def test_two_completions_are_trls_dpo_step_for_step(variant, make, tmp_path, cap
 
 def test_a_pretrained_adapter_is_its_own_reference(make, policy_dir, tmp_path):
     """As in TRL: its copy, the adapter "ref", stands in for the reference model."""
-    from peft import PeftModel, get_peft_model
-
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(policy_dir)
     adapter = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)

@@ -79,7 +79,9 @@ def test_the_target_is_not_one_of_the_ranked(by_hand, one_step):
     assert {"rewards/accuracies", "ranking/top1", "logps/rejected", "logits/rejected"} < names
     assert log.keys() == without.keys()
     compared = {*names, "mean_token_accuracy", "loss/calibration"}
-    assert {name: log[name] for name in compared} == pytest.approx({name: without[name] for name in compared}, rel=1e-5)
+    assert {name: log[name] for name in compared} == pytest.approx(
+        {name: without[name] for name in compared}, rel=1e-5
+    )
     assert log["loss/regularization"] != pytest.approx(without["loss/regularization"], rel=1e-2)
     chosen, rejected = (
         [by_hand.logps(row["prompt"], row[name]).sum().item() for row in PAIRS] for name in ("chosen", "rejected")

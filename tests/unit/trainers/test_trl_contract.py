@@ -11,10 +11,10 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer
-from trl.trainer import utils
+from trl.trainer import dpo_trainer, utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from prefopt_trl.trainers.base import PreferenceTrainer
@@ -45,7 +45,8 @@ def parameters(function) -> list[str]:
 
 
 def make(trainer_class, model_dir, tmp_path, **given):
-    settings = {name: given.pop(name) for name in ("precompute_ref_log_probs",) if name in given}
+    own = ("precompute_ref_log_probs", "router_aux_loss_coef")
+    settings = {name: given.pop(name) for name in own if name in given}
     args = DPOConfig(str(tmp_path), use_cpu=True, bf16=False, max_steps=1, report_to="none", **settings)
     return trainer_class(model_dir, args=args, train_dataset=Dataset.from_dict(PAIRS), **given)
 
@@ -74,6 +75,22 @@ def make(trainer_class, model_dir, tmp_path, **given):
             f"PreferenceTrainer._reference_policy in {BASE}",
         ),
         (utils.get_config_model_id, ["config"], f"PreferenceTrainer.__init__ in {BASE}"),
+        (
+            DPOTrainer._compute_loss,
+            ["self", "model", "inputs", "return_outputs"],
+            f"CompletionTrainer._compute_loss in {BASE}",
+        ),
+        (
+            DPOTrainer.compute_ref_log_probs,
+            ["self", "model", "inputs"],
+            f"CompletionTrainer._ref_logps in {BASE}",
+        ),
+        (utils.use_adapter, ["model", "adapter_name"], f"PreferenceTrainer._reference_adapter in {BASE}"),
+        (
+            DPOTrainer._set_signature_columns_if_needed,
+            ["self"],
+            f"PreferenceTrainer._set_signature_columns_if_needed in {BASE}",
+        ),
     ],
 )
 def test_the_signatures_we_override_or_call(function, expected, where):
@@ -250,4 +267,223 @@ def test_the_names_of_the_losses():
         all(f"'{name}'" in field.metadata["help"] for name in ("sigmoid", "hinge", "sigmoid_norm")),
         "DPOConfig.loss_type no longer names 'sigmoid', 'hinge' and 'sigmoid_norm'",
         f"LOSS_NAMES and __post_init__ in {CONFIG}",
+    )
+
+
+# What `CompletionTrainer` and the trainers without a reference model rely on
+
+ROWS = {  # of five completions of two prompts: an odd number
+    "input_ids": torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0], [10, 11, 12, 0], [10, 13, 14, 15], [10, 16, 17, 18]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]),
+    "completion_mask": torch.tensor([[0, 0, 1, 1], [0, 0, 1, 0], [0, 1, 1, 0], [0, 1, 1, 1], [0, 1, 1, 1]]),
+}
+COMPLETION_TRAINER = f"CompletionTrainer in {BASE}"
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"), [("path", ["policy", "reference"]), ("instance", ["reference"]), ("LoRA", ["policy"])]
+)
+def test_models_are_loaded_by_a_function_of_its_module(how, expected, tiny_llama_dir, tmp_path, monkeypatch):
+    calls = []
+    load = utils.create_model_from_path
+
+    def recording(*args, **kwargs):
+        # The reference model is told the dtype of the policy, which exists by then
+        calls.append("reference" if "dtype" in kwargs else "policy")
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(dpo_trainer, "create_model_from_path", recording)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir) if how == "instance" else tiny_llama_dir
+    peft_config = LoraConfig(target_modules=["q_proj"]) if how == "LoRA" else None
+    make(DPOTrainer, model, tmp_path, peft_config=peft_config)
+    require(
+        calls == expected,
+        f"DPOTrainer.__init__ loads, by `dpo_trainer.create_model_from_path`, {calls}, was {expected}",
+        f"_no_reference_model in {BASE}, without which SLiC, PRO and RRHF hold two models",
+    )
+
+
+def test_a_reference_model_may_be_none(tiny_llama_dir, tmp_path, monkeypatch):
+    load = utils.create_model_from_path
+    monkeypatch.setattr(
+        dpo_trainer,
+        "create_model_from_path",
+        lambda *args, **given: None if "dtype" in given else load(*args, **given),
+    )
+    try:
+        found = make(DPOTrainer, tiny_llama_dir, tmp_path).ref_model
+    except (AttributeError, TypeError) as error:
+        require(False, f"DPOTrainer.__init__ fails with a reference model that is None ({error})", COMPLETION_TRAINER)
+    require(found is None, "`ref_model` is not what was loaded", f"_no_reference_model in {BASE}")
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5])
+def test_reference_log_probs_come_in_two_chunks_in_the_order_of_the_rows(num_rows, tiny_llama_dir, tmp_path):
+    trainer = make(DPOTrainer, tiny_llama_dir, tmp_path)
+    rows = {name: value[:num_rows] for name, value in ROWS.items()}
+    chunks = trainer.compute_ref_log_probs(trainer.ref_model, rows)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)(input_ids=rows["input_ids"]).logits
+    per_token = logits[:, :-1].log_softmax(-1).gather(2, rows["input_ids"][:, 1:, None]).squeeze(2)
+    expected = (per_token * rows["completion_mask"][:, 1:]).sum(dim=1)
+    found = torch.cat(chunks)
+    require(
+        found.shape == expected.shape and torch.allclose(found, expected, atol=1e-4),
+        f"torch.cat(compute_ref_log_probs(...)) of {num_rows} rows is {found.tolist()}, was {expected.tolist()}",
+        f"CompletionTrainer._ref_logps in {BASE}",
+    )
+
+
+def test_reference_log_probs_hand_other_inputs_to_the_model(tiny_llama_dir, tmp_path):
+    trainer = make(DPOTrainer, tiny_llama_dir, tmp_path)
+    received = {}
+
+    def model(**kwargs):
+        received.update(kwargs)
+        return trainer.ref_model(**{name: value for name, value in kwargs.items() if name != "group_ids"})
+
+    group_ids = torch.tensor([0, 0, 1, 1, 1])
+    trainer.compute_ref_log_probs(model, {**ROWS, "group_ids": group_ids})
+    require(
+        received.get("group_ids") is group_ids and "completion_mask" not in received,
+        f"compute_ref_log_probs calls the model with {sorted(received)}; `group_ids` is handed on, `completion_mask` "
+        "is not",
+        f"CompletionTrainer._ref_logps in {BASE}",
+    )
+
+
+def test_where_the_metrics_are_kept(tiny_llama_dir, tmp_path):
+    trainer = make(DPOTrainer, tiny_llama_dir, tmp_path)
+    for name, expected in (("_metrics", {"train": {}, "eval": {}}), ("_total_train_tokens", 0), ("_tp_size", 1)):
+        found = getattr(trainer, name, None)
+        require(found == expected, f"`{name}` begins as {found}, was {expected}", f"_record in {BASE}")
+    logged = []
+    trainer.log = lambda logs, start_time=None: logged.append(logs) or DPOTrainer.log(trainer, logs, start_time)
+    for mode, training in (("train", True), ("eval", False)):
+        trainer.model.train(training)
+        trainer._metrics[mode]["loss/ranking"] += [1.0, 4.0]
+        trainer._metrics[mode]["num_tokens"] = [7]
+        trainer.log({})
+    expected = [{"loss/ranking": 2.5, "num_tokens": 7.0}, {"eval_loss/ranking": 2.5, "eval_num_tokens": 7.0}]
+    found = [{name: value for name, value in logs.items() if "ranking" in name or "tokens" in name} for logs in logged]
+    require(found == expected, f"what is in `_metrics` is logged as {found}, was {expected}", f"_record in {BASE}")
+    require(
+        all(not metrics for metrics in trainer._metrics.values()),
+        "`log` no longer empties `_metrics`",
+        f"_record in {BASE}",
+    )
+
+
+def test_the_tokens_of_training_are_counted(tiny_llama_dir, tmp_path):
+    trainer = make(DPOTrainer, tiny_llama_dir, tmp_path)
+    trainer.train()
+    rows = [trainer.data_collator([row])["attention_mask"].sum().item() for row in trainer.train_dataset]
+    require(
+        trainer._total_train_tokens == sum(rows),
+        f"`_total_train_tokens` is {trainer._total_train_tokens} after a step on {sum(rows)} tokens",
+        f"_record in {BASE}",
+    )
+
+
+def mixtral(tokenizer_dir):
+    config = LlamaConfig.from_pretrained(tokenizer_dir)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=2,
+            router_aux_loss_coef=0.25,
+            sliding_window=None,
+        )
+    )
+
+
+@pytest.mark.parametrize(("given", "coefficient"), [({}, 0.25), ({"router_aux_loss_coef": 0.0}, 0.0)])
+def test_the_auxiliary_loss_of_experts(given, coefficient, tiny_llama_dir, tmp_path):
+    mixtral(tiny_llama_dir).save_pretrained(tmp_path / "mixtral")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral")
+    tokenizer = {"processing_class": dpo_trainer.AutoProcessor.from_pretrained(tiny_llama_dir)}
+    trainer = make(DPOTrainer, model, tmp_path, **tokenizer, **given)
+    found = (trainer.aux_loss_enabled, trainer.router_aux_loss_coef)
+    expected = (coefficient > 0, coefficient)
+    require(
+        found == expected,
+        f"`aux_loss_enabled` and `router_aux_loss_coef` are {found} for {given}, were {expected}",
+        f"CompletionTrainer._compute_loss in {BASE}",
+    )
+    labels = ROWS["input_ids"].masked_fill(ROWS["completion_mask"] == 0, -100)
+    outputs = trainer.model(
+        input_ids=ROWS["input_ids"],
+        attention_mask=ROWS["attention_mask"],
+        labels=labels,
+        output_router_logits=True,
+        fused_lm_head=True,
+    )
+    require(
+        getattr(outputs, "aux_loss", None) is not None and outputs.aux_loss.dim() == 0,
+        "with `output_router_logits=True` the fused forward has no scalar `aux_loss`",
+        f"CompletionTrainer._compute_loss in {BASE}",
+    )
+
+
+def test_a_dense_model_has_no_auxiliary_loss(tiny_llama_dir, tmp_path):
+    trainer = make(DPOTrainer, tiny_llama_dir, tmp_path)
+    require(trainer.aux_loss_enabled is False, "`aux_loss_enabled` is not False for a LLaMA", COMPLETION_TRAINER)
+
+
+def test_adapters_are_switched_off_and_back(tiny_llama_dir):
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    with torch.no_grad():
+        expected = base(IDS).logits
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(base, config)
+    model.add_adapter("ref", config)
+    with torch.no_grad():
+        adapted = model(IDS).logits
+        with utils.use_adapter(model, adapter_name=None):
+            off = model(IDS).logits
+        with utils.use_adapter(model, adapter_name="ref"):
+            other, active = model(IDS).logits, model.active_adapter
+        back = model(IDS).logits
+    holds = torch.equal(off, expected) and torch.equal(back, adapted) and active == "ref"
+    require(
+        holds and not torch.allclose(other, adapted) and not torch.allclose(off, adapted),
+        "use_adapter(model, adapter_name) no longer switches adapters off (None) or to the one named, and back",
+        f"PreferenceTrainer._reference_adapter in {BASE}",
+    )
+
+
+def test_a_pretrained_adapter_is_copied_under_the_name_ref(tiny_llama_dir, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    trainer = make(DPOTrainer, model, tmp_path)
+    found = list(trainer.model.peft_config)
+    require(
+        found == ["default", "ref"],
+        f"the adapters of a PEFT model are {found} once constructed, were ['default', 'ref']",
+        f"PreferenceTrainer.__init__ and _reference_adapter in {BASE}",
+    )
+
+
+def test_the_columns_that_are_kept(tiny_llama_dir, tmp_path):
+    trainer = make(DPOTrainer, tiny_llama_dir, tmp_path)
+    trainer._signature_columns = None
+    trainer._set_signature_columns_if_needed()
+    found = trainer._signature_columns
+    expected = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
+    require(
+        found == expected and isinstance(found, list),
+        f"`_signature_columns` is {found}, was {expected}, a list",
+        f"PreferenceTrainer._set_signature_columns_if_needed in {BASE}",
+    )
+    trainer._signature_columns += ["completion_ids"]
+    trainer._set_signature_columns_if_needed()
+    require(
+        trainer._signature_columns.count("completion_ids") == 1 and len(trainer._signature_columns) == 6,
+        "`_set_signature_columns_if_needed` no longer leaves columns that are set as they are",
+        f"PreferenceTrainer._set_signature_columns_if_needed in {BASE}",
     )

@@ -1,0 +1,259 @@
+"""Pairs and rankings sampled batch by batch while training (`sampling="online"`)."""
+
+import contextlib
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from prefopt_trl import DataCollatorForRejectionSampling, FunctionRanker
+from prefopt_trl.trainers.listwise_dpo_trainer import ListwiseDPOTrainer
+from prefopt_trl.trainers.rso_trainer import RSOTrainer
+
+PROMPTS = Dataset.from_dict({"prompt": ["The capital of", "Tell me how", "The quick brown", "What is", "Mix", "Why?"]})
+PAIRS = Dataset.from_dict({"prompt": ["Why?"], "chosen": [" So."], "rejected": [" I will not say."]})
+SELECTION = {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 5}
+SAMPLING = {**SELECTION, "sampling": "online", "generation_batch_size": 12, "per_device_train_batch_size": 2}
+TRAINERS = [RSOTrainer, ListwiseDPOTrainer]
+LORA = {"target_modules": ["q_proj", "v_proj"], "r": 4}
+
+
+def checksum(prompts, completions, **kwargs):
+    """An arbitrary reward of a text."""
+    return [sum(completion.encode()) % 11 / 4 for completion in completions]
+
+
+class Batches(TrainerCallback):
+    """Writes down what the collator was given, in which epoch, and what it made of that."""
+
+    def __init__(self):
+        self.batches = []
+
+    def watch(self, trainer):
+        collator, collate = trainer.data_collator, trainer.data_collator.torch_call
+
+        def record(examples):
+            batch = collate(examples)
+            if "prompt_ids" not in examples[0]:
+                self.batches.append((collator.epoch, [example["prompt"] for example in examples], batch))
+            return batch
+
+        collator.torch_call = record
+        return trainer
+
+
+def train(make, trainer_class, resume=None, **given):
+    watcher = Batches()
+    settings = {**SAMPLING, "max_steps": -1, "num_train_epochs": 1, "learning_rate": 1e-2, **given}
+    trainer = watcher.watch(make(trainer_class, PROMPTS, ranker=FunctionRanker(checksum), **settings))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, watcher.batches
+
+
+def losses(trainer):
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def collator_by_hand(trainer_class, model_dir, **given):
+    return DataCollatorForRejectionSampling(
+        AutoModelForCausalLM.from_pretrained(model_dir),
+        AutoTokenizer.from_pretrained(model_dir),
+        FunctionRanker(checksum),
+        strategy="rso",
+        beta=0.5,
+        pairing="ranking" if trainer_class is ListwiseDPOTrainer else "first-round",
+        seed=42,
+        batch_size=12,
+        max_length=1024,
+        **SELECTION,
+        **given,
+    )
+
+
+def same(batch, other):
+    return batch.keys() == other.keys() and all(torch.equal(batch[name], other[name]) for name in batch)
+
+
+@pytest.mark.parametrize("trainer_class", TRAINERS)
+def test_an_epoch_trains_on_the_batches_of_the_collator(trainer_class, make, policy_dir):
+    trainer, batches = train(make, trainer_class, num_train_epochs=2)
+    assert len(losses(trainer)) == 6 and trainer.state.epoch == 2
+    assert [epoch for epoch, _, _ in batches] == [0, 0, 0, 1, 1, 1]
+    for epoch in range(2):
+        prompts = [prompt for number, batch_prompts, _ in batches if number == epoch for prompt in batch_prompts]
+        assert sorted(prompts) == sorted(PROMPTS["prompt"])
+    by_hand = collator_by_hand(trainer_class, policy_dir)
+    for by_hand.epoch, prompts, batch in batches:
+        assert len(batch["input_ids"]) == 2 * 4  # of each prompt two pairs, or a ranking of four
+        # The policy has moved since the first step; the reference, which is sampled from, has not
+        assert same(batch, by_hand([{"prompt": prompt} for prompt in prompts]))
+    # In the first step policy and reference are one
+    expected = {RSOTrainer: 0.693147, ListwiseDPOTrainer: 3.178054}[trainer_class]  # ln 2, ln 4!
+    assert losses(trainer)[0] == pytest.approx(expected, rel=1e-5)
+    assert losses(trainer)[-1] != pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("trainer_class", TRAINERS)
+def test_the_loss_is_that_of_the_pairs_as_a_dataset(trainer_class, make):
+    """A step on what was sampled online is one on the same tokens given beforehand."""
+    online, batches = train(make, trainer_class, max_steps=1)
+    ((_, _, batch),) = batches[:1]
+    offline = make(trainer_class, PAIRS)
+    expected = offline.compute_loss(offline.model, batch)
+    assert losses(online)[0] == pytest.approx(expected.item(), rel=1e-6)
+    assert isinstance(offline.data_collator, DataCollatorForPreference) == (trainer_class is RSOTrainer)
+
+
+def adapted_model(policy_dir):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(policy_dir)
+    model = get_peft_model(base, LoraConfig(**LORA, init_lora_weights=False))
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.data.normal_(0, 0.5)
+    return model
+
+
+@pytest.mark.parametrize("trainer_class", TRAINERS)
+def test_a_new_adapter_is_off_while_sampling(trainer_class, make, policy_dir):
+    trainer, _ = train(make, trainer_class, peft_config=LoraConfig(**LORA), max_steps=1)
+    # Were it on, the samples would be others: it is made to change the policy visibly
+    for name, parameter in trainer.model.named_parameters():
+        if "lora" in name:
+            parameter.data.normal_(0, 0.5)
+    trainer.data_collator.epoch = 0
+    examples = [{"prompt": prompt} for prompt in PROMPTS["prompt"][:2]]
+    batch = trainer.data_collator(examples)
+    by_hand = collator_by_hand(trainer_class, policy_dir)
+    assert same(batch, by_hand(examples))
+    trainer.data_collator.while_sampling = contextlib.nullcontext
+    assert not same(trainer.data_collator(examples), batch)
+    assert trainer.model.active_adapter == "default" and trainer.model.training
+
+
+def test_a_pretrained_adapter_is_sampled_as_it_was_before_training(make, policy_dir):
+    trainer, batches = train(make, RSOTrainer, model=adapted_model(policy_dir), num_train_epochs=2)
+    by_hand = collator_by_hand(RSOTrainer, policy_dir)
+    by_hand.policy = adapted_model(policy_dir)
+    for by_hand.epoch, prompts, batch in batches:
+        assert same(batch, by_hand([{"prompt": prompt} for prompt in prompts]))
+    base = collator_by_hand(RSOTrainer, policy_dir)
+    assert not same(batches[0][2], base([{"prompt": prompt} for prompt in batches[0][1]]))
+    assert isinstance(trainer.model, PeftModel) and losses(trainer)[0] == pytest.approx(0.693147, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("how", "checkpoint"),
+    [("plain", 2), ("plain", 3), ("plain", 4), ("accumulated", 2), ("accumulated", 3), ("LoRA", 4)],
+)
+def test_a_resumed_run_draws_what_the_uninterrupted_one_drew(how, checkpoint, make, tmp_path):
+    given = {
+        "plain": {},
+        "accumulated": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+        "LoRA": {"peft_config": LoraConfig(**LORA)},
+    }[how]
+    saving = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
+    whole, batches = train(make, RSOTrainer, output_dir=tmp_path / "whole", **saving, **given)
+    assert len(losses(whole)) == 6 and len(set(losses(whole))) > 3
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{checkpoint}", tmp_path / "resumed" / f"checkpoint-{checkpoint}")
+    resumed, resumed_batches = train(
+        make,
+        RSOTrainer,
+        resume=str(tmp_path / "resumed" / f"checkpoint-{checkpoint}"),
+        output_dir=tmp_path / "resumed",
+        **saving,
+        **given,
+    )
+    assert losses(resumed)[checkpoint:] == pytest.approx(losses(whole)[checkpoint:], abs=1e-6)
+    per_step = given.get("gradient_accumulation_steps", 1)
+    drawn = batches[checkpoint * per_step :]
+    for (epoch, prompts, batch), (other_epoch, other_prompts, other) in zip(
+        drawn, resumed_batches[-len(drawn) :], strict=True
+    ):
+        assert (epoch, prompts) == (other_epoch, other_prompts) and same(batch, other)
+
+
+def test_each_epoch_and_seed_draws_anew(make):
+    first, batches = train(make, RSOTrainer, num_train_epochs=2, per_device_train_batch_size=6)
+    assert len(batches) == 2 and not same(batches[0][2], batches[1][2])
+    _, others = train(make, RSOTrainer, seed=1, per_device_train_batch_size=6)
+    assert not same(batches[0][2], others[0][2])
+    _, again = train(make, RSOTrainer, per_device_train_batch_size=6)
+    assert same(batches[0][2], again[0][2]) and first.data_collator.epoch == 1
+
+
+def test_evaluation_prompts_are_sampled_before(make, tmp_path):
+    trainer, batches = train(make, RSOTrainer, eval_dataset=PROMPTS.select([0, 1]), eval_strategy="epoch")
+    assert [path.name for path in (tmp_path / "sampled").iterdir()] == ["eval"]
+    assert trainer.eval_dataset.num_rows == 4 and "chosen_ids" in trainer.eval_dataset.column_names
+    assert len(batches) == 3  # of training
+    assert any("eval_loss" in log for log in trainer.state.log_history)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == trainer.evaluate()["eval_loss"]
+
+
+def test_the_data_of_training_are_prompts_as_they_came(make, tmp_path):
+    trainer, _ = train(make, RSOTrainer, max_steps=1)
+    assert trainer.train_dataset.column_names == ["prompt"] and list(trainer.train_dataset) == list(PROMPTS)
+    assert not (tmp_path / "sampled").exists()
+
+
+def test_conversations_are_sampled_as_conversations(make):
+    prompts = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in ("Why?", "How?")]})
+
+    def ranker(prompts, completions, **kwargs):
+        return checksum(prompts, [completion[0]["content"] for completion in completions])
+
+    trainer = make(RSOTrainer, prompts, ranker=FunctionRanker(ranker), **SAMPLING)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(0.693147, abs=1e-5)
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize("trainer_class", TRAINERS)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dataloader_num_workers": 1}, "generates inside the training process.* Set `dataloader_num_workers=0`."),
+        ({"ranker": None}, "has prompts but no .* Pass a `ranker`"),
+        ({"max_length": 4}, r"The prompt of row \d has \d+ tokens and fills `max_length`=4. Raise `max_length`"),
+    ],
+)
+def test_settings_that_do_not_go_with_it_are_refused(given, message, trainer_class, make):
+    with pytest.raises(ValueError, match=message):
+        make(trainer_class, PROMPTS, **{"ranker": FunctionRanker(checksum), **SAMPLING, **given})
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (PAIRS, "`sampling='online'` needs a training dataset of prompts, and this one has completions. Remove them"),
+        (
+            Dataset.from_dict({"prompt": ["Why?"], "completions": [[" So.", " No"]]}),
+            "`sampling='online'` needs a training dataset of prompts, and this one has completions. Remove them",
+        ),
+        (PROMPTS.to_iterable_dataset(), "is an `IterableDataset` of prompts. Pass a `Dataset`"),
+        (PROMPTS.add_column("tools", ["[]"] * 6), "has the column tools, which sampling does not use"),
+    ],
+)
+@pytest.mark.parametrize("trainer_class", TRAINERS)
+def test_data_that_do_not_go_with_it_are_refused(dataset, message, trainer_class, make):
+    with pytest.raises(ValueError, match=message):
+        make(trainer_class, dataset, ranker=FunctionRanker(checksum), **SAMPLING)
+
+
+def test_a_collator_of_ones_own_is_refused(config, policy_dir):
+    with pytest.raises(ValueError, match="`sampling='online'` collates batches itself. Leave `data_collator` out."):
+        RSOTrainer(
+            policy_dir,
+            args=config(RSOTrainer.config_class, **SAMPLING),
+            data_collator=DataCollatorForPreference(pad_token_id=0),
+            train_dataset=PROMPTS,
+            ranker=FunctionRanker(checksum),
+        )
