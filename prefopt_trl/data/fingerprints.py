@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Callable
 from importlib.metadata import version
+from types import CellType
 from typing import Any
 
 from datasets import Dataset
@@ -125,7 +126,7 @@ def function_fingerprint(function: Callable[..., Any]) -> str:
     name = getattr(function, "__qualname__", type(function).__qualname__)
     try:
         source = inspect.getsource(function)
-        cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+        cells = [_contents(cell) for cell in getattr(function, "__closure__", None) or ()]
         defaults = (getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None))
         held: Any = (cells, defaults, getattr(getattr(function, "__self__", None), "__dict__", None))
     except (OSError, TypeError):
@@ -161,3 +162,10 @@ def versions() -> dict[str, str]:
     """Versions of what results depend on, for the files that hold results."""
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy")
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # closes over a name that has no value yet
+        return None

@@ -127,6 +127,38 @@ def wrap_completion(prompt: Prompt, text: str) -> str | list[Message]:
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
+def check_format(value: Prompt | Completion, where: str) -> None:
+    """
+    Refuses what is neither text nor a list of messages.
+
+    Args:
+        value (`str` or sequence of `dict[str, str]`):
+            Prompt or completion.
+        where (`str`):
+            What it is to the user, as the error calls it.
+
+    Raises:
+        ValueError: naming what was found.
+
+    Example:
+
+    ```python
+    >>> check_format([{"from": "human", "value": "Hi"}], "The prompt of row 3")
+    Traceback (most recent call last):
+    ValueError: The prompt of row 3 has a message with the keys from, value; a message has `role` and `content`.
+    ```
+    """
+    if isinstance(value, str):
+        return
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if isinstance(value, list) else type(value).__name__
+        raise ValueError(f"{where} is {found}; give it as text, or as a list of messages. Leave the row out.")
+    for message in value:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            found = f"the keys {', '.join(message)}" if isinstance(message, dict) else f"type {type(message).__name__}"
+            raise ValueError(f"{where} has a message with {found}; a message has `role` and `content`.")
+
+
 def check_columns(dataset: Dataset, required: Sequence[str], where: str) -> None:
     """
     Refuses a dataset that is empty or lacks a column.

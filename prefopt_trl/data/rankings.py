@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
 
-from prefopt_trl.data.formats import columns_of
+from prefopt_trl.data.formats import check_format, columns_of
 from prefopt_trl.data.tokenization import tokenize_completions
 
 logger = logging.getLogger(__name__)
@@ -109,17 +109,29 @@ def tokenize_rankings(
         raise ValueError(
             f"The {name} dataset has no column {' and no column '.join(map(repr, missing))}; it has {columns}. "
             "Rankings have `prompt`, `completions` and `rewards`, pairs have `prompt`, `chosen` and `rejected`, and "
-            "data to be sampled have `prompt` and need a `ranker`: rename yours with "
-            "`dataset.rename_column(old, new)`."
+            "data to be sampled have `prompt`, need a `ranker`, and are given to the trainer when it is made: rename "
+            "yours with `dataset.rename_column(old, new)`."
         )
 
     def tokenize(example: dict[str, Any], row: int) -> dict[str, Any]:
-        check_ranking(example["completions"], example["rewards"], f"Row {row} of the {name} dataset")
+        where = f"Row {row} of the {name} dataset"
+        check_ranking(example["completions"], example["rewards"], where)
+        check_format(example["prompt"], f"The prompt of row {row} of the {name} dataset")
+        for index, completion in enumerate(example["completions"]):
+            check_format(completion, f"Completion {index} of row {row} of the {name} dataset")
         tools = example.get("tools")
         chat = {"tools": json.loads(tools) if isinstance(tools, str) else tools} if tools else {}
-        prompt_ids, completion_ids = tokenize_completions(
-            tokenizer, example["prompt"], example["completions"], **chat, **(example.get("chat_template_kwargs") or {})
-        )
+        chat |= example.get("chat_template_kwargs") or {}
+        try:
+            prompt_ids, completion_ids = tokenize_completions(
+                tokenizer, example["prompt"], example["completions"], **chat
+            )
+        except TypeError as error:
+            raise TypeError(f"{where}: {error}") from error
+        if not all(completion_ids):
+            raise ValueError(
+                f"{where}: completion {completion_ids.index([])} has no tokens beyond the prompt's. Leave it out."
+            )
         return {
             "prompt_ids": prompt_ids,
             "completion_ids": completion_ids,
@@ -133,12 +145,26 @@ def tokenize_rankings(
         return tokenized
 
     tokenized = dataset.map(tokenize, with_indices=True, num_proc=num_proc, desc=f"Tokenizing {name} dataset")
+    equal = sum(len(set(rewards)) == 1 for rewards in tokenized["rewards"])
+    if equal:
+        logger.warning(
+            "%d of %d rows of the %s dataset have equal rewards only, so there is nothing to rank in them, and their "
+            "first completion counts as the best. Leave them out, or score them with a finer ranker.",
+            equal,
+            len(tokenized),
+            name,
+        )
     if max_length is None:
         return tokenized
     lengths = [
         (len(prompt_ids), max(map(len, completion_ids)))
         for prompt_ids, completion_ids in zip(tokenized["prompt_ids"], tokenized["completion_ids"], strict=True)
     ]
+    if truncation_mode == "keep_start":
+        fits = [row for row, (prompt, _) in enumerate(lengths) if prompt < max_length]
+        warn_of_full_prompts(len(lengths), len(fits), name, max_length)
+        if len(fits) < len(lengths):
+            tokenized, lengths = tokenized.select(fits), [lengths[row] for row in fits]
     cut = sum(prompt + completion > max_length for prompt, completion in lengths)
     if cut:
         logger.warning(
@@ -149,11 +175,7 @@ def tokenize_rankings(
             name,
             max_length,
         )
-    if truncation_mode == "keep_end":
-        return tokenized
-    fits = [row for row, (prompt, _) in enumerate(lengths) if prompt < max_length]
-    warn_of_full_prompts(len(lengths), len(fits), name, max_length)
-    return tokenized if len(fits) == len(lengths) else tokenized.select(fits)
+    return tokenized
 
 
 def warn_of_full_prompts(num_rows: int, num_left: int, name: str, max_length: int | None) -> None:

@@ -56,7 +56,7 @@ def tokenize_completions(
     for index, completion in enumerate(completions):
         if not isinstance(completion, type(prompt)):
             raise TypeError(
-                f"completion {index} is {type(completion).__name__} and its prompt is {type(prompt).__name__}: give "
+                f"Completion {index} is {type(completion).__name__} and its prompt is {type(prompt).__name__}: give "
                 "both as plain text, or both as lists of messages."
             )
     if isinstance(prompt, str):

@@ -143,6 +143,13 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
                 "`DataCollatorForRejectionSampling` generates inside the training process, and this is a worker of "
                 "the dataloader. Set `dataloader_num_workers=0`."
             )
+        for index, example in enumerate(examples):
+            if not isinstance(example, dict) or "prompt" not in example or "completions" in example:
+                found = ", ".join(example) if isinstance(example, dict) else type(example).__name__
+                raise ValueError(
+                    f"Example {index} of the batch is {found}. Give prompts without completions, as "
+                    "`{'prompt': ...}`; of completions that are there already `build_preference_dataset` makes pairs."
+                )
         prompts = [example["prompt"] for example in examples]
         drawn = json.dumps([self.seed, self.epoch, prompts]).encode()
         seed = int.from_bytes(hashlib.sha256(drawn).digest()[:4], "little")

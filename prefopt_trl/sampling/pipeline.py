@@ -149,6 +149,11 @@ def build_preference_dataset(
     }
     sample: Callable[[], Dataset] | None = None
     if not given:
+        if isinstance(policy, str):
+            raise TypeError(
+                f"`policy` is the path {policy!r}. Load the model, with `AutoModelForCausalLM.from_pretrained`, and "
+                "its tokenizer."
+            )
         if policy is None or tokenizer is None:
             raise ValueError(
                 "`policy` and `tokenizer` are needed to sample candidates. Give them, or a column `completions` in "

@@ -82,8 +82,8 @@ class PreferenceTrainer(DPOTrainer):
             args = self.config_class(f"{model_id.split('/')[-1]}-{self._name}")
         elif not isinstance(args, self.config_class):
             raise TypeError(
-                f"`args` must be an {self.config_class.__name__}, got {type(args).__name__}. "
-                "It takes the same arguments and a few more."
+                f"`args` must be {self.config_class.__name__}, got {type(args).__name__}. "
+                "It takes the arguments of `DPOConfig` and a few more."
             )
         if processing_class is None:
             init_kwargs: Any = (args.model_init_kwargs if isinstance(model, str) else None) or {}
@@ -126,8 +126,9 @@ class PreferenceTrainer(DPOTrainer):
         to_sample = [name for name in columns if self._are_prompts(columns[name])]
         if to_sample and ranker is None:
             raise ValueError(
-                f"The {' and '.join(to_sample)} dataset has prompts but no {self._completions()}. Pass a `ranker` so "
-                "that completions can be sampled and ranked, or a dataset that has them."
+                f"The {' and '.join(to_sample)} dataset has prompts but no {self._completions()}; it has "
+                f"{columns[to_sample[0]]}. Pass a `ranker`, so that completions can be sampled and ranked, or rename "
+                "the columns that have them with `dataset.rename_column(old, new)`."
             )
         if args.sampling == "online" and ("train" not in to_sample or "completions" in columns["train"]):
             raise ValueError(
@@ -146,8 +147,11 @@ class PreferenceTrainer(DPOTrainer):
             if name not in to_sample and self.learns_from == "rankings":
                 splits[name], scored = score_completions(splits[name], name, columns[name], ranker)
                 uses_ranker |= scored
-        if ranker is not None and not uses_ranker:
-            logger.warning("`ranker` is not used: the datasets already have ranked completions.")
+        if ranker is not None and not uses_ranker and {"chosen", "rewards"} & set(columns.get("train", [])):
+            logger.warning(
+                "`ranker` is not used: the datasets already have ranked completions. To have them scored, remove the "
+                "column `rewards`, or give pairs to a trainer on rankings."
+            )
         train_dataset = splits.pop("train")
         if isinstance(eval_dataset, dict):
             eval_dataset = {name.removeprefix("eval_"): dataset for name, dataset in splits.items()}
@@ -268,8 +272,9 @@ class PreferenceTrainer(DPOTrainer):
         if missing:
             raise ValueError(
                 f"The {dataset_name} dataset has no column {' and no column '.join(map(repr, missing))}; it has "
-                f"{columns}. Preference data have `prompt`, `chosen` and `rejected`, and data to be "
-                "sampled have `prompt` and need a `ranker`: rename yours with `dataset.rename_column(old, new)`."
+                f"{columns}. Preference data have `prompt`, `chosen` and `rejected`, and data to be sampled have "
+                "`prompt`, need a `ranker`, and are given to the trainer when it is made: rename yours with "
+                "`dataset.rename_column(old, new)`."
             )
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset):

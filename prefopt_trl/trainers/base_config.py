@@ -105,8 +105,9 @@ class PreferenceConfig(DPOConfig):
         is_one_of(self, "pairing", self._pairings())
         if not self.rejection_beta >= 0:
             raise ValueError(f"`rejection_beta` must be at least 0, got {self.rejection_beta}. The paper uses 0.5.")
-        if not isinstance(self.temperature, str) and not self.temperature > 0:
-            raise ValueError(f"`temperature` must be greater than 0, got {self.temperature}. Algorithm 1 assumes 1.")
+        temperature = self.generation_options()["temperature"]
+        if not isinstance(temperature, int | float) or not temperature > 0:
+            raise ValueError(f"`temperature` must be greater than 0, got {temperature!r}. Algorithm 1 assumes 1.")
         if self.num_samples < 2:
             raise ValueError(f"`num_samples` must be at least 2 to make a pair, got {self.num_samples}.")
         if self.num_samples > self.num_candidates:
@@ -189,6 +190,8 @@ def is_number(config: DPOConfig, name: str, advice: str, above_zero: bool = Fals
         ValueError: naming the argument, its value and the advice.
     """
     value = getattr(config, name)
+    if not isinstance(value, int | float):
+        raise ValueError(f"`{name}` must be a number, got {value!r}. {advice}")
     if not (value > 0 if above_zero else value >= 0) or value == math.inf:
         bound = "greater than 0" if above_zero else "at least 0"
         raise ValueError(f"`{name}` must be {bound} and finite, got {value}. {advice}")

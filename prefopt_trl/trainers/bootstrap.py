@@ -1,6 +1,7 @@
 """Self-bootstrapping (PRO Algorithm 1): the policy's own samples join the rankings that it learns from."""
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from prefopt_trl.data.formats import wrap_completion
 from prefopt_trl.data.tokenization import tokenize_completions
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.sampling.generation import check_unused_columns, sample_candidates, tokenize_prompts
+
+logger = logging.getLogger(__name__)
 
 
 class Bootstrap(TrainerCallback):
@@ -66,6 +69,9 @@ class Bootstrap(TrainerCallback):
         check_unused_columns(dataset, "The train dataset")
         self.dataset, self.tokenizer, self.ranker = dataset, tokenizer, ranker
         self.folder, self.seed, self.batch_size, self.generation = Path(folder), seed, batch_size, generation
+        # As they will be read back: what a run that is resumed must have in common with the interrupted one
+        settings = {"bootstrap_parts": num_parts, "seed": seed, **generation, "ranker": ranker.settings()}
+        self.settings = json.loads(json.dumps(settings))
         order = np.random.default_rng(seed).permutation(len(dataset))
         self.parts = np.array_split(order, num_parts)
         self.starts = np.cumsum([0, *map(len, self.parts)])  # places at which the parts begin in an epoch
@@ -119,7 +125,7 @@ class Bootstrap(TrainerCallback):
             sampled = gather_object(self._sample_rows(own, model, [self.seed, self.epoch, part, rank]))
             saved[0] = list({ranking["row"]: ranking for ranking in sampled}.values())
             if accelerator.is_main_process:
-                self._write(file, {"global_step": global_step, "rankings": saved[0]})
+                self._write(file, {"global_step": global_step, "settings": self.settings, "rankings": saved[0]})
         for ranking in saved[0] or []:
             prompt, completions = ranking["prompt"], ranking["completions"]
             prompt_ids, completion_ids = tokenize_completions(self.tokenizer, prompt, completions)
@@ -153,11 +159,20 @@ class Bootstrap(TrainerCallback):
         content = json.loads(file.read_text())
         if content["global_step"] >= self.resumed_at:
             return None
+        other = [name for name, value in self.settings.items() if content["settings"].get(name) != value]
+        if "ranker" in other:
+            # Not refused: what a function is made of, such as a cache of its own, may differ where its rewards do not
+            logger.warning("%s was scored by a ranker with other settings. Its rewards are kept.", file)
+            other.remove("ranker")
+        if other:
+            raise ValueError(
+                f"{file} was sampled with another {' and another '.join(f'`{name}`' for name in other)}. Resume with "
+                "the settings of the run that was interrupted."
+            )
         prompts = {ranking["row"]: ranking["prompt"] for ranking in content["rankings"]}
         if prompts != {int(row): self.dataset[int(row)]["prompt"] for row in self.parts[part]}:
             raise ValueError(
-                f"{file} was sampled for other prompts. Resume with the dataset, `seed` and `bootstrap_parts` of the "
-                "run that was interrupted."
+                f"{file} was sampled for other prompts. Resume with the dataset of the run that was interrupted."
             )
         return content["rankings"]
 

@@ -1,5 +1,7 @@
 """From the dataset a user has to what a trainer learns from: prompts are sampled, completions scored."""
 
+import logging
+
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -8,6 +10,8 @@ from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.sampling.generation import check_unused_columns, tokenize_prompts
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.trainers.base_config import PreferenceConfig
+
+logger = logging.getLogger(__name__)
 
 
 def sample_preferences(
@@ -24,6 +28,15 @@ def sample_preferences(
         raise ValueError(
             f"The {name} dataset is an `IterableDataset` of prompts, and sampling needs to know how many there are. "
             "Pass a `Dataset`, such as `Dataset.from_list(list(dataset.take(1000)))`, or stream completions."
+        )
+    given = "completions" in dataset.column_names
+    others = set(dataset.column_names) - {"prompt", "completions", "rewards", "finished"}
+    if others and not given:
+        logger.warning(
+            "Completions are sampled for the prompts of the %s dataset. Its other columns are carried along: %s. If "
+            "they hold completions, rename them with `dataset.rename_column(old, new)`.",
+            name,
+            ", ".join(sorted(others)),
         )
     return build_preference_dataset(
         dataset,
@@ -64,6 +77,13 @@ def score_completions(
         raise ValueError(
             f"The {name} dataset is an `IterableDataset` without `rewards`. Pass a `Dataset`, so that the ranker can "
             "score it before training, or add the rewards."
+        )
+    others = set(columns) - {"prompt", "completions", "chosen", "rejected"}
+    if others:
+        logger.warning(
+            "The ranker scores the completions of the %s dataset, which has no column `rewards`; not used are: %s.",
+            name,
+            ", ".join(sorted(others)),
         )
     prompts, completions = list(dataset["prompt"]), list(dataset["completions"])
     rewards = check_rewards(ranker.score(prompts, completions), prompts, completions, type(ranker).__name__)

@@ -63,7 +63,8 @@ class PROConfig(RankingConfig):
         default=0,
         metadata={
             "help": "Self-bootstrapping (PRO Algorithm 1): split the training data into this many parts, and before "
-            "each add to every prompt a completion sampled from the policy as it then is. Needs a `ranker`. 0: none."
+            "each add to every prompt a completion sampled from the policy as it then is. Needs a `ranker`, which "
+            "scores all completions of the prompt, in place of the data's rewards. 0: none."
         },
     )
 
@@ -82,8 +83,10 @@ class PROConfig(RankingConfig):
         is_one_of(self, "temperature", TEMPERATURES)
         is_number(self, "sft_weight", "The paper uses 0.05.")
         is_number(self, "sampling_temperature", "The policy itself is sampled at 1.", above_zero=True)
-        if self.bootstrap_parts < 0:
-            raise ValueError(f"`bootstrap_parts` must be at least 0, got {self.bootstrap_parts}. 0 turns it off.")
+        if not isinstance(self.bootstrap_parts, int) or self.bootstrap_parts < 0:
+            raise ValueError(
+                f"`bootstrap_parts` must be a whole number, at least 0, got {self.bootstrap_parts!r}. 0 turns it off."
+            )
         if self.bootstrap_parts and self.train_sampling_strategy != "random":
             raise ValueError(
                 f"`train_sampling_strategy`={self.train_sampling_strategy!r} has no effect with `bootstrap_parts`, "

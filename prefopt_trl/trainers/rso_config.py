@@ -77,9 +77,9 @@ class RSOConfig(PreferenceConfig):
             )
         gamma = self.gamma if self.gamma is not None else self.beta
         self.gamma = self.beta = 0.05 if gamma is None else gamma
-        if not 0 < self.gamma < math.inf:
+        if not isinstance(self.gamma, int | float) or not 0 < self.gamma < math.inf:
             raise ValueError(
-                f"`gamma` (or `beta`) must be greater than 0 and finite, got {self.gamma}. The paper uses 0.05."
+                f"`gamma` (or `beta`) must be greater than 0 and finite, got {self.gamma!r}. The paper uses 0.05."
             )
         loss_types = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
         if "sigmoid_norm" in loss_types:

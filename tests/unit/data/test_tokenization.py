@@ -73,5 +73,5 @@ def test_the_template_gets_its_arguments(tiny_llama_dir):
 
 @pytest.mark.parametrize(("prompt", "completion"), [("text", [{"role": "assistant", "content": "a"}]), ([], "text")])
 def test_two_formats_in_one_row_are_refused(tiny_llama_dir, prompt, completion):
-    with pytest.raises(TypeError, match="completion 1 is .* and its prompt is .*: give both as plain text, or both"):
+    with pytest.raises(TypeError, match="Completion 1 is .* and its prompt is .*: give both as plain text, or both"):
         tokenize_completions(AutoTokenizer.from_pretrained(tiny_llama_dir), prompt, [prompt, completion])

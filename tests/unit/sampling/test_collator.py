@@ -217,6 +217,14 @@ def test_settings_out_of_range_are_refused(policy, tokenizer, settings, message)
         make(policy, tokenizer, **settings)
 
 
+@pytest.mark.parametrize(
+    "example", ["The dog", {"text": "The dog"}, {"prompt": "The dog", "completions": [" is", " was"]}]
+)
+def test_what_is_no_prompt_is_refused(policy, tokenizer, example):
+    with pytest.raises(ValueError, match="Example 1 of the batch is .* Give prompts without completions"):
+        sampling(policy, tokenizer)([EXAMPLES[0], example])
+
+
 def test_a_function_is_no_ranker(policy, tokenizer):
     with pytest.raises(TypeError, match="`ranker` is a function, not a ranker. Wrap a function in `FunctionRanker`"):
         make(policy, tokenizer, ranker=number)

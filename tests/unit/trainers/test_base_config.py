@@ -178,7 +178,7 @@ def test_pros_temperature_is_not_that_of_sampling(value, config):
         ({"sampling_temperature": math.inf}, "`sampling_temperature` must be greater than 0 and finite, got inf"),
         ({"sft_weight": -0.1}, "`sft_weight` must be at least 0 and finite, got -0.1. The paper uses 0.05."),
         ({"sft_weight": math.nan}, "`sft_weight` must be at least 0 and finite, got nan"),
-        ({"bootstrap_parts": -1}, "`bootstrap_parts` must be at least 0, got -1"),
+        ({"bootstrap_parts": -1}, "`bootstrap_parts` must be a whole number, at least 0, got -1"),
     ],
 )
 def test_pros_numbers(given, message, config):

@@ -56,7 +56,11 @@ def config(output_dir: Path | str, **given) -> PROConfig:
 
 
 def samples(folder: Path) -> dict[str, Any]:
-    return {file.name: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    """What the files hold, but for the ranker's settings, which tell one function of the same rewards from another."""
+    contents = {file.name: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    for content in contents.values():
+        content["settings"].pop("ranker")
+    return contents
 
 
 # Re-ranking
@@ -511,12 +515,11 @@ def test_samples_of_an_earlier_run_in_larger_steps_are_not_taken_for_this_ones(
     assert samples(tmp_path / "bootstrap") == samples(folder / "bootstrap")
 
 
-@pytest.mark.parametrize("other", [{"bootstrap_parts": 2}, {"seed": 7}])
+@pytest.mark.parametrize("other", [{"bootstrap_parts": 2}, {"seed": 7}, {"max_new_tokens": 5}])
 def test_samples_of_another_split_are_refused(other, uninterrupted, tiny_llama_dir, tmp_path):
     output_dir = copy_of(uninterrupted("plain")[1], 3, tmp_path / "resumed")
-    remedy = (
-        r"epoch-0-part-0.json was sampled for other prompts. Resume with the dataset, `seed` and `bootstrap_parts`"
-    )
+    (name,) = other
+    remedy = f"epoch-0-part-0.json was sampled with another `{name}`. Resume with the settings of the run"
     with pytest.raises(ValueError, match=remedy):
         train(tiny_llama_dir, output_dir, resume=3, **other)
 
@@ -531,6 +534,27 @@ def test_a_part_begun_before_the_checkpoint_is_not_sampled_again(
         ValueError, match=f"after the beginning of part {missing}, whose samples are not in .* `output_dir`"
     ):
         train(tiny_llama_dir, output_dir, resume=checkpoint)
+
+
+def test_another_ranker_is_said(uninterrupted, tiny_llama_dir, tmp_path, caplog):
+    output_dir = copy_of(uninterrupted("plain")[1], 3, tmp_path / "resumed")
+
+    def other(prompts, completions, **kwargs):
+        return [-float(len(completion)) for completion in completions]
+
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+        train(tiny_llama_dir, output_dir, resume=3, stop_at=4, ranker=other)
+    assert "epoch-0-part-1.json was scored by a ranker with other settings. Its rewards are kept." in caplog.text
+
+
+def test_samples_of_other_prompts_are_refused(uninterrupted, tiny_llama_dir, tmp_path):
+    output_dir = copy_of(uninterrupted("plain")[1], 3, tmp_path / "resumed")
+    file = output_dir / "bootstrap" / "epoch-0-part-0.json"
+    content = json.loads(file.read_text())
+    content["rankings"][0]["prompt"] += " indeed"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="part-0.json was sampled for other prompts. Resume with the dataset of"):
+        train(tiny_llama_dir, output_dir, resume=3)
 
 
 # Bad input
@@ -582,7 +606,9 @@ def test_data_that_cannot_be_bootstrapped_are_refused(dataset, message, tiny_lla
 
 
 def test_a_negative_number_of_parts_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`bootstrap_parts` must be at least 0, got -1. 0 turns it off."):
+    with pytest.raises(
+        ValueError, match="`bootstrap_parts` must be a whole number, at least 0, got -1. 0 turns it off."
+    ):
         config(tmp_path, bootstrap_parts=-1)
 
 

@@ -90,7 +90,10 @@ def test_rewards_of_the_data_come_before_the_ranker(make, caplog):
     with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
         trainer = make(PROTrainer, dataset(RANKINGS), ranker=FunctionRanker(length))
     assert length.calls == [] and list(trainer.train_dataset["rewards"]) == RANKINGS["rewards"]
-    assert said(caplog) == ["`ranker` is not used: the datasets already have ranked completions."]
+    assert said(caplog) == [
+        "`ranker` is not used: the datasets already have ranked completions. To have them scored, remove the column "
+        "`rewards`, or give pairs to a trainer on rankings."
+    ]
 
 
 # Completions without rewards
@@ -441,3 +444,68 @@ def test_a_prompt_that_fills_a_row_of_a_stream_is_left_out(make):
 def test_rso_learns_from_pairs(make):
     with pytest.raises(ValueError, match="The train dataset has no column 'chosen' and no column 'rejected'"):
         make(RSOTrainer, dataset({name: RANKINGS[name] for name in ("completions", "rewards")}))
+
+
+# What a user is told
+
+
+def test_rows_of_equal_rewards_are_counted(make, caplog):
+    rewards = [[1.0, 1.0, 1.0], [2.0, 1.0]]
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+        make(PROTrainer, dataset({**COMPLETIONS, "rewards": rewards}))
+    (message,) = said(caplog)
+    assert message.startswith("1 of 2 rows of the train dataset have equal rewards only")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "message"),
+    [
+        (
+            [{"from": "human", "value": "Why?"}],
+            [{"role": "assistant", "content": "So."}],
+            "The prompt of row 0 of the train dataset has a message with the keys from, value; .* `role`",
+        ),
+        (
+            [{"role": "user", "content": "Why?"}],
+            [],
+            "Completion 1 of row 0 of the train dataset is an empty list; .* Leave the row out",
+        ),
+        ("Why?", None, "Completion 1 of row 0 of the train dataset is NoneType"),
+    ],
+)
+def test_messages_of_another_kind_are_refused(prompt, completion, message, make):
+    other = " yes" if isinstance(prompt, str) else [{"role": "assistant", "content": "Yes."}]
+    rows = {"prompt": [prompt], "completions": [[other, completion]], "rewards": [[1.0, 0.0]]}
+    with pytest.raises(ValueError, match=message):
+        make(PROTrainer, dataset(rows))
+
+
+def test_a_row_of_two_formats_is_named(make):
+    rows = {"prompt": ["Why?"], "completions": [[[{"role": "assistant", "content": "So."}]] * 2], "rewards": [[1, 0]]}
+    with pytest.raises(TypeError, match="Row 0 of the train dataset: Completion 0 is list and its prompt is str"):
+        make(PROTrainer, dataset(rows))
+
+
+def test_columns_beside_sampled_prompts_are_said(make, caplog):
+    rows = dataset({"prompt": PROMPTS["prompt"], "responses": [["a", "b"]] * 4})
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+        make(PROTrainer, rows, ranker=FunctionRanker(brevity), **SAMPLING)
+    assert any("other columns are carried along: responses. If they hold completions" in text for text in said(caplog))
+
+
+def test_columns_beside_scored_completions_are_said(make, caplog):
+    rows = dataset({**COMPLETIONS, "reward": [[1.0, 2.0, 3.0], [1.0, 2.0]]})
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+        make(PROTrainer, rows, ranker=FunctionRanker(brevity))
+    assert any("has no column `rewards`; not used are: reward." in text for text in said(caplog))
+
+
+def test_the_columns_there_are_stand_in_the_message(make):
+    with pytest.raises(ValueError, match=r"no `completions`; it has \['prompt', 'responses'\]. Pass a `ranker`"):
+        make(PROTrainer, dataset({"prompt": ["Why?"], "responses": [["a", "b"]]}))
+
+
+def test_rewards_without_completions_are_refused(make):
+    with pytest.raises(ValueError, match="has `rewards` and no `completions` that they belong to. Rename the column"):
+        rows = dataset({"prompt": ["Why?"], "responses": [["a", "b"]], "rewards": [[1.0, 0.0]]})
+        make(PROTrainer, rows, ranker=FunctionRanker(brevity))

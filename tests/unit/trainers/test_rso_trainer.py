@@ -293,7 +293,10 @@ def test_evaluation_sets_keep_their_names(pairs, prompts, policy_dir, tmp_path):
 def test_a_ranker_without_use_is_said(pairs, policy_dir, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
         RSOTrainer(policy_dir, args=config(tmp_path), train_dataset=pairs, ranker=FunctionRanker(brevity))
-    assert messages(caplog) == ["`ranker` is not used: the datasets already have ranked completions."]
+    assert messages(caplog) == [
+        "`ranker` is not used: the datasets already have ranked completions. To have them scored, remove the column "
+        "`rewards`, or give pairs to a trainer on rankings."
+    ]
 
 
 # Bad input
@@ -423,7 +426,7 @@ def test_pairs_whose_prompt_fills_max_length_are_left_out_and_counted(pairs, pol
 
 def test_trls_own_config_is_refused(pairs, policy_dir, tmp_path):
     args = DPOConfig(str(tmp_path), use_cpu=True, bf16=False)
-    with pytest.raises(TypeError, match="`args` must be an RSOConfig, got DPOConfig. It takes the same"):
+    with pytest.raises(TypeError, match="`args` must be RSOConfig, got DPOConfig. It takes the arg"):
         RSOTrainer(policy_dir, args=args, train_dataset=pairs)
 
 
