@@ -16,6 +16,7 @@ Offline, with a local file and a model of 5M parameters made from scratch:
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from shared import ScriptArguments, first_that_fit, load_comparisons, make_policy, make_ranker, train_and_save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
@@ -34,7 +35,7 @@ def main(script: PROScriptArguments, args: PROConfig) -> None:
     ranker = PairwiseRanker(make_ranker(script, args, comparisons))
 
     pairs = first_that_fit(comparisons, policy, script, args)
-    model: Any = AutoModelForCausalLM.from_pretrained(policy)
+    model: Any = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
     sampled = sample_completions(
         model.to(args.device),
         AutoTokenizer.from_pretrained(policy),

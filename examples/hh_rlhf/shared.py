@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
@@ -41,7 +42,8 @@ def make_base(script: ScriptArguments, comparisons: Dataset) -> tuple[PreTrained
     if script.from_scratch:
         tokenizer = train_tokenizer((row["prompt"] + row["chosen"] for row in comparisons), vocab_size=4096)
         return tiny_llama(tokenizer), tokenizer
-    return AutoModelForCausalLM.from_pretrained(script.base_model), AutoTokenizer.from_pretrained(script.base_model)
+    model = AutoModelForCausalLM.from_pretrained(script.base_model, dtype=torch.float32)  # it may be saved in half
+    return model, AutoTokenizer.from_pretrained(script.base_model)
 
 
 def fine_tune(
@@ -105,7 +107,7 @@ def first_that_fit(comparisons: Dataset, policy: str, script: ScriptArguments, a
 
 
 def train_and_save(trainer: Any) -> None:
-    trainer.train()
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
     print(f"The trained policy is saved in {trainer.args.output_dir}.")
     if trainer.args.push_to_hub:

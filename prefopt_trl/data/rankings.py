@@ -2,9 +2,9 @@
 
 import json
 import logging
-import math
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
@@ -13,6 +13,8 @@ from prefopt_trl.data.formats import check_format, columns_of
 from prefopt_trl.data.tokenization import tokenize_completions
 
 logger = logging.getLogger(__name__)
+
+FLOAT32_MAX = 3.4e38  # rewards are single precision in a batch
 
 
 def pairs_to_rankings(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
@@ -66,7 +68,7 @@ def check_ranking(completions: Any, rewards: Any, where: str) -> None:
         count = f"{len(rewards)} rewards" if isinstance(rewards, list) else f"{rewards!r} as `rewards`"
         raise ValueError(f"{where} has {len(completions)} completions and {count}. Give one reward per completion.")
     for index, reward in enumerate(rewards):
-        if not isinstance(reward, int | float) or not math.isfinite(reward):
+        if not isinstance(reward, int | float) or not abs(reward) < FLOAT32_MAX:
             raise ValueError(
                 f"{where} has the reward {reward!r} for completion {index}, a finite number was expected. Give "
                 "`rewards` as numbers, or leave the row out; with a `ranker` and no column `rewards`, they are scored."
@@ -144,7 +146,8 @@ def tokenize_rankings(
             tokenized = tokenized.filter(lambda example: len(example["prompt_ids"]) < max_length)
         return tokenized
 
-    tokenized = dataset.map(tokenize, with_indices=True, num_proc=num_proc, desc=f"Tokenizing {name} dataset")
+    with PartialState().main_process_first():  # the others read what it has cached
+        tokenized = dataset.map(tokenize, with_indices=True, num_proc=num_proc, desc=f"Tokenizing {name} dataset")
     equal = sum(len(set(rewards)) == 1 for rewards in tokenized["rewards"])
     if equal:
         logger.warning(

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from prefopt_trl.data.formats import Completion, Prompt
+
+logger = logging.get_logger(__name__)
 
 
 def tokenize_completions(
@@ -65,6 +68,13 @@ def tokenize_completions(
     prompt_ids = encode(prompt)
     both_ids = [encode(prompt, completion) for completion in completions]
     end = min(_common_length(prompt_ids, ids) for ids in both_ids)
+    if end < len(prompt_ids):
+        logger.warning_once(
+            "A prompt's tokens are not those that it has before a completion, because tokens merge where the two meet "
+            "or the chat template writes it otherwise. The completion begins where they differ, and the policy learns "
+            "in a context other than the one it samples in. End prompts where a token ends. (Said once, of "
+            f"{tokenizer.decode(prompt_ids[end:])!r}.)"
+        )
     return prompt_ids[:end], [ids[end:] for ids in both_ids]
 
 

@@ -22,6 +22,7 @@ from prefopt_trl.data.tokenization import tokenize_completions
 from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
 from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates, tokenize_prompts
 from prefopt_trl.sampling.selection import (
+    NUM_PAIRS,
     PAIRINGS,
     RANKING,
     STRATEGIES,
@@ -53,9 +54,9 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
     Everything drawn for a batch depends on `seed`, `epoch` and the batch's prompts alone. So each process samples its
     own prompts with its own stream, which is the same after any restart, and the global random state is left alone.
 
-    A prompt with fewer distinct candidates than `num_samples` keeps those it has, and one with a single candidate is
-    left out; of a batch that would be empty, one is paired with itself, so that each process has a batch: a loss of
-    differences has no gradient there, and a likelihood term keeps its own. A warning counts them.
+    A prompt with fewer distinct candidates than `num_samples` keeps those it has and repeats their pairs, so that each
+    prompt makes as many pairs, on every process. A single candidate meets itself, where a loss of differences has no
+    gradient, and a likelihood term keeps its own. A warning counts such prompts.
 
     Args:
         policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -151,7 +152,8 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
                     "`{'prompt': ...}`; of completions that are there already `build_preference_dataset` makes pairs."
                 )
         prompts = [example["prompt"] for example in examples]
-        drawn = json.dumps([self.seed, self.epoch, prompts]).encode()
+        rows = [example.get("row") for example in examples]
+        drawn = json.dumps([self.seed, self.epoch, rows, prompts]).encode()
         seed = int.from_bytes(hashlib.sha256(drawn).digest()[:4], "little")
         completions = self._sample(prompts, seed)
         rewards = check_rewards(
@@ -164,26 +166,21 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
             distinct = first_occurrences(row)
             kept.append(accept(row_rewards, distinct, min(self.num_samples, len(distinct)), beta, stream))
         self._count_short(kept)
-        full = [index for index, row in enumerate(kept) if len(row) > 1]
-        if not full:
-            kept[0], full = np.repeat(kept[0], 2), [0]
+        members = [np.repeat(row, 2) if len(row) == 1 else row for row in kept]  # a single one meets itself
 
         if self.pairing == RANKING:
-            rankings = [(index, rank(completions[index], rewards[index], kept[index])) for index in full]
-            return self._collate([self._tokenize(prompts[index], **ranking) for index, ranking in rankings])
-        labelled = label_pairs(
-            self.ranker,
-            [prompts[index] for index in full],
-            [completions[index] for index in full],
-            [kept[index] for index in full],
-            PAIRINGS[self.pairing],
-            [streams[index] for index in full],
-        )
+            ranked = [rank(*scored) for scored in zip(completions, rewards, members, strict=True)]
+            return self._collate(
+                [self._tokenize(prompt, **ranking) for prompt, ranking in zip(prompts, ranked, strict=True)]
+            )
+        labelled = label_pairs(self.ranker, prompts, completions, members, PAIRINGS[self.pairing], streams)
+        num_pairs = NUM_PAIRS[self.pairing](self.num_samples)
         return self._collate(
             [
-                self._tokenize(prompts[index], [completions[index][chosen], completions[index][rejected]])
-                for index, pairs in zip(full, labelled, strict=True)
-                for chosen, rejected in zip(pairs.chosen, pairs.rejected, strict=True)
+                self._tokenize(prompt, [row[chosen], row[rejected]])
+                for prompt, row, pairs in zip(prompts, completions, labelled, strict=True)
+                # Repeated where there are few: TRL gathers a value of each pair, as many from every process
+                for chosen, rejected in np.resize(np.stack([pairs.chosen, pairs.rejected], axis=1), (num_pairs, 2))
             ]
         )
 
@@ -218,7 +215,7 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
         short = sum(len(row) < self.num_samples for row in kept)
         if short and not self.num_short:
             logger.warning(
-                "%d of %d prompts of a batch have fewer than `num_samples`=%d distinct candidates, and make fewer "
+                "%d of %d prompts of a batch have fewer than `num_samples`=%d distinct candidates, and repeat their "
                 "pairs. Raise `num_candidates`, `temperature` or `max_new_tokens`. (This is said once; `num_short` "
                 "counts on.)",
                 short,

@@ -17,6 +17,11 @@ from prefopt_trl.sampling.statistics import SamplingStatistics, label_warning, r
 # Beta of Algorithm 1 that each strategy stands for: its own, and the two limits of RSO section 3.2
 STRATEGIES: dict[str, Callable[[float], float]] = {"rso": float, "sft": lambda beta: np.inf, "top-k": lambda beta: 0.0}
 PAIRINGS = {"first-round": first_round, "tournament": tournament, "all": round_robin}
+NUM_PAIRS: dict[str, Callable[[int], int]] = {
+    "first-round": lambda n: n // 2,
+    "tournament": lambda n: n - 1,
+    "all": lambda n: n * (n - 1) // 2,
+}
 RANKING = "ranking"  # in place of a pairing: the kept candidates are ranked by reward
 # Columns of candidates, and of the pairs made of them: any other is the user's, and is kept
 OWN_COLUMNS = {"prompt", "completions", "rewards", "finished", "chosen", "rejected"}

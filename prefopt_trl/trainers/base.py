@@ -3,8 +3,9 @@ names."""
 
 import contextlib
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from transformers import (
     TrainerState,
 )
 from trl import DPOTrainer
-from trl.trainer import dpo_trainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
 from prefopt_trl.data.collators import DataCollatorForRanking
@@ -35,11 +35,7 @@ from prefopt_trl.shared_prefix.forward import add_shared_prefix
 from prefopt_trl.shared_prefix.packing import IGNORE_INDEX, pair_groups
 from prefopt_trl.trainers.base_config import PreferenceConfig
 from prefopt_trl.trainers.completions import ScoredCompletions, by_prompt, columns_of_rows, ranking_metrics
-from prefopt_trl.trainers.preferences import (
-    check_prompts,
-    sample_preferences,
-    score_completions,
-)
+from prefopt_trl.trainers.preferences import check_prompts, check_text, with_completions
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +93,50 @@ class PreferenceTrainer(DPOTrainer):
                 "`tokenizer.eos_token` (and `tokenizer.pad_token`) to tokens of its vocabulary."
             )
 
+        self._check_arguments(args, ref_model, data_collator, compute_metrics, ranker)
+        splits: dict[str, Any] = {"train": train_dataset}
+        if isinstance(eval_dataset, dict):
+            splits |= {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
+        else:
+            splits["eval"] = eval_dataset
+        for name, dataset in splits.items():
+            if self._takes_rankings(args):
+                check_text(dataset, name)
+        load_policy = partial(self._reference_policy, model, ref_model, args, quantization_config)
+        keeps_ranker = self._keeps_ranker(args)
+        splits = with_completions(splits, self.learns_from, load_policy, tokenizer, ranker, keeps_ranker, args)
+        train_dataset = splits.pop("train")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name.removeprefix("eval_"): dataset for name, dataset in splits.items()}
+        else:
+            eval_dataset = splits["eval"]
+
+        # Not by name: a split for evaluation may be called "train" too
+        self._online_prompts = train_dataset if args.sampling == "online" else None
+        construct = super().__init__ if self.has_reference else partial(_init_without_reference_model(model), self)
+        construct(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        if not self.has_reference and isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
+            self.model.delete_adapter("ref")  # TRL's copy of a pretrained adapter
+        self._share_prefixes()
+        self._install_collator(tokenizer, ranker, given=data_collator is not None)
+        self._set_up(tokenizer, ranker)
+
+    def _check_arguments(
+        self, args: Any, ref_model: Any, data_collator: Any, compute_metrics: Any, ranker: Ranker | None
+    ) -> None:
         if ref_model is not None and not self.has_reference:
             raise ValueError(f"`ref_model` has no effect: {self._name} has no reference model. Leave it out.")
         if ranker is not None:
@@ -110,95 +150,37 @@ class PreferenceTrainer(DPOTrainer):
                 "`sampling='online'` generates inside the training process, not in its dataloader's workers. Set "
                 "`dataloader_num_workers=0`."
             )
+        if args.accelerator_config.dispatch_batches and (self._takes_rankings(args) or args.sampling == "online"):
+            raise ValueError(
+                "`dispatch_batches=True` deals out the rows of a batch, and tears the completions of a prompt apart. "
+                "Leave it out of `accelerator_config`."
+            )
+        if compute_metrics is not None and self._takes_rankings(args) and args.world_size > 1:
+            raise ValueError(
+                "`compute_metrics` gathers the logits of all rows, and rankings of different lengths have different "
+                "numbers of rows on each process. Evaluate in one process, or leave it out."
+            )
 
-        splits: dict[str, Any] = {"train": train_dataset}
-        if isinstance(eval_dataset, dict):
-            splits |= {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
-        else:
-            splits["eval"] = eval_dataset
-        columns = {name: columns_of(dataset, name) for name, dataset in splits.items() if dataset is not None}
-        images = {"image", "images"} & {column for names in columns.values() for column in names}
-        if images and self._takes_rankings(args):
-            raise ValueError(
-                f"The datasets have the column {' and '.join(sorted(images))}, and rankings are of text. Remove it, "
-                "or train on pairs with `RSOTrainer`."
-            )
-        to_sample = [name for name in columns if self._are_prompts(columns[name])]
-        if to_sample and ranker is None:
-            raise ValueError(
-                f"The {' and '.join(to_sample)} dataset has prompts but no {self._completions()}; it has "
-                f"{columns[to_sample[0]]}. Pass a `ranker`, so that completions can be sampled and ranked, or rename "
-                "the columns that have them with `dataset.rename_column(old, new)`."
-            )
-        if args.sampling == "online" and ("train" not in to_sample or "completions" in columns["train"]):
-            raise ValueError(
-                "`sampling='online'` needs a training dataset of prompts, and this one has completions. Remove them "
-                "with `dataset.select_columns(\"prompt\")`, or leave `sampling` at 'offline'."
-            )
-        offline = [name for name in to_sample if name != "train" or args.sampling == "offline"]
-        if offline:
-            policy = self._reference_policy(model, ref_model, args, quantization_config)
-            for name in offline:
-                output_dir = os.path.join(str(args.output_dir), "sampled", name)
-                splits[name] = sample_preferences(splits[name], name, policy, tokenizer, ranker, args, output_dir)
-            del policy
-        uses_ranker = bool(to_sample) or self._keeps_ranker(args)
-        for name in columns:
-            if name not in to_sample and self.learns_from == "rankings":
-                splits[name], scored = score_completions(splits[name], name, columns[name], ranker)
-                uses_ranker |= scored
-        if ranker is not None and not uses_ranker and {"chosen", "rewards"} & set(columns.get("train", [])):
-            logger.warning(
-                "`ranker` is not used: the datasets already have ranked completions. To have them scored, remove the "
-                "column `rewards`, or give pairs to a trainer on rankings."
-            )
-        train_dataset = splits.pop("train")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name.removeprefix("eval_"): dataset for name, dataset in splits.items()}
-        else:
-            eval_dataset = splits["eval"]
-
-        with contextlib.ExitStack() as stack:
-            if not self.has_reference:
-                stack.enter_context(_no_reference_model(policy_is_loaded=not isinstance(model, str)))
-            super().__init__(
-                model=model,
-                ref_model=ref_model,
-                args=args,
-                data_collator=data_collator,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                compute_metrics=compute_metrics,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
-            )
-        if not self.has_reference and isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
-            self.model.delete_adapter("ref")  # TRL's copy of a pretrained adapter
-        self._share_prefixes()
+    def _install_collator(self, tokenizer: Any, ranker: Ranker | None, given: bool) -> None:
         collating: dict[str, Any] = {
-            "max_length": args.max_length,
-            "truncation_mode": args.truncation_mode,
-            "pad_to_multiple_of": args.pad_to_multiple_of,
+            "max_length": self.args.max_length,
+            "truncation_mode": self.args.truncation_mode,
+            "pad_to_multiple_of": self.args.pad_to_multiple_of,
         }
-        if args.sampling == "online" and ranker is not None:
-            policy = self.accelerator.unwrap_model(self.ref_model or self.model)
+        if self.args.sampling == "online" and ranker is not None:
             self.data_collator = DataCollatorForRejectionSampling(
-                policy,
+                self.accelerator.unwrap_model(self.ref_model or self.model),
                 tokenizer,
                 ranker,
                 while_sampling=self._reference_adapter if self.ref_model is None else contextlib.nullcontext,
-                batch_size=args.generation_batch_size,
-                **args.selection_options(),
-                **args.generation_options(),
+                batch_size=self.args.generation_batch_size,
+                **self.args.selection_options(),
+                **self.args.generation_options(),
                 **collating,
             )
             self.add_callback(_EpochOfSampling(self.data_collator))
-        elif data_collator is None and self._takes_rankings(args):
+        elif not given and self._takes_rankings(self.args):
             self.data_collator = DataCollatorForRanking(pad_token_id=tokenizer.pad_token_id, **collating)
-        self._set_up(tokenizer, ranker)
 
     def _takes_rankings(self, args: Any) -> bool:
         """Whether the batches are rankings, in our layout, rather than pairs in TRL's."""
@@ -216,20 +198,6 @@ class PreferenceTrainer(DPOTrainer):
 
     def _set_up(self, tokenizer: PreTrainedTokenizerBase, ranker: Ranker | None) -> None:
         """What a trainer does at the end of its construction."""
-
-    def _are_prompts(self, columns: list[str]) -> bool:
-        """Whether a dataset with these columns is to be sampled."""
-        completions = {"chosen", "rejected"} if self.learns_from == "pairs" else {"chosen", "rejected", "completions"}
-        are_prompts = "prompt" in columns and not completions & set(columns)
-        if are_prompts and self.learns_from == "rankings" and "rewards" in columns:
-            raise ValueError(
-                "A dataset has `rewards` and no `completions` that they belong to. Rename the column that has them "
-                "with `dataset.rename_column(old, new)`, or remove `rewards` to sample completions."
-            )
-        return are_prompts
-
-    def _completions(self) -> str:
-        return "`chosen` and `rejected` completions" if self.learns_from == "pairs" else "`completions`"
 
     @staticmethod
     def _reference_policy(model: Any, ref_model: Any, args: Any, quantization_config: Any) -> Any:
@@ -256,7 +224,7 @@ class PreferenceTrainer(DPOTrainer):
         args: Any,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        if args.sampling == "online" and dataset_name == "train":
+        if dataset is self._online_prompts:
             return check_prompts(dataset, processing_class, args)
         if self._takes_rankings(args):
             return tokenize_rankings(
@@ -372,7 +340,8 @@ class CompletionTrainer(PreferenceTrainer):
         pairs.append(torch.stack([attention_mask.sum().float()] * 2))
         *gathered, num_tokens = self.accelerator.gather(torch.stack(pairs)[None]).sum(dim=0).tolist()
         for name, (total, count) in zip(metrics, gathered, strict=True):
-            self._metrics[mode][name].append(total / count if count else 0.0)
+            if count:  # there may be nothing to compare, such as rewards that are not all equal
+                self._metrics[mode][name].append(total / count)
         if mode == "train":
             self._total_train_tokens += int(num_tokens[0]) // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
@@ -414,22 +383,19 @@ class _EpochOfSampling(TrainerCallback):
         self.collator.epoch = int((state.epoch or 0) + 1e-6)  # the sum of steps may lie just below the whole number
 
 
-@contextlib.contextmanager
-def _no_reference_model(policy_is_loaded: bool) -> Iterator[None]:
-    """While entered, TRL's constructor loads the policy and no copy of it.
+def _init_without_reference_model(model: Any) -> Callable[..., None]:
+    """TRL's constructor, which loads the policy and no copy of it.
 
     Without PEFT, `DPOTrainer.__init__` loads a second copy of the weights as the reference model; its one way around
-    that, `precompute_ref_log_probs`, still loads it under FSDP. It does so with the function it has loaded the policy
-    with before. This may go once `DPOTrainer` can be told that a loss has no reference model.
+    that, `precompute_ref_log_probs`, still loads it under FSDP. It does so with the function that it has loaded the
+    policy with before, so this is the same code with another function of that name. It may go once `DPOTrainer` can be
+    told that a loss has no reference model.
     """
-    load = dpo_trainer.create_model_from_path
-    to_load = [] if policy_is_loaded else [load]
+    init = DPOTrainer.__init__
+    to_load = [init.__globals__["create_model_from_path"]] if isinstance(model, str) else []
 
     def load_policy_only(*args: Any, **kwargs: Any) -> Any:
         return to_load.pop()(*args, **kwargs) if to_load else None
 
-    dpo_trainer.create_model_from_path = load_policy_only
-    try:
-        yield
-    finally:
-        dpo_trainer.create_model_from_path = load
+    names = {**init.__globals__, "create_model_from_path": load_policy_only}
+    return FunctionType(init.__code__, names, init.__name__, init.__defaults__, init.__closure__)

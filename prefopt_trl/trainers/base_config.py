@@ -1,32 +1,12 @@
 """What the configurations of all trainers share: prompts computed once, and sampling before or during training."""
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from trl import DPOConfig
 
 from prefopt_trl.sampling.selection import PAIRINGS, RANKING, STRATEGIES
-
-# Arguments of `DPOConfig` that belong to TRL's own losses, and those that need a reference model
-TRL_LOSS_ARGUMENTS = [
-    "loss_weights",
-    "ld_alpha",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "label_smoothing",
-    "use_weighting",
-    "discopop_tau",
-]
-REFERENCE_ARGUMENTS = [
-    "beta",
-    "precompute_ref_log_probs",
-    "precompute_ref_batch_size",
-    "sync_ref_model",
-    "ref_model_mixup_alpha",
-    "ref_model_sync_steps",
-]
+from prefopt_trl.trainers.arguments import TRL_LOSS_ARGUMENTS, is_one_of, refuse
 
 
 @dataclass
@@ -96,6 +76,11 @@ class PreferenceConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         is_one_of(self, "sampling", ["offline", "online"])
+        if self.sampling == "online" and self.sync_ref_model:
+            raise ValueError(
+                "`sync_ref_model` moves the reference model, and `sampling='online'` samples from it as it was before "
+                "training. Set one of them."
+            )
         if self.sampling == "online" and self.precompute_ref_log_probs:
             raise ValueError(
                 "`precompute_ref_log_probs` needs the pairs before training, and `sampling='online'` samples them "
@@ -108,6 +93,11 @@ class PreferenceConfig(DPOConfig):
         temperature = self.generation_options()["temperature"]
         if not isinstance(temperature, int | float) or not temperature > 0:
             raise ValueError(f"`temperature` must be greater than 0, got {temperature!r}. Algorithm 1 assumes 1.")
+        if self.max_new_tokens < 1 or self.generation_batch_size < 1 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"`max_new_tokens`={self.max_new_tokens} and `generation_batch_size`={self.generation_batch_size} "
+                f"must be at least 1, `top_k`={self.top_k} at least 0 and `top_p`={self.top_p} in (0, 1]."
+            )
         if self.num_samples < 2:
             raise ValueError(f"`num_samples` must be at least 2 to make a pair, got {self.num_samples}.")
         if self.num_samples > self.num_candidates:
@@ -155,43 +145,3 @@ class RankingConfig(PreferenceConfig):
 
     def _pairings(self) -> list[str]:
         return [RANKING]
-
-
-def refuse(config: DPOConfig, names: Iterable[str], reason: str) -> None:
-    """Refuse arguments of `DPOConfig` that would be without effect, where they are not at their default.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    for argument in fields(DPOConfig):
-        if argument.name in names:
-            default = argument.default_factory() if callable(argument.default_factory) else argument.default
-            if getattr(config, argument.name) != default:
-                raise ValueError(
-                    f"`{argument.name}`={getattr(config, argument.name)!r} has no effect in "
-                    f"{type(config).__name__}: {reason}. Leave it out."
-                )
-
-
-def is_one_of(config: DPOConfig, name: str, choices: Iterable[str]) -> None:
-    """Require an argument to be one of its choices.
-
-    Raises:
-        ValueError: naming the argument and the choices.
-    """
-    if getattr(config, name) not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(config, name)!r}.")
-
-
-def is_number(config: DPOConfig, name: str, advice: str, above_zero: bool = False) -> None:
-    """Require an argument to be finite and at least 0, or above it.
-
-    Raises:
-        ValueError: naming the argument, its value and the advice.
-    """
-    value = getattr(config, name)
-    if not isinstance(value, int | float):
-        raise ValueError(f"`{name}` must be a number, got {value!r}. {advice}")
-    if not (value > 0 if above_zero else value >= 0) or value == math.inf:
-        bound = "greater than 0" if above_zero else "at least 0"
-        raise ValueError(f"`{name}` must be {bound} and finite, got {value}. {advice}")

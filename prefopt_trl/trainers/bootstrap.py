@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,11 @@ class Bootstrap(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.resumed_at = state.global_step
-        if state.global_step == 0 and state.is_world_process_zero:
-            # Those of an earlier run, in larger steps, would pass for ones from before a checkpoint of this run
-            for file in self.folder.glob("epoch-*-part-*.json"):
-                file.unlink()
+        if state.global_step == 0 and state.is_world_process_zero and self.folder.exists():
+            # Samples of an earlier run, in larger steps, would pass for ones from before a checkpoint of this run
+            names = (self.folder.with_name(f"{self.folder.name}-{number}") for number in count(1))
+            aside = self.folder.rename(next(name for name in names if not name.exists()))
+            logger.warning("Training starts anew; the samples of an earlier run are kept in %s.", aside)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.epoch = int((state.epoch or 0) + 1e-6)  # the sum of steps may lie just below the whole number

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from prefopt_trl.trainers.base_config import PreferenceConfig, RankingConfig, is_number
+from prefopt_trl.trainers.arguments import is_number, refuse
+from prefopt_trl.trainers.base_config import PreferenceConfig, RankingConfig
 
 
 @dataclass
@@ -29,9 +30,6 @@ class ListwiseDPOConfig(RankingConfig):
 
     def __post_init__(self) -> None:
         is_number(self, "beta", "DPO uses 0.1 and 0.5.", above_zero=True)
-        if self.precompute_ref_log_probs:
-            raise ValueError(
-                "`precompute_ref_log_probs` works on pairs only. Leave it out; with `peft_config` there is no second "
-                "copy of the weights to save."
-            )
+        precomputing = ["precompute_ref_log_probs", "precompute_ref_batch_size"]
+        refuse(self, precomputing, "it works on pairs only, and with `peft_config` there is no second copy to save")
         super().__post_init__()

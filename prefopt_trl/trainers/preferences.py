@@ -1,10 +1,15 @@
 """From the dataset a user has to what a trainer learns from: prompts are sampled, completions scored."""
 
+import gc
 import logging
+import os
+from collections.abc import Callable
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefopt_trl.data.formats import columns_of
 from prefopt_trl.data.rankings import pairs_to_rankings
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.sampling.generation import check_unused_columns, tokenize_prompts
@@ -12,6 +17,103 @@ from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
+
+
+def with_completions(
+    splits: dict[str, Any],
+    learns_from: str,
+    load_policy: Callable[[], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    ranker: Ranker | None,
+    keeps_ranker: bool,
+    args: PreferenceConfig,
+) -> dict[str, Any]:
+    """The datasets with what a trainer learns from: prompts are sampled, and completions scored where need be.
+
+    Args:
+        splits (`dict`):
+            Datasets by name, of which `"train"` is trained on; None where there is none.
+        learns_from (`str`):
+            `"pairs"` or `"rankings"`.
+        load_policy (`Callable`):
+            Loads the policy to sample from.
+        tokenizer, ranker, args:
+            Those of the trainer.
+        keeps_ranker (`bool`):
+            Whether the ranker is used during training, too.
+
+    Returns:
+        `dict`: datasets of the same names.
+
+    Raises:
+        ValueError: where completions, rewards or a ranker are missing.
+    """
+    columns = {name: columns_of(dataset, name) for name, dataset in splits.items() if dataset is not None}
+    to_sample = [name for name in columns if _are_prompts(columns[name], learns_from)]
+    if to_sample and ranker is None:
+        missing = "`chosen` and `rejected` completions" if learns_from == "pairs" else "`completions`"
+        raise ValueError(
+            f"The {' and '.join(to_sample)} dataset has prompts but no {missing}; it has {columns[to_sample[0]]}. "
+            "Pass a `ranker`, so that completions can be sampled and ranked, or rename the columns that have them "
+            "with `dataset.rename_column(old, new)`."
+        )
+    if args.sampling == "online" and ("train" not in to_sample or "completions" in columns["train"]):
+        raise ValueError(
+            "`sampling='online'` needs a training dataset of prompts, and this one has completions. Remove them with "
+            "`dataset.select_columns(\"prompt\")`, or leave `sampling` at 'offline'."
+        )
+    made = dict(splits)
+    offline = [name for name in to_sample if name != "train" or args.sampling == "offline"]
+    if offline:
+        policy = load_policy()
+        for name in offline:
+            output_dir = os.path.join(str(args.output_dir), "sampled", name)
+            made[name] = sample_preferences(splits[name], name, policy, tokenizer, ranker, args, output_dir)
+        del policy
+        gc.collect()  # before the policy is loaded again to be trained
+    uses_ranker = bool(to_sample) or keeps_ranker
+    for name in columns:
+        if name not in to_sample and learns_from == "rankings":
+            made[name], scored = score_completions(splits[name], name, columns[name], ranker)
+            uses_ranker |= scored
+    of_training = set(columns.get("train", []))
+    if ranker is not None and not uses_ranker and {"chosen", "rewards"} & of_training:
+        logger.warning(
+            "`ranker` is not used: the datasets already have ranked completions. To have them scored, remove the "
+            "column `rewards`, or give pairs to a trainer on rankings."
+        )
+    if keeps_ranker and "rewards" in of_training:
+        logger.warning(
+            "The ranker scores all completions of a prompt for `bootstrap_parts`, in place of the column `rewards`, "
+            "so that which of them is the best may change."
+        )
+    return made
+
+
+def _are_prompts(columns: list[str], learns_from: str) -> bool:
+    """Whether a dataset with these columns is to be sampled."""
+    completions = {"chosen", "rejected"} if learns_from == "pairs" else {"chosen", "rejected", "completions"}
+    are_prompts = "prompt" in columns and not completions & set(columns)
+    if are_prompts and learns_from == "rankings" and "rewards" in columns:
+        raise ValueError(
+            "A dataset has `rewards` and no `completions` that they belong to. Rename the column that has them with "
+            "`dataset.rename_column(old, new)`, or remove `rewards` to sample completions."
+        )
+    return are_prompts
+
+
+def check_text(dataset: Dataset | IterableDataset | None, name: str) -> None:
+    """Refuse images where the batches are rankings.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    images = {"image", "images"} & set(columns_of(dataset, name) if dataset is not None else [])
+    if images:
+        raise ValueError(
+            f"The {name} dataset has the column {' and '.join(sorted(images))}, and rankings are of text. Remove it, "
+            "or train on pairs with `RSOTrainer`."
+        )
 
 
 def sample_preferences(
@@ -93,7 +195,7 @@ def score_completions(
 def check_prompts(
     dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: PreferenceConfig
 ) -> Dataset:
-    """Refuse, before training, prompts that could not be sampled while it goes on.
+    """Refuse, before training, prompts that could not be sampled while it goes on; number the others.
 
     Raises:
         ValueError: for a stream, columns that sampling does not use, or a prompt that fills `max_length` (naming its
@@ -112,4 +214,7 @@ def check_prompts(
                     f"The prompt of row {row} has {len(ids)} tokens and fills `max_length`={args.max_length}. Raise "
                     "`max_length` or leave such rows out."
                 )
-    return dataset
+    # Which row a prompt is of, so that prompts that repeat are sampled anew
+    if "row" in dataset.column_names:
+        dataset = dataset.remove_columns("row")
+    return dataset.add_column("row", range(len(dataset)))

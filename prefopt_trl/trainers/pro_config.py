@@ -3,14 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefopt_trl.trainers.base_config import (
-    REFERENCE_ARGUMENTS,
-    PreferenceConfig,
-    RankingConfig,
-    is_number,
-    is_one_of,
-    refuse,
-)
+from prefopt_trl.trainers.arguments import REFERENCE_ARGUMENTS, is_number, is_one_of, refuse
+from prefopt_trl.trainers.base_config import PreferenceConfig, RankingConfig
 
 TEMPERATURES = ["dynamic", "none"]
 

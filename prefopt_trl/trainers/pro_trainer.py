@@ -102,6 +102,11 @@ class PROTrainer(CompletionTrainer):
         )
         self.train_dataset = self.train_dataset.add_column("row", range(len(self.train_dataset)))
         self.add_callback(self.bootstrap)
+        if self.args.accelerator_config.even_batches is False:
+            raise ValueError(
+                "`even_batches=False` gives processes batches of different lengths, and with `bootstrap_parts` they "
+                "sample together. Leave it out of `accelerator_config`."
+            )
         # Batches are made when they are trained on: a dataloader makes them earlier, before the policy is there
         later: Any = list
         self.collate, self.data_collator = self.data_collator, later
@@ -109,14 +114,19 @@ class PROTrainer(CompletionTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         return PartSampler(self.bootstrap) if self.bootstrap else super()._get_train_sampler(train_dataset)
 
-    def _prepare_inputs(self, inputs: Any) -> dict[str, torch.Tensor]:
-        if self.bootstrap and isinstance(inputs, list):
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """The batches of one step of the optimiser, made of what the policy samples now."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.bootstrap:
             policy: Any = self.accelerator.unwrap_model(self.model)
-            if policy.training:
-                rows = [example["row"] for example in inputs]
-                inputs = self.bootstrap.extend(rows, policy, self.accelerator, self.state.global_step)
-            inputs = self.collate(inputs)
-        return super()._prepare_inputs(inputs)
+            for index, examples in enumerate(batches):
+                rows = [example["row"] for example in examples]
+                extended = self.bootstrap.extend(rows, policy, self.accelerator, self.state.global_step)
+                batches[index] = self._prepare_inputs(self.collate(extended))
+        return batches, num_items
+
+    def _prepare_inputs(self, inputs: Any) -> dict[str, torch.Tensor]:
+        return super()._prepare_inputs(self.collate(inputs) if isinstance(inputs, list) else inputs)
 
     def loss_per_prompt(self, completions: ScoredCompletions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         rewards = completions.rewards if self.args.temperature == "dynamic" else None

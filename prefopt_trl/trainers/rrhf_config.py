@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from prefopt_trl.trainers.base_config import REFERENCE_ARGUMENTS, RankingConfig, is_number, refuse
+from prefopt_trl.trainers.arguments import REFERENCE_ARGUMENTS, is_number, refuse
+from prefopt_trl.trainers.base_config import RankingConfig
 
 
 @dataclass

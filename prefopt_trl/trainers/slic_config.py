@@ -2,13 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from prefopt_trl.trainers.base_config import (
-    REFERENCE_ARGUMENTS,
-    TRL_LOSS_ARGUMENTS,
-    PreferenceConfig,
-    is_number,
-    refuse,
-)
+from prefopt_trl.trainers.arguments import REFERENCE_ARGUMENTS, TRL_LOSS_ARGUMENTS, is_number, refuse
+from prefopt_trl.trainers.base_config import PreferenceConfig
 
 LOSSES = ["slic", "hinge", "unlikelihood"]
 

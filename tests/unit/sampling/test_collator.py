@@ -1,5 +1,6 @@
 import contextlib
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -175,27 +176,38 @@ def test_a_prompt_with_few_distinct_candidates_keeps_those_it_has(policy, tokeni
     with caplog.at_level(logging.WARNING):
         batch = collator(EXAMPLES)
         collator(EXAMPLES)
-    chosen = tokenizer.batch_decode(batch["input_ids"][:3], skip_special_tokens=True)
-    assert [text.startswith("The dog") for text in chosen] == [True, False, False]
-    assert not any(text.startswith("Bread:") for text in chosen) and len(batch["input_ids"]) == 6
+    pairs = tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+    chosen, rejected = pairs[:6], pairs[6:]  # two pairs of each prompt: as many as of another batch
+    assert chosen[:2] == ["The dog2"] * 2 and rejected[:2] == ["The dog1"] * 2
+    assert chosen[2:4] == rejected[2:4] == ["Bread:5"] * 2
+    assert all(text.startswith("What is") for text in chosen[4:]) and chosen[4] != chosen[5]
     assert collator.num_short == 4
     (message,) = caplog.messages
     assert "2 of 3 prompts" in message and "`num_samples`=4" in message and "`temperature`" in message
 
 
-@pytest.mark.parametrize("pairing", ["first-round", "tournament", "all", "ranking"])
-def test_a_batch_is_never_empty(policy, tokenizer, texts, pairing):
+@pytest.mark.parametrize(("pairing", "rows"), [("first-round", 4), ("tournament", 6), ("all", 12), ("ranking", 2)])
+def test_a_single_candidate_meets_itself(policy, tokenizer, texts, pairing, rows):
     texts += [["5"] * 6, ["6"] * 6]
     batch = make(policy, tokenizer, pairing=pairing)(EXAMPLES[:2])
-    first, second = batch["input_ids"]
-    assert torch.equal(first, second)  # so that the gradient of their difference is zero
-    assert tokenizer.decode(first, skip_special_tokens=True) == "The dog5"
+    decoded = tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+    assert sorted(decoded) == ["Bread:6"] * rows + ["The dog5"] * rows
+    assert batch["input_ids"].shape == batch["completion_mask"].shape
 
 
-def test_a_policy_that_always_says_the_same_gives_one_pair(policy, tokenizer):
+@pytest.mark.parametrize("pairing", ["first-round", "tournament", "all"])
+@pytest.mark.parametrize("num_samples", [2, 3, 5, 6])
+def test_every_batch_has_as_many_pairs(policy, tokenizer, texts, pairing, num_samples):
+    texts += [["1", "2", "3", "4", "5", "6"], ["1", "2", "3", "1", "2", "3"], ["7"] * 6]
+    matches = {"first-round": num_samples // 2, "tournament": num_samples - 1, "all": math.comb(num_samples, 2)}
+    collator = make(policy, tokenizer, pairing=pairing, num_samples=num_samples)
+    assert len(collator(EXAMPLES)["input_ids"]) == 2 * 3 * matches[pairing]
+
+
+def test_a_policy_that_always_says_the_same_meets_itself(policy, tokenizer):
     collator = sampling(policy, tokenizer, top_k=1)
-    first, second = collator(EXAMPLES)["input_ids"]
-    assert torch.equal(first, second) and collator.num_short == 3
+    chosen, rejected = collator(EXAMPLES)["input_ids"].chunk(2)
+    assert torch.equal(chosen, rejected) and len(chosen) == 6 and collator.num_short == 3
 
 
 # What is refused

@@ -8,14 +8,8 @@ import yaml
 from transformers import HfArgumentParser
 from trl import DPOConfig, TrlParser
 
-from prefopt_trl.trainers.base_config import (
-    REFERENCE_ARGUMENTS,
-    TRL_LOSS_ARGUMENTS,
-    PreferenceConfig,
-    is_number,
-    is_one_of,
-    refuse,
-)
+from prefopt_trl.trainers.arguments import REFERENCE_ARGUMENTS, TRL_LOSS_ARGUMENTS, is_number, is_one_of, refuse
+from prefopt_trl.trainers.base_config import PreferenceConfig
 from prefopt_trl.trainers.listwise_dpo_config import ListwiseDPOConfig
 from prefopt_trl.trainers.pro_config import PROConfig
 from prefopt_trl.trainers.rrhf_config import RRHFConfig

@@ -161,9 +161,13 @@ class RecordingTrainer(PROTrainer):
 
         self.data_collator = fetch
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self.events.append(("batch", [example["row"] for example in inputs]))
-        return super().training_step(model, inputs, num_items_in_batch)
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        def recorded():
+            for examples in epoch_iterator:
+                self.events.append(("batch", [example["row"] for example in examples]))
+                yield examples
+
+        return super().get_batch_samples(recorded(), num_batches, device)
 
     def loss_per_prompt(self, completions):
         if self.model.training:
@@ -557,7 +561,29 @@ def test_samples_of_other_prompts_are_refused(uninterrupted, tiny_llama_dir, tmp
         train(tiny_llama_dir, output_dir, resume=3)
 
 
+def test_samples_of_an_earlier_run_are_moved_aside(uninterrupted, tiny_llama_dir, tmp_path, caplog):
+    _, folder = uninterrupted("plain")
+    for number in (1, 2):
+        shutil.rmtree(tmp_path / "bootstrap", ignore_errors=True)
+        shutil.copytree(folder / "bootstrap", tmp_path / "bootstrap")
+        with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+            train(tiny_llama_dir, tmp_path, stop_at=1)
+        assert f"samples of an earlier run are kept in {tmp_path / f'bootstrap-{number}'}" in caplog.text
+        assert samples(tmp_path / f"bootstrap-{number}") == samples(folder / "bootstrap")
+
+
+def test_tokens_and_operations_are_counted(tiny_llama_dir, tmp_path):
+    trainer = train(tiny_llama_dir, tmp_path, stop_at=1, include_num_input_tokens_seen="all")
+    assert trainer.state.num_input_tokens_seen > 0 and trainer.state.total_flos > 0
+
+
 # Bad input
+
+
+def test_uneven_batches_are_refused(tiny_llama_dir, tmp_path):
+    args = config(tmp_path, accelerator_config={"even_batches": False})
+    with pytest.raises(ValueError, match="`even_batches=False` gives processes batches of different lengths"):
+        PROTrainer(tiny_llama_dir, args=args, train_dataset=rankings(3), ranker=FunctionRanker(checksum))
 
 
 def test_another_order_of_rows_is_refused(tmp_path):
@@ -570,7 +596,8 @@ def test_another_order_of_rows_is_refused(tmp_path):
 def test_the_ranker_is_used(tiny_llama_dir, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
         PROTrainer(tiny_llama_dir, args=config(tmp_path), train_dataset=rankings(3), ranker=FunctionRanker(checksum))
-    assert [record.getMessage() for record in caplog.records if record.name.startswith("prefopt_trl")] == []
+    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("prefopt_trl")]
+    assert message.startswith("The ranker scores all completions of a prompt for `bootstrap_parts`, in place of the")
 
 
 def test_a_missing_ranker_is_said(tiny_llama_dir, tmp_path):

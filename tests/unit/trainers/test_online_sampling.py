@@ -1,7 +1,11 @@
 """Pairs and rankings sampled batch by batch while training (`sampling="online"`)."""
 
 import contextlib
+import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from prefopt_trl import DataCollatorForRejectionSampling, FunctionRanker
 from prefopt_trl.trainers.listwise_dpo_trainer import ListwiseDPOTrainer
+from prefopt_trl.trainers.rso_config import RSOConfig
 from prefopt_trl.trainers.rso_trainer import RSOTrainer
 
 PROMPTS = Dataset.from_dict({"prompt": ["The capital of", "Tell me how", "The quick brown", "What is", "Mix", "Why?"]})
@@ -74,6 +79,11 @@ def collator_by_hand(trainer_class, model_dir, **given):
     )
 
 
+def numbered(prompts):
+    """Examples as the trainer gives them: with the row of the dataset that each prompt is of."""
+    return [{"prompt": prompt, "row": PROMPTS["prompt"].index(prompt)} for prompt in prompts]
+
+
 def same(batch, other):
     return batch.keys() == other.keys() and all(torch.equal(batch[name], other[name]) for name in batch)
 
@@ -90,7 +100,7 @@ def test_an_epoch_trains_on_the_batches_of_the_collator(trainer_class, make, pol
     for by_hand.epoch, prompts, batch in batches:
         assert len(batch["input_ids"]) == 2 * 4  # of each prompt two pairs, or a ranking of four
         # The policy has moved since the first step; the reference, which is sampled from, has not
-        assert same(batch, by_hand([{"prompt": prompt} for prompt in prompts]))
+        assert same(batch, by_hand(numbered(prompts)))
     # In the first step policy and reference are one
     expected = {RSOTrainer: 0.693147, ListwiseDPOTrainer: 3.178054}[trainer_class]  # ln 2, ln 4!
     assert losses(trainer)[0] == pytest.approx(expected, rel=1e-5)
@@ -140,9 +150,9 @@ def test_a_pretrained_adapter_is_sampled_as_it_was_before_training(make, policy_
     by_hand = collator_by_hand(RSOTrainer, policy_dir)
     by_hand.policy = adapted_model(policy_dir)
     for by_hand.epoch, prompts, batch in batches:
-        assert same(batch, by_hand([{"prompt": prompt} for prompt in prompts]))
+        assert same(batch, by_hand(numbered(prompts)))
     base = collator_by_hand(RSOTrainer, policy_dir)
-    assert not same(batches[0][2], base([{"prompt": prompt} for prompt in batches[0][1]]))
+    assert not same(batches[0][2], base(numbered(batches[0][1])))
     assert isinstance(trainer.model, PeftModel) and losses(trainer)[0] == pytest.approx(0.693147, abs=1e-5)
 
 
@@ -198,7 +208,7 @@ def test_evaluation_prompts_are_sampled_before(make, tmp_path):
 
 def test_the_data_of_training_are_prompts_as_they_came(make, tmp_path):
     trainer, _ = train(make, RSOTrainer, max_steps=1)
-    assert trainer.train_dataset.column_names == ["prompt"] and list(trainer.train_dataset) == list(PROMPTS)
+    assert list(trainer.train_dataset) == numbered(PROMPTS["prompt"])
     assert not (tmp_path / "sampled").exists()
 
 
@@ -257,3 +267,85 @@ def test_a_collator_of_ones_own_is_refused(config, policy_dir):
             train_dataset=PROMPTS,
             ranker=FunctionRanker(checksum),
         )
+
+
+def test_rows_of_one_prompt_are_sampled_anew(make):
+    repeated = Dataset.from_dict({"prompt": ["The capital of"] * 4})
+    settings = {**SAMPLING, "per_device_train_batch_size": 1}
+    trainer = make(RSOTrainer, repeated, ranker=FunctionRanker(checksum), **settings)
+    batches = [trainer.data_collator([example]) for example in trainer.train_dataset]
+    assert not any(same(batch, other) for number, batch in enumerate(batches) for other in batches[:number])
+
+
+def test_a_split_for_evaluation_may_be_called_train(make):
+    trainer = make(RSOTrainer, PROMPTS, eval_dataset={"train": PAIRS}, ranker=FunctionRanker(checksum), **SAMPLING)
+    assert "chosen_ids" in trainer.eval_dataset["train"].column_names
+    assert "eval_train_loss" in trainer.evaluate()
+
+
+@pytest.mark.parametrize("trainer_class", TRAINERS)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sync_ref_model": True}, "`sync_ref_model` moves the reference model"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "`dispatch_batches=True` deals out the rows of a batch"),
+    ],
+)
+def test_what_would_tear_it_apart_is_refused(given, message, trainer_class, make):
+    with pytest.raises(ValueError, match=message):
+        make(trainer_class, PROMPTS, ranker=FunctionRanker(checksum), **{**SAMPLING, **given})
+
+
+# Two processes
+
+
+def train_in_one_of_two_processes(model_dir, output_dir):
+    """What torchrun runs: samples of a single token, so that many prompts have few distinct candidates."""
+    args = RSOConfig(
+        output_dir,
+        sampling="online",
+        pairing="all",
+        num_candidates=6,
+        num_samples=6,
+        max_new_tokens=1,
+        temperature=0.3,
+        per_device_train_batch_size=2,
+        max_steps=2,
+        logging_steps=1,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+    )
+    prompts = Dataset.from_dict({"prompt": [f"Row {row}" for row in range(8)]})
+    watcher = Batches()
+    trainer = watcher.watch(RSOTrainer(model_dir, args=args, train_dataset=prompts, ranker=FunctionRanker(checksum)))
+    trainer.train()
+    record = {
+        "world_size": torch.distributed.get_world_size(),
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "rows": [len(batch["input_ids"]) for _, _, batch in watcher.batches],
+        "prompts": [prompt for _, prompts, _ in watcher.batches for prompt in prompts],
+        "num_short": trainer.data_collator.num_short,
+        "losses": losses(trainer),
+    }
+    Path(output_dir, f"rank-{trainer.accelerator.process_index}.json").write_text(json.dumps(record))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_sample_their_own_prompts_and_make_as_many_pairs(policy_dir, tmp_path):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, policy_dir]
+    subprocess.run([sys.executable, *command, str(tmp_path)], check=True, timeout=120)
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    for record in (first, second):
+        assert (record["world_size"], record["wrapper"]) == (2, "DistributedDataParallel")
+        assert set(record["rows"]) == {2 * 2 * 15}
+    assert set(first["prompts"]) | set(second["prompts"]) == {f"Row {row}" for row in range(8)}
+    assert not set(first["prompts"]) & set(second["prompts"])
+    assert first["num_short"] and second["num_short"]  # so that they have had to repeat pairs
+    assert first["losses"] == second["losses"] and first["losses"][0] == pytest.approx(0.693147, abs=1e-5)
+
+
+if __name__ == "__main__":
+    train_in_one_of_two_processes(*sys.argv[1:])

@@ -352,7 +352,7 @@ def test_slic_makes_pairs_of_rankings_with_a_ranker_alone(make):
 def test_images_are_refused_where_rankings_are_collated(trainer_class, make):
     columns = {**PAIRS, "images": [["x"], ["y"]], "target": [" So", " dog"]}
     given = {"regularization_weight": 0.1, "target_column": "target"} if trainer_class is SLiCTrainer else {}
-    with pytest.raises(ValueError, match="have the column images, and rankings are of text. Remove it"):
+    with pytest.raises(ValueError, match="has the column images, and rankings are of text. Remove it"):
         make(trainer_class, dataset(columns), **given)
 
 
@@ -509,3 +509,29 @@ def test_rewards_without_completions_are_refused(make):
     with pytest.raises(ValueError, match="has `rewards` and no `completions` that they belong to. Rename the column"):
         rows = dataset({"prompt": ["Why?"], "responses": [["a", "b"]], "rewards": [[1.0, 0.0]]})
         make(PROTrainer, rows, ranker=FunctionRanker(brevity))
+
+
+def test_a_reward_beyond_single_precision_is_refused(make):
+    with pytest.raises(ValueError, match="has the reward 1e[+]39 for completion 0, a finite number was expected"):
+        make(PROTrainer, dataset({**COMPLETIONS, "rewards": [[1e39, 0.0, 1.0], [1.0, 2.0]]}))
+
+
+@pytest.mark.parametrize("trainer_class", ON_RANKINGS)
+def test_dispatched_batches_are_refused(trainer_class, make):
+    with pytest.raises(ValueError, match="`dispatch_batches=True` deals out the rows of a batch"):
+        make(trainer_class, dataset(RANKINGS), accelerator_config={"dispatch_batches": True})
+
+
+def test_rows_with_nothing_to_compare_do_not_count_in_metrics(make):
+    rows = {
+        "prompt": ["Why?", "The dog", "Who?"],
+        "completions": [[" So.", " No"]] * 3,
+        "rewards": [[1.0, 1.0], [1.0, 0.0], [2.0, 2.0]],
+    }
+    settings = {"per_device_train_batch_size": 1, "max_steps": 3, "logging_steps": 3, "learning_rate": 0.0}
+    one_by_one = make(PROTrainer, dataset(rows), **settings)
+    one_by_one.train()
+    alone = make(PROTrainer, dataset(rows).select([1]), **{**settings, "max_steps": 1, "logging_steps": 1})
+    alone.train()
+    for name in ("rewards/accuracies", "ranking/kendall_tau", "ranking/top1"):
+        assert one_by_one.state.log_history[0][name] == alone.state.log_history[0][name]

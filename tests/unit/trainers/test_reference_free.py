@@ -10,13 +10,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
 from prefopt_trl import FunctionRanker
 from prefopt_trl.trainers.listwise_dpo_trainer import ListwiseDPOTrainer
 from prefopt_trl.trainers.pro_trainer import PROTrainer
 from prefopt_trl.trainers.rrhf_trainer import RRHFTrainer
+from prefopt_trl.trainers.slic_config import SLiCConfig
 from prefopt_trl.trainers.slic_trainer import SLiCTrainer
 
 PAIRS = Dataset.from_dict(
@@ -179,3 +180,21 @@ def test_trls_own_trainer_loads_as_before_afterwards(fails, make, models):
         make(PROTrainer, PAIRS)
     assert dpo_trainer.create_model_from_path is load
     assert make(DPOTrainer, PAIRS).ref_model is not None
+
+
+def test_trls_own_trainers_are_left_as_they_are(tiny_llama_dir, tmp_path, monkeypatch):
+    """Not even while one of ours is made: another thread may be making one of TRL's."""
+    made = []
+
+    def make_trls(*args, **kwargs):
+        if not made:
+            made.append(None)
+            config = DPOConfig(str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to="none")
+            made[0] = DPOTrainer(tiny_llama_dir, args=config, train_dataset=PAIRS)
+        return add_fused_lm_head(*args, **kwargs)
+
+    add_fused_lm_head = dpo_trainer.add_fused_lm_head
+    monkeypatch.setattr(dpo_trainer, "add_fused_lm_head", make_trls)
+    config = SLiCConfig(str(tmp_path / "ours"), use_cpu=True, bf16=False, report_to="none")
+    ours = SLiCTrainer(tiny_llama_dir, args=config, train_dataset=PAIRS)
+    assert ours.ref_model is None and isinstance(made[0].ref_model, PreTrainedModel)

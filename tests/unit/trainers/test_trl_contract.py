@@ -6,18 +6,22 @@ it.
 
 import dataclasses
 import inspect
+import re
+import types
 
 import pytest
 import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer, utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from prefopt_trl.trainers.arguments import REFERENCE_ARGUMENTS, TRL_LOSS_ARGUMENTS
 from prefopt_trl.trainers.base import PreferenceTrainer
+from prefopt_trl.trainers.rso_config import TRL_LOSSES
 
 BASE = "prefopt_trl/trainers/base.py"
 FORWARD = "prefopt_trl/shared_prefix/forward.py"
@@ -486,4 +490,71 @@ def test_the_columns_that_are_kept(tiny_llama_dir, tmp_path):
         trainer._signature_columns.count("completion_ids") == 1 and len(trainer._signature_columns) == 6,
         "`_set_signature_columns_if_needed` no longer leaves columns that are set as they are",
         f"PreferenceTrainer._set_signature_columns_if_needed in {BASE}",
+    )
+
+
+ARGUMENTS = "prefopt_trl/trainers/arguments.py"
+# Arguments of DPOConfig's own that mean the same in every trainer
+IN_ALL_TRAINERS = {
+    "activation_offloading",
+    "bf16",
+    "dataset_num_proc",
+    "disable_dropout",
+    "gradient_checkpointing",
+    "learning_rate",
+    "logging_steps",
+    "max_length",
+    "model_init_kwargs",
+    "pad_to_multiple_of",
+    "pad_token",
+    "padding_free",
+    "router_aux_loss_coef",
+    "truncation_mode",
+    "trust_remote_code",
+}
+
+
+def test_every_argument_of_trls_config_is_known_to_have_an_effect_or_none():
+    own = {name for name in DPOConfig.__annotations__ if not name.startswith("_")}
+    known = IN_ALL_TRAINERS | set(TRL_LOSS_ARGUMENTS) | set(REFERENCE_ARGUMENTS) | {"loss_type"}
+    require(
+        own <= known,
+        f"DPOConfig has the arguments {sorted(own - known)}, which may have no effect in the trainers with losses of "
+        "their own",
+        f"the lists in {ARGUMENTS}, or IN_ALL_TRAINERS in this file",
+    )
+    gone = {*TRL_LOSS_ARGUMENTS, *REFERENCE_ARGUMENTS} - {field.name for field in dataclasses.fields(DPOConfig)}
+    require(not gone, f"DPOConfig has no longer the arguments {sorted(gone)}", f"the lists in {ARGUMENTS}")
+
+
+def test_the_losses_are_those_that_rso_config_lets_through():
+    field = {field.name: field for field in dataclasses.fields(DPOConfig)}["loss_type"]
+    named = set(re.findall(r"'([a-z_]+)'", field.metadata["help"]))
+    require(
+        named == {*TRL_LOSSES, "sigmoid_norm"},
+        f"DPOConfig.loss_type names {sorted(named ^ {*TRL_LOSSES, 'sigmoid_norm'})} more or less",
+        f"TRL_LOSSES in {CONFIG}",
+    )
+
+
+def test_the_constructor_can_be_given_another_loader():
+    init = DPOTrainer.__init__
+    require(
+        isinstance(init, types.FunctionType) and "create_model_from_path" in init.__code__.co_names,
+        "DPOTrainer.__init__ is no longer a plain function that loads its models by `create_model_from_path`",
+        f"_init_without_reference_model in {BASE}",
+    )
+    require(
+        init.__kwdefaults__ is None, "DPOTrainer.__init__ has keyword-only arguments", f"_init_without_... in {BASE}"
+    )
+
+
+def test_a_missing_pad_token_is_set(tiny_llama_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    tokenizer.pad_token = None
+    make(DPOTrainer, tiny_llama_dir, tmp_path, processing_class=tokenizer)
+    require(
+        tokenizer.pad_token == tokenizer.eos_token,
+        f"a tokenizer without a pad token is left with {tokenizer.pad_token!r}, was EOS",
+        f"_install_collator in {BASE}",
     )
