@@ -215,3 +215,10 @@ def columns_of(dataset: Dataset | IterableDataset, name: str) -> list[str]:
     if first_row is None:
         raise ValueError(f"The {name} dataset is empty. Give it at least one row.")
     return list(first_row)
+
+
+def number_rows(dataset: Dataset) -> Dataset:
+    """The dataset with a column `row`, the number of each row, in place of any of that name."""
+    if "row" in dataset.column_names:
+        dataset = dataset.remove_columns("row")
+    return dataset.add_column("row", range(len(dataset)))

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt_trl.data.formats import columns_of
+from prefopt_trl.data.formats import columns_of, number_rows
 from prefopt_trl.data.rankings import pairs_to_rankings
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.sampling.generation import check_unused_columns, tokenize_prompts
@@ -214,7 +214,4 @@ def check_prompts(
                     f"The prompt of row {row} has {len(ids)} tokens and fills `max_length`={args.max_length}. Raise "
                     "`max_length` or leave such rows out."
                 )
-    # Which row a prompt is of, so that prompts that repeat are sampled anew
-    if "row" in dataset.column_names:
-        dataset = dataset.remove_columns("row")
-    return dataset.add_column("row", range(len(dataset)))
+    return number_rows(dataset)  # so that prompts that repeat are sampled anew

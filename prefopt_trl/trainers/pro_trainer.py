@@ -10,6 +10,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from prefopt_trl import losses
+from prefopt_trl.data.formats import number_rows
 from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.trainers.base import CompletionTrainer
 from prefopt_trl.trainers.bootstrap import Bootstrap, PartSampler
@@ -90,6 +91,11 @@ class PROTrainer(CompletionTrainer):
                 "`bootstrap_parts` splits the training dataset, and an `IterableDataset` cannot be split. Pass a "
                 "`Dataset`, or leave it at 0."
             )
+        if self.args.accelerator_config.even_batches is False:
+            raise ValueError(
+                "`even_batches=False` gives processes batches of different lengths, and with `bootstrap_parts` they "
+                "sample together. Leave it out of `accelerator_config`."
+            )
         self.bootstrap = Bootstrap(
             self.train_dataset,
             self.args.bootstrap_parts,
@@ -100,13 +106,8 @@ class PROTrainer(CompletionTrainer):
             batch_size=self.args.generation_batch_size,
             generation=self.args.generation_options(),
         )
-        self.train_dataset = self.train_dataset.add_column("row", range(len(self.train_dataset)))
+        self.train_dataset = number_rows(self.train_dataset)
         self.add_callback(self.bootstrap)
-        if self.args.accelerator_config.even_batches is False:
-            raise ValueError(
-                "`even_batches=False` gives processes batches of different lengths, and with `bootstrap_parts` they "
-                "sample together. Leave it out of `accelerator_config`."
-            )
         # Batches are made when they are trained on: a dataloader makes them earlier, before the policy is there
         later: Any = list
         self.collate, self.data_collator = self.data_collator, later
@@ -126,7 +127,9 @@ class PROTrainer(CompletionTrainer):
         return batches, num_items
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, torch.Tensor]:
-        return super()._prepare_inputs(self.collate(inputs) if isinstance(inputs, list) else inputs)
+        if self.bootstrap and isinstance(inputs, list):  # of evaluation, which is on the rankings as they are
+            inputs = self.collate(inputs)
+        return super()._prepare_inputs(inputs)
 
     def loss_per_prompt(self, completions: ScoredCompletions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         rewards = completions.rewards if self.args.temperature == "dynamic" else None

@@ -1,7 +1,14 @@
 import pytest
 from datasets import Dataset, DatasetDict
 
-from prefopt_trl.data.formats import check_columns, completion_text, prompt_text, transcript, wrap_completion
+from prefopt_trl.data.formats import (
+    check_columns,
+    completion_text,
+    number_rows,
+    prompt_text,
+    transcript,
+    wrap_completion,
+)
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -74,3 +81,8 @@ def test_check_columns_asks_for_one_split() -> None:
     splits = DatasetDict({"train": Dataset.from_dict({"prompt": ["a"]})})
     with pytest.raises(TypeError, match=r'prompts must be a datasets.Dataset, got DatasetDict; .* dataset\["train"\]'):
         check_columns(splits, ["prompt"], "prompts")
+
+
+def test_rows_are_numbered_whatever_was_called_so():
+    dataset = Dataset.from_dict({"row": ["a", "b"], "prompt": ["x", "y"]})
+    assert number_rows(dataset).to_dict() == {"prompt": ["x", "y"], "row": [0, 1]}
