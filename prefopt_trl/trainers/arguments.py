@@ -64,3 +64,13 @@ def is_number(config: DPOConfig, name: str, advice: str, above_zero: bool = Fals
     if not (value > 0 if above_zero else value >= 0) or value == math.inf:
         bound = "greater than 0" if above_zero else "at least 0"
         raise ValueError(f"`{name}` must be {bound} and finite, got {value}. {advice}")
+
+
+def refuse_online_sampling(config: DPOConfig, name: str, remedy: str = "Use `sampling='offline'`.") -> None:
+    """Refuse to sample from a reference model where there is none.
+
+    Raises:
+        ValueError: saying what to do instead.
+    """
+    if getattr(config, "sampling", None) == "online":
+        raise ValueError(f"`sampling='online'` samples from the reference model, and {name} has none. {remedy}")

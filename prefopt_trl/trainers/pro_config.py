@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefopt_trl.trainers.arguments import REFERENCE_ARGUMENTS, is_number, is_one_of, refuse
+from prefopt_trl.trainers.arguments import REFERENCE_ARGUMENTS, is_number, is_one_of, refuse, refuse_online_sampling
 from prefopt_trl.trainers.base_config import PreferenceConfig, RankingConfig
 
 TEMPERATURES = ["dynamic", "none"]
@@ -86,11 +86,8 @@ class PROConfig(RankingConfig):
                 f"`train_sampling_strategy`={self.train_sampling_strategy!r} has no effect with `bootstrap_parts`, "
                 "which goes through the data part by part. Leave it out."
             )
-        if self.sampling == "online":
-            raise ValueError(
-                "`sampling='online'` samples from the reference model, and PRO has none. To learn from samples of "
-                "the policy while it trains, set `bootstrap_parts`."
-            )
+        remedy = "To learn from samples of the policy while it trains, set `bootstrap_parts`."
+        refuse_online_sampling(self, "PRO", remedy)
         super().__post_init__()
 
     def generation_options(self) -> dict[str, Any]:

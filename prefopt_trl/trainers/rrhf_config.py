@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from prefopt_trl.trainers.arguments import REFERENCE_ARGUMENTS, is_number, refuse
+from prefopt_trl.trainers.arguments import REFERENCE_ARGUMENTS, is_number, refuse, refuse_online_sampling
 from prefopt_trl.trainers.base_config import RankingConfig
 
 
@@ -36,8 +36,5 @@ class RRHFConfig(RankingConfig):
     def __post_init__(self) -> None:
         refuse(self, REFERENCE_ARGUMENTS, "RRHF has no reference model")
         is_number(self, "sft_weight", "The default is 1.")
-        if self.sampling == "online":
-            raise ValueError(
-                "`sampling='online'` samples from the reference model, and RRHF has none. Use `sampling='offline'`."
-            )
+        refuse_online_sampling(self, "RRHF")
         super().__post_init__()

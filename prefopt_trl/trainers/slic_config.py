@@ -2,7 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from prefopt_trl.trainers.arguments import REFERENCE_ARGUMENTS, TRL_LOSS_ARGUMENTS, is_number, refuse
+from prefopt_trl.trainers.arguments import (
+    REFERENCE_ARGUMENTS,
+    TRL_LOSS_ARGUMENTS,
+    is_number,
+    refuse,
+    refuse_online_sampling,
+)
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
 LOSSES = ["slic", "hinge", "unlikelihood"]
@@ -95,8 +101,5 @@ class SLiCConfig(PreferenceConfig):
                 f"`target_column`={self.target_column!r} needs a `regularization_weight` above 0. Set both, or "
                 "leave it out."
             )
-        if self.sampling == "online":
-            raise ValueError(
-                "`sampling='online'` samples from the reference model, and SLiC has none. Use `sampling='offline'`."
-            )
+        refuse_online_sampling(self, "SLiC")
         super().__post_init__()
