@@ -17,7 +17,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from shared import ScriptArguments, first_that_fit, load_comparisons, make_policy, make_ranker, train_and_save
+from shared import (
+    ScriptArguments,
+    first_that_fit,
+    load_comparisons,
+    make_adapter,
+    make_policy,
+    make_ranker,
+    train_and_save,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
@@ -30,6 +38,7 @@ class PROScriptArguments(ScriptArguments):
 
 
 def main(script: PROScriptArguments, args: PROConfig) -> None:
+    adapter = make_adapter(script)
     comparisons = load_comparisons(script)
     policy = make_policy(script, args, comparisons)
     ranker = PairwiseRanker(make_ranker(script, args, comparisons))
@@ -49,7 +58,7 @@ def main(script: PROScriptArguments, args: PROConfig) -> None:
     completions = [[row["chosen"], row["rejected"], *texts] for row, texts in zip(pairs, sampled, strict=True)]
     rankings = pairs.select_columns(["prompt"]).add_column("completions", completions)
     # Without a column `rewards`, the ranker scores the completions first
-    train_and_save(PROTrainer(policy, args=args, train_dataset=rankings, ranker=ranker))
+    train_and_save(PROTrainer(policy, args=args, train_dataset=rankings, ranker=ranker, peft_config=adapter))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,15 @@ Samples are saved in `<output_dir>/bootstrap`. To go on after an interruption, r
 `--resume_from_checkpoint <output_dir>/checkpoint-500`.
 """
 
-from shared import ScriptArguments, first_that_fit, load_comparisons, make_policy, make_ranker, train_and_save
+from shared import (
+    ScriptArguments,
+    first_that_fit,
+    load_comparisons,
+    make_adapter,
+    make_policy,
+    make_ranker,
+    train_and_save,
+)
 from trl import TrlParser
 
 from prefopt_trl import PairwiseRanker, PROConfig, PROTrainer
@@ -25,11 +33,12 @@ from prefopt_trl import PairwiseRanker, PROConfig, PROTrainer
 
 def main(script: ScriptArguments, args: PROConfig) -> None:
     args.bootstrap_parts = args.bootstrap_parts or 10
+    adapter = make_adapter(script)
     comparisons = load_comparisons(script)
     policy = make_policy(script, args, comparisons)
     ranker = PairwiseRanker(make_ranker(script, args, comparisons))
     pairs = first_that_fit(comparisons, policy, script, args)
-    train_and_save(PROTrainer(policy, args=args, train_dataset=pairs, ranker=ranker))
+    train_and_save(PROTrainer(policy, args=args, train_dataset=pairs, ranker=ranker, peft_config=adapter))
 
 
 if __name__ == "__main__":

@@ -13,29 +13,29 @@ Offline, with a local file and a model of 5M parameters made from scratch:
         --learning_rate 1e-4
 """
 
-from dataclasses import dataclass, field
-
-from peft import LoraConfig
-from shared import ScriptArguments, first_that_fit, load_comparisons, make_policy, make_ranker, train_and_save
+from shared import (
+    ScriptArguments,
+    first_that_fit,
+    load_comparisons,
+    make_adapter,
+    make_policy,
+    make_ranker,
+    train_and_save,
+)
 from trl import TrlParser
 
 from prefopt_trl import PairwiseRanker, RRHFConfig, RRHFTrainer
 
 
-@dataclass
-class RRHFScriptArguments(ScriptArguments):
-    lora: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all the weights."})
-
-
-def main(script: RRHFScriptArguments, args: RRHFConfig) -> None:
+def main(script: ScriptArguments, args: RRHFConfig) -> None:
+    adapter = make_adapter(script)
     comparisons = load_comparisons(script)
     policy = make_policy(script, args, comparisons)
     ranker = PairwiseRanker(make_ranker(script, args, comparisons))
     prompts = first_that_fit(comparisons, policy, script, args).select_columns(["prompt"])
-    peft_config = LoraConfig(task_type="CAUSAL_LM") if script.lora else None
-    train_and_save(RRHFTrainer(policy, args=args, train_dataset=prompts, ranker=ranker, peft_config=peft_config))
+    train_and_save(RRHFTrainer(policy, args=args, train_dataset=prompts, ranker=ranker, peft_config=adapter))
 
 
 if __name__ == "__main__":
-    parser = TrlParser([RRHFScriptArguments, RRHFConfig])  # type: ignore[list-item]  # TRL's own examples pass classes too
+    parser = TrlParser([ScriptArguments, RRHFConfig])  # type: ignore[list-item]  # TRL's own examples pass classes too
     main(*parser.parse_args_and_config())

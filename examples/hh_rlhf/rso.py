@@ -16,18 +16,27 @@ The policy is first fine-tuned on the chosen completions and the ranker trained 
 Sampling runs in one process: to train on several, run this once in one process with `--max_steps 1`, then launch it.
 """
 
-from shared import ScriptArguments, first_that_fit, load_comparisons, make_policy, make_ranker, train_and_save
+from shared import (
+    ScriptArguments,
+    first_that_fit,
+    load_comparisons,
+    make_adapter,
+    make_policy,
+    make_ranker,
+    train_and_save,
+)
 from trl import TrlParser
 
 from prefopt_trl import PairwiseRanker, RSOConfig, RSOTrainer
 
 
 def main(script: ScriptArguments, args: RSOConfig) -> None:
+    adapter = make_adapter(script)
     comparisons = load_comparisons(script)
     policy = make_policy(script, args, comparisons)
-    ranker = make_ranker(script, args, comparisons)
+    ranker = PairwiseRanker(make_ranker(script, args, comparisons))
     prompts = first_that_fit(comparisons, policy, script, args).select_columns(["prompt"])
-    train_and_save(RSOTrainer(policy, args=args, train_dataset=prompts, ranker=PairwiseRanker(ranker)))
+    train_and_save(RSOTrainer(policy, args=args, train_dataset=prompts, ranker=ranker, peft_config=adapter))
 
 
 if __name__ == "__main__":

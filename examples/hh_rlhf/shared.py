@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
@@ -32,6 +33,7 @@ class ScriptArguments:
     policy: str | None = field(default=None, metadata={"help": "SFT policy to start from, instead of training one."})
     ranker: str | None = field(default=None, metadata={"help": "Pairwise ranker, instead of training one."})
     num_prompts: int = field(default=10_000, metadata={"help": "Prompts to train on, or to sample completions for."})
+    lora: bool = field(default=False, metadata={"help": "Train a LoRA adapter of the policy instead of its weights."})
     sft_epochs: float = field(default=1.0, metadata={"help": "Epochs of the SFT policy and of the ranker."})
     sft_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of both; 1e-5, or 1e-3 from scratch, by default."}
@@ -104,6 +106,10 @@ def first_that_fit(comparisons: Dataset, policy: str, script: ScriptArguments, a
     fit = fit.select(range(min(script.num_prompts, len(fit))))
     print(f"{len(comparisons):,} comparisons; {len(fit):,} that fit are used.")
     return fit
+
+
+def make_adapter(script: ScriptArguments) -> LoraConfig | None:
+    return LoraConfig(task_type="CAUSAL_LM") if script.lora else None
 
 
 def train_and_save(trainer: Any) -> None:

@@ -17,7 +17,15 @@ The policy is first fine-tuned on the chosen completions, into `<output_dir>/sft
 
 from dataclasses import dataclass, field
 
-from shared import ScriptArguments, first_that_fit, load_comparisons, make_policy, make_ranker, train_and_save
+from shared import (
+    ScriptArguments,
+    first_that_fit,
+    load_comparisons,
+    make_adapter,
+    make_policy,
+    make_ranker,
+    train_and_save,
+)
 from trl import TrlParser
 
 from prefopt_trl import PairwiseRanker, SLiCConfig, SLiCTrainer
@@ -32,15 +40,16 @@ class SLiCScriptArguments(ScriptArguments):
 
 
 def main(script: SLiCScriptArguments, args: SLiCConfig) -> None:
+    adapter = make_adapter(script)
     comparisons = load_comparisons(script)
     policy = make_policy(script, args, comparisons)
     pairs = first_that_fit(comparisons, policy, script, args)
     if not script.sample:
-        train_and_save(SLiCTrainer(policy, args=args, train_dataset=pairs))
+        train_and_save(SLiCTrainer(policy, args=args, train_dataset=pairs, peft_config=adapter))
         return
     ranker = PairwiseRanker(make_ranker(script, args, comparisons))
     prompts = pairs.select_columns(["prompt"])
-    train_and_save(SLiCTrainer(policy, args=args, train_dataset=prompts, ranker=ranker))
+    train_and_save(SLiCTrainer(policy, args=args, train_dataset=prompts, ranker=ranker, peft_config=adapter))
 
 
 if __name__ == "__main__":

@@ -20,13 +20,14 @@ from prefopt_trl.data.collators import DataCollatorForRanking
 from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
 from prefopt_trl.data.tokenization import tokenize_completions
 from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
-from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates, tokenize_prompts
+from prefopt_trl.sampling.generation import check_prompts_fit, eos_token_ids, sample_candidates, tokenize_prompts
 from prefopt_trl.sampling.selection import (
     NUM_PAIRS,
     PAIRINGS,
     RANKING,
     STRATEGIES,
     accept,
+    check_selection,
     first_occurrences,
     label_pairs,
     rank,
@@ -118,15 +119,7 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
         eos_token_ids(self.policy, self.tokenizer)  # raises where there is none
         if self.strategy not in STRATEGIES:
             raise ValueError(f"`strategy` must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}.")
-        if self.pairing not in (*PAIRINGS, RANKING):
-            raise ValueError(f"`pairing` must be one of {', '.join(PAIRINGS)} and {RANKING}, got {self.pairing!r}.")
-        if not 2 <= self.num_samples <= self.num_candidates:
-            raise ValueError(
-                f"`num_samples`={self.num_samples} must be at least 2, to make a pair, and at most "
-                f"`num_candidates`={self.num_candidates}."
-            )
-        if not self.beta >= 0:
-            raise ValueError(f"`beta` must be at least 0, got {self.beta}. The paper uses 0.5.")
+        check_selection(self.pairing, self.num_samples, self.beta, self.num_candidates)
         make = DataCollatorForRanking if self.pairing == RANKING else DataCollatorForPreference
         pad_token_id: Any = self.tokenizer.pad_token_id
         self._collate = make(
@@ -186,12 +179,7 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
 
     def _sample(self, prompts: list[Prompt], seed: int) -> list[list[Completion]]:
         prompt_ids = tokenize_prompts(self.tokenizer, prompts)
-        for prompt, ids in zip(prompts, prompt_ids, strict=True):
-            if self.max_length is not None and len(ids) >= self.max_length:
-                raise ValueError(
-                    f"A prompt has {len(ids)} tokens and fills `max_length`={self.max_length}. Raise `max_length` or "
-                    f"leave it out. It begins {str(prompt)[:60]!r}."
-                )
+        check_prompts_fit(prompt_ids, self.max_length)
         with self.while_sampling():
             sampled = sample_candidates(
                 self.policy,

@@ -149,6 +149,21 @@ def check_unused_columns(dataset: Dataset, where: str) -> None:
         )
 
 
+def check_prompts_fit(prompt_ids: Sequence[Sequence[int]], max_length: int | None) -> None:
+    """Refuse prompts that leave no room for a completion.
+
+    Raises:
+        ValueError: naming the first row, and how many there are.
+    """
+    too_long = [row for row, ids in enumerate(prompt_ids) if max_length is not None and len(ids) >= max_length]
+    if too_long:
+        raise ValueError(
+            f"The prompt of row {too_long[0]} has {len(prompt_ids[too_long[0]])} tokens and fills "
+            f"`max_length`={max_length} ({len(too_long)} of {len(prompt_ids)} prompts do). Raise `max_length` or "
+            "leave those rows out."
+        )
+
+
 def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of each prompt, as TRL's `DPOTrainer` tokenises it for training."""
     for row, prompt in enumerate(prompts):

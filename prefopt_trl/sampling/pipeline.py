@@ -15,13 +15,14 @@ from prefopt_trl.data.fingerprints import dataset_fingerprint, model_fingerprint
 from prefopt_trl.data.formats import Prompt, check_columns, wrap_completion
 from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
 from prefopt_trl.sampling.generation import (
+    check_prompts_fit,
     check_unused_columns,
     eos_token_ids,
     generation_options,
     sample_candidates,
     tokenize_prompts,
 )
-from prefopt_trl.sampling.selection import OWN_COLUMNS, PAIRINGS, RANKING, STRATEGIES, select_and_pair
+from prefopt_trl.sampling.selection import OWN_COLUMNS, RANKING, STRATEGIES, check_selection, select_and_pair
 from prefopt_trl.sampling.statistics import plot_statistics
 from prefopt_trl.sampling.store import SampleStore
 
@@ -126,17 +127,9 @@ def build_preference_dataset(
     if ranker is None:
         raise ValueError(f"`ranker` is missing, and strategy={strategy!r} needs one to label the pairs.")
     check_ranker(ranker)
-    if pairing not in (*PAIRINGS, RANKING):
-        raise ValueError(f"`pairing` must be one of {', '.join(PAIRINGS)} and {RANKING}, got {pairing!r}.")
     check_unused_columns(prompts, "`prompts`")
     given = "completions" in prompts.column_names
-    if num_samples < 2 or (num_samples > num_candidates and not given):
-        raise ValueError(
-            f"`num_samples`={num_samples} must be at least 2, to make a pair, and at most "
-            f"`num_candidates`={num_candidates}."
-        )
-    if not beta >= 0:
-        raise ValueError(f"`beta` must be at least 0, got {beta}. The paper uses 0.5.")
+    check_selection(pairing, num_samples, beta, num_candidates=None if given else num_candidates)
 
     settings = {
         "strategy": strategy,
@@ -237,13 +230,7 @@ def _sample(
     """Candidates of each prompt: columns `completions` and `finished` (whether each ended by itself) are added."""
     prompts: list[Prompt] = list(dataset["prompt"])
     prompt_ids = tokenize_prompts(tokenizer, prompts)
-    too_long = [row for row, ids in enumerate(prompt_ids) if max_length is not None and len(ids) >= max_length]
-    if too_long:
-        raise ValueError(
-            f"The prompt of row {too_long[0]} has {len(prompt_ids[too_long[0]])} tokens and fills "
-            f"`max_length`={max_length} ({len(too_long)} of {len(prompts)} prompts do). Raise `max_length` or leave "
-            "those rows out."
-        )
+    check_prompts_fit(prompt_ids, max_length)
     sampled = sample_candidates(policy, tokenizer, prompt_ids, num_candidates, **sampling)
     completions = [
         [wrap_completion(prompt, text) for text in candidates.texts]

@@ -37,6 +37,23 @@ class Selection:
     label_probabilities: dict[str, np.ndarray]
 
 
+def check_selection(pairing: str, num_samples: int, beta: float, num_candidates: int | None) -> None:
+    """Refuse what could not be selected; `num_candidates` is None where prompts come with candidates of their own.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if pairing not in (*PAIRINGS, RANKING):
+        raise ValueError(f"`pairing` must be one of {', '.join(PAIRINGS)} and {RANKING}, got {pairing!r}.")
+    if num_samples < 2 or (num_candidates is not None and num_samples > num_candidates):
+        raise ValueError(
+            f"`num_samples`={num_samples} must be at least 2, to make a pair, and at most "
+            f"`num_candidates`={num_candidates}."
+        )
+    if not beta >= 0:
+        raise ValueError(f"`beta` must be at least 0, got {beta}. The paper uses 0.5.")
+
+
 def select_and_pair(
     candidates: Dataset, ranker: Ranker, strategy: str, num_samples: int, beta: float, pairing: str, seed: int
 ) -> Selection:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt_trl.data.formats import columns_of, number_rows
 from prefopt_trl.data.rankings import pairs_to_rankings
 from prefopt_trl.rankers.base import Ranker, check_rewards
-from prefopt_trl.sampling.generation import check_unused_columns, tokenize_prompts
+from prefopt_trl.sampling.generation import check_prompts_fit, check_unused_columns, tokenize_prompts
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
@@ -207,11 +207,5 @@ def check_prompts(
             "`Dataset.from_list(list(dataset.take(1000)))`."
         )
     check_unused_columns(dataset, "The train dataset")
-    if args.max_length is not None:
-        for row, ids in enumerate(tokenize_prompts(tokenizer, list(dataset["prompt"]))):
-            if len(ids) >= args.max_length:
-                raise ValueError(
-                    f"The prompt of row {row} has {len(ids)} tokens and fills `max_length`={args.max_length}. Raise "
-                    "`max_length` or leave such rows out."
-                )
+    check_prompts_fit(tokenize_prompts(tokenizer, list(dataset["prompt"])), args.max_length)
     return number_rows(dataset)  # so that prompts that repeat are sampled anew

@@ -102,7 +102,7 @@ class PROTrainer(CompletionTrainer):
             tokenizer,
             ranker,
             folder=os.path.join(self.args.output_dir, "bootstrap"),
-            seed=self.args.seed,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             batch_size=self.args.generation_batch_size,
             generation=self.args.generation_options(),
         )

@@ -577,6 +577,15 @@ def test_tokens_and_operations_are_counted(tiny_llama_dir, tmp_path):
     assert trainer.state.num_input_tokens_seen > 0 and trainer.state.total_flos > 0
 
 
+def test_the_seed_of_the_data_is_that_of_the_parts(tiny_llama_dir, tmp_path):
+    def parts(**given):
+        args = config(tmp_path, **given)
+        trainer = PROTrainer(tiny_llama_dir, args=args, train_dataset=rankings(10), ranker=FunctionRanker(checksum))
+        return [rows.tolist() for rows in trainer.bootstrap.parts]
+
+    assert parts(data_seed=7) == parts(seed=7) != parts()
+
+
 # Bad input
 
 

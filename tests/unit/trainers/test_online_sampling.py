@@ -232,7 +232,7 @@ def test_conversations_are_sampled_as_conversations(make):
     [
         ({"dataloader_num_workers": 1}, "generates inside the training process.* Set `dataloader_num_workers=0`."),
         ({"ranker": None}, "has prompts but no .* Pass a `ranker`"),
-        ({"max_length": 4}, r"The prompt of row \d has \d+ tokens and fills `max_length`=4. Raise `max_length`"),
+        ({"max_length": 4}, r"The prompt of row \d has \d+ tokens and fills `max_length`=4 .* Raise `max_length`"),
     ],
 )
 def test_settings_that_do_not_go_with_it_are_refused(given, message, trainer_class, make):
