@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ SAMPLED: dict[str, dict[str, Any]] = {
     "pairs-sft": {"strategy": "sft", "num_samples": 8},
     "pairs-rso-larger-beta": {"beta": LARGER_BETA, "num_samples": 8},
     "pairs-slic": {"strategy": "sft", "num_samples": 8, "pairing": "tournament"},
-    "rankings": {"strategy": "sft", "num_samples": 4, "pairing": "ranking"},
+    "rankings-pro": {"strategy": "sft", "num_samples": 4, "pairing": "ranking"},
 }
 
 
@@ -68,7 +68,7 @@ class Method:
     source: str
     trainer: type[PreferenceTrainer] = RSOTrainer
     loss: str = "RSO eq. 10"
-    arguments: tuple[tuple[str, Any], ...] = (("gamma", GAMMA),)
+    arguments: dict[str, Any] = field(default_factory=lambda: {"gamma": GAMMA})
 
 
 METHODS = {
@@ -85,10 +85,10 @@ METHODS = {
         "8 of 64 SFT samples, at random, labelled by the ranker in a tournament",
         SLiCTrainer,
         "RSO eq. 1",
-        (("delta", 1 / GAMMA),),
+        {"delta": 1 / GAMMA},
     ),
     "pro": Method(
-        "rankings", "4 of 64 SFT samples, at random, ranked by the ranker's reward", PROTrainer, "PRO eq. 7", ()
+        "rankings-pro", "4 of 64 SFT samples, at random, ranked by the ranker's reward", PROTrainer, "PRO eq. 7", {}
     ),
 }
 
@@ -296,7 +296,7 @@ def _train(
             lr_scheduler_type="constant",
             **_COMMON,
             **POLICY,
-            **dict(method.arguments),
+            **method.arguments,
         ),
         train_dataset=dataset,
         processing_class=tokenizer,
@@ -348,7 +348,7 @@ def _write_report(
             "sft": SFT,
             "ranker": RANKER,
             "policy": POLICY,
-            "methods": {name: dict(method.arguments) for name, method in METHODS.items()},
+            "methods": {name: method.arguments for name, method in METHODS.items()},
             "sampling": {"num_candidates": NUM_CANDIDATES, **SAMPLED},
         },
         "versions": versions(),
