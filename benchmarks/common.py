@@ -4,16 +4,27 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from prefopt_trl.data.fingerprints import versions
+from prefopt_trl.data.tiny import tiny_llama
 
 RESULTS = Path(__file__).parent / "results"
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+
+LARGE_SHAPES: dict[str, dict[str, Any]] = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_key_value_heads": 8},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
+}
+SHAPES = ("5m", *LARGE_SHAPES)
 
 
 def alternate(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int, warmup: int = 1) -> dict[str, Any]:
@@ -42,6 +53,58 @@ def alternate(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int, w
         "theirs_seconds_median": round(statistics.median(seconds["theirs"]), 4),
         "rounds": rounds,
     }
+
+
+def vocabulary_size(shape: str) -> int:
+    """Tokens that a tokenizer of a model of this shape has at most."""
+    return 4096 if shape == "5m" else 32000
+
+
+def llama_config(tokenizer: PreTrainedTokenizerFast, shape: str) -> LlamaConfig:
+    """A LLaMA of one of the `SHAPES`: 5M parameters for a CPU, 1B and 7B (LLaMA-7B's own) for a GPU."""
+    if shape == "5m":
+        return tiny_llama(tokenizer).config
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_attention_heads=32,
+        max_position_embeddings=4096,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **LARGE_SHAPES[shape],
+    )
+
+
+def random_model(auto_class: Any, config: LlamaConfig) -> Any:
+    """A model with random weights, always the same, on the device and in its precision."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return auto_class.from_config(config, dtype=DTYPE).eval()
+
+
+def process_memory(field: str) -> int:
+    """Bytes of memory of this process, now (`"VmRSS"`) or at its peak (`"VmHWM"`)."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) * 1024
+
+
+def peak_memory(run: Callable[[], Any]) -> int:
+    """Bytes that `run` needs at its peak, beyond those in use before it. Only the first call in a process is right."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    before = process_memory("VmRSS")
+    run()
+    return process_memory("VmHWM") - before
+
+
+def in_own_process(*arguments: str) -> Any:
+    """Start the running script once more, with these arguments after its own; returns the JSON that it prints last."""
+    command = [sys.executable, *sys.argv, *arguments]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
 
 
 def environment() -> dict[str, Any]:

@@ -51,7 +51,6 @@ def main(script: PROScriptArguments, args: PROConfig) -> None:
         list(pairs["prompt"]),
         script.num_sampled,
         seed=args.seed,
-        batch_size=args.generation_batch_size,
         **args.generation_options(),
     )
     del model

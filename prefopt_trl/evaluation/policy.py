@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.rankers.base import Ranker
-from prefopt_trl.sampling.generation import sample_candidates, tokenize_prompts
+from prefopt_trl.sampling.generation import sample_candidates
+from prefopt_trl.sampling.prompts import tokenize_prompts
 from prefopt_trl.shared_prefix.scoring import completion_logps
 
 

@@ -1,6 +1,6 @@
-"""How a ranker runs many texts through its model: shortest padding, one progress bar, nothing left changed."""
+"""How a ranker runs many texts through its model: what they share once, little padding, nothing left changed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,13 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.fingerprints import model_fingerprint, tokenizer_fingerprint
+from prefopt_trl.shared_prefix.attention import attend_to_prefix
+from prefopt_trl.shared_prefix.continuation import (
+    RowInputs,
+    reason_not_to_share_prefix,
+    rows_after_prefix,
+    whole_rows,
+)
 
 
 class RankingModel:
@@ -28,6 +35,8 @@ class RankingModel:
         max_length (`int`, *optional*):
             Most tokens of one text. By default the limit of the tokenizer or of the model's positions, whichever is
             lower.
+        share_prefix (`bool`):
+            Whether texts that begin alike are to share that, where it is exact.
 
     Raises:
         ValueError: if `batch_size` or `max_length` is below 1, or no tokenizer can be found.
@@ -40,6 +49,7 @@ class RankingModel:
         tokenizer: PreTrainedTokenizerBase | None,
         batch_size: int,
         max_length: int | None,
+        share_prefix: bool,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}. Give 1 or more.")
@@ -57,6 +67,7 @@ class RankingModel:
             num_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
             max_length = min(filter(None, [self.tokenizer.model_max_length, num_positions]))
         self.max_length = max_length
+        self.share_prefix = share_prefix
 
     def token_ids(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Tokenise as TRL's trainers do. Nothing is cut off."""
@@ -65,15 +76,22 @@ class RankingModel:
         )["input_ids"]
 
     def run(
-        self, lengths: Sequence[int], evaluate: Callable[[list[int]], torch.Tensor], description: str
+        self,
+        lengths: Sequence[int],
+        groups: Sequence[Hashable],
+        evaluate: Callable[[list[int]], torch.Tensor],
+        description: str,
     ) -> np.ndarray:
         """Evaluate `n` texts in batches.
 
         Args:
             lengths (`Sequence[int]` of length `n`):
                 How long each text is, about and in any unit.
+            groups (`Sequence` of length `n`):
+                The same value for texts that begin alike, which share a batch.
             evaluate (`Callable`):
-                Function from the indices of at most `batch_size` texts to one number for each, on any device.
+                Function from the indices of at most `batch_size` texts, those of a group next to each other, to one
+                number for each, on any device.
             description (`str`):
                 What the progress bar says. It shows in a terminal, after two seconds.
 
@@ -82,7 +100,11 @@ class RankingModel:
         """
         # Texts of like length share a batch, so that little is padding; longest first, so that a batch too large for
         # the memory fails at once
-        order = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
+        longest: dict[Hashable, tuple[int, int]] = {}  # of each group, which also gets a number
+        for length, group in zip(lengths, groups, strict=True):
+            before, number = longest.get(group, (0, len(longest)))
+            longest[group] = max(length, before), number
+        order = sorted(range(len(lengths)), key=lambda index: (longest[groups[index]], lengths[index]), reverse=True)
         values = np.empty(len(lengths))
         with _evaluating(self.model), tqdm(total=len(lengths), desc=description, disable=None, delay=2) as progress:
             for start in range(0, len(lengths), self.batch_size):
@@ -91,24 +113,33 @@ class RankingModel:
                 progress.update(len(batch))
         return values
 
-    def padded(self, token_ids: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
-        """Pad on the right, where no causal model looks: positions count from 0 and need not be passed.
+    def read(
+        self,
+        token_ids: list[list[int]],
+        groups: list[Hashable],
+        pad_token_id: int,
+        read: Callable[[RowInputs], torch.Tensor],
+    ) -> torch.Tensor:
+        """Prepare a batch and have it read, with what each group begins with computed once where that is exact.
 
         Args:
             token_ids (`list[list[int]]` of length `batch_size`):
                 Token ids of each text.
+            groups (`list` of length `batch_size`):
+                Which texts begin alike; those of a group are next to each other.
             pad_token_id (`int`):
                 Token id of padding.
-
-        Returns:
-            `dict`: `input_ids` and `attention_mask` (1 for tokens, 0 for padding), each a long tensor of shape
-            `(batch_size, longest)` on the model's device.
+            read (`Callable`):
+                Calls the model with what it is given, and returns what it finds after the last token of each text.
         """
-        rows = [torch.tensor(row) for row in token_ids]
-        pad = torch.nn.utils.rnn.pad_sequence
-        input_ids = pad(rows, batch_first=True, padding_value=pad_token_id)
-        attention_mask = pad([torch.ones_like(row) for row in rows], batch_first=True, padding_value=0)
-        return {"input_ids": input_ids.to(self.model.device), "attention_mask": attention_mask.to(self.model.device)}
+        shortest, longest = min(map(len, token_ids)), max(map(len, token_ids))
+        share = self.share_prefix and shortest > 1 and len(set(groups)) < len(groups)
+        if not share or reason_not_to_share_prefix(self.model, longest) is not None:
+            # On the right no causal model looks at padding: positions count from 0 and need not be passed
+            return read(whole_rows(token_ids, pad_token_id, self.model.device))
+        rows = rows_after_prefix(self.model, token_ids, groups, pad_token_id)
+        with attend_to_prefix(self.model):
+            return read(rows)
 
     def settings(self) -> dict[str, Any]:
         """Describe what the results depend on. Where the model was loaded from is not part of it: its weights are."""

@@ -1,22 +1,31 @@
-"""The pairwise ranker: a causal language model that reads two completions and answers "A" or "B" (RSO section 2)."""
+"""The pairwise ranker: a language model that reads two completions and answers "A" or "B" (RSO section 2)."""
 
 import hashlib
 import json
 import logging
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from prefopt_trl.data.fingerprints import function_fingerprint
 from prefopt_trl.data.formats import Completion, Prompt, check_columns, completion_text, prompt_text
 from prefopt_trl.rankers.base import Ranker, check_lengths, check_probabilities, check_rewards, logit
+from prefopt_trl.rankers.comparisons import Texts, Tokens, split_answers
 from prefopt_trl.rankers.models import RankingModel
-from prefopt_trl.rankers.templates import ANSWERS, Template, resolve_template
+from prefopt_trl.rankers.templates import ANSWER_CUE, ANSWERS, Template, resolve_template
+from prefopt_trl.shared_prefix.continuation import RowInputs
 
 logger = logging.getLogger(__name__)
 
@@ -24,38 +33,22 @@ logger = logging.getLogger(__name__)
 SMALLEST_PROBABILITY = 1e-6
 
 
-class Texts(NamedTuple):
-    """What a template is given: without the white space around it, so that the plain and the conversational form of a
-    comparison are the same to the model."""
-
-    prompt: str
-    first: str
-    second: str
-
-    @classmethod
-    def of(cls, prompt: Prompt, first: Completion, second: Completion) -> "Texts":
-        return cls(prompt_text(prompt).strip(), completion_text(first).strip(), completion_text(second).strip())
-
-    def swapped(self) -> "Texts":
-        return Texts(self.prompt, self.second, self.first)
-
-
-class Tokens(NamedTuple):
-    """A comparison as the model reads it, and the tokens that would answer "A" and "B" next."""
-
-    context: list[int]
-    answers: tuple[int, int]
-
-
 class PairwiseRanker(Ranker):
-    """A causal language model that compares two completions of a prompt (RSO section 2).
+    """A language model that compares two completions of a prompt (RSO section 2).
 
     The probability that the first is preferred is the softmax over the logits of the answers "A" and "B", averaged
     over both orders of the two completions. Train one with TRL's `SFTTrainer` on [`pairwise_ranker_dataset`].
 
+    What the comparisons of a prompt begin with is computed once: the prompt, and with `score` also the baseline, in
+    the order in which it comes first.
+
+    An encoder-decoder, such as the paper's T5, reads the comparison without the template's answer cue and answers in
+    its decoder. Nothing is shared there: each token of an encoder sees all others.
+
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
-            Causal language model, or its folder or Hub id: then it is loaded, onto the accelerator if there is one.
+            Causal language model or encoder-decoder, or its folder or Hub id: then it is loaded, onto the accelerator
+            if there is one.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             By default it is loaded from where the model came from.
         template (`str` or `Callable`, *optional*, defaults to `"dialogue"`):
@@ -66,6 +59,8 @@ class PairwiseRanker(Ranker):
         max_length (`int`, *optional*):
             Most tokens of one comparison. Where there are more, the prompt loses its beginning, and one logged line
             says how often. By default the limit of the tokenizer or of the model's positions, whichever is lower.
+        share_prefix (`bool`, *optional*, defaults to `True`):
+            Compute what comparisons begin with once, where that is exact; elsewhere one logged line says why not.
         seed (`int`, *optional*, defaults to `0`):
             Chooses the baselines of `score`, together with the prompt and its completions and nothing else.
 
@@ -91,10 +86,17 @@ class PairwiseRanker(Ranker):
         template: str | Template = "dialogue",
         batch_size: int = 32,
         max_length: int | None = None,
+        share_prefix: bool = True,
         seed: int = 0,
     ) -> None:
         self.template = resolve_template(template)
-        self.ranking_model = RankingModel(AutoModelForCausalLM, model, tokenizer, batch_size, max_length)
+        config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
+        self.answers_in_decoder = config.is_encoder_decoder
+        auto_class = AutoModelForSeq2SeqLM if self.answers_in_decoder else AutoModelForCausalLM
+        self.ranking_model = RankingModel(auto_class, model, tokenizer, batch_size, max_length, share_prefix)
+        if self.answers_in_decoder:
+            with_a, with_b = self.ranking_model.token_ids(list(ANSWERS))
+            self.decoder_answers = split_answers(with_a, with_b, "The decoder")
         self.seed = seed
 
     def compare(
@@ -223,14 +225,23 @@ class PairwiseRanker(Ranker):
                 if len(tokens[place].context) > max_length:
                     tokens[place] = self._cut_prompt(comparisons[index], rows[index])
                     num_cut += 1
-            # With padding on the right its value is never seen
-            padded = model.padded([context for context, _ in tokens], pad_token_id=0)
-            logits = last_logits(model.model, **padded)
+            logits = model.read(
+                [context for context, _ in tokens],
+                [groups[index] for index in batch],
+                pad_token_id=0,  # never seen where no text looks behind its own end
+                read=self._answer_logits,
+            )
             answers = torch.tensor([answers for _, answers in tokens], device=logits.device)
             return logits.gather(1, answers).float().softmax(dim=1)[:, 0]
 
         lengths = [sum(map(len, comparison)) for comparison in comparisons]
-        probabilities = model.run(lengths, evaluate, "Comparing completions")
+        # A baseline that comes first is shared with the prompt by all that are compared to it
+        firsts = Counter((comparison.prompt, comparison.first) for comparison in comparisons)
+        groups = [
+            comparison[:2] if firsts[comparison.prompt, comparison.first] > 1 else comparison[:1]
+            for comparison in comparisons
+        ]
+        probabilities = model.run(lengths, groups, evaluate, "Comparing completions")
         if num_cut:
             logger.warning(
                 f"{num_cut} of {len(comparisons)} comparisons exceeded max_length={max_length} tokens: their prompts "
@@ -238,23 +249,26 @@ class PairwiseRanker(Ranker):
             )
         return probabilities
 
+    def _answer_logits(self, rows: RowInputs) -> torch.Tensor:
+        """Logits of the token that answers, shape `(batch_size, vocabulary_size)`."""
+        model = self.ranking_model.model
+        if not self.answers_in_decoder:
+            return last_logits(model, rows)
+        start = [model.config.decoder_start_token_id, *self.decoder_answers.context]
+        decoder_input_ids = torch.tensor([start], device=model.device).expand(len(rows.lengths), -1)
+        return model(**rows.inputs, decoder_input_ids=decoder_input_ids, use_cache=False).logits[:, -1]
+
     def _tokenize(self, comparisons: list[Texts], rows: list[int]) -> list[Tokens]:
-        """Write comparisons with the template and tokenise them with each answer, as TRL's `SFTTrainer` does."""
-        texts = [self.template(*comparison) + answer for comparison in comparisons for answer in ANSWERS]
-        token_ids = self.ranking_model.token_ids(texts)
-        tokens = []
-        for row, with_a, with_b in zip(rows, token_ids[::2], token_ids[1::2], strict=True):
-            answer = len(with_a) - 1
-            while answer > 0 and with_a[answer:] == with_b[answer:]:  # what the tokenizer appends, such as EOS
-                answer -= 1
-            if answer < 1 or with_a[:answer] != with_b[:answer] or with_a[answer + 1 :] != with_b[answer + 1 :]:
-                raise ValueError(
-                    f"Prompt row {row}: the tokenizer does not write the answers A and B as one token each, after the "
-                    "same tokens. End the `template` where a letter starts a new token, as after a line break, or use "
-                    "another tokenizer."
-                )
-            tokens.append(Tokens(with_a[:answer], (with_a[answer], with_b[answer])))
-        return tokens
+        """Write comparisons with the template and tokenise them, with each answer where it is part of the text."""
+        texts = [self.template(*comparison) for comparison in comparisons]
+        if self.answers_in_decoder:
+            asked = [text.removesuffix(ANSWER_CUE) for text in texts]
+            return [Tokens(ids, self.decoder_answers.answers) for ids in self.ranking_model.token_ids(asked)]
+        token_ids = self.ranking_model.token_ids([text + answer for text in texts for answer in ANSWERS])
+        return [
+            split_answers(with_a, with_b, f"Prompt row {row}")
+            for row, with_a, with_b in zip(rows, token_ids[::2], token_ids[1::2], strict=True)
+        ]
 
     def _cut_prompt(self, comparison: Texts, row: int) -> Tokens:
         """Keep as much of the prompt's end as leaves room for the rest."""
@@ -273,15 +287,13 @@ class PairwiseRanker(Ranker):
         return keep(num_characters)
 
 
-def last_logits(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Return the logits after the last token of each right-padded row, shape `(batch_size, vocabulary_size)`.
+def last_logits(model: PreTrainedModel, rows: RowInputs) -> torch.Tensor:
+    """Return the logits after the last token of each row, shape `(batch_size, vocabulary_size)`.
 
     The LM head runs on the positions where some row ends, and on no others.
     """
-    positions, position_of_row = torch.unique(attention_mask.sum(dim=1) - 1, return_inverse=True)
-    logits = model(
-        input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=positions, use_cache=False
-    ).logits
+    positions, position_of_row = torch.unique(rows.lengths - 1, return_inverse=True)
+    logits = model(**{"use_cache": False, **rows.inputs}, logits_to_keep=positions).logits
     if logits.shape[1] != len(positions):  # a model that knows no `logits_to_keep`
         logits = logits[:, positions]
     return logits[torch.arange(len(logits), device=logits.device), position_of_row.to(logits.device)]

@@ -34,6 +34,9 @@ class RewardModelRanker(PointwiseRanker):
             Most tokens of prompt and completion. Where there are more, the prompt loses its beginning (a special token
             at the start stays), and one logged line says how often. By default the limit of the tokenizer or of the
             model's positions, whichever is lower.
+        share_prefix (`bool`, *optional*, defaults to `True`):
+            Compute each prompt once for all its completions, where that is exact; elsewhere one logged line says why
+            not.
 
     Raises:
         ValueError: if the model does not have one label, if the tokenizer has neither a padding token nor EOS, if a
@@ -55,8 +58,11 @@ class RewardModelRanker(PointwiseRanker):
         *,
         batch_size: int = 32,
         max_length: int | None = None,
+        share_prefix: bool = True,
     ) -> None:
-        self.ranking_model = RankingModel(AutoModelForSequenceClassification, model, tokenizer, batch_size, max_length)
+        self.ranking_model = RankingModel(
+            AutoModelForSequenceClassification, model, tokenizer, batch_size, max_length, share_prefix
+        )
         self.tokenizer = self.ranking_model.tokenizer
         config = self.ranking_model.model.config
         if config.num_labels != 1:
@@ -91,21 +97,25 @@ class RewardModelRanker(PointwiseRanker):
             for row, (prompt, row_completions) in enumerate(zip(prompts, completions, strict=True))
         ]
         row_of_text = {text: row for row, row_texts in enumerate(written) for text in row_texts}
-        texts = list(row_of_text)
+        texts, rows = list(row_of_text), list(row_of_text.values())
         num_cut = 0
 
         def evaluate(batch: list[int]) -> torch.Tensor:
             nonlocal num_cut
             token_ids = []
-            for text in (texts[index] for index in batch):
-                row = row_of_text[text]
+            for text, row in ((texts[index], rows[index]) for index in batch):
                 token_ids.append(self._tokenize(text, prompts[row]))
                 if len(token_ids[-1]) > self.ranking_model.max_length:
                     token_ids[-1] = self._cut_prompt(token_ids[-1], row, prompts[row])
                     num_cut += 1
-            return self.ranking_model.model(**self.ranking_model.padded(token_ids, self.pad_token_id)).logits[:, 0]
+            return self.ranking_model.read(
+                token_ids,
+                [rows[index] for index in batch],
+                self.pad_token_id,
+                lambda inputs: self.ranking_model.model(**inputs.inputs).logits[:, 0],
+            )
 
-        values = self.ranking_model.run([len(text) for text in texts], evaluate, "Scoring completions")
+        values = self.ranking_model.run([len(text) for text in texts], rows, evaluate, "Scoring completions")
         if num_cut:
             logger.warning(
                 f"{num_cut} of {len(texts)} texts exceeded max_length={self.ranking_model.max_length} tokens: their "

@@ -20,7 +20,8 @@ from prefopt_trl.data.collators import DataCollatorForRanking
 from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
 from prefopt_trl.data.tokenization import tokenize_completions
 from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
-from prefopt_trl.sampling.generation import check_prompts_fit, eos_token_ids, sample_candidates, tokenize_prompts
+from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
+from prefopt_trl.sampling.prompts import check_prompts_fit, tokenize_prompts
 from prefopt_trl.sampling.selection import (
     NUM_PAIRS,
     PAIRINGS,
@@ -68,8 +69,8 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
             Scores candidates and labels pairs.
         strategy, num_candidates, num_samples, beta, pairing, seed, max_new_tokens, temperature, top_p, top_k:
             As in [`build_preference_dataset`].
-        batch_size (`int`, *optional*, defaults to `64`):
-            Completions generated at a time.
+        batch_size, memory_budget, share_prefix:
+            As in [`sample_completions`].
         max_length, truncation_mode, pad_to_multiple_of:
             As in [`DataCollatorForRanking`].
         while_sampling (`Callable`, *optional*):
@@ -105,7 +106,9 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    batch_size: int = 64
+    batch_size: int | None = None
+    memory_budget: float = 4.0
+    share_prefix: str | bool = "auto"
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     pad_to_multiple_of: int | None = None
@@ -188,6 +191,8 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
                 self.num_candidates,
                 seed=seed,
                 batch_size=self.batch_size,
+                memory_budget=self.memory_budget,
+                share_prefix=self.share_prefix,
                 progress=False,
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,

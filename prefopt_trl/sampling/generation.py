@@ -1,19 +1,28 @@
-"""Sampling completions of the policy itself with transformers' `generate`."""
+"""Sampling completions of the policy itself with transformers' `generate`, each prompt computed once."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from trl import is_conversational
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import GenerationMode
 
 from prefopt_trl.data.formats import Prompt
+from prefopt_trl.sampling.prompts import tokenize_prompts
+from prefopt_trl.shared_prefix.attention import left_pad
+from prefopt_trl.shared_prefix.continuation import partition_reason, reason_not_to_share_prefix
+from prefopt_trl.shared_prefix.decoding import decode_shared_prefix
+from prefopt_trl.shared_prefix.support import log_reason
 
 # Options of `GenerationConfig` that are set here, or that would change what `generate` returns
 OWN_OPTIONS = {
@@ -21,6 +30,10 @@ OWN_OPTIONS = {
     "eos_token_id",
     "max_length",
     "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "output_logits",
+    "output_scores",
     "pad_token_id",
     "return_dict_in_generate",
 }
@@ -36,10 +49,23 @@ class Candidates:
         finished (`list[bool]`):
             Whether each completion ended by itself, with an EOS token or a stop string, within `max_new_tokens`. A
             stop string is not part of the text.
+        sampled (`list[Sampled]`):
+            What was drawn for each completion; empty unless it was asked for.
     """
 
     texts: list[str]
     finished: list[bool]
+    sampled: list["Sampled"] = field(default_factory=list)
+
+
+class Sampled(NamedTuple):
+    """The tokens that were drawn for a completion, up to and including the EOS token, and their log-probability.
+
+    `logp` is in nats, summed, under the model itself; None where the completion did not share its prompt.
+    """
+
+    ids: list[int]
+    logp: float | None
 
 
 def sample_completions(
@@ -53,7 +79,9 @@ def sample_completions(
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
+    memory_budget: float = 4.0,
+    share_prefix: str | bool = "auto",
     generation_kwargs: dict[str, Any] | None = None,
 ) -> list[list[str]]:
     """Sample completions of each prompt from the model's own distribution.
@@ -82,10 +110,17 @@ def sample_completions(
         top_k (`int`, *optional*, defaults to `0`):
             Most likely tokens kept; 0 keeps them all.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the draws. The same seed, prompts and `batch_size` give the same completions; the global random
-            state is left alone.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Completions generated at a time, over all prompts.
+            Seed of the draws. The same seed, prompts, `batch_size`, `memory_budget` and `share_prefix` give the same
+            completions; the global random state is left alone.
+        batch_size (`int`, *optional*):
+            Completions generated at a time, over all prompts. By default as many as `memory_budget` holds.
+        memory_budget (`float`, *optional*, defaults to `4.0`):
+            GiB for what sampling needs beside the model: keys, values and scores of completions as long as they may
+            be. Raise it on a large GPU; lower it where memory runs out.
+        share_prefix (`str` or `bool`, *optional*, defaults to `"auto"`):
+            Compute each prompt once for all its completions (see [`decode_shared_prefix`]). `"auto"`: where that is
+            exact for the model; one logged line says why where it is not, and plain `generate` samples. `True`: raise
+            an error there. `False`: plain `generate`.
         generation_kwargs (`dict`, *optional*):
             Further options of [`~transformers.GenerationConfig`], such as `{"stop_strings": ["\\n\\nHuman:"]}`. A stop
             string is not part of the text.
@@ -95,7 +130,8 @@ def sample_completions(
 
     Raises:
         ValueError: for a number out of range, an option given twice or unknown, an empty prompt (naming its row), a
-            tokenizer without an EOS token, or conversational prompts without a chat template.
+            tokenizer without an EOS token, conversational prompts without a chat template, or `share_prefix=True`
+            where it would not be exact.
 
     Example:
 
@@ -111,7 +147,15 @@ def sample_completions(
         raise TypeError("`prompts` is a single text. Give a list of prompts: `[prompt]`.")
     prompt_ids = tokenize_prompts(tokenizer, prompts)
     candidates = sample_candidates(
-        model, tokenizer, prompt_ids, num_completions, seed=seed, batch_size=batch_size, **options
+        model,
+        tokenizer,
+        prompt_ids,
+        num_completions,
+        seed=seed,
+        batch_size=batch_size,
+        memory_budget=memory_budget,
+        share_prefix=share_prefix,
+        **options,
     )
     return [candidate.texts for candidate in candidates]
 
@@ -135,58 +179,6 @@ def _names(names: set[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(names))
 
 
-def check_unused_columns(dataset: Dataset, where: str) -> None:
-    """Refuse columns that would change how prompts are tokenised for training, and that sampling does not use.
-
-    Raises:
-        ValueError: naming them.
-    """
-    unused = {"tools", "chat_template_kwargs"} & set(dataset.column_names)
-    if unused:
-        raise ValueError(
-            f"{where} has the column {' and '.join(sorted(unused))}, which sampling does not use. Write its content "
-            "into the prompts and remove it with `dataset.remove_columns`."
-        )
-
-
-def check_prompts_fit(prompt_ids: Sequence[Sequence[int]], max_length: int | None) -> None:
-    """Refuse prompts that leave no room for a completion.
-
-    Raises:
-        ValueError: naming the first row, and how many there are.
-    """
-    too_long = [row for row, ids in enumerate(prompt_ids) if max_length is not None and len(ids) >= max_length]
-    if too_long:
-        raise ValueError(
-            f"The prompt of row {too_long[0]} has {len(prompt_ids[too_long[0]])} tokens and fills "
-            f"`max_length`={max_length} ({len(too_long)} of {len(prompt_ids)} prompts do). Raise `max_length` or "
-            "leave those rows out."
-        )
-
-
-def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt, as TRL's `DPOTrainer` tokenises it for training."""
-    for row, prompt in enumerate(prompts):
-        if not isinstance(prompt, str | list):
-            raise ValueError(
-                f"The prompt of row {row} is {type(prompt).__name__}, not text or a list of messages. Leave the row "
-                "out."
-            )
-    encode: Any = tokenizer
-    if len(prompts) and is_conversational({"prompt": prompts[0]}):
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                "`prompts` are conversational and the tokenizer has no chat template. Set `tokenizer.chat_template`, "
-                "or give the prompts as plain text."
-            )
-        encode = partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True)
-    ids = [encode(prompt)["input_ids"] for prompt in prompts]
-    for row, prompt_ids in enumerate(ids):
-        if not prompt_ids:
-            raise ValueError(f"The prompt of row {row} is empty: it has no tokens to start from. Leave the row out.")
-    return ids
-
-
 def sample_candidates(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -194,13 +186,87 @@ def sample_candidates(
     num_completions: int,
     *,
     seed: int,
-    batch_size: int,
+    batch_size: int | None = None,
+    memory_budget: float = 4.0,
+    share_prefix: str | bool = "auto",
+    keep_logps: bool = False,
     progress: bool = True,
     **generation: Any,
 ) -> list[Candidates]:
-    """As [`sample_completions`], for tokenised prompts, with whether each completion ended by itself."""
-    if num_completions < 1 or batch_size < 1:
+    """As [`sample_completions`], for tokenised prompts, with all that is known of the completions."""
+    _check_options(num_completions, batch_size, memory_budget, share_prefix, generation)
+    end_ids = eos_token_ids(model, tokenizer)
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    options = {name: value for name, value in generation.items() if name != "stop_strings"}
+    config = GenerationConfig(do_sample=True, eos_token_id=end_ids, pad_token_id=pad_token_id, **options)
+    stop_strings = generation.get("stop_strings") or []
+    stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+    # Not as an option of the config: `generate` would lose the tokenizer on the way to a decoding function of ours
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, stop_strings)] if stop_strings else [])
+    longest = max(map(len, prompt_ids), default=0)
+    shares = _shares_prefix(model, share_prefix, config, longest + config.max_new_tokens)
+    prompts_at_once, completions_at_once = sizes_of_batch(
+        model, num_completions, longest, config.max_new_tokens, batch_size, memory_budget, shares
+    )
+    generate = cast(Callable[..., Any], model.generate)
+    # `generate` would wait for the other processes wherever ZeRO-3 is on, also where the weights are gathered
+    synced = partition_reason(model) is not None and torch.distributed.is_initialized()
+
+    # Prompts of like length go together; the order of results is that of `prompt_ids`
+    by_length = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]), reverse=True)
+    results = [Candidates([], []) for _ in prompt_ids]
+    bar = tqdm(
+        total=len(prompt_ids) * num_completions, desc="Sampling completions", unit="completion", disable=not progress
+    )
+    with bar, _sampling_mode(model):
+        for start in range(0, len(by_length), prompts_at_once):
+            rows = by_length[start : start + prompts_at_once]
+            inputs = left_pad([prompt_ids[row] for row in rows], pad_token_id, model.device)
+            del inputs["position_ids"]  # `generate` makes its own
+            for done in range(0, num_completions, completions_at_once):
+                count = min(completions_at_once, num_completions - done)
+                torch.manual_seed(int(np.random.SeedSequence([seed, start, done]).generate_state(1)[0]))
+                logps = None
+                if shares:
+                    config.return_dict_in_generate = True
+                    output = generate(
+                        **inputs,
+                        generation_config=config,
+                        stopping_criteria=criteria,
+                        custom_generate=decode_shared_prefix,
+                        num_completions=count,
+                    )
+                    sequences, logps = output.sequences, output.logps.tolist()
+                else:
+                    config.num_return_sequences = count
+                    sequences = generate(
+                        **inputs, generation_config=config, stopping_criteria=criteria, synced_gpus=synced
+                    )
+                completions = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+                for index, ids in enumerate(completions):
+                    result, prompt = results[rows[index // count]], prompt_ids[rows[index // count]]
+                    text, token_ids, finished = _read(tokenizer, prompt, ids, end_ids, stop_strings)
+                    result.texts.append(text)
+                    result.finished.append(finished)
+                    if keep_logps:
+                        result.sampled.append(Sampled(token_ids, None if logps is None else logps[index]))
+                bar.update(len(completions))
+    return results
+
+
+def _check_options(
+    num_completions: int,
+    batch_size: int | None,
+    memory_budget: float,
+    share_prefix: str | bool,
+    generation: dict[str, Any],
+) -> None:
+    if num_completions < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"`num_completions`={num_completions} and `batch_size`={batch_size} must be at least 1.")
+    if not memory_budget > 0:
+        raise ValueError(f"`memory_budget` must be greater than 0 GiB, got {memory_budget}.")
+    if share_prefix not in ("auto", True, False):
+        raise ValueError(f"`share_prefix` must be 'auto', True or False, got {share_prefix!r}.")
     if not generation["temperature"] > 0:
         raise ValueError(f"`temperature` must be greater than 0, got {generation['temperature']}.")
     if not 0 < generation["top_p"] <= 1:
@@ -210,37 +276,53 @@ def sample_candidates(
             f"`top_k`={generation['top_k']} must be at least 0 and `max_new_tokens`={generation['max_new_tokens']} "
             "at least 1."
         )
-    end_ids = eos_token_ids(model, tokenizer)
-    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    config = GenerationConfig(do_sample=True, eos_token_id=end_ids, pad_token_id=pad_token_id, **generation)
-    stop_strings = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or []
-    matcher = {"tokenizer": tokenizer} if stop_strings else {}
-    generate = cast(Callable[..., torch.Tensor], model.generate)
 
-    # Prompts of like length go together; the order of results is that of `prompt_ids`
-    by_length = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]), reverse=True)
-    prompts_at_once = max(batch_size // num_completions, 1)
-    results = [Candidates([], []) for _ in prompt_ids]
-    bar = tqdm(
-        total=len(prompt_ids) * num_completions, desc="Sampling completions", unit="completion", disable=not progress
-    )
-    with bar, _sampling_mode(model):
-        for start in range(0, len(by_length), prompts_at_once):
-            rows = by_length[start : start + prompts_at_once]
-            inputs = _left_pad([prompt_ids[row] for row in rows], pad_token_id, model.device)
-            for done in range(0, num_completions, batch_size):
-                count = min(batch_size, num_completions - done)
-                torch.manual_seed(int(np.random.SeedSequence([seed, start, done]).generate_state(1)[0]))
-                config.num_return_sequences = count
-                output = generate(**inputs, generation_config=config, **matcher)
-                completions = output[:, inputs["input_ids"].shape[1] :].tolist()
-                for index, ids in enumerate(completions):
-                    row = rows[index // count]
-                    text, finished = _read(tokenizer, prompt_ids[row], ids, end_ids, stop_strings)
-                    results[row].texts.append(text)
-                    results[row].finished.append(finished)
-                bar.update(len(completions))
-    return results
+
+def _shares_prefix(
+    model: PreTrainedModel, share_prefix: str | bool, config: GenerationConfig, row_length: int
+) -> bool:
+    """Whether completions share their prompt; one logged line says why they do not, where they were to."""
+    if not share_prefix:
+        return False
+    mode = config.get_generation_mode()
+    reason = None
+    if mode is not GenerationMode.SAMPLE or config.guidance_scale not in (None, 1) or config.cache_implementation:
+        reason = "`generation_kwargs` ask for a cache, guidance or a search that only `generate` has"
+        log_reason(model, reason)
+    reason = reason or reason_not_to_share_prefix(model, row_length)
+    if reason is not None and share_prefix is True:
+        raise ValueError(f"`share_prefix=True` cannot be exact: {reason}. Set it to 'auto', or leave it out.")
+    return reason is None
+
+
+def sizes_of_batch(
+    model: PreTrainedModel,
+    num_completions: int,
+    prompt_length: int,
+    max_new_tokens: int,
+    batch_size: int | None,
+    memory_budget: float,
+    shares: bool,
+) -> tuple[int, int]:
+    """How many prompts to sample at a time, and how many completions of each.
+
+    Without a `batch_size`, as many as `memory_budget` GiB hold if every completion were as long as it may be. What is
+    counted are keys and values (twice, while they are copied to grow) and the float32 scores of the next token with
+    their working copies.
+    """
+    if batch_size is None:
+        config: Any = model.config.get_text_config()
+        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_token = 2 * 2 * config.num_hidden_layers * num_heads * head_size * model.dtype.itemsize
+        per_completion = per_token * (max_new_tokens + (0 if shares else prompt_length)) + 24 * config.vocab_size
+        per_prompt = per_token * prompt_length if shares else 0
+        budget = memory_budget * 2**30
+        prompts = int(budget // (per_prompt + num_completions * per_completion))
+        if prompts:
+            return prompts, num_completions
+        batch_size = max(int((budget - per_prompt) // per_completion), 1)
+    return max(batch_size // num_completions, 1), min(batch_size, num_completions)
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -273,24 +355,15 @@ def _sampling_mode(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def _left_pad(ids: list[list[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    length = max(map(len, ids))
-    padded = [[pad_token_id] * (length - len(row)) + row for row in ids]
-    mask = [[0] * (length - len(row)) + [1] * len(row) for row in ids]
-    return {
-        "input_ids": torch.tensor(padded, device=device),
-        "attention_mask": torch.tensor(mask, device=device),
-    }
-
-
 def _read(
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[int],
     ids: list[int],
     eos_token_ids: list[int],
     stop_strings: list[str],
-) -> tuple[str, bool]:
-    """Text of a generated row up to its first EOS token or stop string, and whether it ended by itself."""
+) -> tuple[str, list[int], bool]:
+    """Text of a generated row up to its first EOS token or stop string, its tokens up to and including EOS, and
+    whether it ended by itself."""
 
     def decode(skip_special_tokens: bool) -> str:
         # Behind the end of its prompt: LLaMA's decoder would drop the space that the first word of a text begins with
@@ -309,4 +382,4 @@ def _read(
     found = [text.index(stop) for stop in stop_strings if stop in text]
     # A stop string may itself be a special token, such as the one that ends a turn
     stopped = bool(found) or any(stop in decode(skip_special_tokens=False) for stop in stop_strings)
-    return text[: min(found, default=len(text))], end < len(ids) or stopped
+    return text[: min(found, default=len(text))], ids[: end + 1], end < len(ids) or stopped

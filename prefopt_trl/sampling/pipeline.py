@@ -1,6 +1,7 @@
 """From prompts and a ranker to preference pairs: sample, rank, reject, pair, label (RSO sections 3 and 5)."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,27 +13,29 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.fingerprints import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
-from prefopt_trl.data.formats import Prompt, check_columns, wrap_completion
-from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
-from prefopt_trl.sampling.generation import (
-    check_prompts_fit,
-    check_unused_columns,
-    eos_token_ids,
-    generation_options,
-    sample_candidates,
-    tokenize_prompts,
-)
-from prefopt_trl.sampling.selection import OWN_COLUMNS, RANKING, STRATEGIES, check_selection, select_and_pair
-from prefopt_trl.sampling.statistics import plot_statistics
-from prefopt_trl.sampling.store import SampleStore
+from prefopt_trl.data.formats import Prompt, check_columns
+from prefopt_trl.data.jsonl import check_candidates, read_jsonl
+from prefopt_trl.rankers.base import Ranker, check_ranker
+from prefopt_trl.sampling.card import dataset_card
+from prefopt_trl.sampling.generation import eos_token_ids, generation_options
+from prefopt_trl.sampling.prompts import check_prompts_fit, check_unused_columns, tokenize_prompts
+from prefopt_trl.sampling.reference import pair_logps
+from prefopt_trl.sampling.selection import RANKING, STRATEGIES, check_selection
+from prefopt_trl.sampling.shards import Rows, Shards, sample_rows
+from prefopt_trl.sampling.statistics import plot_statistics, summarise
+from prefopt_trl.sampling.store import POLL_SECONDS, SampleStore
+from prefopt_trl.sampling.weights import gathered
 
 logger = logging.getLogger(__name__)
 
+SHARD_COMPLETIONS = 2048  # sampled for a shard, which is what may be lost: so many are generated at full speed
+GIVEN_PER_SHARD = 32  # prompts with candidates of their own
 MANY_UNFINISHED = 0.1  # share of candidates cut short that is worth a warning
+REMINDER_SECONDS = 180.0  # between two lines on what the main process waits for
 
 
 def build_preference_dataset(
-    prompts: Dataset | list[Prompt],
+    prompts: Dataset | list[Prompt] | str | Path,
     policy: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
     ranker: Ranker | None,
@@ -49,7 +52,10 @@ def build_preference_dataset(
     top_p: float = 1.0,
     top_k: int = 0,
     max_length: int | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
+    memory_budget: float = 4.0,
+    share_prefix: str | bool = "auto",
+    keep_logps: bool = False,
     generation_kwargs: dict[str, Any] | None = None,
 ) -> Dataset:
     """Build a dataset of preference pairs from prompts, a policy to sample from, and a ranker.
@@ -60,14 +66,21 @@ def build_preference_dataset(
 
     Everything is saved in `output_dir`: the candidates with their rewards (`candidates/`, which another run with
     another `beta` or `strategy` may be given as its `prompts`), the pairs (`pairs/`), `manifest.json` with every
-    setting, `statistics.json` and `statistics.png`. A finished `output_dir` made with the same settings is read, not
-    made again; one that stopped after sampling goes on from its candidates.
+    setting, `statistics.json`, `statistics.png` and a dataset card (`README.md`). A finished `output_dir` made with
+    the same settings is read, not made again.
+
+    Nothing is lost when it stops. Prompts are sampled and ranked in shards of about 2,000 completions, and each shard
+    is on the disk (`shards/`, until all is finished) before the next begins; the same call goes on from there, to the
+    same bytes. Each process of `accelerate launch` or `torchrun`, on any number of nodes that share `output_dir`,
+    takes its part of the shards and returns the whole dataset, which does not depend on how many there were. Each
+    needs a policy and a ranker of its own; weights that DeepSpeed ZeRO-3 has partitioned are gathered once.
 
     Args:
-        prompts ([`~datasets.Dataset`] or `list`):
+        prompts ([`~datasets.Dataset`], `list`, or path of a `.jsonl` file):
             Column `prompt`, plain text or messages. With a column `completions` (a list of candidates per row, not
             necessarily of one length) nothing is sampled, so the arguments of sampling are not looked at, and with
-            `rewards` beside it nothing is scored either. Other columns are carried over to the result.
+            `rewards` beside it nothing is scored either. Other columns are carried over to the result. A file has one
+            JSON object with these columns per line.
         policy ([`~transformers.PreTrainedModel`]):
             Policy to sample from, the SFT model in the paper. May be None where the candidates are given.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -75,7 +88,7 @@ def build_preference_dataset(
         ranker ([`~prefopt_trl.rankers.Ranker`]):
             Scores candidates and labels pairs.
         output_dir (`str` or `Path`):
-            Folder to save to.
+            Folder to save to, which all processes see.
         strategy (`str`, *optional*, defaults to `"rso"`):
             `"rso"`: statistical rejection sampling (Algorithm 1). `"sft"`: at random. `"top-k"`: the highest rewards.
             `"direct"`: `prompts` already has `chosen` and `rejected`, which are returned as they are, and nothing is
@@ -90,10 +103,15 @@ def build_preference_dataset(
             `"first-round"` (`num_samples // 2` pairs), `"tournament"` (`num_samples - 1`) or `"all"`; or `"ranking"`.
         seed (`int`, *optional*, defaults to `0`):
             Seed of sampling, rejection and pairing.
-        max_new_tokens, temperature, top_p, top_k, batch_size, generation_kwargs:
+        max_new_tokens, temperature, top_p, top_k, batch_size, memory_budget, share_prefix, generation_kwargs:
             As in [`sample_completions`].
         max_length (`int`, *optional*):
             Longest prompt and completion the training will take, in tokens; prompts must be shorter.
+        keep_logps (`bool`, *optional*, defaults to `False`):
+            Whether pairs have `ref_chosen_logps` and `ref_rejected_logps`: log-probabilities under the policy, in
+            nats, summed over the tokens that training reads. They are what the decoder summed while it sampled
+            (`logps` of the candidates) where it drew those tokens, and else computed from the text. Given candidates
+            need a column `logps`, and the policy where one is None.
 
     Returns:
         [`~datasets.Dataset`] with `prompt`, `chosen`, `rejected` in the prompts' format, `chosen_reward`,
@@ -101,11 +119,13 @@ def build_preference_dataset(
         [0.5, 1]); of rankings, `prompt`, `completions` and `rewards`, best first.
 
     Raises:
-        TypeError: if `prompts` is neither a dataset nor a list, for example all the splits at once.
-        ValueError: for missing columns, an empty dataset, `num_samples` over `num_candidates`, an option out of range,
-            a prompt that fills `max_length` (naming its row), a tokenizer without an EOS token, a ranker that returns
-            the wrong number of values or NaN, an `output_dir` made with other settings (naming them), or no prompt
-            with enough distinct candidates.
+        TypeError: if `prompts` is neither a dataset, a list nor a file, for example all the splits at once.
+        ValueError: for missing columns, an empty dataset, candidates that do not fit their prompts, `num_samples` over
+            `num_candidates`, an option out of range, a prompt that fills `max_length` (naming its row), a tokenizer
+            without an EOS token, a ranker that returns the wrong number of values or NaN, an `output_dir` made with
+            other settings (naming them), or no prompt with enough distinct candidates.
+        OSError: if something cannot be written, for example to a full disk. What is saved stays as it is.
+        RuntimeError: if this process does not see what the main process writes to `output_dir`.
 
     Example:
 
@@ -118,92 +138,160 @@ def build_preference_dataset(
     """
     if strategy not in (*STRATEGIES, "direct"):
         raise ValueError(f"`strategy` must be one of {', '.join(STRATEGIES)} and direct, got {strategy!r}.")
-    if isinstance(prompts, Sequence) and not isinstance(prompts, str):
-        prompts = Dataset.from_dict({"prompt": list(prompts)})
+    dataset = _as_dataset(prompts)
     if strategy == "direct":
-        check_columns(prompts, ["prompt", "chosen", "rejected"], "`prompts`")
-        return prompts.select_columns(["prompt", "chosen", "rejected"])
-    check_columns(prompts, ["prompt"], "`prompts`")
+        check_columns(dataset, ["prompt", "chosen", "rejected"], "`prompts`")
+        return dataset.select_columns(["prompt", "chosen", "rejected"])
+    check_columns(dataset, ["prompt"], "`prompts`")
     if ranker is None:
         raise ValueError(f"`ranker` is missing, and strategy={strategy!r} needs one to label the pairs.")
     check_ranker(ranker)
-    check_unused_columns(prompts, "`prompts`")
-    given = "completions" in prompts.column_names
+    check_unused_columns(dataset, "`prompts`")
+    dataset = dataset.with_format(None)
+    given = "completions" in dataset.column_names
     check_selection(pairing, num_samples, beta, num_candidates=None if given else num_candidates)
-
-    settings = {
-        "strategy": strategy,
-        "num_samples": num_samples,
-        "beta": beta,
-        "pairing": pairing,
-        "seed": seed,
-        "prompts": dataset_fingerprint(prompts),
-        "ranker": ranker.settings(),
-    }
-    sample: Callable[[], Dataset] | None = None
-    if not given:
-        if isinstance(policy, str):
-            raise TypeError(
-                f"`policy` is the path {policy!r}. Load the model, with `AutoModelForCausalLM.from_pretrained`, and "
-                "its tokenizer."
-            )
-        if policy is None or tokenizer is None:
+    if keep_logps and pairing == RANKING:
+        raise ValueError("`keep_logps` is for pairs only, and pairing='ranking' makes rankings. Leave it out.")
+    if given:
+        check_candidates(dataset, "`prompts`")
+        if keep_logps and "logps" not in dataset.column_names:
             raise ValueError(
-                "`policy` and `tokenizer` are needed to sample candidates. Give them, or a column `completions` in "
-                "`prompts`."
+                "`keep_logps` needs a column `logps` beside the `completions` of `prompts`, with the log-probability "
+                "of each. Add it, or leave `keep_logps` out."
             )
-        generation = generation_options(
-            generation_kwargs, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k
+    elif isinstance(policy, str):
+        raise TypeError(
+            f"`policy` is the path {policy!r}. Load the model, with `AutoModelForCausalLM.from_pretrained`, and its "
+            "tokenizer."
         )
-        settings |= {
-            **generation,
-            "batch_size": batch_size,
-            "num_candidates": num_candidates,
-            "eos_token_ids": eos_token_ids(policy, tokenizer),
-            "policy": model_fingerprint(policy),
-            "tokenizer": tokenizer_fingerprint(tokenizer),
+    elif policy is None or tokenizer is None:
+        raise ValueError(
+            "`policy` and `tokenizer` are needed to sample candidates. Give them, or a column `completions` in "
+            "`prompts`."
+        )
+
+    selection = {"strategy": strategy, "num_samples": num_samples, "beta": beta, "pairing": pairing}
+    ranking_model = getattr(getattr(ranker, "ranking_model", None), "model", None)
+    with gathered(None if given and not keep_logps else policy, ranking_model):
+        settings = {
+            **selection,
+            "seed": seed,
+            "keep_logps": keep_logps,
+            "prompts": dataset_fingerprint(dataset),
+            "ranker": ranker.settings(),
+            **({"max_length": max_length} if keep_logps else {}),
         }
-        sample = partial(
-            _sample,
-            prompts,
-            policy,
-            tokenizer,
-            num_candidates,
-            max_length,
-            seed=seed,
-            batch_size=batch_size,
-            **generation,
-        )
-    store = SampleStore(output_dir)
-    if store.finished(settings):
-        pairs = store.pairs()
+        prompts_per_shard = GIVEN_PER_SHARD if given else max(1, SHARD_COMPLETIONS // num_candidates)
+        num_shards = -(-len(dataset) // prompts_per_shard)
+        sample: Callable[[Rows, int], Rows] | None = None
+        if policy is not None and tokenizer is not None and not given:
+            generation = generation_options(
+                generation_kwargs, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k
+            )
+            sampling = {
+                **generation,
+                "batch_size": batch_size,
+                "memory_budget": memory_budget,
+                "share_prefix": share_prefix,
+            }
+            settings |= {
+                **sampling,
+                "num_candidates": num_candidates,
+                "eos_token_ids": eos_token_ids(policy, tokenizer),
+                "policy": model_fingerprint(policy),
+                "tokenizer": tokenizer_fingerprint(tokenizer),
+            }
+            sample = partial(
+                sample_rows,
+                policy,
+                tokenizer,
+                num_candidates,
+                keep_logps=keep_logps,
+                max_length=max_length,
+                progress=num_shards == 1,  # there is a bar of all shards
+                **sampling,
+            )
+        store, process = SampleStore(output_dir), PartialState()
+        if not store.finished(settings):
+            if tokenizer is not None and not given:
+                check_prompts_fit(tokenize_prompts(tokenizer, list(dataset["prompt"])), max_length)
+            if process.is_main_process:
+                store.begin(settings, prompts_per_shard, num_shards)
+            else:
+                store.wait_for_settings(settings)
+            score_pairs = None
+            if keep_logps and policy is not None and tokenizer is not None:
+                score_pairs = partial(pair_logps, policy, tokenizer, max_length=max_length)
+            shards = Shards(store, dataset, sample, ranker, selection, seed, keep_logps, score_pairs)
+            _make_shards(shards, process)
+            if process.is_main_process:
+                _assemble(shards, settings)
+            else:
+                store.wait_until_finished()
+            return store.pairs()
+    pairs = store.pairs()
+    if process.is_main_process:
+        store.clear()  # where the run that finished it was stopped while it did so
         made = "rankings" if pairing == RANKING else "pairs"
         logger.warning("Reusing the %d %s in %s, made with the same settings.", len(pairs), made, output_dir)
-        return pairs
-    if PartialState().num_processes > 1:
-        raise ValueError(
-            f"Sampling runs in one process, and this is one of {PartialState().num_processes}. Run "
-            "`build_preference_dataset` or the trainer in a single process first; with "
-            f"output_dir={str(output_dir)!r} every process then reuses it."
-        )
+    return pairs
 
-    candidates = store.candidates()
-    if candidates is None:
-        candidates = prompts if sample is None else sample()
-        store.begin(
-            settings
-        )  # not earlier: what fails before there is anything to keep may be set otherwise next time
-        store.save_candidates(candidates)  # before the ranker can fail
-    if "rewards" not in candidates.column_names:
-        scored, completions = list(candidates["prompt"]), list(candidates["completions"])
-        rewards = check_rewards(ranker.score(scored, completions), scored, completions, type(ranker).__name__)
-        candidates = candidates.add_column("rewards", [row.tolist() for row in rewards])
-        store.save_candidates(candidates)
 
-    selected = select_and_pair(candidates, ranker, strategy, num_samples, beta, pairing, seed)
-    statistics = selected.statistics
-    store.finish(selected.pairs, statistics.as_dict())
-    tqdm.write(f"{statistics.made.capitalize()} saved in {output_dir}\n{statistics}")
+def _as_dataset(prompts: Any) -> Dataset:
+    if isinstance(prompts, str | Path) and str(prompts).endswith(".jsonl"):
+        return read_jsonl(prompts)
+    if isinstance(prompts, Sequence) and not isinstance(prompts, str):
+        return Dataset.from_dict({"prompt": list(prompts)})
+    return prompts  # `check_columns` refuses what is no dataset
+
+
+def _make_shards(shards: Shards, process: PartialState) -> None:
+    """Make the shards of this process; on the main process, until those of all others are there too."""
+    store, num_prompts = shards.store, len(shards.prompts)
+    prompts_per_shard, num_shards = store.layout()
+
+    def num_ranked() -> int:
+        return sum(min(prompts_per_shard, num_prompts - shard * prompts_per_shard) for shard in store.ranked_shards())
+
+    with tqdm(
+        total=num_prompts,
+        initial=num_ranked(),
+        desc="Sampling and ranking",
+        unit="prompt",
+        disable=not process.is_main_process,
+    ) as bar:
+        for shard in range(process.process_index, num_shards, process.num_processes):
+            if not store.has_shard(shard, "ranked") and not store.is_finished():  # which removes the shards
+                shards.make(shard)
+                bar.update(num_ranked() - bar.n)
+        reminded = time.monotonic()
+        while process.is_main_process and (missing := num_shards - len(store.ranked_shards())):
+            time.sleep(POLL_SECONDS)
+            bar.update(num_ranked() - bar.n)
+            if time.monotonic() - reminded > REMINDER_SECONDS:
+                logger.warning("Waiting for other processes, which have %d of %d shards to do.", missing, num_shards)
+                reminded = time.monotonic()
+
+
+def _assemble(shards: Shards, settings: dict[str, Any]) -> None:
+    """Make the dataset of its finished shards, row by row, and say what it is like."""
+    store = shards.store
+    candidates = store.write_dataset("candidates", shards.candidate_rows(), shards.candidate_features())
+    num_unfinished = None
+    if "finished" in candidates.column_names:
+        num_unfinished = sum(finished.count(False) for finished in candidates["finished"])
+    statistics, distributions = summarise(shards.selected(), num_unfinished, **shards.selection)
+    pairs = store.write_dataset("pairs", shards.preference_rows(), shards.preference_features())
+    store.write_json("statistics.json", statistics.as_dict())
+    try:
+        with store.writing(store.folder / "statistics.png") as temporary:
+            plot_statistics(distributions, temporary)
+    except ImportError:
+        logger.warning("No plot was drawn: install matplotlib, with `pip install 'prefopt-trl[plots]'`.")
+    store.write_text("README.md", dataset_card(settings, statistics, pairs))
+    store.finish()
+
+    tqdm.write(f"{statistics.made.capitalize()} saved in {store.folder}\n{statistics}")
     if statistics.num_unfinished and statistics.num_unfinished > MANY_UNFINISHED * statistics.num_candidates:
         logger.warning(
             "%d of %d candidates were cut at `max_new_tokens`, yet training ends them with EOS too. Raise it.",
@@ -212,30 +300,3 @@ def build_preference_dataset(
         )
     if statistics.warning:
         logger.warning("%s", statistics.warning)
-    try:
-        plot_statistics(selected.rewards, selected.label_probabilities, store.folder / "statistics.png")
-    except ImportError:
-        logger.warning("No plot was drawn: install matplotlib, with `pip install 'prefopt-trl[plots]'`.")
-    return store.pairs()
-
-
-def _sample(
-    dataset: Dataset,
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    num_candidates: int,
-    max_length: int | None,
-    **sampling: Any,
-) -> Dataset:
-    """Candidates of each prompt: columns `completions` and `finished` (whether each ended by itself) are added."""
-    prompts: list[Prompt] = list(dataset["prompt"])
-    prompt_ids = tokenize_prompts(tokenizer, prompts)
-    check_prompts_fit(prompt_ids, max_length)
-    sampled = sample_candidates(policy, tokenizer, prompt_ids, num_candidates, **sampling)
-    completions = [
-        [wrap_completion(prompt, text) for text in candidates.texts]
-        for prompt, candidates in zip(prompts, sampled, strict=True)
-    ]
-    finished = [candidates.finished for candidates in sampled]
-    others = {name: list(dataset[name]) for name in dataset.column_names if name not in OWN_COLUMNS}
-    return Dataset.from_dict({"prompt": prompts, **others, "completions": completions, "finished": finished})

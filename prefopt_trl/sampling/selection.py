@@ -1,18 +1,16 @@
 """Which candidates are kept, which of them meet, and whom the ranker prefers (RSO sections 3.2 and 5)."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 
 from prefopt_trl.data.formats import Completion, Prompt, completion_text
-from prefopt_trl.rankers.base import Ranker, check_probabilities, check_rewards
+from prefopt_trl.rankers.base import Ranker, check_probabilities
 from prefopt_trl.sampling.pairing import Pairing, Pairs, first_round, play, round_robin, tournament
 from prefopt_trl.sampling.rejection import acceptance_rate, statistical_rejection_sampling
-from prefopt_trl.sampling.statistics import SamplingStatistics, label_warning, reward_quantiles
 
 # Beta of Algorithm 1 that each strategy stands for: its own, and the two limits of RSO section 3.2
 STRATEGIES: dict[str, Callable[[float], float]] = {"rso": float, "sft": lambda beta: np.inf, "top-k": lambda beta: 0.0}
@@ -24,17 +22,40 @@ NUM_PAIRS: dict[str, Callable[[int], int]] = {
 }
 RANKING = "ranking"  # in place of a pairing: the kept candidates are ranked by reward
 # Columns of candidates, and of the pairs made of them: any other is the user's, and is kept
-OWN_COLUMNS = {"prompt", "completions", "rewards", "finished", "chosen", "rejected"}
+OWN_COLUMNS = {"prompt", "completions", "rewards", "finished", "logps", "chosen", "rejected"}
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Pairs or rankings made of scored candidates, their statistics, and the arrays that the statistics summarise."""
+class SelectedPrompt:
+    """What was selected of one prompt's candidates: numbers only, and candidates by their index.
 
-    pairs: Dataset
-    statistics: SamplingStatistics
-    rewards: dict[str, np.ndarray]
-    label_probabilities: dict[str, np.ndarray]
+    Attributes:
+        rewards (`list[float]`):
+            Reward of each candidate.
+        num_distinct (`int`):
+            Candidates that are distinct.
+        accepted (`list[int]`):
+            Candidates kept; none where fewer than `num_samples` are distinct, and the prompt is skipped.
+        acceptance_rate (`float` or `None`):
+            Theorem 1's expected share of distinct candidates accepted in the first round; None if skipped.
+        random_probabilities (`list[float]`):
+            Probabilities the ranker gives to its own labels, in [0.5, 1], of random pairs of candidates.
+        chosen, rejected (`list[int]`), probabilities (`list[float]`):
+            Pairs made of those kept, and the probability the ranker gives to each label; of a ranking, first-round
+            pairs, which say how sure the ranker is of it.
+        ref_logps (`list[tuple[float, float]]` or `None`):
+            Log-probability of the chosen and the rejected completion of each pair, where they are kept.
+    """
+
+    rewards: list[float]
+    num_distinct: int
+    accepted: list[int] = field(default_factory=list)
+    acceptance_rate: float | None = None
+    random_probabilities: list[float] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)
+    rejected: list[int] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
+    ref_logps: list[tuple[float, float]] | None = None
 
 
 def check_selection(pairing: str, num_samples: int, beta: float, num_candidates: int | None) -> None:
@@ -55,35 +76,38 @@ def check_selection(pairing: str, num_samples: int, beta: float, num_candidates:
 
 
 def select_and_pair(
-    candidates: Dataset, ranker: Ranker, strategy: str, num_samples: int, beta: float, pairing: str, seed: int
-) -> Selection:
-    """Keep `num_samples` distinct candidates of each prompt, and let the ranker label pairs of them, or rank them.
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Completion]],
+    rewards: Sequence[np.ndarray],
+    ranker: Ranker,
+    *,
+    strategy: str,
+    num_samples: int,
+    beta: float,
+    pairing: str,
+    seed: int,
+    first_row: int = 0,
+) -> list[SelectedPrompt]:
+    """Keep `num_samples` distinct candidates of each prompt, and let the ranker label pairs of them.
 
-    Every prompt has a random stream of its own, made from `seed` and its row. Columns of `candidates` other than those
-    named below are kept.
+    Every prompt has a random stream of its own, made from `seed` and its row, so that it does not matter which others
+    it is selected with.
 
     Args:
-        candidates ([`~datasets.Dataset`]):
-            Columns `prompt`, `completions`, `rewards` and optionally `finished`.
+        prompts, completions, rewards (sequences of length `n`):
+            Prompts, the candidates of each, and their rewards.
         ranker, strategy, num_samples, beta, pairing, seed:
             As in [`build_preference_dataset`].
+        first_row (`int`, *optional*, defaults to `0`):
+            Row of the first of `prompts` among all.
 
     Returns:
-        [`Selection`].
-
-    Raises:
-        ValueError: if no prompt has `num_samples` distinct candidates.
+        `list` of [`SelectedPrompt`], one per prompt.
     """
-    prompts, completions = list(candidates["prompt"]), list(candidates["completions"])
-    rewards = check_rewards(list(candidates["rewards"]), prompts, completions, "The column `rewards`")
     distinct = [first_occurrences(row) for row in completions]
+    selected = [SelectedPrompt(row.tolist(), len(first)) for row, first in zip(rewards, distinct, strict=True)]
     rows = [row for row in range(len(prompts)) if len(distinct[row]) >= num_samples]
-    if not rows:
-        raise ValueError(
-            f"No prompt has `num_samples`={num_samples} distinct candidates (the most is {max(map(len, distinct))}). "
-            "Raise `num_candidates`, `temperature` or `max_new_tokens`, or lower `num_samples`."
-        )
-    streams = [np.random.default_rng([seed, row]) for row in rows]
+    streams = [np.random.default_rng([seed, first_row + row]) for row in rows]
     label = partial(label_pairs, ranker, [prompts[row] for row in rows], [completions[row] for row in rows])
 
     at_random = [
@@ -95,64 +119,56 @@ def select_and_pair(
         accept(rewards[row], distinct[row], num_samples, select_beta, stream)
         for row, stream in zip(rows, streams, strict=True)
     ]
-    # A ranking needs no labels; those of first-round pairs say how sure the ranker is of it
     after = label(accepted, first_round if pairing == RANKING else PAIRINGS[pairing], streams)
 
-    made: list[dict[str, Any]] = []
-    chosen_rewards: list[float] = []
-    rejected_rewards: list[float] = []
-    others = [name for name in candidates.column_names if name not in OWN_COLUMNS]
-    for row, kept, pairs in zip(rows, accepted, after, strict=True):
-        kept_columns = {"prompt": prompts[row], **{name: candidates[row][name] for name in others}}
-        if pairing == RANKING:
-            ranking = rank(completions[row], rewards[row], kept)
-            made.append({**kept_columns, **ranking})
-            chosen_rewards.append(ranking["rewards"][0])
-            rejected_rewards += ranking["rewards"][1:]
-            continue
-        for chosen, rejected, probability in zip(*pairs, strict=True):
-            chosen_rewards.append(float(rewards[row][chosen]))
-            rejected_rewards.append(float(rewards[row][rejected]))
-            made.append(
-                {
-                    **kept_columns,
-                    "chosen": completions[row][chosen],
-                    "rejected": completions[row][rejected],
-                    "chosen_reward": chosen_rewards[-1],
-                    "rejected_reward": rejected_rewards[-1],
-                    "label_probability": float(probability),
-                }
-            )
+    for row, kept, random_pairs, pairs in zip(rows, accepted, before, after, strict=True):
+        selected[row] = SelectedPrompt(
+            rewards=rewards[row].tolist(),
+            num_distinct=len(distinct[row]),
+            accepted=kept.tolist(),
+            acceptance_rate=acceptance_rate(rewards[row][distinct[row]], select_beta),
+            random_probabilities=random_pairs.probability.tolist(),
+            chosen=pairs.chosen.tolist(),
+            rejected=pairs.rejected.tolist(),
+            probabilities=pairs.probability.tolist(),
+        )
+    return selected
 
-    drawn = {
-        "candidates": np.concatenate(rewards),
-        "accepted": np.concatenate([rewards[row][kept] for row, kept in zip(rows, accepted, strict=True)]),
-        "chosen": np.array(chosen_rewards),
-        "rejected": np.array(rejected_rewards),
-    }
-    certainty = {
-        "random candidates": np.concatenate([pairs.probability for pairs in before]),
-        "pairs made": np.concatenate([pairs.probability for pairs in after]),
-    }
-    means = {name: float(values.mean()) for name, values in certainty.items()}
-    first_pass = [acceptance_rate(rewards[row][distinct[row]], select_beta) for row in rows]
-    finished = list(candidates["finished"]) if "finished" in candidates.column_names else None
-    statistics = SamplingStatistics(
-        num_prompts=len(prompts),
-        num_skipped=len(prompts) - len(rows),
-        num_candidates=sum(map(len, completions)),
-        num_duplicates=sum(map(len, completions)) - sum(map(len, distinct)),
-        num_unfinished=None if finished is None else sum(row.count(False) for row in finished),
-        num_pairs=len(made),
-        acceptance_rate=float(np.mean(first_pass)) if strategy == "rso" else None,
-        reward_quantiles={name: reward_quantiles(values) for name, values in drawn.items()},
-        label_probability_before=means["random candidates"],
-        label_probability_after=means["pairs made"],
-        warning=label_warning(strategy, beta, *means.values()),
-        made="rankings" if pairing == RANKING else "pairs",
-    )
-    columns = {name: [row[name] for row in made] for name in made[0]}
-    return Selection(Dataset.from_dict(columns), statistics, drawn, certainty)
+
+def preference_rows(candidates: dict[str, Any], selected: SelectedPrompt, pairing: str) -> Iterator[dict[str, Any]]:
+    """Rows of the final dataset that one prompt makes: its pairs, or its ranking, or none.
+
+    Args:
+        candidates (`dict`):
+            Row of candidates, with `prompt` and `completions`. Columns other than [`OWN_COLUMNS`] are kept.
+        selected ([`SelectedPrompt`]):
+            What was selected of them.
+        pairing (`str`):
+            As in [`build_preference_dataset`].
+
+    Yields:
+        `dict`: one row.
+    """
+    columns = {name: value for name, value in candidates.items() if name == "prompt" or name not in OWN_COLUMNS}
+    completions, rewards = candidates["completions"], selected.rewards
+    if pairing == RANKING:
+        if selected.accepted:
+            yield {**columns, **rank(completions, np.array(rewards), np.array(selected.accepted))}
+        return
+    labelled = zip(selected.chosen, selected.rejected, selected.probabilities, strict=True)
+    for pair, (chosen, rejected, probability) in enumerate(labelled):
+        logps = {}
+        if selected.ref_logps is not None:
+            logps["ref_chosen_logps"], logps["ref_rejected_logps"] = selected.ref_logps[pair]
+        yield {
+            **columns,
+            "chosen": completions[chosen],
+            "rejected": completions[rejected],
+            "chosen_reward": rewards[chosen],
+            "rejected_reward": rewards[rejected],
+            "label_probability": probability,
+            **logps,
+        }
 
 
 def accept(

@@ -1,10 +1,13 @@
 """What a sampled dataset looks like: counts, rewards, and how sure the ranker is of its own labels."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from prefopt_trl.sampling.selection import RANKING, SelectedPrompt
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -85,6 +88,89 @@ class SamplingStatistics:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Distributions:
+    """The numbers that the statistics summarise.
+
+    Attributes:
+        rewards (`dict[str, np.ndarray]`):
+            Rewards of candidates, accepted, chosen and rejected completions.
+        label_probabilities (`dict[str, np.ndarray]`):
+            Probabilities the ranker gives to its own labels, in [0.5, 1], on random candidates and on the pairs made.
+    """
+
+    rewards: dict[str, np.ndarray]
+    label_probabilities: dict[str, np.ndarray]
+
+
+def summarise(
+    selected: Iterable[SelectedPrompt],
+    num_unfinished: int | None,
+    *,
+    strategy: str,
+    num_samples: int,
+    beta: float,
+    pairing: str,
+) -> tuple[SamplingStatistics, Distributions]:
+    """Statistics of what was selected, of one prompt after the other.
+
+    Args:
+        selected (iterable of [`SelectedPrompt`]):
+            One per prompt; only their numbers are held in memory.
+        num_unfinished (`int` or `None`):
+            As in [`SamplingStatistics`].
+        strategy, num_samples, beta, pairing:
+            As in [`build_preference_dataset`].
+
+    Returns:
+        [`SamplingStatistics`] and the [`Distributions`] that they summarise.
+
+    Raises:
+        ValueError: if no prompt has `num_samples` distinct candidates.
+    """
+    rewards: dict[str, list[np.ndarray]] = {"candidates": [], "accepted": [], "chosen": [], "rejected": []}
+    certainty: dict[str, list[list[float]]] = {"random candidates": [], "pairs made": []}
+    num_distinct: list[int] = []
+    first_pass: list[float] = []
+    for prompt in selected:
+        of_prompt = np.array(prompt.rewards)
+        num_distinct.append(prompt.num_distinct)
+        rewards["candidates"].append(of_prompt)
+        if prompt.acceptance_rate is None:  # skipped
+            continue
+        first_pass.append(prompt.acceptance_rate)
+        accepted = of_prompt[prompt.accepted]
+        ranked = -np.sort(-accepted)
+        rewards["accepted"].append(accepted)
+        rewards["chosen"].append(ranked[:1] if pairing == RANKING else of_prompt[prompt.chosen])
+        rewards["rejected"].append(ranked[1:] if pairing == RANKING else of_prompt[prompt.rejected])
+        certainty["random candidates"].append(prompt.random_probabilities)
+        certainty["pairs made"].append(prompt.probabilities)
+    if not first_pass:
+        raise ValueError(
+            f"No prompt has `num_samples`={num_samples} distinct candidates (the most is {max(num_distinct)}). "
+            "Raise `num_candidates`, `temperature` or `max_new_tokens`, or lower `num_samples`."
+        )
+    drawn = {name: np.concatenate(values) for name, values in rewards.items()}
+    probabilities = {name: np.concatenate(values) for name, values in certainty.items()}
+    means = {name: float(values.mean()) for name, values in probabilities.items()}
+    statistics = SamplingStatistics(
+        num_prompts=len(num_distinct),
+        num_skipped=len(num_distinct) - len(first_pass),
+        num_candidates=len(drawn["candidates"]),
+        num_duplicates=len(drawn["candidates"]) - sum(num_distinct),
+        num_unfinished=num_unfinished,
+        num_pairs=len(drawn["chosen"]),
+        acceptance_rate=float(np.mean(first_pass)) if strategy == "rso" else None,
+        reward_quantiles={name: reward_quantiles(values) for name, values in drawn.items()},
+        label_probability_before=means["random candidates"],
+        label_probability_after=means["pairs made"],
+        warning=label_warning(strategy, beta, *means.values()),
+        made="rankings" if pairing == RANKING else "pairs",
+    )
+    return statistics, Distributions(drawn, probabilities)
+
+
 def reward_quantiles(rewards: np.ndarray) -> list[float]:
     """Rewards at [`QUANTILES`]."""
     return np.quantile(rewards, QUANTILES).tolist()
@@ -126,21 +212,18 @@ def small_beta_warning(beta: float, before: float, after: float) -> str | None:
     )
 
 
-def plot_statistics(
-    rewards: dict[str, np.ndarray], label_probabilities: dict[str, np.ndarray], path: str | Path
-) -> None:
+def plot_statistics(distributions: Distributions, path: str | Path) -> None:
     """Draw the rewards and the ranker's certainty as a PNG.
 
     Args:
-        rewards (`dict[str, np.ndarray]`):
-            Rewards of candidates, accepted, chosen and rejected completions.
-        label_probabilities (`dict[str, np.ndarray]`):
-            Probabilities the ranker gives to its own labels, in [0.5, 1], before and after rejection.
+        distributions ([`Distributions`]):
+            What to draw.
         path (`str` or `Path`):
             File to write.
     """
     from matplotlib.figure import Figure
 
+    rewards = distributions.rewards
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     everything = np.concatenate(list(rewards.values()))
@@ -157,7 +240,7 @@ def plot_statistics(
         )
     left.set(xlabel="reward", ylabel="density", title="Rewards given by the ranker")
     left.legend(frameon=False)
-    for name, values in label_probabilities.items():
+    for name, values in distributions.label_probabilities.items():
         right.hist(
             values,
             bins=np.linspace(0.5, 1, 26),
@@ -170,4 +253,4 @@ def plot_statistics(
         xlabel="probability", ylabel="density", title="Probability the ranker gives to its own labels", xlim=(0.5, 1)
     )
     right.legend(frameon=False, loc="upper center")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")

@@ -1,19 +1,30 @@
-"""The folder of a sampled dataset: what was made, with which settings, and whether it is finished."""
+"""The folder of a sampled dataset: what is made so far, with which settings, and whether it is finished."""
 
+import hashlib
 import json
 import os
 import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, Features, load_from_disk
+from datasets.arrow_writer import ArrowWriter
+
+MANIFEST_SECONDS = 60.0  # processes that start together may be so far apart
+POLL_SECONDS = 0.5
+ROWS_IN_MEMORY = 100  # of prompts with all their candidates, while they are written
 
 
 class SampleStore:
-    """Candidates, pairs, statistics and the manifest of one sampled dataset.
+    """Manifest, shards, candidates, pairs and statistics of one sampled dataset.
 
     `manifest.json` holds every setting the dataset depends on, and whether it is finished. Each file or folder is
-    written under a temporary name and then renamed, so that what is there is whole.
+    written under a temporary name, synced to the disk and then renamed, so that what is there is whole, whenever a
+    process or the machine dies. Any number of processes may share the folder: each shard has one writer, and all else
+    is written by the main process.
 
     Args:
         folder (`str` or `Path`):
@@ -22,72 +33,222 @@ class SampleStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self.shards = self.folder / "shards"
+
+    # The manifest
 
     def finished(self, settings: dict[str, Any]) -> bool:
         """Whether the folder holds a finished dataset made with these settings.
 
         Raises:
             ValueError: if it holds one made with other settings, finished or not (the message names those that
-                differ), or candidates or pairs without the manifest that says how they were made.
+                differ), or candidates or pairs without the manifest that says how they were made. A manifest alone
+                may be overwritten.
             TypeError: if a setting cannot be written as JSON.
         """
         now = json.loads(json.dumps(settings))  # as they will be read back
-        try:
-            manifest = json.loads((self.folder / "manifest.json").read_text())
-        except FileNotFoundError:
-            if (self.folder / "candidates").exists() or (self.folder / "pairs").exists():
+        holds_results = self._holds_results()  # asked first: another process may be about to begin
+        manifest = self._manifest()
+        if manifest is None:
+            if holds_results:
                 raise ValueError(
                     f"{self.folder} holds candidates or pairs, and no manifest.json that says how they were made. "
                     "Choose another `output_dir`, or delete the folder."
-                ) from None
+                )
             return False
-        differences = list(_differences(manifest["settings"], now))
-        if differences:
+        differences = _differences(manifest["settings"], now)
+        if differences and holds_results:
             raise ValueError(
                 f"{self.folder} holds a dataset sampled with other settings:\n  "
                 + "\n  ".join(differences)
                 + "\nSet them as they were to reuse it, choose another `output_dir`, or delete the folder. "
-                "To keep its candidates, pass `load_from_disk('.../candidates')` as `prompts` with another "
+                f"To keep its candidates, pass {self._candidates_there()} as `prompts` with another "
                 "`output_dir`; without their column `rewards` they are scored again."
             )
-        return manifest["finished"]
+        return not differences and manifest["finished"]
 
-    def begin(self, settings: dict[str, Any]) -> None:
-        """Write down the settings; what follows is made with them."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._write_json("manifest.json", {"finished": False, "settings": settings})
+    def begin(self, settings: dict[str, Any], prompts_per_shard: int, num_shards: int) -> None:
+        """Write down the settings, unless they are there already; what follows is made with them."""
+        manifest = self._manifest()
+        if manifest is None or _differences(manifest["settings"], json.loads(json.dumps(settings))):
+            self.write_json(
+                "manifest.json",
+                {
+                    "finished": False,
+                    "num_shards": num_shards,
+                    "prompts_per_shard": prompts_per_shard,
+                    "settings": settings,
+                },
+            )
 
-    def candidates(self) -> Dataset | None:
-        """Candidates saved by a run with these settings that did not finish, or None."""
-        folder = self.folder / "candidates"
-        return load_from_disk(str(folder)) if folder.exists() else None
+    def wait_for_settings(self, settings: dict[str, Any]) -> None:
+        """Wait until the main process has written down these settings.
 
-    def save_candidates(self, candidates: Dataset) -> None:
-        """Save the candidates, with or without rewards."""
-        self._write_dataset("candidates", candidates)
+        Raises:
+            RuntimeError: if it has not after a minute.
+        """
+        now = json.loads(json.dumps(settings))
+        deadline = time.monotonic() + MANIFEST_SECONDS
+        while (manifest := self._manifest()) is None or _differences(manifest["settings"], now):
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"The main process wrote no manifest.json with the settings of this one to {self.folder} within "
+                    f"{MANIFEST_SECONDS:g} seconds. `output_dir` must be on a file system that all processes see, and "
+                    "all must be given the same arguments."
+                )
+            time.sleep(POLL_SECONDS)
+
+    def layout(self) -> tuple[int, int]:
+        """Prompts per shard, and the number of shards."""
+        manifest = self._manifest()
+        assert manifest is not None  # written by `begin`
+        return manifest["prompts_per_shard"], manifest["num_shards"]
+
+    def is_finished(self) -> bool:
+        """Whether the dataset that is being made is finished."""
+        manifest = self._manifest()
+        return manifest is not None and manifest["finished"]
+
+    def wait_until_finished(self) -> None:
+        """Wait until the main process has finished the dataset."""
+        while not self.is_finished():
+            time.sleep(POLL_SECONDS)
+
+    def finish(self) -> None:
+        """Say that the dataset is finished, and remove what it was made of."""
+        manifest = self._manifest()
+        assert manifest is not None
+        self.write_json("manifest.json", {**manifest, "finished": True})
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove what a finished dataset was made of, and what was left half written."""
+        for path in self.folder.glob("*.partial"):
+            _remove(path)
+        _remove(self.shards)
+
+    # Shards
+
+    def has_shard(self, shard: int, stage: str) -> bool:
+        """Whether a shard is finished, of the stage `"candidates"` or `"ranked"`."""
+        return self._shard(shard, stage).exists()
+
+    def ranked_shards(self) -> list[int]:
+        """Numbers of the shards that are ranked, by any process."""
+        return sorted(int(path.name.split(".")[0]) for path in self.shards.glob("*.ranked.jsonl"))
+
+    def write_shard(self, shard: int, stage: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Write the rows of a shard."""
+        with self.writing(self._shard(shard, stage)) as temporary:
+            lines = (json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows)
+            temporary.write_bytes("".join(lines).encode())
+
+    def read_shard(self, shard: int, stage: str) -> list[dict[str, Any]]:
+        """Rows of a finished shard."""
+        with self._shard(shard, stage).open("rb") as lines:
+            return [json.loads(line) for line in lines]
+
+    def _shard(self, shard: int, stage: str) -> Path:
+        return self.shards / f"{shard:05d}.{stage}.jsonl"
+
+    # What is made of them
+
+    def write_dataset(self, name: str, rows: Iterable[dict[str, Any]], features: Features) -> Dataset:
+        """Write `rows`, one after the other, as a folder for `load_from_disk`: a function of the rows alone.
+
+        Returns:
+            [`~datasets.Dataset`] that was written.
+        """
+        digest = hashlib.sha256(repr(features).encode())
+        arrow = self.shards / f"{name}.arrow"
+        with self.writing(arrow) as temporary:
+            writer = ArrowWriter(path=str(temporary), features=features, writer_batch_size=ROWS_IN_MEMORY)
+            with writer:
+                for row in rows:
+                    digest.update(json.dumps(row, sort_keys=True).encode())
+                    writer.write(row)
+                writer.finalize()
+        dataset = Dataset(Dataset.from_file(str(arrow)).data, fingerprint=digest.hexdigest()[:16])
+        with self.writing(self.folder / name) as temporary:
+            dataset.save_to_disk(str(temporary))
+        del dataset
+        arrow.unlink()
+        return load_from_disk(str(self.folder / name))
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write a file of JSON."""
+        self.write_text(name, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+    def write_text(self, name: str, content: str) -> None:
+        """Write a file of text."""
+        with self.writing(self.folder / name) as temporary:
+            temporary.write_bytes(content.encode())
 
     def pairs(self) -> Dataset:
         """Pairs of a finished dataset."""
         return load_from_disk(str(self.folder / "pairs"))
 
-    def finish(self, pairs: Dataset, statistics: dict[str, Any]) -> None:
-        """Save the pairs and statistics, and say that the dataset is finished."""
-        self._write_dataset("pairs", pairs)
-        self._write_json("statistics.json", statistics)
-        manifest = json.loads((self.folder / "manifest.json").read_text())
-        self._write_json("manifest.json", {**manifest, "finished": True})
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[Path]:
+        """A temporary name to write a file or folder under, which is `path` once it is whole and on the disk.
 
-    def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        temporary = self.folder / f"{name}.partial"
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        os.replace(temporary, self.folder / name)
+        Raises:
+            OSError: if it cannot be written, for example to a full disk, saying what is saved. `path` is then as it
+                was.
+        """
+        temporary = path.with_name(f"{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove(temporary)
+            yield temporary
+            for file in [temporary, *temporary.rglob("*")]:
+                _sync(file)
+            if path.is_dir():
+                _remove(path)  # a folder is not replaced
+            os.replace(temporary, path)
+            _sync(path.parent)
+        except OSError as error:
+            _remove(temporary)
+            manifest = self._manifest()
+            saved = f"{len(self.ranked_shards())} of {manifest['num_shards']} shards are" if manifest else "Nothing is"
+            raise OSError(
+                error.errno,
+                f"Could not write {path}: {error.strerror or error}. {saved} saved in {self.folder}, which is as it "
+                "was before; once it can be written to (a full disk: once there is space), the same call goes on from "
+                "there",
+            ) from error
 
-    def _write_dataset(self, name: str, dataset: Dataset) -> None:
-        temporary, folder = self.folder / f"{name}.partial", self.folder / name
-        shutil.rmtree(temporary, ignore_errors=True)
-        dataset.save_to_disk(str(temporary))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+    def _manifest(self) -> dict[str, Any] | None:
+        try:
+            return json.loads((self.folder / "manifest.json").read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def _holds_results(self) -> bool:
+        shards = self.shards.glob("*.jsonl")
+        return any(path.exists() for path in [self.folder / "candidates", self.folder / "pairs", *shards])
+
+    def _candidates_there(self) -> str:
+        """How to load the candidates that are in the folder, as Python."""
+        if (self.folder / "candidates").exists():
+            return "`load_from_disk('.../candidates')`"
+        return "`load_dataset('json', data_files='.../shards/*.candidates.jsonl', split='train')`"
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

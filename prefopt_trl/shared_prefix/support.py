@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 _probed: weakref.WeakKeyDictionary[torch.nn.Module, str | None] = weakref.WeakKeyDictionary()
-_warned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+_logged: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 def reason_not_to_share(model: PreTrainedModel, forward: Callable[..., Any], row_length: int) -> str | None:
@@ -47,17 +47,30 @@ def reason_not_to_share(model: PreTrainedModel, forward: Callable[..., Any], row
 
 
 def log_reason(model: PreTrainedModel, reason: str) -> None:
-    """Say why a model's prompts are not shared, once per model."""
-    if model not in _warned:
-        _warned.add(model)
+    """Say why a model's prompts are not shared, once per model and reason."""
+    logged = _logged.setdefault(model, set())
+    if reason not in logged:
+        logged.add(reason)
         logger.warning("Prompts are not shared, each completion is run as a row of its own: %s.", reason)
 
 
 def config_reason(model: PreTrainedModel, row_length: int) -> str | None:
-    """Why the config of this model rules sharing out, or None.
+    """Why the config of this model rules packed rows out, or None: they need attention that takes a mask."""
+    implementation = model.config.get_text_config()._attn_implementation
+    reason = architecture_reason(model, row_length)
+    if reason is None and implementation not in ("sdpa", "eager"):
+        return (
+            f"attn_implementation={implementation!r} takes no mask of its own (load the model with "
+            "attn_implementation='sdpa' to share)"
+        )
+    return reason
 
-    The packed row is correct where attention takes the mask and the positions it is given. It is not where a layer
-    derives either from a token's place in the row (ALiBi, windows, recurrence).
+
+def architecture_reason(model: PreTrainedModel, row_length: int) -> str | None:
+    """Why the architecture of this model rules sharing out, or None.
+
+    Sharing is correct where attention takes the keys and the positions it is given. It is not where a layer derives
+    either from a token's place in the row (ALiBi, windows, recurrence).
     """
     if isinstance(model, PeftModel):
         if model.active_peft_config.is_prompt_learning:
@@ -82,11 +95,10 @@ def config_reason(model: PreTrainedModel, row_length: int) -> str | None:
             window = getattr(config, key, None)
             if window is not None and row_length > window:
                 return f"rows of up to {row_length} tokens exceed the attention window of {name} (`{key}`={window})"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return (
-            f"attn_implementation={config._attn_implementation!r} takes no mask of its own (load the model with "
-            "attn_implementation='sdpa' to share)"
-        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
+    if rope.get("rope_type") in ("dynamic", "longrope") and original is not None and row_length > original:
+        return f"the rotary frequencies of {name} change with the longest row beyond {original} tokens"
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return f"{name} takes no position_ids"
     return None

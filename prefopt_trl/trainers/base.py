@@ -35,7 +35,7 @@ from prefopt_trl.shared_prefix.forward import add_shared_prefix
 from prefopt_trl.shared_prefix.packing import IGNORE_INDEX, pair_groups
 from prefopt_trl.trainers.base_config import PreferenceConfig
 from prefopt_trl.trainers.completions import ScoredCompletions, by_prompt, columns_of_rows, ranking_metrics
-from prefopt_trl.trainers.preferences import check_prompts, check_text, with_completions
+from prefopt_trl.trainers.preferences import check_prompts, check_text, with_completions, with_sampled_logps
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,6 @@ class PreferenceTrainer(DPOTrainer):
                 tokenizer,
                 ranker,
                 while_sampling=self._reference_adapter if self.ref_model is None else contextlib.nullcontext,
-                batch_size=self.args.generation_batch_size,
                 **self.args.selection_options(),
                 **self.args.generation_options(),
                 **collating,
@@ -256,6 +255,8 @@ class PreferenceTrainer(DPOTrainer):
         columns += [column for column in own if column not in columns]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if getattr(self.args, "reference_logps", "computed") == "sampled":
+            return with_sampled_logps(dataset, name)
         self._share_prefixes()  # called by DPOTrainer.__init__, before ours ends
         return super()._precompute_ref_logps(dataset, name, batch_size)
 

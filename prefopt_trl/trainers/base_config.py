@@ -6,7 +6,7 @@ from typing import Any
 from trl import DPOConfig
 
 from prefopt_trl.sampling.selection import PAIRINGS, RANKING, STRATEGIES
-from prefopt_trl.trainers.arguments import TRL_LOSS_ARGUMENTS, is_one_of, refuse
+from prefopt_trl.trainers.arguments import TRL_LOSS_ARGUMENTS, is_number, is_one_of, refuse
 
 
 @dataclass
@@ -20,8 +20,9 @@ class PreferenceConfig(DPOConfig):
     share_prefix: bool = field(
         default=True,
         metadata={
-            "help": "Compute each prompt once for all its completions. Exact; where a model cannot share (sliding "
-            "window, ALiBi, recurrence) one logged line says so and each completion is a row of its own."
+            "help": "Compute each prompt once for all its completions, in training and in sampling. Exact; where a "
+            "model cannot share (sliding window, ALiBi, recurrence) one logged line says so and each completion is a "
+            "row of its own."
         },
     )
 
@@ -70,8 +71,19 @@ class PreferenceConfig(DPOConfig):
     top_k: int = field(
         default=0, metadata={"help": "Sample among the k most likely tokens only; 0 means all of them."}
     )
-    generation_batch_size: int = field(
-        default=64, metadata={"help": "Completions generated at a time, over all prompts."}
+    generation_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions generated at a time, over all prompts. By default as many as "
+            "`generation_memory_budget` holds."
+        },
+    )
+    generation_memory_budget: float = field(
+        default=4.0,
+        metadata={
+            "help": "GiB for what sampling needs beside the model: keys, values and scores of completions as long as "
+            "they may be. Raise it on a large GPU; lower it where memory runs out."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -93,11 +105,14 @@ class PreferenceConfig(DPOConfig):
         temperature = self.generation_options()["temperature"]
         if not isinstance(temperature, int | float) or not temperature > 0:
             raise ValueError(f"`temperature` must be greater than 0, got {temperature!r}. Algorithm 1 assumes 1.")
-        if self.max_new_tokens < 1 or self.generation_batch_size < 1 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if self.max_new_tokens < 1 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
-                f"`max_new_tokens`={self.max_new_tokens} and `generation_batch_size`={self.generation_batch_size} "
-                f"must be at least 1, `top_k`={self.top_k} at least 0 and `top_p`={self.top_p} in (0, 1]."
+                f"`max_new_tokens`={self.max_new_tokens} must be at least 1, `top_k`={self.top_k} at least 0 and "
+                f"`top_p`={self.top_p} in (0, 1]."
             )
+        if self.generation_batch_size is not None and self.generation_batch_size < 1:
+            raise ValueError(f"`generation_batch_size`={self.generation_batch_size} must be at least 1, or None.")
+        is_number(self, "generation_memory_budget", "It is in GiB.", above_zero=True)
         if self.num_samples < 2:
             raise ValueError(f"`num_samples` must be at least 2 to make a pair, got {self.num_samples}.")
         if self.num_samples > self.num_candidates:
@@ -117,6 +132,9 @@ class PreferenceConfig(DPOConfig):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
+            "batch_size": self.generation_batch_size,
+            "memory_budget": self.generation_memory_budget,
+            "share_prefix": "auto" if self.share_prefix else False,
         }
 
     def selection_options(self) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from prefopt_trl.data.formats import wrap_completion
 from prefopt_trl.data.tokenization import tokenize_completions
 from prefopt_trl.rankers.base import Ranker, check_rewards
-from prefopt_trl.sampling.generation import check_unused_columns, sample_candidates, tokenize_prompts
+from prefopt_trl.sampling.generation import sample_candidates
+from prefopt_trl.sampling.prompts import check_unused_columns, tokenize_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,6 @@ class Bootstrap(TrainerCallback):
         ranker: Ranker,
         folder: str | Path,
         seed: int,
-        batch_size: int,
         generation: dict[str, Any],
     ) -> None:
         if num_parts > len(dataset):
@@ -69,7 +69,7 @@ class Bootstrap(TrainerCallback):
             )
         check_unused_columns(dataset, "The train dataset")
         self.dataset, self.tokenizer, self.ranker = dataset, tokenizer, ranker
-        self.folder, self.seed, self.batch_size, self.generation = Path(folder), seed, batch_size, generation
+        self.folder, self.seed, self.generation = Path(folder), seed, generation
         # As they will be read back: what a run that is resumed must have in common with the interrupted one
         settings = {"bootstrap_parts": num_parts, "seed": seed, **generation, "ranker": ranker.settings()}
         self.settings = json.loads(json.dumps(settings))
@@ -141,9 +141,7 @@ class Bootstrap(TrainerCallback):
         prompts, completions = (list(self.dataset[rows.tolist()][name]) for name in ("prompt", "completions"))
         seed = int(np.random.SeedSequence(stream).generate_state(1)[0])
         prompt_ids = tokenize_prompts(self.tokenizer, prompts)
-        sampled = sample_candidates(
-            model, self.tokenizer, prompt_ids, 1, seed=seed, batch_size=self.batch_size, **self.generation
-        )
+        sampled = sample_candidates(model, self.tokenizer, prompt_ids, 1, seed=seed, **self.generation)
         extended = [
             [*row, wrap_completion(prompt, candidates.texts[0])]
             for prompt, row, candidates in zip(prompts, completions, sampled, strict=True)

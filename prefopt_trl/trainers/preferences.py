@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt_trl.data.formats import columns_of, number_rows
 from prefopt_trl.data.rankings import pairs_to_rankings
 from prefopt_trl.rankers.base import Ranker, check_rewards
-from prefopt_trl.sampling.generation import check_prompts_fit, check_unused_columns, tokenize_prompts
 from prefopt_trl.sampling.pipeline import build_preference_dataset
+from prefopt_trl.sampling.prompts import check_prompts_fit, check_unused_columns, tokenize_prompts
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,6 @@ def sample_preferences(
         ranker,
         output_dir=output_dir,
         max_length=args.max_length,
-        batch_size=args.generation_batch_size,
         **args.selection_options(),
         **args.generation_options(),
     )
@@ -209,3 +208,19 @@ def check_prompts(
     check_unused_columns(dataset, "The train dataset")
     check_prompts_fit(tokenize_prompts(tokenizer, list(dataset["prompt"])), args.max_length)
     return number_rows(dataset)  # so that prompts that repeat are sampled anew
+
+
+def with_sampled_logps(dataset: Dataset, name: str) -> Dataset:
+    """Require the log-probabilities of the reference model that were written down when the pairs were sampled.
+
+    Raises:
+        ValueError: naming the columns, where they are missing.
+    """
+    missing = [column for column in ("ref_chosen_logps", "ref_rejected_logps") if column not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"`reference_logps='sampled'` reads {' and '.join(f'`{column}`' for column in missing)}, which the {name} "
+            "dataset has not. Give prompts and a `ranker`, make the pairs with "
+            "`build_preference_dataset(..., keep_logps=True)`, or set `reference_logps='computed'`."
+        )
+    return dataset

@@ -103,7 +103,6 @@ class PROTrainer(CompletionTrainer):
             ranker,
             folder=os.path.join(self.args.output_dir, "bootstrap"),
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            batch_size=self.args.generation_batch_size,
             generation=self.args.generation_options(),
         )
         self.train_dataset = number_rows(self.train_dataset)

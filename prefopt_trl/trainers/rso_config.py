@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
+from prefopt_trl.trainers.arguments import is_one_of
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
 # RSO's names for the losses, and TRL's names for the same functions
@@ -69,7 +71,20 @@ class RSOConfig(PreferenceConfig):
         metadata={"help": "TRL's name for `gamma`. Not the beta of RSO's Algorithm 1, which is `rejection_beta`."},
     )
 
+    reference_logps: str = field(
+        default="computed",
+        metadata={
+            "help": "Log-probabilities of the reference model: 'computed' by it, as in TRL, or 'sampled': those that "
+            "were written down when the pairs were sampled (columns `ref_chosen_logps` and `ref_rejected_logps`), so "
+            "that training holds no reference model.",
+            "choices": ["computed", "sampled"],
+        },
+    )
+
     def __post_init__(self) -> None:
+        is_one_of(self, "reference_logps", ["computed", "sampled"])
+        if self.reference_logps == "sampled":
+            self._use_sampled_logps()
         if self.gamma is not None and self.beta is not None and self.gamma != self.beta:
             raise ValueError(
                 f"`gamma`={self.gamma} and `beta`={self.beta} are two names of the same temperature of the loss. Set "
@@ -94,3 +109,15 @@ class RSOConfig(PreferenceConfig):
                 )
         self.loss_type = [LOSS_NAMES.get(loss_type, loss_type) for loss_type in loss_types]
         super().__post_init__()
+
+    def _use_sampled_logps(self) -> None:
+        if self.sampling == "online" or self.truncation_mode != "keep_start":
+            raise ValueError(
+                "`reference_logps='sampled'` needs pairs sampled before training, and cut at their end. Leave "
+                "`sampling` at 'offline' and `truncation_mode` at 'keep_start'."
+            )
+        self.precompute_ref_log_probs = True  # to TRL they are precomputed
+
+    def selection_options(self) -> dict[str, Any]:
+        options = super().selection_options()
+        return {**options, "keep_logps": True} if self.reference_logps == "sampled" else options

@@ -9,19 +9,23 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BartConfig,
     BloomConfig,
+    Gemma2Config,
     GPT2Config,
     MambaConfig,
     MistralConfig,
     MptConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
+    T5Config,
 )
 from trl import SFTConfig, SFTTrainer
 
 from prefopt_trl.rankers import PairwiseRanker, pairwise_ranker_dataset
-from prefopt_trl.rankers.templates import dialogue, summary
+from prefopt_trl.rankers.templates import ANSWER_CUE, dialogue, summary
 
 PROMPTS = ["What is the capital of France?", "Bake bread.", "Tell me how to bake bread, and then wait for the dog."]
 FIRST = ["Paris.", "Mix the flour, the water and the salt.", "No."]
@@ -107,7 +111,8 @@ def test_a_conversation_and_its_transcript_are_the_same(model, tokenizer):
 
 def test_equal_comparisons_are_run_once_and_equal_completions_never(model, tokenizer):
     rows = record_inputs(model)
-    probabilities = PairwiseRanker(model, tokenizer).compare(["p"] * 4, ["a", "a", "b", "c"], ["b", "b", "a", "c"])
+    ranker = PairwiseRanker(model, tokenizer, share_prefix=False)
+    probabilities = ranker.compare(["p"] * 4, ["a", "a", "b", "c"], ["b", "b", "a", "c"])
     assert len(rows) == 2
     assert probabilities[0] == probabilities[1] == 1 - probabilities[2]
     assert probabilities[3] == 0.5
@@ -115,7 +120,8 @@ def test_equal_comparisons_are_run_once_and_equal_completions_never(model, token
 
 def test_the_longest_comparisons_are_run_first(model, tokenizer):
     rows = record_inputs(model)
-    PairwiseRanker(model, tokenizer, batch_size=2).compare(["p" * 3, "p" * 90, "p" * 30], ["a"] * 3, ["b"] * 3)
+    ranker = PairwiseRanker(model, tokenizer, batch_size=2, share_prefix=False)
+    ranker.compare(["p" * 3, "p" * 90, "p" * 30], ["a"] * 3, ["b"] * 3)
     lengths = [len(row) for row in rows]
     assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) == 3
 
@@ -163,6 +169,248 @@ def test_a_batch_of_unequal_lengths_changes_nothing_for_any_family(config, token
     assert len(set(alone.round(4))) == 3
 
 
+# What comparisons begin with
+
+
+CANDIDATES = [
+    "Paris.",
+    "The dog sleeps on.",
+    "Paris.",
+    "",
+    "It is Paris, and no other town is.",
+    "No.",
+    "P",
+    "Yes",
+    "b",
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("own_baselines", [True, False])
+@pytest.mark.parametrize("max_length", [None, 90])
+def test_sharing_changes_no_score(model, tokenizer, caplog, batch_size, own_baselines, max_length):
+    prompts = [*PROMPTS, "Why did the dog sleep on and on, and what did the fox do in the end?"]
+    completions = [CANDIDATES[:1], CANDIDATES[:2], CANDIDATES, CANDIDATES[4:]]
+    baselines = ["Perhaps.", "Paris.", "No.", "Perhaps."] if own_baselines else None
+    shared, plain = (
+        PairwiseRanker(
+            model, tokenizer, batch_size=batch_size, max_length=max_length, share_prefix=share_prefix
+        ).score(prompts, completions, baselines)
+        for share_prefix in (True, False)
+    )
+    assert [len(row) for row in shared] == [1, 2, 9, 5]
+    assert np.concatenate(shared) == pytest.approx(np.concatenate(plain), abs=1e-5)
+    assert np.ptp(shared[2]) > 0.1
+    assert sum("lost their beginning" in message for message in logged(caplog)) == (0 if max_length is None else 2)
+    assert not any("not shared" in message for message in logged(caplog))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_sharing_changes_no_comparison(model, tokenizer, batch_size):
+    # Of one prompt: repeated, swapped, equal; and of prompts that come back further on
+    prompts = [*["Bake bread."] * 6, "Why?", "Bake bread.", "Why?"]
+    first = ["Mix.", "Mix.", "Wait.", "Mix.", "Wait.", "a", "So.", "b", "So."]
+    second = ["Wait.", "Flour.", "Mix.", "Mix.", "Flour.", "b", "No.", "a", "Yes."]
+    shared, plain = (
+        PairwiseRanker(model, tokenizer, batch_size=batch_size, share_prefix=share_prefix).compare(
+            prompts, first, second
+        )
+        for share_prefix in (True, False)
+    )
+    assert shared == pytest.approx(plain, abs=1e-5)
+    assert shared[3] == 0.5 and shared[0] == 1 - shared[2] and len(set(shared.round(4))) > 5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=300),
+        OPTConfig(
+            hidden_size=32,
+            ffn_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=300,
+            word_embed_proj_dim=32,
+        ),
+        Gemma2Config(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            vocab_size=300,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_sharing_changes_no_score_of_other_families(config, tokenizer, caplog):
+    torch.manual_seed(0)
+    model = randomise(AutoModelForCausalLM.from_config(config))
+    shared, plain = (
+        PairwiseRanker(model, tokenizer, share_prefix=share_prefix).score(PROMPTS, [CANDIDATES] * 3)
+        for share_prefix in (True, False)
+    )
+    assert np.concatenate(shared) == pytest.approx(np.concatenate(plain), abs=1e-5)
+    assert logged(caplog) == [] and np.ptp(shared[0]) > 0.05
+
+
+def record_tokens(model) -> list[torch.Tensor]:
+    """Return a list that collects the token ids of every call of the model."""
+    calls: list[torch.Tensor] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0]))
+    return calls
+
+
+def test_prompt_and_baseline_are_computed_once(model, tokenizer):
+    prompt, baseline = "What is the capital of France? " * 30, "The dog sleeps on, and on."
+    candidates = [f"{number} is the answer." for number in range(16)]
+    ranker = PairwiseRanker(model, tokenizer, batch_size=32)
+    ranker.compare(["p", "p"], ["a", "b"], ["b", "c"])  # the probe
+    calls = record_tokens(model)
+    ranker.score([prompt], [candidates], [baseline])
+    assert [len(call) for call in calls] == [2, 32]
+    beginnings = sorted((tokenizer.decode(row[row != tokenizer.pad_token_id]) for row in calls[0]), key=len)
+    whole = "<s>" + dialogue(prompt.strip(), baseline, candidates[0])
+    assert all(whole.startswith(beginning) for beginning in beginnings)
+    assert baseline not in beginnings[0] and prompt.strip() in beginnings[0]
+    assert baseline in beginnings[1]
+    shared = sum(call.numel() for call in calls)
+    calls.clear()
+    PairwiseRanker(model, tokenizer, batch_size=32, share_prefix=False).score([prompt], [candidates], [baseline])
+    assert [len(call) for call in calls] == [32]
+    assert sum(call.numel() for call in calls) > 5 * shared
+
+
+def test_a_model_that_cannot_share_is_ranked_as_rows_of_their_own(tokenizer, caplog):
+    torch.manual_seed(0)
+    model = randomise(
+        AutoModelForCausalLM.from_config(BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=300))
+    )
+    first, again, plain = (
+        PairwiseRanker(model, tokenizer, share_prefix=share_prefix).score(PROMPTS, [CANDIDATES] * 3)
+        for share_prefix in (True, True, False)
+    )
+    assert all((one == other).all() for one, other in zip(first + again, plain + plain, strict=True))
+    assert [message for message in logged(caplog) if "not shared" in message] == [
+        "Prompts are not shared, each completion is run as a row of its own: bloom uses ALiBi, which takes distances "
+        "from places in the row."
+    ]
+
+
+# Encoder-decoders
+
+
+def tiny_encoder_decoder(family: str):
+    special = {"vocab_size": 300, "pad_token_id": 0, "eos_token_id": 2}
+    config = {
+        "t5": T5Config(**special, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0),
+        "bart": BartConfig(
+            **special,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            decoder_start_token_id=2,
+            bos_token_id=1,
+        ),
+    }[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return randomise(AutoModelForSeq2SeqLM.from_config(config)).eval()
+
+
+def ending_with_eos(tokenizer, beginning: str = ""):
+    """As T5's tokenizer, or with `<s>` at the beginning as BART's."""
+    special_tokens = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        f"{beginning} $A </s>".strip(), special_tokens=special_tokens
+    )
+    return tokenizer
+
+
+def answer_of_decoder(model, tokenizer, text: str, before_answer: list[int]) -> float:
+    """Slow reference: P(A) after the decoder's first tokens, in float64, for a text without the answer cue."""
+    assert text.endswith(ANSWER_CUE)
+    input_ids = torch.tensor([tokenizer(text[: -len(ANSWER_CUE)]).input_ids])
+    with torch.no_grad():
+        logits = model(input_ids=input_ids, decoder_input_ids=torch.tensor([before_answer])).logits[0, -1].double()
+    odds = logits[tokenizer.convert_tokens_to_ids("A")] - logits[tokenizer.convert_tokens_to_ids("B")]
+    return 1 / (1 + math.exp(-odds))
+
+
+@pytest.mark.parametrize(
+    ("family", "beginning", "before_answer"), [("t5", "", [0]), ("bart", "<s>", [2, 1])], ids=["t5", "bart"]
+)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_an_encoder_decoder_answers_in_its_decoder(tokenizer, caplog, family, beginning, before_answer, batch_size):
+    model, tokenizer = tiny_encoder_decoder(family), ending_with_eos(tokenizer, beginning)
+    for template, write in (("dialogue", dialogue), ("summary", summary)):
+        expected = [
+            (
+                answer_of_decoder(model, tokenizer, write(prompt, first, second), before_answer)
+                + 1
+                - answer_of_decoder(model, tokenizer, write(prompt, second, first), before_answer)
+            )
+            / 2
+            for prompt, first, second in zip(PROMPTS, FIRST, SECOND, strict=True)
+        ]
+        assert max(abs(p - 0.5) for p in expected) > 0.002
+        ranker = PairwiseRanker(model, tokenizer, template=template, batch_size=batch_size, max_length=512)
+        assert ranker.compare(PROMPTS, FIRST, SECOND) == pytest.approx(expected, abs=1e-6)
+    rewards = ranker.score(PROMPTS[:1], [[FIRST[0], "No."]], baselines=SECOND[:1])[0]
+    assert rewards[0] == pytest.approx(math.log(expected[0] / (1 - expected[0])), abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_decoder_loads_from_its_folder(tokenizer, tmp_path, family):
+    model, tokenizer = tiny_encoder_decoder(family), ending_with_eos(tokenizer)
+    tokenizer.model_max_length = 200
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ranker, expected = PairwiseRanker(str(tmp_path)), PairwiseRanker(model, tokenizer)
+    assert ranker.compare(PROMPTS, FIRST, SECOND) == pytest.approx(expected.compare(PROMPTS, FIRST, SECOND), abs=1e-6)
+    settings = ranker.settings()
+    assert json.loads(json.dumps(settings)) == settings == expected.settings()
+    assert settings["max_length"] == 200 and settings["model"] == type(model).__name__
+    with torch.no_grad():
+        model.get_output_embeddings().weight += 1e-3
+    assert {key for key, value in expected.settings().items() if value != settings[key]} == {"weights"}
+
+
+def test_an_encoder_decoder_cuts_a_long_prompt_and_keeps_its_eos(tokenizer, caplog):
+    model, tokenizer = tiny_encoder_decoder("t5"), ending_with_eos(tokenizer)
+    prompt = "".join(chr(ord("a") + place % 26) for place in range(200))
+    whole = len(tokenizer(dialogue(prompt, "yes", "no")[: -len(ANSWER_CUE)]).input_ids)
+    rows = []
+    model.encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.extend(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
+    with caplog.at_level(logging.WARNING):
+        PairwiseRanker(model, tokenizer, max_length=whole - 10).compare([prompt], ["yes"], ["no"])
+    assert logged(caplog) == [
+        "Prompts are not shared, each completion is run as a row of its own: t5 is an encoder-decoder.",
+        f"2 of 2 comparisons exceeded max_length={whole - 10} tokens: their prompts lost their beginning.",
+    ]
+    for row, texts in zip(sorted(rows), (("no", "yes"), ("yes", "no")), strict=True):
+        text = tokenizer.decode(row)
+        kept = text.removeprefix("[CONTEXT] ").split(" ")[0]
+        assert len(row) <= whole - 10 and prompt.endswith(kept) and len(kept) > 150
+        assert text == dialogue(kept, *texts)[: -len(ANSWER_CUE)] + "</s>"
+
+
+def test_a_decoder_that_writes_the_answers_as_several_tokens_is_refused():
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "yes": 1, "no": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    with pytest.raises(ValueError, match="The decoder: the tokenizer does not write the answers A and B as one token"):
+        PairwiseRanker(tiny_encoder_decoder("t5"), tokenizer)
+
+
 def test_a_model_that_knows_no_logits_to_keep_gives_the_same(model, tokenizer):
     expected = PairwiseRanker(model, tokenizer).compare(PROMPTS, FIRST, SECOND)
     forward = model.forward
@@ -187,7 +435,7 @@ def test_the_answer_is_read_where_trls_sft_trainer_puts_it(model, tokenizer, tmp
     assert all(len(answer) == 2 for answer in answers)
 
     seen = record_inputs(model)
-    PairwiseRanker(model, tokenizer).compare(PROMPTS, FIRST, SECOND)
+    PairwiseRanker(model, tokenizer, share_prefix=False).compare(PROMPTS, FIRST, SECOND)
     assert len(seen) == 6
     assert all(context in seen for context in contexts)
 
@@ -252,7 +500,8 @@ def test_a_long_prompt_loses_its_beginning_and_nothing_else(model, tokenizer, ca
     whole = len(tokenizer(dialogue(prompt, "yes", "no")).input_ids)
     rows = record_inputs(model)
     with caplog.at_level(logging.WARNING):
-        PairwiseRanker(model, tokenizer, max_length=whole - 10).compare([prompt, "p"], ["yes"] * 2, ["no"] * 2)
+        ranker = PairwiseRanker(model, tokenizer, max_length=whole - 10, share_prefix=False)
+        ranker.compare([prompt, "p"], ["yes"] * 2, ["no"] * 2)
     seen = [tokenizer.decode(row) for row in rows]
     assert logged(caplog) == [
         f"2 of 4 comparisons exceeded max_length={whole - 10} tokens: their prompts lost their beginning."

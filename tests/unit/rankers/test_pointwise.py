@@ -5,7 +5,20 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    ModernBertConfig,
+    Qwen3Config,
+    RobertaConfig,
+)
 from trl import RewardConfig, RewardTrainer
 
 from prefopt_trl.rankers import RewardModelRanker
@@ -103,6 +116,174 @@ def test_equal_texts_are_run_once(model, tokenizer):
     rewards = RewardModelRanker(model, tokenizer).score(["a", "b", "a"], [["x", "y", "x"], ["x"], ["x"]])
     assert len(rows) == 3
     assert rewards[0][0] == rewards[0][2] == rewards[2][0] != rewards[1][0]
+
+
+# What completions begin with
+
+
+def with_large_weights(config):
+    """A reward model whose rewards depend on all of its input, as those of a new one hardly do."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(config).eval()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.data.normal_(std=0.2)
+    return model
+
+
+def reward_models():
+    llama_like = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_labels": 1,
+        "pad_token_id": 0,
+    }
+    return [
+        LlamaConfig(**llama_like),
+        Qwen3Config(**llama_like, head_dim=8),
+        Gemma2Config(**llama_like, head_dim=8),
+        GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, num_labels=1, pad_token_id=0),
+    ]
+
+
+CANDIDATES = [
+    " Paris.",
+    " The dog sleeps on.",
+    " Paris.",
+    "",
+    " It is Paris, and no other town is.",
+    " No.",
+    " P",
+    " b",
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("config", reward_models(), ids=lambda config: config.model_type)
+def test_sharing_changes_no_reward(tokenizer, caplog, config, batch_size):
+    model = with_large_weights(config)
+    prompts = [*PROMPTS, "Why?", "What is the capital of France? What is the capital of France? Tell me how to bake."]
+    completions = [CANDIDATES[:1], CANDIDATES[:2], CANDIDATES, CANDIDATES[4:]]
+    for max_length in (None, 45):
+        shared, plain = (
+            RewardModelRanker(
+                model, tokenizer, batch_size=batch_size, max_length=max_length, share_prefix=share_prefix
+            ).score(prompts, completions)
+            for share_prefix in (True, False)
+        )
+        assert [len(row) for row in shared] == [1, 2, 8, 4]
+        assert np.concatenate(shared) == pytest.approx(np.concatenate(plain), abs=1e-5)
+        assert np.ptp(shared[2]) > 0.1
+    assert not any("not shared" in record.message for record in caplog.records)
+    assert any("lost their beginning" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_sharing_changes_no_reward_where_eos_is_padding(tokenizer, batch_size):
+    model = with_large_weights(LlamaConfig(**reward_models()[0].to_diff_dict() | {"pad_token_id": None}))
+    tokenizer.pad_token = None
+    completions = [["", " a", " a b"], ["", " No.", " No. No."]]
+    shared, plain = (
+        RewardModelRanker(model, tokenizer, batch_size=batch_size, share_prefix=share_prefix).score(
+            ["Why?", "Bake bread."], completions
+        )
+        for share_prefix in (True, False)
+    )
+    assert model.config.pad_token_id == tokenizer.eos_token_id
+    assert np.concatenate(shared) == pytest.approx(np.concatenate(plain), abs=1e-5)
+
+
+def test_sharing_changes_no_reward_of_an_empty_text_where_eos_is_padding(tokenizer):
+    # Of BOS and EOS the model looks at BOS, which is all that the texts have in common
+    model = with_large_weights(LlamaConfig(**reward_models()[0].to_diff_dict() | {"pad_token_id": None}))
+    tokenizer.pad_token = None
+    shared, plain = (
+        RewardModelRanker(model, tokenizer, share_prefix=share_prefix).score([""], [["", "a", "b"]])[0]
+        for share_prefix in (True, False)
+    )
+    assert shared == pytest.approx(plain, abs=1e-5)
+
+
+def test_a_prompt_is_computed_once(model, tokenizer):
+    prompt, completions = "What is the capital of France? " * 10, [f" {number}" for number in range(16)]
+    ranker = RewardModelRanker(model, tokenizer)
+    ranker.score(["p"], [["a", "b"]])  # the probe
+    calls = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0]))
+    ranker.score([prompt], [completions])
+    assert [len(call) for call in calls] == [1, 16]
+    assert calls[0][0].tolist() == tokenizer(prompt + " ").input_ids
+    assert calls[1].shape[1] == 3  # two digits and EOS
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_labels=1,
+        ),
+        DebertaV2Config(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            num_labels=1,
+        ),
+        DistilBertConfig(vocab_size=300, dim=32, hidden_dim=32, n_layers=2, n_heads=2, num_labels=1),
+        RobertaConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_labels=1,
+        ),
+        ModernBertConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_labels=1,
+        ),
+        ElectraConfig(
+            vocab_size=300,
+            embedding_size=32,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_labels=1,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_an_encoder_sees_the_whole_text_and_shares_nothing(tokenizer, caplog, config):
+    config.pad_token_id = tokenizer.pad_token_id
+    model = with_large_weights(config)
+    ranker = RewardModelRanker(model, tokenizer, batch_size=8, max_length=120)
+    rewards = ranker.score(PROMPTS, COMPLETIONS)
+    for prompt, row, found in zip(PROMPTS, COMPLETIONS, rewards, strict=True):
+        with torch.no_grad():
+            texts = [torch.tensor([tokenizer(prompt + text + "</s>").input_ids]) for text in row]
+            expected = [model(input_ids=ids).logits.item() for ids in texts]
+        assert found == pytest.approx(expected, abs=1e-4)
+    assert np.ptp(rewards[0]) > 1e-3
+    ranker.score(PROMPTS, COMPLETIONS)
+    assert len([record for record in caplog.records if "Prompts are not shared" in record.message]) == 1
 
 
 def test_compare_is_the_sigmoid_of_the_difference_and_scores_are_relative_to_a_baseline(model, tokenizer):

@@ -1,5 +1,6 @@
 import copy
 import itertools
+import logging
 import math
 import random
 from collections import Counter, defaultdict
@@ -11,10 +12,27 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import chisquare
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    FalconConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
 
 from prefopt_trl.sampling import generation
-from prefopt_trl.sampling.generation import Candidates, sample_candidates, sample_completions, tokenize_prompts
+from prefopt_trl.sampling.generation import (
+    Candidates,
+    sample_candidates,
+    sample_completions,
+    sizes_of_batch,
+    tokenize_prompts,
+)
 
 PAD, EOS, TURN = 0, 1, 2
 LETTERS = "abcdefghi"
@@ -137,19 +155,30 @@ def p_value(texts: list[str], law: dict[str, float]) -> float:
 
 
 def candidates_of(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, **options) -> Candidates:
-    """Two completions of one prompt, with whether they ended by themselves."""
+    """Two completions of one prompt, with whether they ended by themselves: the same whether they share it or not."""
     options = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 1.0, "top_k": 0} | options
-    return sample_candidates(model, tokenizer, [tokenizer(prompt)["input_ids"]], 2, seed=0, batch_size=2, **options)[0]
+    prompt_ids = [tokenizer(prompt)["input_ids"]]
+    (shared,), (plain,) = (
+        sample_candidates(model, tokenizer, prompt_ids, 2, seed=0, batch_size=2, share_prefix=share_prefix, **options)
+        for share_prefix in (True, False)
+    )
+    assert shared == plain
+    return shared
 
 
 # The law
 
 
 @pytest.mark.parametrize("batch_size", [30_000, 700], ids=["all prompts at once", "each prompt in parts"])
-def test_completions_follow_the_models_own_law_whatever_the_lengths_of_the_prompts(batch_size: int) -> None:
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_completions_follow_the_models_own_law_whatever_the_lengths_of_the_prompts(
+    share_prefix: bool, batch_size: int
+) -> None:
     model, tokenizer = random_model(), letter_tokenizer()
     prompts = ["abc", "d", "ihgfedcba", "bc"]
-    completions = sample_completions(model, tokenizer, prompts, 4000, max_new_tokens=2, batch_size=batch_size)
+    completions = sample_completions(
+        model, tokenizer, prompts, 4000, max_new_tokens=2, batch_size=batch_size, share_prefix=share_prefix
+    )
     laws = [law_of_texts(model, tokenizer, tokenizer(prompt)["input_ids"]) for prompt in prompts]
     assert [len(texts) for texts in completions] == [4000] * 4
     # That no prompt's completions follow the law of another one shows that the test can tell
@@ -195,13 +224,16 @@ def test_generates_default_of_the_50_most_likely_tokens_is_not_used() -> None:
     assert len(set(texts) - {""}) == 97
 
 
-def test_arguments_narrow_the_law_as_they_say() -> None:
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_arguments_narrow_the_law_as_they_say(share_prefix: bool) -> None:
     tokenizer = letter_tokenizer()
     probabilities = torch.tensor([0.0, 0.0, 0.0, 0.4, 0.3, 0.15, 0.1, 0.05, 0.0, 0.0, 0.0, 0.0])
     model = bigram_model(probabilities.clamp(min=1e-20).log().expand(12, 12))
 
     def sample(**options) -> list[str]:
-        return sample_completions(model, tokenizer, ["i"], 4000, max_new_tokens=1, **options)[0]
+        return sample_completions(
+            model, tokenizer, ["i"], 4000, max_new_tokens=1, share_prefix=share_prefix, **options
+        )[0]
 
     def law(*weights: float) -> dict[str, float]:
         return {letter: weight / sum(weights) for letter, weight in zip(LETTERS, weights, strict=False)}
@@ -229,15 +261,182 @@ def test_a_temperature_near_zero_is_greedy() -> None:
     assert completions == [[text] * 3 for text in expected]
 
 
+def test_a_penalty_of_repetition_counts_the_prompt_and_not_its_padding() -> None:
+    # The penalty divides positive logits and multiplies negative ones (generate's own, of each row's own tokens)
+    model, tokenizer = random_model(), letter_tokenizer()
+    prompts, penalty = ["abcabc", "d"], 4.0
+    texts = sample_completions(
+        model, tokenizer, prompts, 4000, max_new_tokens=1, generation_kwargs={"repetition_penalty": penalty}
+    )
+    for prompt, sampled in zip(prompts, texts, strict=True):
+        ids = tokenizer(prompt)["input_ids"]
+
+        def penalise(logits: torch.Tensor, ids: list[int] = ids) -> torch.Tensor:
+            penalised = logits.clone()
+            penalised[ids] = torch.where(logits[ids] > 0, logits[ids] / penalty, logits[ids] * penalty)
+            return penalised
+
+        laws = [dict.fromkeys(["", *LETTERS], 0.0) for _ in range(2)]
+        for law, adjust in zip(laws, (penalise, None), strict=True):
+            for token, probability in enumerate(next_token_law(model, ids, adjust)):
+                law["" if token < 3 else LETTERS[token - 3]] += probability
+        assert p_value(sampled, laws[0]) > CHANCE > p_value(sampled, laws[1])
+
+
+# Sharing
+
+
+TINY = {"vocab_size": 12, "pad_token_id": PAD, "eos_token_id": EOS}
+NOT_SHARING = {
+    "uses ALiBi": BloomConfig(**TINY, hidden_size=16, n_layer=1, n_head=2),
+    "recurrent layers": MambaConfig(**TINY, hidden_size=16, num_hidden_layers=1, state_size=4),
+    "falcon": FalconConfig(**TINY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2),
+    "exceed the attention window of mistral": MistralConfig(
+        **TINY,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=5,
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", NOT_SHARING)
+def test_where_sharing_is_not_exact_plain_generate_samples_and_it_is_said_once(
+    reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(NOT_SHARING[reason])
+    tokenizer, prompts = letter_tokenizer(), ["abc", "d"]
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+        for seed in range(2):
+            found = sample_completions(model, tokenizer, prompts, 3, max_new_tokens=4, seed=seed)
+            plain = sample_completions(model, tokenizer, prompts, 3, max_new_tokens=4, seed=seed, share_prefix=False)
+            assert found == plain
+    assert len(caplog.records) == 1 and reason in caplog.records[0].getMessage()
+    with pytest.raises(ValueError, match=f"`share_prefix=True` cannot be exact: .*{reason}.* Set it to 'auto'"):
+        sample_completions(model, tokenizer, prompts, 3, max_new_tokens=4, share_prefix=True)
+
+
+@pytest.mark.parametrize("option", [{"num_beams": 2}, {"guidance_scale": 1.5}, {"cache_implementation": "static"}])
+def test_what_only_generate_can_do_is_left_to_it(option: dict, caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = random_model(), letter_tokenizer()
+    with pytest.raises(ValueError, match="`share_prefix=True` cannot be exact: .*that only `generate` has"):
+        sample_completions(model, tokenizer, ["a"], 2, max_new_tokens=2, share_prefix=True, generation_kwargs=option)
+    if "num_beams" not in option:  # which gives as many completions as it has beams at most
+        texts = sample_completions(model, tokenizer, ["a", "bc"], 2, max_new_tokens=2, generation_kwargs=option)
+        assert [len(row) for row in texts] == [2, 2]
+    assert len(caplog.records) == 1
+
+
+def test_each_prompt_is_computed_once_where_it_is_shared() -> None:
+    model, tokenizer, sizes = random_model(), letter_tokenizer(), []
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[:2]))
+    sample_completions(model, tokenizer, ["abcdef", "abc"], 16, max_new_tokens=3)
+    assert sizes[-3] == (2, 6)
+    assert [tokens for _, tokens in sizes[-2:]] == [1, 1]
+    sizes.clear()
+    sample_completions(model, tokenizer, ["abcdef", "abc"], 16, max_new_tokens=3, share_prefix=False)
+    assert sizes[0] == (32, 6)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_what_was_drawn_is_kept_with_its_log_probability(share_prefix: bool) -> None:
+    model, tokenizer = random_model(), letter_tokenizer()
+    prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in ("abc", "d")]
+    options = {"max_new_tokens": 8, "temperature": 1.5, "top_p": 0.9, "top_k": 0, "batch_size": 8}
+    candidates = sample_candidates(
+        model, tokenizer, prompt_ids, 12, seed=0, share_prefix=share_prefix, keep_logps=True, **options
+    )
+    model.eval()
+    for ids, row in zip(prompt_ids, candidates, strict=True):
+        assert len(row.sampled) == 12 and len(set(map(len, (drawn for drawn, _ in row.sampled)))) > 1
+        for text, finished, (drawn, logp) in zip(row.texts, row.finished, row.sampled, strict=True):
+            assert tokenizer.decode(drawn, skip_special_tokens=True) == text
+            assert finished == (drawn[-1] == EOS) and EOS not in drawn[:-1]
+            assert finished or len(drawn) == 8
+            if not share_prefix:
+                assert logp is None
+                continue
+            expected = sum(
+                math.log(next_token_law(model, [*ids, *drawn[:place]])[token]) for place, token in enumerate(drawn)
+            )
+            assert logp == pytest.approx(expected, abs=1e-3)
+
+
+# The size of a batch
+
+
+def test_the_size_of_a_batch_is_what_the_budget_holds() -> None:
+    # 2 copies of keys and values of 2 layers with 2 heads of 8 float32 numbers: 512 bytes a token; scores of 12 tokens
+    # in float32 with their copies: 288 bytes a completion. With 10 tokens of prompt and 5 of completion:
+    model, per_prompt, per_completion = random_model(), 5120, 5 * 512 + 288
+
+    def sizes(num_bytes: int, shares: bool = True, batch_size: int | None = None) -> tuple[int, int]:
+        return sizes_of_batch(model, 4, 10, 5, batch_size, num_bytes / 2**30, shares)
+
+    one = per_prompt + 4 * per_completion
+    assert [sizes(num_bytes) for num_bytes in (one, 2 * one - 1, 2 * one, 7 * one)] == [(1, 4), (1, 4), (2, 4), (7, 4)]
+    assert sizes(one - 1) == sizes(per_prompt + 3 * per_completion) == (1, 3)
+    assert sizes(per_prompt + 3 * per_completion - 1) == (1, 2)
+    assert sizes(1) == sizes(per_prompt) == (1, 1)
+    # Unshared, each has a copy of the prompt
+    of_one = per_prompt + per_completion
+    assert [sizes(num_bytes, shares=False) for num_bytes in (4 * of_one, 4 * of_one - 1)] == [(1, 4), (1, 3)]
+    # What was asked for is what it is
+    assert [sizes(1, batch_size=size) for size in (1, 3, 4, 7, 8, 9)] == [
+        (1, 1),
+        (1, 3),
+        (1, 4),
+        (1, 4),
+        (2, 4),
+        (2, 4),
+    ]
+
+
+def test_heads_that_share_keys_and_half_precision_take_less() -> None:
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=64,
+        intermediate_size=8,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=4,
+    )
+    per_token = 2 * 2 * 3 * 2 * 4 * 2  # copies, keys and values, layers, heads, size, bytes
+    model = LlamaForCausalLM(config).bfloat16()
+    one = 100 * per_token + 2 * (50 * per_token + 24 * 8)
+    assert [sizes_of_batch(model, 2, 100, 50, None, size / 2**30, True)[0] for size in (one, 3 * one - 1)] == [1, 2]
+
+
+def test_a_small_budget_samples_in_parts_and_a_large_one_at_once() -> None:
+    model, tokenizer, sizes = random_model(), letter_tokenizer(), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    for budget in (1e-9, 1.0):
+        sizes.clear()
+        completions = sample_completions(
+            model, tokenizer, ["a", "bc", "d"], 7, max_new_tokens=2, memory_budget=budget, share_prefix=False
+        )
+        assert [len(texts) for texts in completions] == [7, 7, 7]
+        assert max(sizes) == (1 if budget < 1 else 21)
+
+
 # Seeds and order
 
 
-def test_the_seed_decides() -> None:
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_the_seed_decides(share_prefix: bool) -> None:
     model, tokenizer = random_model(), letter_tokenizer()
     prompts = ["ab", "ab", "cde"]
 
     def sample(seed: int) -> list[list[str]]:
-        return sample_completions(model, tokenizer, prompts, 20, max_new_tokens=8, seed=seed, batch_size=16)
+        return sample_completions(
+            model, tokenizer, prompts, 20, max_new_tokens=8, seed=seed, batch_size=16, share_prefix=share_prefix
+        )
 
     torch.manual_seed(0)
     first = sample(0)
@@ -476,6 +675,9 @@ def test_a_tokenizer_without_eos_is_refused() -> None:
         ({"top_p": 1.01}, "`top_p` must be in .0, 1., got 1.01"),
         ({"top_k": -1}, "`top_k`=-1 must be at least 0"),
         ({"max_new_tokens": 0}, "`max_new_tokens`=0 at least 1"),
+        ({"memory_budget": 0.0}, "`memory_budget` must be greater than 0 GiB, got 0.0"),
+        ({"memory_budget": math.nan}, "`memory_budget` must be greater than 0 GiB, got nan"),
+        ({"share_prefix": "always"}, "`share_prefix` must be 'auto', True or False, got 'always'"),
         ({"generation_kwargs": {"top_k": 5}}, "`generation_kwargs` has `top_k`, .* Leave it out"),
         (
             {"generation_kwargs": {"min_p": 0.1, "num_return_sequences": 5}},
@@ -513,9 +715,10 @@ def test_the_space_before_a_first_word_survives_the_decoder_of_llama(tiny_llama_
     completion_ids = ids[len(prompt_ids) :]
     assert ids[: len(prompt_ids)] == prompt_ids and completion == " Boil the water."
     assert wrapped.decode(completion_ids) == "Boil the water."  # the space is gone
-    read = generation._read(wrapped, prompt_ids, [*completion_ids, wrapped.eos_token_id], [wrapped.eos_token_id], [])
-    assert read == (completion, True)
-    assert wrapped(prompt + read[0])["input_ids"] == ids  # what is trained on is what was sampled
+    drawn = [*completion_ids, wrapped.eos_token_id]
+    read, read_ids, finished = generation._read(wrapped, prompt_ids, [*drawn, 0, 0], [wrapped.eos_token_id], [])
+    assert (read, read_ids, finished) == (completion, drawn, True)
+    assert wrapped(prompt + read)["input_ids"] == ids  # what is trained on is what was sampled
 
 
 def test_a_single_text_and_a_prompt_that_is_none_are_refused(tiny_llama_dir):

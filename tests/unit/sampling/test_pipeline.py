@@ -4,7 +4,6 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,17 +14,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from prefopt_trl.rankers import FunctionRanker
 from prefopt_trl.rankers.base import PointwiseRanker, sigmoid
-from prefopt_trl.sampling import pipeline
+from prefopt_trl.sampling import shards
 from prefopt_trl.sampling.generation import sample_completions
 from prefopt_trl.sampling.pipeline import build_preference_dataset
-from prefopt_trl.sampling.selection import select_and_pair
-from prefopt_trl.sampling.store import SampleStore
+from prefopt_trl.sampling.selection import preference_rows, select_and_pair
+from prefopt_trl.sampling.shards import shard_seed
+from prefopt_trl.sampling.statistics import summarise
 
 PROMPTS = ["The dog", "What is the capital of France?", "Bread:"]
 CONVERSATIONS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
 OPTIONS: dict[str, Any] = {"num_candidates": 8, "num_samples": 4, "max_new_tokens": 6}
 COLUMNS = ["prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "label_probability"]
-FILES = {"candidates", "manifest.json", "pairs", "statistics.json", "statistics.png"}
+FILES = {"README.md", "candidates", "manifest.json", "pairs", "statistics.json", "statistics.png"}
 
 
 def text(completion: str | list[dict[str, str]]) -> str:
@@ -104,8 +104,8 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(prompt_ids))
         return sample_candidates(model, tokenizer, prompt_ids, *args, **options)
 
-    sample_candidates = pipeline.sample_candidates
-    monkeypatch.setattr(pipeline, "sample_candidates", count)
+    sample_candidates = shards.sample_candidates
+    monkeypatch.setattr(shards, "sample_candidates", count)
     return calls
 
 
@@ -124,7 +124,7 @@ def test_from_prompts_to_pairs(prompts: list, build, policy, tokenizer, tmp_path
     candidates = load_from_disk(str(tmp_path / "pairs" / "candidates"))
     assert candidates.column_names == ["prompt", "completions", "finished", "rewards"]
     assert candidates["prompt"] == prompts
-    samples = sample_completions(policy, tokenizer, prompts, 8, max_new_tokens=6, seed=3)
+    samples = sample_completions(policy, tokenizer, prompts, 8, max_new_tokens=6, seed=shard_seed(3, 0))
     assert [[text(completion) for completion in row] for row in candidates["completions"]] == samples
     for row in candidates:
         assert row["rewards"] == log_code(None, row["completions"])
@@ -153,17 +153,22 @@ def test_from_prompts_to_pairs(prompts: list, build, policy, tokenizer, tmp_path
 def test_pairs_are_selected_from_the_saved_candidates(strategy: str, pairing: str, build, tmp_path: Path) -> None:
     pairs = build(tmp_path / "pairs", strategy=strategy, pairing=pairing, beta=0.1, seed=5)
     candidates = load_from_disk(str(tmp_path / "pairs" / "candidates"))
-    selected = select_and_pair(candidates, RANKER, strategy, 4, 0.1, pairing, 5)
-    assert pairs.to_dict() == selected.pairs.to_dict()
+    columns = candidates["prompt"][:], candidates["completions"][:], [np.array(row) for row in candidates["rewards"]]
+    options = {"strategy": strategy, "num_samples": 4, "beta": 0.1, "pairing": pairing}
+    selected = select_and_pair(*columns, RANKER, seed=5, **options)
+    assert list(pairs) == [
+        pair for row, kept in zip(candidates, selected, strict=True) for pair in preference_rows(row, kept, pairing)
+    ]
     assert len(pairs) == 3 * {"first-round": 2, "tournament": 3, "all": 6}[pairing]
     statistics = json.loads((tmp_path / "pairs" / "statistics.json").read_text())
-    assert statistics == selected.statistics.as_dict()
+    num_unfinished = sum(row.count(False) for row in candidates["finished"])
+    assert statistics == summarise(selected, num_unfinished, **options)[0].as_dict()
 
 
 def test_the_manifest_has_every_setting(built: Path) -> None:
     manifest = json.loads((built / "manifest.json").read_text())
-    assert manifest["finished"] is True
-    settings = manifest["settings"]
+    settings = manifest.pop("settings")
+    assert manifest == {"finished": True, "num_shards": 1, "prompts_per_shard": 256}
     fingerprints = {name: settings.pop(name) for name in ("prompts", "policy", "tokenizer", "ranker")}
     assert settings == {
         "strategy": "rso",
@@ -177,7 +182,10 @@ def test_the_manifest_has_every_setting(built: Path) -> None:
         "top_p": 1.0,
         "top_k": 0,
         "eos_token_ids": [2],
-        "batch_size": 64,
+        "batch_size": None,
+        "memory_budget": 4.0,
+        "share_prefix": "auto",
+        "keep_logps": False,
     }
     assert all(len(fingerprints[name]) == 64 for name in ("prompts", "policy", "tokenizer"))
     assert fingerprints["ranker"] == RANKER.settings()
@@ -298,7 +306,10 @@ def test_a_finished_dataset_is_read_again(
         ({"temperature": 0.7}, "temperature: 1.0 there, 0.7 now"),
         ({"top_p": 0.9}, "top_p: 1.0 there, 0.9 now"),
         ({"top_k": 50}, "top_k: 0 there, 50 now"),
-        ({"batch_size": 8}, "batch_size: 64 there, 8 now"),
+        ({"batch_size": 8}, "batch_size: None there, 8 now"),
+        ({"memory_budget": 1.0}, "memory_budget: 4.0 there, 1.0 now"),
+        ({"share_prefix": False}, "share_prefix: 'auto' there, False now"),
+        ({"keep_logps": True}, "keep_logps: False there, True now"),
         ({"generation_kwargs": {"min_p": 0.1}}, "min_p: None there, 0.1 now"),
         ({"prompts": PROMPTS[::-1]}, "prompts: '"),
         ({"ranker": FunctionRanker(twice_log_code)}, "ranker.function: 'log_code:"),
@@ -328,53 +339,6 @@ def test_other_weights_and_another_tokenizer_are_refused(build, built: Path, tin
     tokenizer.chat_template = "{{ messages }}"
     with pytest.raises(ValueError, match="settings:\n  tokenizer: '[0-9a-f]{64}' there, '[0-9a-f]{64}' now\nSet"):
         build(built, tokenizer=tokenizer)
-
-
-def test_a_run_that_stopped_in_the_ranker_goes_on_from_its_candidates(
-    build, sampled: list[int], tmp_path: Path
-) -> None:
-    ranker = CountingRanker(failing=1)
-    with pytest.raises(RuntimeError, match="the judge is out"):
-        build(tmp_path / "pairs", ranker=ranker)
-    assert names(tmp_path / "pairs") == {"candidates", "manifest.json"}
-    assert load_from_disk(str(tmp_path / "pairs" / "candidates")).column_names == ["prompt", "completions", "finished"]
-    assert json.loads((tmp_path / "pairs" / "manifest.json").read_text())["finished"] is False
-    with pytest.raises(ValueError, match="beta: 0.5 there, 0.1 now"):
-        build(tmp_path / "pairs", ranker=ranker, beta=0.1)  # other settings may not go on from them
-
-    pairs = build(tmp_path / "pairs", ranker=ranker)
-    assert (sampled, ranker.calls) == ([3], 2)
-    assert names(tmp_path / "pairs") == FILES
-    assert pairs.to_dict() == build(tmp_path / "whole", ranker=CountingRanker()).to_dict()
-
-
-@pytest.mark.parametrize("given", [False, True])
-def test_a_run_that_stopped_before_the_end_does_not_score_again(
-    given: bool, build, sampled: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(self, pairs, statistics):
-        raise KeyboardInterrupt
-
-    ranker = CountingRanker()
-    completions = [["a", "b", "c", "d"], ["e", "f", "g", "h"]]
-    prompts = Dataset.from_dict({"prompt": ["p", "q"], "completions": completions}) if given else PROMPTS
-    with monkeypatch.context() as patch:
-        patch.setattr(SampleStore, "finish", stop)
-        with pytest.raises(KeyboardInterrupt):
-            build(tmp_path / "pairs", prompts, ranker=ranker)
-    assert names(tmp_path / "pairs") == {"candidates", "manifest.json"}
-    pairs = build(tmp_path / "pairs", prompts, ranker=ranker)
-    assert (len(sampled), ranker.calls) == (0 if given else 1, 1)
-    assert names(tmp_path / "pairs") == FILES
-    assert pairs.to_dict() == build(tmp_path / "whole", prompts, ranker=CountingRanker()).to_dict()
-
-
-def test_several_processes_may_only_read(build, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "PartialState", lambda: SimpleNamespace(num_processes=2))
-    assert len(build(built)) == 6
-    with pytest.raises(ValueError, match="Sampling runs in one process, and this is one of 2"):
-        build(tmp_path / "pairs")
-    assert not (tmp_path / "pairs").exists()
 
 
 # What is said
@@ -474,10 +438,7 @@ def test_without_matplotlib_there_is_no_plot_and_one_line_says_so(
         ({"num_samples": 1}, ValueError, "`num_samples`=1 must be at least 2, to make a pair"),
         ({"beta": -0.1}, ValueError, "`beta` must be at least 0, got -0.1"),
         ({"beta": math.nan}, ValueError, "`beta` must be at least 0, got nan"),
-        ({"temperature": 0.0}, ValueError, "`temperature` must be greater than 0"),
-        ({"top_p": 2.0}, ValueError, "`top_p` must be in"),
-        ({"max_new_tokens": 0}, ValueError, "`max_new_tokens`=0 at least 1"),
-        ({"batch_size": 0}, ValueError, "`batch_size`=0 must be at least 1"),
+        ({"keep_logps": True, "pairing": "ranking"}, ValueError, "`keep_logps` is for pairs only"),
         ({"generation_kwargs": {"temperature": 0.5}}, ValueError, "`generation_kwargs` has `temperature`, which"),
         ({"generation_kwargs": {"stop": "x"}}, ValueError, "`generation_kwargs` has `stop`, which"),
         ({"generation_kwargs": {"stop_strings": {"x"}}}, TypeError, "not JSON serializable"),
@@ -489,6 +450,24 @@ def test_bad_arguments_are_named_and_leave_nothing(
     with pytest.raises(error, match=message):
         build(tmp_path / "pairs", **options)
     assert not (tmp_path / "pairs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "`temperature` must be greater than 0"),
+        ({"top_p": 2.0}, "`top_p` must be in"),
+        ({"max_new_tokens": 0}, "`max_new_tokens`=0"),
+        ({"batch_size": -1}, "`batch_size`=-1"),
+    ],
+)
+def test_what_cannot_be_sampled_is_named_and_may_be_set_otherwise(
+    options: dict, message: str, build, built: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / "pairs", **options)
+    assert names(tmp_path / "pairs") == {"manifest.json"}
+    assert build(tmp_path / "pairs").to_dict() == load_from_disk(str(built / "pairs")).to_dict()
 
 
 def test_a_prompt_that_fills_max_length_is_named(build, tokenizer, tmp_path: Path) -> None:
@@ -538,9 +517,10 @@ class BadRanker(CountingRanker):
     ],
 )
 def test_a_ranker_that_returns_the_wrong_rewards_is_named(returned: list, message: str, build, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         build(tmp_path / "pairs", ranker=BadRanker(returned))
-    assert names(tmp_path / "pairs") == {"candidates", "manifest.json"}  # sampled is sampled
+    assert error.value.__notes__ == ["Row 0 of these 3 is row 0 of `prompts`."]
+    assert names(tmp_path / "pairs" / "shards") == {"00000.candidates.jsonl"}  # sampled is sampled
 
 
 def test_prompts_with_too_few_distinct_candidates_are_an_error_if_all_are(build, tmp_path: Path) -> None:
@@ -548,6 +528,10 @@ def test_prompts_with_too_few_distinct_candidates_are_an_error_if_all_are(build,
         ValueError, match="No prompt has `num_samples`=4 distinct candidates .the most is 1.*`temperature`"
     ):
         build(tmp_path / "pairs", temperature=1e-5)
+    candidates = load_from_disk(str(tmp_path / "pairs" / "candidates"))  # which are kept
+    assert [len(set(row)) for row in candidates["completions"]] == [1, 1, 1]
+    with pytest.raises(ValueError, match="num_samples: 4 there, 2 now\nSet.*pass `load_from_disk\\('.../candidates'"):
+        build(tmp_path / "pairs", temperature=1e-5, num_samples=2)
 
 
 def test_a_bare_function_is_no_ranker(build, tmp_path: Path) -> None:

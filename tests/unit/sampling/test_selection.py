@@ -1,6 +1,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ from datasets import Dataset
 from scipy.stats import chisquare
 
 from prefopt_trl.rankers import FunctionRanker
-from prefopt_trl.rankers.base import Ranker, sigmoid
-from prefopt_trl.sampling.selection import select_and_pair
+from prefopt_trl.rankers.base import Ranker, check_rewards, sigmoid
+from prefopt_trl.sampling.selection import preference_rows, select_and_pair
+from prefopt_trl.sampling.statistics import SamplingStatistics, summarise
 
 CHANCE = 1e-6  # of each chi-square test to fail on a selection that does follow the law
 
@@ -30,9 +32,29 @@ def scored(*rows: Sequence[str], prompts: Sequence[str] | None = None) -> Datase
     return Dataset.from_dict({"prompt": prompts, "completions": rows, "rewards": rewards})
 
 
-def select(candidates: Dataset, ranker: Ranker = RANKER, **options):
-    settings = {"strategy": "rso", "num_samples": 2, "beta": 1.0, "pairing": "all", "seed": 0} | options
-    return select_and_pair(candidates, ranker, **settings)
+@dataclass
+class Selection:
+    pairs: Dataset
+    statistics: SamplingStatistics
+    rewards: dict[str, np.ndarray]
+    label_probabilities: dict[str, np.ndarray]
+
+
+def select(candidates: Dataset, ranker: Ranker = RANKER, seed: int = 0, **options) -> Selection:
+    """What is made of candidates in one shard, and its statistics."""
+    settings = {"strategy": "rso", "num_samples": 2, "beta": 1.0, "pairing": "all"} | options
+    prompts, completions = candidates["prompt"][:], candidates["completions"][:]
+    rewards = check_rewards(candidates["rewards"][:], prompts, completions, "The column `rewards`")
+    selected = select_and_pair(prompts, completions, rewards, ranker, seed=seed, **settings)
+    finished = candidates["finished"][:] if "finished" in candidates.column_names else None
+    num_unfinished = None if finished is None else sum(row.count(False) for row in finished)
+    statistics, distributions = summarise(selected, num_unfinished, **settings)
+    pairs = [
+        pair
+        for row, kept in zip(candidates, selected, strict=True)
+        for pair in preference_rows(row, kept, settings["pairing"])
+    ]
+    return Selection(Dataset.from_list(pairs), statistics, **vars(distributions))
 
 
 def kept(pairs: Dataset) -> dict[str, set[str]]:

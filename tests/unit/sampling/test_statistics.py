@@ -11,6 +11,7 @@ from matplotlib.image import imread
 
 from prefopt_trl.sampling.statistics import (
     QUANTILES,
+    Distributions,
     SamplingStatistics,
     label_warning,
     plot_statistics,
@@ -107,10 +108,11 @@ def test_the_dictionary_says_which_quantiles_they_are_and_survives_json() -> Non
     assert SamplingStatistics(**content) == STATISTICS
 
 
-def drawn(num_rewards: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def drawn(num_rewards: int) -> Distributions:
     rng = np.random.default_rng(0)
     rewards = {name: rng.normal(size=num_rewards) for name in ("candidates", "accepted", "chosen", "rejected")}
-    return rewards, {name: rng.uniform(0.5, 1, num_rewards) for name in ("random candidates", "pairs made")}
+    certainty = {name: rng.uniform(0.5, 1, num_rewards) for name in ("random candidates", "pairs made")}
+    return Distributions(rewards, certainty)
 
 
 def test_the_plot_is_a_png_and_drawing_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -118,7 +120,7 @@ def test_the_plot_is_a_png_and_drawing_leaves_nothing_behind(tmp_path: Path) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for picture in pictures:
-            plot_statistics(*drawn(200), picture)
+            plot_statistics(drawn(200), picture)
     for picture in pictures:
         assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         pixels = imread(picture)
@@ -133,7 +135,7 @@ def test_the_plot_shows_each_distribution(tmp_path: Path, monkeypatch: pytest.Mo
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
     rewards = {"candidates": np.array([*[0.0] * 3, *[4.0] * 1]), "chosen": np.array([4.0] * 1234)}
-    plot_statistics(rewards, {"pairs made": np.array([0.5, 0.75, 1.0, 1.0])}, tmp_path / "plot.png")
+    plot_statistics(Distributions(rewards, {"pairs made": np.array([0.5, 0.75, 1.0, 1.0])}), tmp_path / "plot.png")
     left, right = figures[0].axes
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["candidates (4)", "chosen (1,234)"]
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["pairs made: mean 0.81"]
@@ -148,7 +150,7 @@ def test_rare_extremes_are_drawn_at_the_edge(tmp_path: Path, monkeypatch: pytest
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
     rewards = {"candidates": np.array([0.0, 1.0] * 2000), "chosen": np.array([-50.0, 1e6, 1e6])}
-    plot_statistics(rewards, {"pairs made": np.array([0.5])}, tmp_path / "plot.png")
+    plot_statistics(Distributions(rewards, {"pairs made": np.array([0.5])}), tmp_path / "plot.png")
     axes = figures[0].axes[0]
     low, high = axes.get_xlim()
     assert -0.1 < low < 0 < 1 < high < 1.1
@@ -161,12 +163,12 @@ def test_rewards_that_are_all_the_same_are_drawn(reward: float, tmp_path: Path) 
     rewards = {name: np.full(5, reward) for name in ("candidates", "accepted", "chosen", "rejected")}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot_statistics(rewards, {"pairs made": np.full(5, 0.5)}, tmp_path / "plot.png")
+        plot_statistics(Distributions(rewards, {"pairs made": np.full(5, 0.5)}), tmp_path / "plot.png")
     assert imread(tmp_path / "plot.png").shape == (480, 1200, 4)
 
 
 def test_one_pair_is_drawn(tmp_path: Path) -> None:
-    plot_statistics(*drawn(1), tmp_path / "plot.png")
+    plot_statistics(drawn(1), tmp_path / "plot.png")
     assert imread(tmp_path / "plot.png").shape == (480, 1200, 4)
 
 

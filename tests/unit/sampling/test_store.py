@@ -1,15 +1,18 @@
+import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value, load_from_disk
 
+from prefopt_trl.sampling import store as module
 from prefopt_trl.sampling.store import SampleStore
 
 SETTINGS = {"beta": 0.5, "seed": 0, "ranker": {"class": "Judge", "model": {"name": "one", "size": 3}}, "top": [1, 2]}
-CANDIDATES = Dataset.from_dict({"prompt": ["a", "b"], "completions": [["x", "y"], ["z"]]})
-PAIRS = Dataset.from_dict({"prompt": ["a"], "chosen": ["x"], "rejected": ["y"], "label_probability": [0.1 + 0.2]})
+ROWS = [{"prompt": "a", "rewards": [0.1 + 0.2, -1e-300]}, {"prompt": "b\u2028\r\né", "rewards": [2.0]}]
+FEATURES = Features({"prompt": Value("string"), "rewards": List(Value("float64"))})
 
 
 @pytest.fixture
@@ -18,46 +21,104 @@ def folder(tmp_path: Path) -> Path:
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def begun_store(folder: Path, settings: dict = SETTINGS) -> SampleStore:
+    store = SampleStore(folder)
+    store.begin(settings, prompts_per_shard=2, num_shards=3)
+    return store
 
 
 def finished_store(folder: Path, settings: dict = SETTINGS) -> SampleStore:
-    store = SampleStore(folder)
-    store.begin(settings)
-    store.save_candidates(CANDIDATES)
-    store.finish(PAIRS, {"num_pairs": 1})
+    store = begun_store(folder, settings)
+    store.write_shard(0, "ranked", ROWS)
+    store.write_dataset("candidates", ROWS, FEATURES)
+    store.write_dataset("pairs", ROWS[:1], FEATURES)
+    store.finish()
     return store
+
+
+PAIRS = {"pairs/data-00000-of-00001.arrow", "pairs/dataset_info.json", "pairs/state.json"}
+CANDIDATES = {name.replace("pairs", "candidates") for name in PAIRS}
 
 
 def test_a_new_folder_is_not_finished_and_not_made_by_asking(folder: Path) -> None:
     store = SampleStore(str(folder))
     assert store.finished(SETTINGS) is False
-    assert store.candidates() is None
+    assert store.is_finished() is False
+    assert store.ranked_shards() == []
+    assert store.has_shard(0, "candidates") is False
     assert not folder.parent.exists()
 
 
 def test_the_steps_of_a_run(folder: Path) -> None:
-    store = SampleStore(folder)
-    store.begin(SETTINGS)
+    store = begun_store(folder)
     assert names(folder) == {"manifest.json"}
+    assert store.layout() == (2, 3)
     assert store.finished(SETTINGS) is False
-    assert store.candidates() is None
-    store.save_candidates(CANDIDATES)
-    assert store.finished(SETTINGS) is False
-    assert store.candidates().to_dict() == CANDIDATES.to_dict()
-    store.finish(PAIRS, {"num_pairs": 1})
-    assert store.finished(SETTINGS) is True
-    assert names(folder) == {"candidates", "manifest.json", "pairs", "statistics.json"}  # no temporary names are left
-    assert json.loads((folder / "manifest.json").read_text()) == {"finished": True, "settings": SETTINGS}
-    assert json.loads((folder / "statistics.json").read_text()) == {"num_pairs": 1}
+    store.write_shard(1, "candidates", ROWS)
+    assert store.has_shard(1, "candidates") and not store.has_shard(1, "ranked")
+    assert store.read_shard(1, "candidates") == ROWS
+    store.write_shard(1, "ranked", ROWS[:1])
+    store.write_shard(0, "ranked", ROWS[:1])
+    assert store.ranked_shards() == [0, 1]
+    assert store.write_dataset("candidates", ROWS, FEATURES).to_list() == ROWS
+    store.write_dataset("pairs", ROWS[:1], FEATURES)
+    assert store.finished(SETTINGS) is store.is_finished() is False
+    shards = {"shards/00000.ranked.jsonl", "shards/00001.candidates.jsonl", "shards/00001.ranked.jsonl"}
+    assert names(folder) == {"manifest.json"} | shards | CANDIDATES | PAIRS
+    (folder / "statistics.png.partial").write_text("half")  # of a run that was killed
+    store.finish()
+    assert store.finished(SETTINGS) is store.is_finished() is True
+    assert names(folder) == {"manifest.json"} | CANDIDATES | PAIRS
+    assert not (folder / "shards").exists()
+    assert json.loads((folder / "manifest.json").read_text()) == {
+        "finished": True,
+        "num_shards": 3,
+        "prompts_per_shard": 2,
+        "settings": SETTINGS,
+    }
 
 
 def test_another_process_finds_it_all(folder: Path) -> None:
     finished_store(folder)
     store = SampleStore(folder)
     assert store.finished(SETTINGS) is True
-    assert store.pairs().to_dict() == PAIRS.to_dict()
-    assert store.candidates().to_dict() == CANDIDATES.to_dict()
+    assert store.pairs().to_list() == ROWS[:1]
+    assert load_from_disk(str(folder / "candidates")).to_list() == ROWS
+    store.wait_for_settings(SETTINGS)
+    store.wait_until_finished()
+
+
+def test_a_run_that_goes_on_keeps_the_shards_it_began_with(folder: Path) -> None:
+    begun_store(folder).write_shard(0, "candidates", ROWS)
+    store = SampleStore(folder)
+    store.begin(SETTINGS, prompts_per_shard=5, num_shards=1)
+    assert store.layout() == (2, 3)
+
+
+def test_a_dataset_is_written_anew_without_a_trace_of_the_old_one(folder: Path) -> None:
+    store = begun_store(folder)
+    store.write_dataset("pairs", ROWS * 9, FEATURES)
+    before = (folder / "pairs" / "state.json").read_bytes()
+    (folder / "pairs" / "data-00001-of-00002.arrow").write_bytes(b"of an earlier run")
+    assert store.write_dataset("pairs", ROWS, FEATURES).to_list() == store.pairs().to_list() == ROWS
+    assert names(folder) == {"manifest.json"} | PAIRS
+    assert (folder / "pairs" / "state.json").read_bytes() != before
+
+
+def test_rows_are_written_one_after_the_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    write_batch = module.ArrowWriter.write_examples_on_file
+
+    def count(writer: module.ArrowWriter) -> None:
+        written.append(len(writer.current_examples))
+        write_batch(writer)
+
+    monkeypatch.setattr(module.ArrowWriter, "write_examples_on_file", count)
+    made = begun_store(folder).write_dataset("pairs", (ROWS[row % 2] for row in range(250)), FEATURES)
+    assert (len(made), max(written), sum(written)) == (250, 100, 250)
 
 
 def test_what_json_writes_otherwise_is_no_difference(folder: Path) -> None:
@@ -89,25 +150,46 @@ def test_what_json_writes_otherwise_is_no_difference(folder: Path) -> None:
     ],
 )
 def test_other_settings_are_refused_and_named(folder: Path, finished: bool, now: dict, differences: list[str]) -> None:
-    store = SampleStore(folder)
-    store.begin(SETTINGS)
-    if finished:
-        store.finish(PAIRS, {})
+    store = finished_store(folder) if finished else begun_store(folder)
+    if not finished:
+        store.write_shard(0, "candidates", ROWS)
     with pytest.raises(ValueError) as error:
         store.finished(now)
     first, *lines, remedy = str(error.value).splitlines()
     assert first == f"{folder} holds a dataset sampled with other settings:"
     assert lines == [f"  {line}" for line in differences]
+    load = "from_disk('.../candidates')"
+    if not finished:
+        load = "dataset('json', data_files='.../shards/*.candidates.jsonl', split='train')"
     assert remedy == (
         "Set them as they were to reuse it, choose another `output_dir`, or delete the folder. To keep its "
-        "candidates, pass `load_from_disk('.../candidates')` as `prompts` with another `output_dir`; without their "
-        "column `rewards` they are scored again."
+        f"candidates, pass `load_{load}` as `prompts` with another `output_dir`; without their column `rewards` they "
+        "are scored again."
     )
+
+
+def test_a_manifest_alone_does_not_count(folder: Path) -> None:
+    store = begun_store(folder)
+    other = SETTINGS | {"beta": 0.1}
+    assert store.finished(other) is False
+    store.begin(other, prompts_per_shard=4, num_shards=2)
+    assert store.layout() == (4, 2)
+    store.wait_for_settings(other)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_settings_that_do_not_come_are_not_waited_for(folder: Path, there: bool, monkeypatch) -> None:
+    monkeypatch.setattr(module, "MANIFEST_SECONDS", 0.0)
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+    if there:
+        begun_store(folder, SETTINGS | {"beta": 0.1})
+    with pytest.raises(RuntimeError, match="must be on a file system that all processes see"):
+        SampleStore(folder).wait_for_settings(SETTINGS)
 
 
 @pytest.mark.parametrize("name", ["candidates", "pairs"])
 def test_a_folder_without_a_manifest_is_not_taken_over(folder: Path, name: str) -> None:
-    CANDIDATES.save_to_disk(str(folder / name))
+    Dataset.from_list(ROWS).save_to_disk(str(folder / name))
     with pytest.raises(ValueError, match="holds candidates or pairs, and no manifest.json"):
         SampleStore(folder).finished(SETTINGS)
 
@@ -125,63 +207,56 @@ def test_settings_that_json_cannot_write_are_refused_before_anything_is_made(fol
     assert not folder.exists()
 
 
-def test_candidates_read_from_the_folder_can_be_saved_again_with_more(folder: Path) -> None:
-    store = SampleStore(folder)
-    store.begin(SETTINGS)
-    store.save_candidates(CANDIDATES)
-    rewards = [[0.1, 1 / 3], [2.0]]
-    store.save_candidates(store.candidates().add_column("rewards", rewards))
-    assert store.candidates().to_dict() == {**CANDIDATES.to_dict(), "rewards": rewards}
-    assert names(folder) == {"candidates", "manifest.json"}
+# Durable
 
 
-class Crash(BaseException):
-    """As a signal is: nothing may catch it."""
+def test_what_is_written_is_synced_before_and_its_name_after_it_is_given(folder: Path, monkeypatch) -> None:
+    store = begun_store(folder)
+    done = []
+    replace, sync, opened = os.replace, os.fsync, os.open
+    paths: dict[int, str] = {}
+
+    def open_it(path: Path, *how: int) -> int:
+        descriptor = opened(path, *how)
+        paths[descriptor] = Path(path).relative_to(folder).as_posix()
+        return descriptor
+
+    monkeypatch.setattr(module.os, "open", open_it)
+    monkeypatch.setattr(module.os, "fsync", lambda at: (done.append(f"sync {paths[at]}"), sync(at)))
+    monkeypatch.setattr(module.os, "replace", lambda old, new: (done.append(f"name {new.name}"), replace(old, new)))
+    store.write_text("README.md", "text")
+    assert done == ["sync README.md.partial", "name README.md", "sync ."]
+    done.clear()
+    with store.writing(folder / "pairs") as temporary:
+        temporary.mkdir()
+        (temporary / "one").touch()
+    assert done == ["sync pairs.partial", "sync pairs.partial/one", "name pairs", "sync ."]
 
 
-def crash_while_saving(monkeypatch: pytest.MonkeyPatch) -> None:
-    def save_half(dataset: Dataset, path: str) -> None:
-        Path(path).mkdir(parents=True)
-        (Path(path) / "data-00000-of-00002.arrow").write_bytes(b"half")
-        raise Crash
+def test_what_cannot_be_written_leaves_what_was_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = begun_store(folder)
+    store.write_shard(2, "ranked", ROWS)
+    store.write_text("README.md", "old")
+    store.write_dataset("pairs", ROWS, FEATURES)
+    before = {name: (folder / name).read_bytes() for name in names(folder)}
 
-    monkeypatch.setattr(Dataset, "save_to_disk", save_half)
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-
-def test_a_crash_while_saving_leaves_what_was_there_and_no_half_of_the_new(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = SampleStore(folder)
-    store.begin(SETTINGS)
-    with monkeypatch.context() as patch:
-        crash_while_saving(patch)
-        with pytest.raises(Crash):
-            store.save_candidates(CANDIDATES)
-    assert store.candidates() is None
-    store.save_candidates(CANDIDATES)
-    with monkeypatch.context() as patch:
-        crash_while_saving(patch)
-        with pytest.raises(Crash):
-            store.save_candidates(CANDIDATES.select([0]))
-        with pytest.raises(Crash):
-            store.finish(PAIRS, {})
-    assert store.candidates().to_dict() == CANDIDATES.to_dict()
-    assert store.finished(SETTINGS) is False
-    assert not (folder / "pairs").exists()
-    # The next run goes on, and what the crash left is cleared away
-    store.save_candidates(CANDIDATES)
-    store.finish(PAIRS, {})
-    assert not list(folder.rglob("data-00000-of-00002.arrow"))
-    assert store.pairs().to_dict() == PAIRS.to_dict()
-    assert names(folder) == {"candidates", "manifest.json", "pairs", "statistics.json"}
-
-
-def test_pairs_without_the_rest_are_not_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = SampleStore(folder)
-    store.begin(SETTINGS)
-    with pytest.raises(TypeError):
-        store.finish(PAIRS, {"num_pairs": object()})
-    assert store.finished(SETTINGS) is False
-    assert names(folder) == {"manifest.json", "pairs"}
-    store.finish(PAIRS, {})
-    assert store.finished(SETTINGS) is True
+    monkeypatch.setattr(module.os, "fsync", full)
+    writes = {
+        "README.md": lambda: store.write_text("README.md", "new"),
+        "manifest.json": store.finish,
+        "shards/00002.ranked.jsonl": lambda: store.write_shard(2, "ranked", ROWS[:1]),
+        "shards/pairs.arrow": lambda: store.write_dataset("pairs", ROWS[:1], FEATURES),
+    }
+    for name, write in writes.items():
+        with pytest.raises(OSError) as error:
+            write()
+        assert error.value.errno == errno.ENOSPC
+        assert str(error.value) == (
+            f"[Errno {errno.ENOSPC}] Could not write {folder / name}: No space left on device. 1 of 3 shards are "
+            f"saved in {folder}, which is as it was before; once it can be written to (a full disk: once there is "
+            "space), the same call goes on from there"
+        )
+        assert {name: (folder / name).read_bytes() for name in names(folder)} == before

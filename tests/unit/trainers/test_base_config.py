@@ -188,10 +188,14 @@ def test_rrhfs_weight(value, config):
 
 def test_how_to_sample_and_what_to_keep(config):
     given = {"max_new_tokens": 9, "top_p": 0.8, "top_k": 11}
+    batches = {"batch_size": None, "memory_budget": 4.0, "share_prefix": "auto"}
     pro = config(PROConfig, sampling_temperature=0.7, **given)
-    assert pro.generation_options() == {**given, "temperature": 0.7}
+    assert pro.generation_options() == {**given, **batches, "temperature": 0.7}
     slic = config(SLiCConfig, temperature=0.7, **given)
-    assert slic.generation_options() == {**given, "temperature": 0.7}
+    assert slic.generation_options() == {**given, **batches, "temperature": 0.7}
+    own = config(RSOConfig, generation_batch_size=5, generation_memory_budget=0.5, share_prefix=False)
+    batches = {"batch_size": 5, "memory_budget": 0.5, "share_prefix": False}
+    assert {name: own.generation_options()[name] for name in batches} == batches
     assert config(RSOConfig, seed=5, rejection_beta=2.0, num_candidates=16).selection_options() == {
         "strategy": "rso",
         "num_candidates": 16,

@@ -88,7 +88,7 @@ def test_the_sample_never_takes_the_first_place(rewards, order, dealt):
 
 
 def make_bootstrap(num_rows: int, num_parts: int, seed: int = 0) -> Bootstrap:
-    return Bootstrap(rankings(num_rows), num_parts, None, FunctionRanker(checksum), "unused", seed, 1, {})
+    return Bootstrap(rankings(num_rows), num_parts, None, FunctionRanker(checksum), "unused", seed, {})
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt_trl import FunctionRanker, sample_completions
+from prefopt_trl.sampling.shards import shard_seed
 from prefopt_trl.trainers.listwise_dpo_trainer import ListwiseDPOTrainer
 from prefopt_trl.trainers.pro_trainer import PROTrainer
 from prefopt_trl.trainers.rrhf_trainer import RRHFTrainer
@@ -165,7 +166,7 @@ def candidates_by_hand(policy_dir, seed=42):
         PROMPTS["prompt"],
         6,
         max_new_tokens=6,
-        seed=seed,
+        seed=shard_seed(seed, 0),
         batch_size=12,
     )
 

@@ -15,6 +15,7 @@ from trl import DPOConfig, DPOTrainer
 from prefopt_trl import losses
 from prefopt_trl.rankers import FunctionRanker
 from prefopt_trl.sampling.generation import sample_completions
+from prefopt_trl.sampling.shards import shard_seed
 from prefopt_trl.shared_prefix.scoring import completion_logps
 from prefopt_trl.trainers.rso_config import RSOConfig
 from prefopt_trl.trainers.rso_trainer import RSOTrainer
@@ -156,7 +157,7 @@ def test_prompts_are_sampled_from_the_reference_policy_ranked_and_trained_on(pro
         PROMPTS["prompt"],
         6,
         max_new_tokens=6,
-        seed=3,
+        seed=shard_seed(3, 0),
         batch_size=12,
     )
     assert candidates["completions"] == expected and candidates["prompt"] == PROMPTS["prompt"]
@@ -193,7 +194,7 @@ def test_which_model_is_sampled(how, prompts, policy_dir, tiny_llama_dir, tmp_pa
         PROMPTS["prompt"],
         6,
         max_new_tokens=6,
-        seed=42,
+        seed=shard_seed(42, 0),
         batch_size=12,
     )
     assert Dataset.load_from_disk(str(tmp_path / "sampled" / "train" / "candidates"))["completions"] == sampled
@@ -227,7 +228,8 @@ def test_every_sampling_setting_arrives(prompts, policy_dir, tmp_path, monkeypat
     assert (received.pop("dataset"), received.pop("policy"), received.pop("ranker")) == (prompts, model, ranker)
     assert received.pop("tokenizer").eos_token == "</s>"
     output_dir = str(tmp_path / "sampled" / "train")
-    assert received == {**given, "beta": 1.5, "batch_size": 3, "output_dir": output_dir}
+    batches = {"batch_size": 3, "memory_budget": 4.0, "share_prefix": "auto"}
+    assert received == {**given, **batches, "beta": 1.5, "output_dir": output_dir}
 
 
 def test_the_same_settings_reuse_the_samples_and_others_are_refused(

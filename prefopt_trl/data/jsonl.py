@@ -1,0 +1,153 @@
+"""Prompts and candidates from elsewhere, so that any generator can feed the pipeline."""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+
+from prefopt_trl.data.formats import check_format
+from prefopt_trl.data.rankings import FLOAT32_MAX
+
+ROWS_AT_A_TIME = 1000  # held as Python objects, which take many times the room of the text
+
+
+def read_jsonl(path: str | Path) -> Dataset:
+    """Read prompts, or prompts with their candidates, from a JSON Lines file.
+
+    Each line is an object with
+
+    - `prompt`: text, or a list of messages;
+    - `completions` (optional): its candidates, in the prompt's format, one or more;
+    - `rewards` and `logps` (optional): a number for each completion (`logps` may be null);
+    - `finished` (optional): true or false for each completion;
+    - any other columns, which are kept. All lines have the same columns.
+
+    Args:
+        path (`str` or `Path`):
+            File in UTF-8. Blank lines are left out.
+
+    Returns:
+        [`~datasets.Dataset`] with one row per line, to be given to [`build_preference_dataset`].
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a line that is not as above, naming it, or a file without rows.
+
+    Example:
+
+    ```python
+    >>> _ = Path("candidates.jsonl").write_text('{"prompt": "The sky is", "completions": [" blue.", " green."]}')
+    >>> read_jsonl("candidates.jsonl")[0]
+    {'prompt': 'The sky is', 'completions': [' blue.', ' green.']}
+    ```
+    """
+    rows, tables = _rows(Path(path)), []
+    try:
+        while some := list(islice(rows, ROWS_AT_A_TIME)):
+            tables.append(pa.Table.from_pylist(some))
+        if not tables:
+            raise ValueError(f"{path} has no rows. Write one JSON object per line, with a `prompt` in each.")
+        return Dataset(pa.concat_tables(tables, promote_options="permissive"))
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
+        raise ValueError(f"{path} is no table: {error}. Give each column values of one type on all lines.") from error
+
+
+def check_candidates(dataset: Dataset, name: str) -> None:
+    """Require candidates of every prompt, in its format, and one reward for each where there are rewards.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Columns `prompt` and `completions`, and perhaps `rewards`, `logps` and `finished`.
+        name (`str`):
+            What the dataset is to the user, for the error, such as ``"`prompts`"``.
+
+    Raises:
+        ValueError: naming the row, what was found and the remedy.
+
+    Example:
+
+    ```python
+    >>> check_candidates(Dataset.from_dict({"prompt": ["Hi"], "completions": [[]]}), "`prompts`")
+    Traceback (most recent call last):
+    ValueError: The completions of row 0 of `prompts` are []. Give a list of one or more, or leave the row out.
+    ```
+    """
+    for row, example in enumerate(dataset):
+        _check_row(example, f"row {row} of {name}")
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of the file, each checked by itself and against the first."""
+    first: dict[str, Any] = {}
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"line {number} of {path}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # no JSON, or no UTF-8
+                raise ValueError(f"In {where}: {error}. Write each row as one JSON object on one line.") from error
+            if not isinstance(row, dict) or "prompt" not in row:
+                found = f"the columns {', '.join(row)}" if isinstance(row, dict) and row else type(row).__name__
+                raise ValueError(f"In {where} is {found}, without a `prompt`. Rename yours, or leave the line out.")
+            _check_row(row, where)
+            first = first or row
+            if row.keys() != first.keys():
+                raise ValueError(
+                    f"In {where} are the columns {', '.join(row)}, and on the first line {', '.join(first)}. Give all "
+                    "lines the same columns."
+                )
+            if isinstance(row["prompt"], str) != isinstance(first["prompt"], str):
+                raise ValueError(
+                    f"The prompt of {where} is {_format(row['prompt'])}, and that of the first line "
+                    f"{_format(first['prompt'])}. Give all lines the same format."
+                )
+            yield row
+
+
+def _check_row(row: dict[str, Any], where: str) -> None:
+    check_format(row["prompt"], f"The prompt of {where}")
+    if "completions" not in row:
+        return
+    completions = row["completions"]
+    if not isinstance(completions, list) or not completions:
+        raise ValueError(
+            f"The completions of {where} are {completions!r}. Give a list of one or more, or leave the row out."
+        )
+    for index, completion in enumerate(completions):
+        check_format(completion, f"Completion {index} of {where}")
+        if isinstance(completion, str) != isinstance(row["prompt"], str):
+            raise ValueError(
+                f"Completion {index} of {where} is {_format(completion)}, and its prompt {_format(row['prompt'])}. "
+                "Give both as text, or both as lists of messages."
+            )
+    for name in {"rewards", "logps", "finished"} & row.keys():
+        values = row[name]
+        if not isinstance(values, list) or len(values) != len(completions):
+            found = f"{len(values)}" if isinstance(values, list) else f"{values!r} as"
+            raise ValueError(
+                f"In {where} are {len(completions)} completions and {found} `{name}`. Give one for each completion, "
+                "or leave the row out."
+            )
+        for index, value in enumerate(values):
+            if name == "finished" and not isinstance(value, bool):
+                raise ValueError(f"`finished` of completion {index} of {where} is {value!r}. Give true or false.")
+            unknown = name == "logps" and value is None  # to be computed where it is needed
+            if name != "finished" and not unknown and not _is_finite_number(value):
+                raise ValueError(
+                    f"`{name}` of completion {index} of {where} is {value!r}. Give a finite number, or leave the "
+                    "completion out."
+                )
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < FLOAT32_MAX
+
+
+def _format(value: Any) -> str:
+    return "text" if isinstance(value, str) else "a list of messages"

@@ -1,0 +1,63 @@
+"""Prompts to sample from: their tokens, and the checks that are made before anything is sampled."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import is_conversational
+
+from prefopt_trl.data.formats import Prompt
+
+
+def check_unused_columns(dataset: Dataset, where: str) -> None:
+    """Refuse columns that would change how prompts are tokenised for training, and that sampling does not use.
+
+    Raises:
+        ValueError: naming them.
+    """
+    unused = {"tools", "chat_template_kwargs"} & set(dataset.column_names)
+    if unused:
+        raise ValueError(
+            f"{where} has the column {' and '.join(sorted(unused))}, which sampling does not use. Write its content "
+            "into the prompts and remove it with `dataset.remove_columns`."
+        )
+
+
+def check_prompts_fit(prompt_ids: Sequence[Sequence[int]], max_length: int | None) -> None:
+    """Refuse prompts that leave no room for a completion.
+
+    Raises:
+        ValueError: naming the first row, and how many there are.
+    """
+    too_long = [row for row, ids in enumerate(prompt_ids) if max_length is not None and len(ids) >= max_length]
+    if too_long:
+        raise ValueError(
+            f"The prompt of row {too_long[0]} has {len(prompt_ids[too_long[0]])} tokens and fills "
+            f"`max_length`={max_length} ({len(too_long)} of {len(prompt_ids)} prompts do). Raise `max_length` or "
+            "leave those rows out."
+        )
+
+
+def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt, as TRL's `DPOTrainer` tokenises it for training."""
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, str | list):
+            raise ValueError(
+                f"The prompt of row {row} is {type(prompt).__name__}, not text or a list of messages. Leave the row "
+                "out."
+            )
+    encode: Any = tokenizer
+    if len(prompts) and is_conversational({"prompt": prompts[0]}):
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                "`prompts` are conversational and the tokenizer has no chat template. Set `tokenizer.chat_template`, "
+                "or give the prompts as plain text."
+            )
+        encode = partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True)
+    ids = [encode(prompt)["input_ids"] for prompt in prompts]
+    for row, prompt_ids in enumerate(ids):
+        if not prompt_ids:
+            raise ValueError(f"The prompt of row {row} is empty: it has no tokens to start from. Leave the row out.")
+    return ids

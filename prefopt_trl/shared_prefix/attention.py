@@ -1,0 +1,273 @@
+"""Attention of many rows to one prompt, whose keys and values are computed and held once.
+
+A batch is "prompts, each with n rows", in the order of the prompts. A row's keys are those of its prompt, shared with
+the prompt's other rows, and its own. The two parts of its attention are computed apart and then joined: over the
+prompt all rows of a prompt are one matrix product, over its own tokens each row is one.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+SHARED_PREFIX = "shared_prefix"  # name of the attention in transformers' `AttentionInterface`
+
+
+class RowsOfPrompts:
+    """Which prompt each row belongs to, as a grid of prompts and places.
+
+    Args:
+        counts (`Sequence[int]` of length `num_prompts`):
+            Rows of each prompt, which come one prompt after another.
+        device (`torch.device`):
+            Device of the rows.
+    """
+
+    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
+        self.counts = list(counts)
+        self.width = max(self.counts)  # places in the grid
+        self.prompt = torch.repeat_interleave(torch.tensor(self.counts, device=device))  # (num_rows,)
+        place = torch.cat([torch.arange(count, device=device) for count in self.counts])
+        self.slot = self.prompt * self.width + place  # (num_rows,) index into the flat grid
+        self.is_full = min(self.counts) == self.width
+
+    def by_prompt(self, rows: torch.Tensor) -> torch.Tensor:
+        """From `(num_rows, heads, tokens, size)` to `(num_prompts, heads, width * tokens, size)`; zero where empty."""
+        heads, tokens, size = rows.shape[1:]
+        if not self.is_full:
+            grid = rows.new_zeros(len(self.counts) * self.width, heads, tokens, size)
+            rows = grid.index_copy_(0, self.slot.to(rows.device), rows)
+        grid = rows.view(-1, self.width, heads, tokens, size).transpose(1, 2)
+        return grid.reshape(-1, heads, self.width * tokens, size)
+
+    def by_row(self, grid: torch.Tensor, tokens: int) -> torch.Tensor:
+        """The way back."""
+        num_prompts, heads, _, size = grid.shape
+        rows = grid.view(num_prompts, heads, self.width, tokens, size).transpose(1, 2).flatten(0, 1)
+        return rows if self.is_full else rows[self.slot.to(grid.device)]
+
+
+class PrefixLayer(CacheLayerMixin):
+    """One layer's keys and values: `(num_prompts, heads, prompt_length, size)`, and `(num_rows, heads, room, size)`.
+
+    The first `length` places of a row's room are taken. The room grows by doubling, so that a row that ends early
+    never has the memory of the longest.
+    """
+
+    is_sliding = False
+    keys: Any  # None until the rows have tokens
+    values: Any
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor | None, longest: int) -> None:
+        super().__init__()
+        self.prompt_keys, self.prompt_values = keys, values
+        self.hidden = hidden  # (num_prompts, 1, 1, prompt_length) True at padding; None where there is none
+        self.longest = longest
+        self.length = 0
+        self.rows: RowsOfPrompts
+        self.was_attended = False
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the prompt's keys say device and dtype."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        end = self.length + key_states.shape[2]
+        if self.keys is None and end == self.longest:  # the only ones there will be
+            self.keys, self.values = key_states, value_states
+        else:
+            if self.keys is None or end > self.keys.shape[2]:
+                self._make_room(key_states, value_states, end)
+            self.keys[:, :, self.length : end] = key_states
+            self.values[:, :, self.length : end] = value_states
+        self.length = end
+        keys = self.keys[:, :, :end]
+        # The attention function is given these keys and nothing else of the cache
+        keys.prefix_layer = self
+        return keys, self.values[:, :, :end]
+
+    def _make_room(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
+        room = min(self.longest, max(2 * end, 32))
+        for name, new in (("keys", keys), ("values", values)):
+            old = getattr(self, name)
+            grown = new.new_empty(new.shape[0], new.shape[1], room, new.shape[3])
+            if old is not None:
+                grown[:, :, : self.length] = old[:, :, : self.length]
+            setattr(self, name, grown)
+
+    def keep_rows(self, rows: torch.Tensor, prompts: torch.Tensor | None) -> None:
+        if self.keys is not None:
+            rows = rows.to(self.keys.device)
+            self.keys, self.values = (self._without_others(own, rows) for own in (self.keys, self.values))
+        if prompts is not None:
+            prompts = prompts.to(self.prompt_keys.device)
+            self.prompt_keys, self.prompt_values = self.prompt_keys[prompts], self.prompt_values[prompts]
+            self.hidden = None if self.hidden is None else self.hidden[prompts]
+
+    def _without_others(self, own: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        kept = own.new_empty(len(rows), *own.shape[1:])
+        kept[:, :, : self.length] = own[rows, :, : self.length]
+        return kept
+
+    def get_seq_length(self) -> int:
+        return self.prompt_keys.shape[2] + self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class PrefixCache(Cache):
+    """Keys and values of prompts, held once, and of the rows that follow them.
+
+    Args:
+        prompts ([`~transformers.DynamicCache`]):
+            Cache after the prompts have run, one row each.
+        attention_mask (`torch.Tensor` of shape `(num_prompts, prompt_length)`, *optional*):
+            1 for tokens, 0 for padding. None where there is no padding.
+        counts (`Sequence[int]` of length `num_prompts`):
+            Rows of each prompt, at least 1.
+        longest (`int`):
+            Most tokens that a row may have after its prompt.
+    """
+
+    layers: list[PrefixLayer]  # type: ignore[assignment]
+
+    def __init__(
+        self, prompts: DynamicCache, attention_mask: torch.Tensor | None, counts: Sequence[int], longest: int
+    ) -> None:
+        hidden = None
+        if attention_mask is not None and not attention_mask.all():
+            hidden = attention_mask[:, None, None] == 0
+        of_prompts: list[Any] = prompts.layers
+        layers: list[Any] = [
+            PrefixLayer(layer.keys, layer.values, None if hidden is None else hidden.to(layer.keys.device), longest)
+            for layer in of_prompts
+        ]
+        super().__init__(layers=layers)
+        self._set_rows(counts)
+
+    def _set_rows(self, counts: Sequence[int]) -> None:
+        self.rows = RowsOfPrompts(counts, self.layers[0].prompt_keys.device)
+        for layer in self.layers:
+            layer.rows = self.rows
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Forget all rows but these (`torch.LongTensor`, ascending), and prompts that are left without any."""
+        left = torch.bincount(self.rows.prompt[rows], minlength=len(self.rows.counts))
+        prompts = None if left.all() else left.nonzero().squeeze(1)
+        for layer in self.layers:
+            layer.keep_rows(rows, prompts)
+        self._set_rows(left[left > 0].tolist())
+
+
+def shared_prefix_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend to the prompt and to the row's own tokens up to each query.
+
+    Softmax over both parts, from the parts: with `m` the greatest score, numerators `sum exp(s - m) v` and
+    denominators `sum exp(s - m)` add up. In float32 at least, as the softmax of eager attention.
+
+    Args:
+        query (`torch.Tensor` of shape `(num_rows, num_heads, num_queries, size)`):
+            Queries of the last `num_queries` tokens of each row.
+        key, value (`torch.Tensor` of shape `(num_rows, num_kv_heads, num_own_tokens, size)`):
+            The rows' own, as [`PrefixLayer`] returns them.
+        scaling (`float`, *optional*):
+            Of the scores; by default `size ** -0.5`.
+        softcap (`float`, *optional*):
+            Scores become `softcap * tanh(scores / softcap)`.
+
+    Raises:
+        ValueError: for keys of another cache, or attention with dropout, sinks or biases.
+    """
+    layer: PrefixLayer | None = getattr(key, "prefix_layer", None)
+    unknown = [name for name in ("s_aux", "sinks", "position_bias") if kwargs.get(name) is not None]
+    if layer is None or unknown or dropout:
+        raise ValueError(f"attention has {', '.join(unknown) or 'dropout or keys that do not come from the cache'}")
+    layer.was_attended = True
+    num_rows, num_heads, num_queries, size = query.shape
+    num_kv_heads, num_own = key.shape[1:3]
+    scaling = size**-0.5 if scaling is None else scaling
+    # Heads that share keys are further queries: (num_rows, num_kv_heads, queries, size)
+    queries = query.reshape(num_rows, num_kv_heads, -1, size) * scaling
+    tokens = queries.shape[2]
+
+    own = (queries @ key.transpose(2, 3)).to(torch.promote_types(query.dtype, torch.float32))
+    shared = (layer.rows.by_prompt(queries) @ layer.prompt_keys.transpose(2, 3)).to(own.dtype)
+    if softcap is not None:
+        own, shared = (softcap * torch.tanh(scores / softcap) for scores in (own, shared))
+    if num_queries > 1:
+        later = torch.ones(num_queries, num_own, dtype=torch.bool, device=own.device).triu(num_own - num_queries + 1)
+        own.view(num_rows, num_kv_heads, -1, num_queries, num_own).masked_fill_(later, -torch.inf)
+    if layer.hidden is not None:
+        shared.masked_fill_(layer.hidden, -torch.inf)
+
+    parts = []
+    for scores, values in ((own, value), (shared, layer.prompt_values)):
+        greatest = scores.amax(dim=-1, keepdim=True)
+        weights = scores.sub_(greatest).exp_()
+        parts.append((greatest, weights.sum(dim=-1, keepdim=True), weights.to(values.dtype) @ values))
+    (own_max, own_sum, own_values), of_prompts = parts
+    shared_max, shared_sum, shared_values = (layer.rows.by_row(part, tokens) for part in of_prompts)
+    own_weight, shared_weight = (
+        torch.exp(part - torch.maximum(own_max, shared_max)) for part in (own_max, shared_max)
+    )
+    numerator = own_values * own_weight + shared_values * shared_weight
+    attended = numerator / (own_sum * own_weight + shared_sum * shared_weight)
+    return attended.to(query.dtype).view(num_rows, num_heads, num_queries, -1).transpose(1, 2), None
+
+
+AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
+
+
+@contextmanager
+def attend_to_prefix(model: PreTrainedModel) -> Iterator[None]:
+    """While entered, the model's attention is [`shared_prefix_attention`]."""
+    every: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in every if hasattr(config, "_attn_implementation_internal")}
+    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = SHARED_PREFIX
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+
+
+def without_head(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its LM or classification head, adapters included."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inner.base_model
+
+
+def left_pad(ids: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Inputs of a model for rows of ids, padded on the left, with the position of each token in its own row.
+
+    Returns:
+        `dict`: `input_ids`, `attention_mask` (1 for tokens, 0 for padding) and `position_ids` (0 at padding), long
+        tensors of shape `(num_rows, longest)`.
+    """
+    length = max(map(len, ids))
+    input_ids = torch.tensor([[pad_token_id] * (length - len(row)) + list(row) for row in ids], device=device)
+    attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=device)
+    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}

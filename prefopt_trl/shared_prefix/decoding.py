@@ -1,0 +1,285 @@
+"""Decoding of many completions per prompt, for `generate`: a prompt is prefilled once and its keys are held once."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation import logits_process
+from transformers.generation import stopping_criteria as stopping
+from transformers.utils import ModelOutput
+
+from prefopt_trl.shared_prefix.attention import PrefixCache, attend_to_prefix
+
+# Rows that have ended stay in the batch, as padding, until they are this share of it: leaving costs a copy of the rest
+DEAD_SHARE = 0.125
+
+# What `generate` prepares and a causal language model reads; anything else would belong to rows and has to be expanded
+READ = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+
+# They look at each row by itself and keep nothing between steps, so rows may leave. Others, a user's own among them,
+# see all rows to the end, as in `generate`.
+STATELESS: tuple[type, ...] = (
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
+    logits_process.RepetitionPenaltyLogitsProcessor,
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.NoBadWordsLogitsProcessor,
+    logits_process.SequenceBiasLogitsProcessor,
+    logits_process.SuppressTokensLogitsProcessor,
+    logits_process.SuppressTokensAtBeginLogitsProcessor,
+    logits_process.ForcedEOSTokenLogitsProcessor,
+    logits_process.ExponentialDecayLengthPenalty,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.LogitNormalization,
+    stopping.MaxLengthCriteria,
+    stopping.MaxTimeCriteria,
+    stopping.EosTokenCriteria,
+    stopping.StopStringCriteria,
+)
+
+
+@dataclass
+class SharedPrefixOutput(ModelOutput):
+    """What [`decode_shared_prefix`] returns with `return_dict_in_generate=True`.
+
+    Attributes:
+        sequences (`torch.LongTensor` of shape `(num_prompts * num_completions, length)`):
+            Prompts, padded on the left as they came, and completions, padded on the right.
+        logps (`torch.FloatTensor` of shape `(num_prompts * num_completions,)`):
+            Log-probability of each completion under the model itself, before any logits processor: in nats, summed
+            over its tokens up to and including the one that ended it. Float32.
+    """
+
+    sequences: torch.LongTensor | None = None
+    logps: torch.FloatTensor | None = None
+
+
+def decode_shared_prefix(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    num_completions: int = 1,
+    **model_kwargs: Any,
+) -> torch.Tensor | SharedPrefixOutput:
+    """Sample completions as `generate` does, with each prompt computed once and rows that have ended left out.
+
+    It is given to `generate`, which prepares the arguments from the generation config, and takes the place of
+    `num_return_sequences`. Every logits processor and stopping criterion is honoured. Rows come in the order of the
+    prompts, `num_completions` of each. The law is that of `generate`; the draws are others, from the same global
+    random state. Greedy decoding gives the same tokens up to rounding.
+
+    It is exact where [`reason_not_to_share_prefix`] is None. The model runs in evaluation mode; its training mode and
+    attention implementation are as before when this returns or raises.
+
+    `generate` loses its argument `tokenizer` on the way to a function like this, so give stop strings as
+    `stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer, stop_strings)])`.
+
+    Args:
+        num_completions (`int`, *optional*, defaults to `1`):
+            Completions of each prompt.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_prompts * num_completions, length)`, or [`SharedPrefixOutput`] with
+        `return_dict_in_generate=True`.
+
+    Raises:
+        ValueError: for beam search, `num_return_sequences`, outputs per step, guidance, and inputs other than text.
+
+    Example:
+
+    ```python
+    sequences = model.generate(
+        **inputs, do_sample=True, top_k=0, custom_generate=decode_shared_prefix, num_completions=64
+    )
+    ```
+    """
+    _check(model_kwargs, logits_processor, generation_config, num_completions)
+    with _evaluating(model), torch.no_grad():
+        rows = _Rows(input_ids, num_completions, generation_config, logits_processor, stopping_criteria)
+        logits, cache, positions = _prefill(model, input_ids, num_completions, rows.room, **model_kwargs)
+        keep_last = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+        with attend_to_prefix(model):
+            rows.append(logits)
+            while rows.unfinished.any():
+                kept = rows.drop_finished()
+                if kept is not None:
+                    cache.keep_rows(kept)
+                    positions = positions[kept]
+                outputs = model(
+                    input_ids=rows.last_tokens[:, None],
+                    position_ids=positions[:, None],
+                    past_key_values=cache,
+                    use_cache=True,
+                    **keep_last,
+                )
+                positions = positions + 1
+                rows.append(outputs.logits[:, -1])
+    sequences = rows.sequences()
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    return SharedPrefixOutput(
+        sequences=cast(torch.LongTensor, sequences), logps=cast(torch.FloatTensor, rows.all_logps)
+    )
+
+
+class _Rows:
+    """The tokens of all rows, and of those still in the batch what is needed to choose the next."""
+
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        num_completions: int,
+        config: GenerationConfig,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+    ) -> None:
+        self.length = input_ids.shape[1]
+        self.room = config.max_length - self.length
+        self.do_sample = config.do_sample
+        self.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
+        self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
+        self.rows_may_leave = all(isinstance(part, STATELESS) for part in [*logits_processor, *stopping_criteria])
+        prompts = input_ids.repeat_interleave(num_completions, dim=0)
+        self.all_ids = torch.nn.functional.pad(prompts, (0, self.room), value=self.pad_token_id)
+        self.all_logps = torch.zeros(len(prompts), device=input_ids.device)
+        self.with_logps = config.return_dict_in_generate
+        self.index = torch.arange(len(prompts), device=input_ids.device)  # of the rows in the batch, among all
+        self.unfinished = torch.ones_like(self.index, dtype=torch.bool)
+        self.ids = self.all_ids.clone()
+
+    @property
+    def last_tokens(self) -> torch.Tensor:
+        return self.ids[:, self.length - 1]
+
+    def append(self, logits: torch.Tensor) -> None:
+        """Choose the next token of each row in the batch from `logits` of shape `(num_rows, vocab_size)`."""
+        logits = logits.to(self.ids.device, torch.float32)
+        # Processors may write to what they are given
+        scores = self.logits_processor(
+            cast(torch.LongTensor, self.ids[:, : self.length]), logits.clone() if self.with_logps else logits
+        )
+        tokens = draw(scores) if self.do_sample else scores.argmax(dim=-1)
+        if self.with_logps:
+            logps = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
+            self.all_logps[self.index] += logps.masked_fill(~self.unfinished, 0)
+        self.ids[:, self.length] = tokens.masked_fill(~self.unfinished, self.pad_token_id)
+        self.length += 1
+        self.unfinished &= ~self.stopping_criteria(cast(torch.LongTensor, self.ids[:, : self.length]), None)
+
+    def drop_finished(self) -> torch.Tensor | None:
+        """Take rows that have ended out of the batch, where they are many; the places of those that stay, or None."""
+        num_left = int(self.unfinished.sum())
+        if not self.rows_may_leave or num_left > (1 - DEAD_SHARE) * len(self.unfinished):
+            return None
+        self.all_ids[self.index] = self.ids
+        kept = self.unfinished.nonzero().squeeze(1)
+        self.index, self.ids, self.unfinished = self.index[kept], self.ids[kept], self.unfinished[kept]
+        return kept
+
+    def sequences(self) -> torch.Tensor:
+        self.all_ids[self.index] = self.ids
+        return self.all_ids[:, : self.length]
+
+
+def draw(scores: torch.Tensor) -> torch.Tensor:
+    """Draw one token of each row from the softmax of its scores, by inverting the distribution function.
+
+    `torch.multinomial` draws a random number for each token of the vocabulary, which on a CPU takes longer than a
+    small model does. This draws one for each row.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(num_rows, vocab_size)`):
+            Unnormalised log-probabilities; -inf for tokens that must not be drawn.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_rows,)`.
+    """
+    dtype = torch.float32 if scores.device.type == "mps" else torch.float64  # which mps does not have
+    cumulative = scores.softmax(dim=-1).cumsum(dim=-1, dtype=dtype)
+    drawn = torch.rand(len(scores), 1, dtype=dtype, device=scores.device) * cumulative[:, -1:]
+    # The first token whose cumulative probability exceeds what was drawn; one of probability 0 never does so first
+    return torch.searchsorted(cumulative, drawn, right=True).squeeze(1).clamp(max=scores.shape[1] - 1)
+
+
+def _prefill(
+    model: PreTrainedModel, input_ids: torch.Tensor, num_completions: int, room: int, **model_kwargs: Any
+) -> tuple[torch.Tensor, PrefixCache, torch.Tensor]:
+    """Run the prompts once: the logits after each, for each of its rows; the cache; and the rows' next positions."""
+    attention_mask = model_kwargs.get("attention_mask")  # None where `generate` saw no padding
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
+    position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    prompts = DynamicCache()
+    outputs = model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=position_ids,
+        past_key_values=prompts,
+        use_cache=True,
+        **({"logits_to_keep": 1} if _keeps_logits(model) else {}),
+    )
+    counts = [num_completions] * len(input_ids)
+    cache = PrefixCache(prompts, mask, counts, longest=room)
+    next_positions = mask.sum(dim=1).repeat_interleave(num_completions)
+    return outputs.logits[:, -1].repeat_interleave(num_completions, dim=0), cache, next_positions
+
+
+def _keeps_logits(model: PreTrainedModel) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check(
+    model_kwargs: dict[str, Any], logits_processor: LogitsProcessorList, config: GenerationConfig, num_completions: int
+) -> None:
+    if num_completions < 1:
+        raise ValueError(f"`num_completions` is {num_completions}. Give 1 or more.")
+    if config.num_return_sequences != 1 or config.num_beams != 1:
+        raise ValueError(
+            "Completions that share their prompt are drawn one by one: leave `num_return_sequences` and `num_beams` "
+            "at 1, and ask for several completions with `num_completions`."
+        )
+    per_step = [
+        name
+        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+        if getattr(config, name)
+    ]
+    if per_step:
+        raise ValueError(f"`{per_step[0]}` is not kept. Leave it out, or use plain `generate`.")
+    if any(
+        isinstance(part, logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor) for part in logits_processor
+    ):
+        raise ValueError(
+            "`guidance_scale` runs the model a second time with a cache of its own. Use plain `generate`."
+        )
+    unknown = sorted(name for name in model_kwargs.keys() - READ if model_kwargs[name] is not None)
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} cannot be shared by completions. Use plain `generate`.")

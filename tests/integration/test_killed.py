@@ -1,0 +1,183 @@
+"""A sampled dataset is the same, to the byte, however often the processes that make it are killed (SIGKILL).
+
+Runs are forks of one driver, killed_run.py, which says what each run did. Moments are of two kinds: just before the
+n-th call that samples, ranks or changes the folder, so that every stage is hit on any machine; and at random by the
+clock, so that any place in between can be.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import load_from_disk
+
+DRIVER = Path(__file__).with_name("killed_run.py")
+NUM_PROMPTS, NUM_CANDIDATES, NUM_PAIRS, NUM_SHARDS = 24, 8, 2, 12
+NUM_MOMENTS = 20
+SEED = 20309
+STAGES = {"generate": "sampling", "score": "ranking", "compare": "ranking"}  # any other call is writing
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Builds the dataset in a folder; the arguments, and what is returned, are those of `killed_run.run`."""
+    with subprocess.Popen([sys.executable, str(DRIVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as driver:
+
+        def ask(folder: Path, **options: Any) -> dict[str, Any]:
+            driver.stdin.write(json.dumps({"folder": str(folder), **options}).encode() + b"\n")
+            driver.stdin.flush()
+            return json.loads(driver.stdout.readline())
+
+        yield ask
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of a run that nobody kills, and its calls."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "pairs"
+    outcome = run(folder)
+    assert outcome["status"] == [0]
+    return folder, outcome["calls"][0]
+
+
+@pytest.fixture(scope="module")
+def expected(undisturbed: tuple[Path, list[str]]) -> dict[str, bytes | None]:
+    return contents(undisturbed[0])
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every file below a folder with its bytes, and every folder."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes() for path in paths}
+
+
+def killed(outcome: dict[str, Any]) -> bool:
+    return -signal.SIGKILL in outcome["status"]
+
+
+def test_the_undisturbed_run_has_every_prompt_once(undisturbed: tuple[Path, list[str]]) -> None:
+    folder, calls = undisturbed
+    candidates, pairs = (load_from_disk(str(folder / name)) for name in ("candidates", "pairs"))
+    prompts = list(candidates["prompt"])
+    assert len(set(prompts)) == len(prompts) == NUM_PROMPTS
+    assert list(pairs["prompt"]) == [prompt for prompt in prompts for _ in range(NUM_PAIRS)]
+    assert {len(row) for row in candidates["completions"]} == {NUM_CANDIDATES}
+    assert calls.count("score") == NUM_SHARDS
+    assert set(contents(folder)) >= {"README.md", "manifest.json", "statistics.json", "statistics.png"}
+    assert not [name for name in contents(folder) if "shards" in name or "partial" in name]
+
+
+# One process, at given calls
+
+
+@pytest.mark.parametrize(("call", "fraction"), [("generate", 0.5), ("score", 0.3), ("fsync", 0.9), ("unlink", 0.8)])
+def test_killed_before_a_call_and_started_again(
+    run: Run, undisturbed: tuple[Path, list[str]], expected: dict, tmp_path: Path, call: str, fraction: float
+) -> None:
+    calls = undisturbed[1]
+    moments = [number for number, name in enumerate(calls) if name == call]
+    first = run(tmp_path / "pairs", call=moments[int(fraction * len(moments))])
+    assert killed(first) and first["last"] == call
+    assert contents(tmp_path / "pairs") != expected
+    again = run(tmp_path / "pairs")
+    assert again["status"] == [0]
+    assert contents(tmp_path / "pairs") == expected
+    for work in ("generate", "score"):  # what was done is not done again, but for the call in which it was killed
+        done = first["calls"][0].count(work) + again["calls"][0].count(work)
+        assert done <= calls.count(work) + 1
+
+
+@pytest.mark.slow
+def test_killed_before_every_call(
+    run: Run, undisturbed: tuple[Path, list[str]], expected: dict, tmp_path: Path
+) -> None:
+    """Of the manifest, of the last shard, and of all that follows; the shards before do as the last."""
+    calls = undisturbed[1]
+    samplings = [number for number, name in enumerate(calls) if name == "generate"]
+    folder = tmp_path / "pairs"
+    for moment in [*range(samplings[0]), *range(samplings[-1], len(calls))]:
+        assert killed(run(folder, call=moment)), f"call {moment}, {calls[moment]}"
+        assert run(folder)["status"] == [0], f"call {moment}, {calls[moment]}"
+        assert contents(folder) == expected, f"call {moment}, {calls[moment]}"
+        shutil.rmtree(folder)
+
+
+# Two processes, one of them at given calls
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_before_a_call_of_one_of_two_processes(run: Run, expected: dict, tmp_path: Path, rank: int) -> None:
+    outcome = run(tmp_path / "alone", processes=2)
+    assert outcome["status"] == [0, 0]
+    assert contents(tmp_path / "alone") == expected
+    assert [calls.count("score") for calls in outcome["calls"]] == [NUM_SHARDS // 2] * 2  # both have worked
+    num_calls = len(outcome["calls"][rank])
+    for moment in np.linspace(0, 0.9 * num_calls, 12).astype(int).tolist():
+        folder = tmp_path / f"pairs-{moment}"
+        assert killed(run(folder, processes=2, rank=rank, call=moment))
+        assert run(folder, processes=2)["status"] == [0, 0]
+        assert contents(folder) == expected
+
+
+# At random moments
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.distributed)])
+def test_killed_at_random_moments(run: Run, expected: dict, tmp_path: Path, processes: int) -> None:
+    """At least 20 moments, one in each twentieth of a run, and until each stage has been hit, for at most 60.
+
+    Every other run is killed again before it may finish.
+    """
+    random = np.random.default_rng([SEED, processes])
+    duration = run(tmp_path / "alone", processes=processes)["seconds"]
+    hit: list[str] = []
+    while len(hit) < NUM_MOMENTS or set(hit) != {"sampling", "ranking", "writing"}:
+        assert len(hit) < 3 * NUM_MOMENTS
+        folder = tmp_path / "pairs"
+        moment = (len(hit) + random.random()) % NUM_MOMENTS / NUM_MOMENTS
+        outcome = run(folder, processes=processes, seconds=moment * duration)
+        if not killed(outcome):  # it was faster than the one before
+            duration = outcome["seconds"]
+        else:
+            hit.append(STAGES.get(outcome["last"], "writing"))
+            if len(hit) % 2:
+                run(folder, processes=processes, seconds=random.random() * duration)
+            assert run(folder, processes=processes)["status"] == [0] * processes, f"after {hit[-1]} at {moment}"
+            assert contents(folder) == expected, f"after {hit[-1]} at {moment}"
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_killed_under_torchrun_and_finished_by_one_process(run: Run, expected: dict, tmp_path: Path) -> None:
+    """The launcher itself, once: two processes begin, and any number may go on."""
+    folder = tmp_path / "pairs"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(DRIVER)]
+    with subprocess.Popen([*command, str(folder)]) as launcher:
+        while len(list(folder.glob("shards/*.ranked.jsonl"))) < 3:
+            assert launcher.poll() is None
+            time.sleep(0.001)
+        for pid in [launcher.pid, *(int((tmp_path / f"pairs.pid-{rank}").read_text()) for rank in range(2))]:
+            os.kill(pid, signal.SIGKILL)
+    assert not (folder / "pairs").exists()
+    shutil.copytree(folder, tmp_path / "copy")
+    assert run(folder)["status"] == [0]
+    assert contents(folder) == expected
+    shutil.rmtree(folder)
+    shutil.move(tmp_path / "copy", folder)
+    subprocess.run([*command, str(folder)], check=True, timeout=120)
+    assert contents(folder) == expected

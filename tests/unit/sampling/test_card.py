@@ -1,0 +1,267 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from datasets import Dataset, load_dataset
+from huggingface_hub import DatasetCard
+from huggingface_hub.utils import filter_repo_objects
+
+from prefopt_trl.sampling import card
+from prefopt_trl.sampling.card import dataset_card, push_preference_dataset
+from prefopt_trl.sampling.statistics import SamplingStatistics
+
+SETTINGS: dict[str, Any] = {
+    "strategy": "rso",
+    "num_samples": 4,
+    "beta": 0.5,
+    "pairing": "first-round",
+    "prompts": "0123456789abcdef" * 4,
+    "ranker": {"class": "FunctionRanker", "function": "brevity:" + "fedcba9876543210" * 4, "options": {}},
+}
+QUANTILES = [-2.0, -1.5, -0.5, 0.123456, 0.5, 1.5, 12345.678]
+STATISTICS = SamplingStatistics(
+    num_prompts=1200,
+    num_skipped=12,
+    num_candidates=76800,
+    num_duplicates=345,
+    num_unfinished=67,
+    num_pairs=2376,
+    acceptance_rate=0.12345,
+    reward_quantiles={name: QUANTILES for name in ("candidates", "accepted", "chosen", "rejected")},
+    label_probability_before=0.8125,
+    label_probability_after=0.6875,
+)
+MESSAGES = [[{"role": "user", "content": "Hi"}]]
+PAIRS = Dataset.from_dict(
+    {
+        "prompt": MESSAGES,
+        "chosen": [[{"role": "assistant", "content": "Hello"}]],
+        "rejected": [[{"role": "assistant", "content": "Go"}]],
+        "chosen_reward": [1.0],
+        "rejected_reward": [0.0],
+        "label_probability": [0.75],
+        "source": ["web"],
+    }
+)
+CANDIDATES = Dataset.from_dict(
+    {"prompt": ["Hi", "Ho"], "completions": [["a", "b"], ["c"]], "rewards": [[1.0, 2.0], []]}
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A finished dataset, with what a kill and a user may have left in the folder."""
+    folder = tmp_path / "pairs"
+    PAIRS.save_to_disk(str(folder / "pairs"))
+    CANDIDATES.save_to_disk(str(folder / "candidates"))
+    (folder / "manifest.json").write_text(json.dumps({"finished": True, "settings": SETTINGS}))
+    (folder / "statistics.json").write_text(json.dumps(STATISTICS.as_dict()))
+    (folder / "README.md").write_text(dataset_card(SETTINGS, STATISTICS, PAIRS), encoding="utf-8")
+    (folder / "shards").mkdir()
+    for name in ("shards/00000.ranked.jsonl", "statistics.json.partial", "secret.txt"):
+        (folder / name).write_text("not for others")
+    return folder
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """Rows of all tables by their first cell, as Markdown splits them: at each bar that has no backslash."""
+    cells = [
+        [cell.strip().replace("\0", "|") for cell in line[2:-2].replace(r"\|", "\0").split(" | ")]
+        for line in text.splitlines()
+        if line.startswith("| ")
+    ]
+    return {first: others for first, *others in cells}
+
+
+def code(cell: str) -> str:
+    """What Markdown shows of code: the spaces that set off a backtick at its end are not part of it."""
+    ticks = len(cell) - len(cell.lstrip("`"))
+    inside = cell[ticks:-ticks]
+    assert ticks and cell.endswith("`" * ticks) and "`" * ticks not in inside
+    return inside[1:-1] if ticks > 1 else inside
+
+
+# The card
+
+
+@pytest.mark.parametrize(("name", "expected"), [("pairs", PAIRS), ("candidates", CANDIDATES), (None, PAIRS)])
+def test_the_folder_loads_by_its_card(folder: Path, tmp_path: Path, name: str | None, expected: Dataset) -> None:
+    loaded = load_dataset(str(folder), name, split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded.to_list() == expected.to_list()
+    assert loaded.features == expected.features
+
+
+def test_the_metadata_are_what_the_hub_reads() -> None:
+    text = dataset_card(SETTINGS, STATISTICS, PAIRS)
+    metadata = DatasetCard(text).data
+    assert metadata.tags == ["trl", "prefopt-trl", "preference", "rso", "first-round"]
+    assert metadata.configs == [
+        {"config_name": "pairs", "data_files": "pairs/*.arrow", "default": True},
+        {"config_name": "candidates", "data_files": "candidates/*.arrow"},
+    ]
+    _, front, _ = text.split("---\n", 2)
+    assert yaml.safe_load(front) == metadata.to_dict()
+
+
+def test_the_numbers_are_those_of_the_statistics() -> None:
+    text = dataset_card(SETTINGS, STATISTICS, PAIRS)
+    table = rows(text)
+    assert "\n2,376 pairs from 1,188 of 1,200 prompts." in text
+    assert table["prompts skipped, with too few distinct candidates"] == ["12"]
+    assert table["candidates that repeat another of their prompt"] == ["345"]
+    assert table["candidates cut before they ended"] == ["67"]
+    assert table["acceptance rate of the first round of rejection"] == ["0.123"]
+    assert table["mean probability the ranker gives to its own labels, on random candidates"] == ["0.812"]
+    assert table["the same on the pairs"] == ["0.688"]
+    assert table["reward of"] == ["0%", "5%", "25%", "50%", "75%", "95%", "100%"]
+    for name in ("accepted", "chosen", "rejected"):
+        assert table[name] == ["-2", "-1.5", "-0.5", "0.1235", "0.5", "1.5", "1.235e+04"]
+    assert "Warning" not in text
+
+
+def test_what_is_not_known_is_not_a_number() -> None:
+    statistics = replace(STATISTICS, num_unfinished=None, acceptance_rate=None, warning="Too small a beta.")
+    text = dataset_card(SETTINGS | {"strategy": "top-k"}, statistics, PAIRS)
+    assert rows(text)["candidates cut before they ended"] == ["-"]
+    assert rows(text)["acceptance rate of the first round of rejection"] == ["-"]
+    assert "\n> **Warning:** Too small a beta.\n" in text
+    assert "with the highest rewards kept" in text
+
+
+def test_settings_are_listed_by_their_dotted_names_with_short_fingerprints() -> None:
+    text = dataset_card(SETTINGS, STATISTICS, PAIRS)
+    settings = {
+        code(name): code(value) for name, (value,) in rows(text.split("## Settings")[1]).items() if "`" in name
+    }
+    assert settings == {
+        "beta": "0.5",
+        "num_samples": "4",
+        "pairing": '"first-round"',
+        "prompts": '"0123456789ab…"',
+        "ranker.class": '"FunctionRanker"',
+        "ranker.function": '"brevity:fedcba987654…"',
+        "ranker.options": "{}",
+        "strategy": '"rso"',
+    }
+    assert list(settings) == sorted(settings)
+
+
+UNTRUSTED = [
+    "a | b",
+    "\\|",
+    "`",
+    "a``b`",
+    "\n\n# Title\r\n",
+    "<script>alert(1)</script>",
+    "*a* _b_ [c](d)",
+    "&lt;",
+    "é空",
+]
+
+
+@pytest.mark.parametrize("text", UNTRUSTED)
+def test_no_text_is_read_as_markdown(text: str) -> None:
+    named = PAIRS.add_column(text, [0])
+    written = dataset_card(SETTINGS | {"stop_strings": [text], text: 1}, STATISTICS, named)
+    usual = dataset_card(SETTINGS | {"stop_strings": [""], "text": 1}, STATISTICS, PAIRS.add_column("text", [0]))
+    assert len(written.splitlines()) == len(usual.splitlines())
+    columns, settings = written.split("## Columns")[1].split("## Settings")
+    (cell,) = [value for name, (value, *_) in rows(settings).items() if name == "`stop_strings`"]
+    assert json.loads(code(cell)) == [text]
+    for table, value in ((columns, "given with the prompts"), (settings, "`1`")):
+        names = [code(name) for name, (found, *_) in rows(table).items() if found == value]
+        assert text in [json.loads(f'"{name}"') for name in names]
+
+
+def test_rankings_are_for_the_trainers_on_rankings() -> None:
+    rankings = Dataset.from_dict({"prompt": ["Hi"], "completions": [["a", "b"]], "rewards": [[2.0, 1.0]]})
+    statistics = replace(STATISTICS, made="rankings")
+    text = dataset_card(SETTINGS | {"pairing": "ranking"}, statistics, rankings)
+    assert "\n2,376 rankings from 1,188 of 1,200 prompts." in text
+    assert "trainer = PROTrainer(model, train_dataset=rankings)" in text and "RSOTrainer" not in text
+    assert rows(text)["`completions`"] == ["the completions kept, best first"]
+
+
+def test_the_card_depends_on_its_arguments_alone() -> None:
+    shuffled = {name: SETTINGS[name] for name in reversed(SETTINGS)}
+    again = Dataset.from_list(PAIRS.to_list(), features=PAIRS.features)
+    assert dataset_card(shuffled, STATISTICS, again) == dataset_card(SETTINGS, STATISTICS, PAIRS)
+
+
+# The way to the Hub
+
+
+class FakeApi:
+    """Records what is asked of the Hub, and which files of the folder it would get."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.failing, self.token, self.calls = failing, None, []
+
+    def __call__(self, token: str | None) -> "FakeApi":
+        self.token = token
+        return self
+
+    def create_repo(self, repo_id: str, **options: Any) -> Any:
+        self._call("create_repo", options)
+        return type("RepoUrl", (str,), {"repo_id": f"someone/{repo_id}"})(f"https://hub/datasets/someone/{repo_id}")
+
+    def upload_folder(self, **options: Any) -> None:
+        self._call("upload_folder", options)
+
+    def _call(self, name: str, options: dict[str, Any]) -> None:
+        if name == self.failing:
+            raise ConnectionError("no route to the Hub")
+        self.calls.append((name, options))
+
+
+@pytest.mark.parametrize(("private", "token"), [(None, None), (True, "hf_secret")])
+def test_only_the_dataset_is_pushed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, private: bool | None, token: str | None
+) -> None:
+    api = FakeApi()
+    monkeypatch.setattr(card, "HfApi", api)
+    url = push_preference_dataset(folder, "pairs", private=private, token=token)
+    assert url == "https://hub/datasets/someone/pairs"
+    assert api.token == token
+    (create, created), (upload, uploaded) = api.calls
+    assert (create, created) == ("create_repo", {"repo_type": "dataset", "private": private, "exist_ok": True})
+    assert (upload, uploaded["repo_id"], uploaded["repo_type"]) == ("upload_folder", "someone/pairs", "dataset")
+
+    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    expected = {"README.md", "manifest.json", "statistics.json"}
+    for name in ("pairs", "candidates"):
+        expected |= {f"{name}/{file}" for file in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json")}
+    assert set(filter_repo_objects(files, allow_patterns=uploaded["allow_patterns"])) == expected
+
+    there = ["README.md", "notes.md", "pairs/data-00001-of-00002.arrow"]  # of an earlier and larger dataset
+    assert list(filter_repo_objects(there, allow_patterns=uploaded["delete_patterns"])) == there[2:]
+
+
+@pytest.mark.parametrize("state", ["unfinished", "nothing"])
+def test_what_is_not_finished_is_not_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    monkeypatch.setattr(card, "HfApi", FakeApi(failing="create_repo"))
+    if state == "unfinished":
+        (tmp_path / "manifest.json").write_text(json.dumps({"finished": False, "settings": SETTINGS}))
+    with pytest.raises(ValueError) as error:
+        push_preference_dataset(tmp_path, "someone/pairs")
+    assert f"{tmp_path} holds no finished dataset. Give `build_preference_dataset` the same settings" in str(
+        error.value
+    )
+
+
+@pytest.mark.parametrize("failing", ["create_repo", "upload_folder"])
+def test_a_push_that_fails_says_that_nothing_is_lost(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    monkeypatch.setattr(card, "HfApi", FakeApi(failing))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(RuntimeError) as error:
+        push_preference_dataset(folder, "someone/pairs")
+    message = str(error.value)
+    assert "was not pushed to someone/pairs: no route to the Hub" in message
+    assert f"it is whole in {folder}." in message
+    assert f"`push_preference_dataset({str(folder)!r}, 'someone/pairs')`" in message
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

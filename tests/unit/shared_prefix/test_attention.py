@@ -1,0 +1,236 @@
+"""Attention over a prompt's keys and a row's own equals softmax attention over both, written one query at a time."""
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from prefopt_trl.shared_prefix.attention import (
+    SHARED_PREFIX,
+    PrefixCache,
+    attend_to_prefix,
+    left_pad,
+    shared_prefix_attention,
+    without_head,
+)
+
+LENGTHS = [7, 4, 6]  # of the prompts, padded on the left to 7
+SIZE = 8
+
+
+def attend_naively(query, keys, values, scaling: float, softcap: float | None) -> torch.Tensor:
+    """Softmax attention in float64: of `(num_heads, num_queries, size)` to the tokens up to each query.
+
+    Keys and values are `(num_kv_heads, num_tokens, size)`; the queries are the last tokens.
+    """
+    num_heads, num_queries = query.shape[:2]
+    out = torch.zeros(num_queries, num_heads, values.shape[-1], dtype=torch.float64)
+    for head in range(num_heads):
+        kv_head = head // (num_heads // len(keys))
+        for place in range(num_queries):
+            end = keys.shape[1] - num_queries + place + 1
+            scores = keys[kv_head, :end].double() @ query[head, place].double() * scaling
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            out[place, head] = torch.softmax(scores, dim=0) @ values[kv_head, :end].double()
+    return out
+
+
+class SlowRows:
+    """A cache of two layers, and beside it every row's keys and values in a list of their own."""
+
+    def __init__(
+        self, counts, num_heads, num_kv_heads, *, longest, lengths=LENGTHS, dtype=torch.float32, value_size=SIZE
+    ):
+        self.generator = torch.Generator().manual_seed(0)
+        self.num_heads, self.num_kv_heads, self.value_size, self.dtype = num_heads, num_kv_heads, value_size, dtype
+        prompts, self.rows = DynamicCache(), [[], []]
+        place = torch.arange(max(lengths))
+        mask = (place >= max(lengths) - torch.tensor(lengths)[:, None]).long()
+        for layer in range(2):
+            # What stands at padding is no token and must not be seen: make it as large as can be
+            keys, values = (
+                self.random(len(lengths), num_kv_heads, max(lengths), size).masked_fill(
+                    mask[:, None, :, None] == 0, 50.0
+                )
+                for size in (SIZE, value_size)
+            )
+            prompts.update(keys, values, layer)
+            for prompt, count in enumerate(counts):
+                visible = mask[prompt] == 1
+                self.rows[layer] += [(keys[prompt][:, visible], values[prompt][:, visible])] * count
+        self.cache = PrefixCache(prompts, mask if len(set(lengths)) > 1 else None, counts, longest)
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.dtype)
+
+    def keep(self, rows: list[int]) -> None:
+        self.cache.keep_rows(torch.tensor(rows))
+        self.rows = [[layer[row] for row in rows] for layer in self.rows]
+
+    def error(self, num_queries: int, *, softcap=None, scaling=SIZE**-0.5, magnitude: float = 1.0) -> float:
+        """Append as many tokens to each row, and say how far attention is from the naive one."""
+        largest = 0.0
+        for layer, rows in enumerate(self.rows):
+            keys = self.random(len(rows), self.num_kv_heads, num_queries, SIZE)
+            values = self.random(len(rows), self.num_kv_heads, num_queries, self.value_size)
+            query = self.random(len(rows), self.num_heads, num_queries, SIZE) * magnitude
+            rows[:] = [
+                (torch.cat([row[0], key], dim=1), torch.cat([row[1], value], dim=1))
+                for row, key, value in zip(rows, keys, values, strict=True)
+            ]
+            all_keys, all_values = self.cache.update(keys, values, layer)
+            found, weights = shared_prefix_attention(
+                None, query.clone(), all_keys, all_values, None, scaling=scaling, softcap=softcap
+            )
+            assert weights is None and found.dtype == self.dtype
+            assert found.shape == (len(rows), num_queries, self.num_heads, self.value_size)
+            expected = torch.stack(
+                [attend_naively(one, *row, scaling, softcap) for one, row in zip(query, rows, strict=True)]
+            )
+            largest = max(largest, (found.double() - expected).abs().max().item())
+        return largest
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)], ids=["MHA", "GQA", "MQA"])
+@pytest.mark.parametrize("counts", [[1, 1, 1], [3, 3, 3], [4, 1, 2]], ids=str)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_every_step_equals_naive_attention(num_heads, num_kv_heads, counts, softcap):
+    rows = SlowRows(counts, num_heads, num_kv_heads, longest=80)
+    # The room grows from 32 places to 80 at the 36th
+    for num_queries in (1, 5, 1, 28, 1, 40, 1):
+        assert rows.error(num_queries, softcap=softcap) < 2e-6
+    assert [layer.get_seq_length() for layer in rows.cache.layers] == [7 + 77] * 2
+    assert rows.cache.layers[0].keys.shape[2] == 80
+
+
+def test_all_tokens_at_once_are_not_copied_and_equal_naive_attention():
+    rows = SlowRows([4, 1, 2], 4, 2, longest=5)
+    assert rows.error(5) < 2e-6
+    assert rows.cache.layers[0].keys.shape[2] == 5
+
+
+def test_prompts_of_one_length_need_no_mask():
+    rows = SlowRows([2, 3], 4, 2, longest=6, lengths=[5, 5])
+    assert rows.cache.layers[0].hidden is None
+    assert max(rows.error(1), rows.error(5)) < 2e-6
+
+
+def test_values_may_have_another_size_than_keys():
+    rows = SlowRows([2, 1, 3], 4, 4, longest=9, value_size=5)
+    assert max(rows.error(1), rows.error(3)) < 2e-6
+
+
+def test_scaling_is_that_of_the_model_and_by_default_of_the_size():
+    rows = SlowRows([2, 1, 3], 4, 2, longest=9)
+    assert rows.error(2, scaling=0.7) < 2e-6
+    query = rows.random(6, 4, 1, SIZE)
+    keys, values = rows.cache.update(rows.random(6, 2, 1, SIZE), rows.random(6, 2, 1, SIZE), 0)
+    by_default, given = (
+        shared_prefix_attention(None, query.clone(), keys, values, None, scaling=scaling)[0]
+        for scaling in (None, 1 / math.sqrt(SIZE))
+    )
+    assert torch.equal(by_default, given)
+
+
+def test_scores_of_thousands_neither_overflow_nor_vanish():
+    # exp of a score of 89 overflows in float32, and a part may lie that far below the other
+    rows = SlowRows([4, 1, 2], 4, 2, longest=9)
+    assert max(rows.error(1, magnitude=1000.0), rows.error(5, magnitude=1000.0)) < 1e-3
+
+
+def test_rows_and_prompts_leave():
+    rows = SlowRows([3, 1, 2], 4, 2, longest=80)
+    assert rows.error(3) < 2e-6
+    rows.keep([0, 2, 4, 5])  # of the second prompt none
+    assert rows.cache.rows.counts == [2, 2]
+    assert rows.cache.layers[1].prompt_keys.shape[0] == 2
+    assert max(rows.error(1), rows.error(40)) < 2e-6
+    rows.keep([1, 2, 3])
+    assert rows.cache.rows.counts == [1, 2]
+    assert rows.error(5) < 2e-6
+    rows.keep([2])
+    assert rows.cache.rows.counts == [1]
+    assert max(rows.error(1), rows.error(2)) < 2e-6
+
+
+def test_rows_may_leave_before_they_have_tokens():
+    rows = SlowRows([3, 1, 2], 4, 2, longest=8)
+    rows.keep([1, 3])
+    assert rows.cache.rows.counts == [1, 1]
+    assert max(rows.error(1), rows.error(5)) < 2e-6
+
+
+def test_bfloat16_is_close_and_its_softmax_is_in_float32():
+    # 300 tokens of its own: summed in bfloat16, with 8 bits, such a softmax would be wrong by several percent
+    rows = SlowRows([4, 1, 2], 4, 2, longest=301, dtype=torch.bfloat16)
+    assert max(rows.error(1), rows.error(300)) < 0.03
+
+
+def test_keys_of_another_cache_sinks_and_dropout_are_refused():
+    rows = SlowRows([1, 1, 1], 4, 2, longest=4)
+    query, new = rows.random(3, 4, 1, SIZE), rows.random(3, 2, 1, SIZE)
+    with pytest.raises(ValueError, match="keys that do not come from the cache"):
+        shared_prefix_attention(None, query, new, new, None)
+    keys, values = rows.cache.update(new, new, 0)
+    with pytest.raises(ValueError, match="attention has s_aux"):
+        shared_prefix_attention(None, query, keys, values, None, s_aux=torch.zeros(4))
+    with pytest.raises(ValueError, match="attention has position_bias"):
+        shared_prefix_attention(None, query, keys, values, None, position_bias=torch.zeros(1))
+    with pytest.raises(ValueError, match="attention has dropout"):
+        shared_prefix_attention(None, query, keys, values, None, dropout=0.1)
+    assert not rows.cache.layers[0].was_attended
+    shared_prefix_attention(None, query, keys, values, None, s_aux=None)
+    assert [layer.was_attended for layer in rows.cache.layers] == [True, False]
+
+
+# The model's own attention
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_attention_of_every_config_is_put_back(fails):
+    model = tiny_llama()
+    model.set_attn_implementation("eager")
+    other = LlamaConfig(attn_implementation="sdpa")
+    model.model.layers[1].self_attn.config = other  # as a model of several parts has several configs
+    try:
+        with attend_to_prefix(model):
+            assert model.config._attn_implementation == other._attn_implementation == SHARED_PREFIX
+            if fails:
+                raise KeyError
+    except KeyError:
+        assert fails
+    assert (model.config._attn_implementation, other._attn_implementation) == ("eager", "sdpa")
+
+
+def test_left_padding_and_positions():
+    inputs = left_pad([[5, 6, 7], [8], [9, 0]], 0, torch.device("cpu"))
+    assert {name: tensor.tolist() for name, tensor in inputs.items()} == {
+        "input_ids": [[5, 6, 7], [0, 0, 8], [0, 9, 0]],
+        "attention_mask": [[1, 1, 1], [0, 0, 1], [0, 1, 1]],
+        "position_ids": [[0, 1, 2], [0, 0, 0], [0, 0, 1]],
+    }
+    assert all(tensor.dtype == torch.long for tensor in inputs.values())
+
+
+def test_a_model_without_its_head_keeps_its_adapter():
+    ids = torch.tensor([[5, 6, 7]])
+    model = tiny_llama().eval()
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    with torch.no_grad():
+        found = without_head(adapted)(input_ids=ids)
+        assert isinstance(found, BaseModelOutputWithPast)
+        assert torch.equal(model.lm_head(found.last_hidden_state), adapted(input_ids=ids).logits)
+        with adapted.disable_adapter():
+            assert not torch.equal(without_head(adapted)(input_ids=ids)[0], found[0])

@@ -1,0 +1,651 @@
+"""Decoding with shared prompts: token for token that of `generate` where nothing is drawn, and its law where it is."""
+
+import copy
+import itertools
+import logging
+import string
+from collections import Counter
+
+import bitsandbytes  # noqa: F401  (so that its messages come here and not in a test)
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from scipy.stats import chi2_contingency, chisquare
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BitsAndBytesConfig,
+    BloomConfig,
+    CohereConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GenerationConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    GptOssConfig,
+    GraniteConfig,
+    LlamaConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MambaConfig,
+    MistralConfig,
+    MixtralConfig,
+    MptConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    T5Config,
+)
+
+from prefopt_trl.shared_prefix import decoding
+from prefopt_trl.shared_prefix.attention import left_pad
+from prefopt_trl.shared_prefix.continuation import reason_not_to_share_prefix
+from prefopt_trl.shared_prefix.decoding import SharedPrefixOutput, decode_shared_prefix, draw
+
+VOCAB_SIZE = 61
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14], [15]]
+CHANCE = 1e-6  # of each chi-square test to fail on samples that do follow the law
+
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA_LIKE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    **SPECIAL,
+}
+GPT_LIKE = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, **SPECIAL}
+SHARING = {
+    "llama": LlamaConfig(**LLAMA_LIKE),
+    "llama dynamic rope": LlamaConfig(
+        **LLAMA_LIKE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    ),
+    "qwen2": Qwen2Config(**LLAMA_LIKE),
+    "qwen3": Qwen3Config(**LLAMA_LIKE, head_dim=8),
+    "mistral below its window": MistralConfig(**LLAMA_LIKE, sliding_window=64),
+    "phi": PhiConfig(**LLAMA_LIKE),
+    "phi3": Phi3Config(**LLAMA_LIKE),
+    "mixtral": MixtralConfig(**LLAMA_LIKE, num_local_experts=4),
+    "gemma": GemmaConfig(**LLAMA_LIKE, head_dim=8),
+    "gemma2": Gemma2Config(**LLAMA_LIKE, head_dim=8, attn_logit_softcapping=2.0),
+    "gemma3": Gemma3TextConfig(**LLAMA_LIKE, head_dim=8),
+    "gpt2": GPT2Config(**GPT_LIKE),
+    "gpt_neox": GPTNeoXConfig(**{key: value for key, value in LLAMA_LIKE.items() if key != "num_key_value_heads"}),
+    "opt": OPTConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=32,
+        **SPECIAL,
+    ),
+    "olmo2": Olmo2Config(**LLAMA_LIKE),
+    "granite": GraniteConfig(**LLAMA_LIKE),
+    "cohere": CohereConfig(**LLAMA_LIKE),
+    "stablelm": StableLmConfig(**LLAMA_LIKE),
+    "starcoder2": Starcoder2Config(**LLAMA_LIKE),
+    "smollm3": SmolLM3Config(**LLAMA_LIKE),
+}
+
+
+def build(config, seed: int = 0, auto_class=AutoModelForCausalLM):
+    """A model whose next token depends on all of its input, as that of a freshly initialised one hardly does."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = auto_class.from_config(copy.deepcopy(config)).eval()
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and not name.endswith("A_log"):
+                parameter.data.normal_(std=0.2)
+    model.generation_config = GenerationConfig(**SPECIAL)
+    return model
+
+
+def inputs_of(prompts=PROMPTS) -> dict[str, torch.Tensor]:
+    inputs = left_pad(prompts, 0, torch.device("cpu"))
+    del inputs["position_ids"]
+    return inputs
+
+
+def shared(model, num_completions: int = 1, prompts=PROMPTS, **options):
+    return model.generate(
+        **inputs_of(prompts), custom_generate=decode_shared_prefix, num_completions=num_completions, **options
+    )
+
+
+def sampled(model, num_completions: int, prompts=PROMPTS, seed: int = 0, **options) -> SharedPrefixOutput:
+    """Draw from the model's own law, unless the options narrow it."""
+    torch.manual_seed(seed)
+    options = {"do_sample": True, "top_k": 0, "return_dict_in_generate": True} | options
+    return shared(model, num_completions, prompts, **options)
+
+
+def completions_of(sequences: torch.Tensor, end_ids=(2,), prompts=PROMPTS) -> list[list[int]]:
+    """The tokens of each completion up to and including the one that ended it."""
+    rows = sequences[:, max(map(len, prompts)) :].tolist()
+    ends = [next((place + 1 for place, token in enumerate(row) if token in end_ids), len(row)) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
+
+
+def teacher_forced(model, completions: list[list[int]], prompts=PROMPTS) -> list[float]:
+    """Slow reference: one unpadded row at a time, without a cache, log-softmax in float64, summed."""
+    per_prompt, logps = len(completions) // len(prompts), []
+    for row, completion in enumerate(completions):
+        prompt = prompts[row // per_prompt]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0].double()
+        steps = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        logps.append(steps[torch.arange(len(completion)), completion].sum().item())
+    return logps
+
+
+# Every family that shares
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_greedy_decoding_is_that_of_generate_token_for_token(family):
+    model = build(SHARING[family])
+    assert reason_not_to_share_prefix(model, 64) is None
+    options = {"do_sample": False, "max_new_tokens": 16}
+    endless = model.generate(**inputs_of(), **options, eos_token_id=None)[:, 6:].tolist()
+    end_ids = [endless[0][3], endless[1][9]]  # so that rows end at different times, or not at all
+    expected = model.generate(**inputs_of(), **options, eos_token_id=end_ids)
+    found = shared(model, 3, **options, eos_token_id=end_ids)
+    assert torch.equal(found, expected.repeat_interleave(3, dim=0))
+    assert len({len(row) for row in completions_of(expected, end_ids)}) > 1
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_logps_are_those_of_the_returned_tokens_under_the_plain_model(family):
+    model = build(SHARING[family])
+    end_ids = [2, 3, 4, 5, 6, 7, 8]
+    narrowed = {"temperature": 0.7, "top_p": 0.95, "no_repeat_ngram_size": 2}
+    for options in ({}, narrowed):
+        output = sampled(model, 5, max_new_tokens=12, eos_token_id=end_ids, **options)
+        completions = completions_of(output.sequences, end_ids)
+        assert len({len(completion) for completion in completions}) > 2
+        assert output.logps.dtype == torch.float32
+        assert output.logps.tolist() == pytest.approx(teacher_forced(model, completions), abs=1e-3)
+        assert output.logps.min() < -5  # a wrong mask or position would show
+
+
+NOT_SHARING = {
+    "falcon": (FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4), "falcon"),
+    "falcon with ALiBi": (
+        FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
+        "falcon uses ALiBi",
+    ),
+    "bloom": (BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4), "bloom uses ALiBi"),
+    "mpt": (MptConfig(vocab_size=61, d_model=32, n_layers=2, n_heads=4), "mpt uses ALiBi"),
+    "gptj": (GPTJConfig(**GPT_LIKE, rotary_dim=4), "gptj"),
+    "gpt_neo": (
+        GPTNeoConfig(
+            vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+        ),
+        "gpt_neo has local attention over the last 256 places",
+    ),
+    "gpt_neo without local layers": (
+        GPTNeoConfig(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global"], 2]]),
+        "gpt_neo",
+    ),
+    "mamba": (MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2), "mamba has recurrent layers"),
+    "gpt_oss": (GptOssConfig(**LLAMA_LIKE, head_dim=8, num_local_experts=4, sliding_window=64), "s_aux"),
+    "mistral beyond its window": (MistralConfig(**LLAMA_LIKE, sliding_window=59), "attention window of mistral"),
+    "gemma3 beyond its window": (Gemma3TextConfig(**LLAMA_LIKE, head_dim=8, sliding_window=59), "attention window"),
+    "dynamic rope beyond its length": (
+        LlamaConfig(
+            **LLAMA_LIKE | {"max_position_embeddings": 59},
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+        ),
+        "rotary frequencies of llama change with the longest row beyond 59",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", NOT_SHARING)
+def test_where_it_would_not_be_exact_there_is_a_reason_and_it_is_logged_once(family, caplog):
+    config, reason = NOT_SHARING[family]
+    model = build(config)
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+        assert reason in reason_not_to_share_prefix(model, 60)
+        assert reason in reason_not_to_share_prefix(model, 60)
+    assert [record.getMessage().startswith("Prompts are not shared") for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        T5Config(vocab_size=61, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0),
+        BartConfig(
+            vocab_size=61,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=16,
+            decoder_ffn_dim=16,
+        ),
+    ],
+    ids=["t5", "bart"],
+)
+def test_encoder_decoders_and_prompt_tuning_have_a_reason(config):
+    model = build(config, auto_class=AutoModelForSeq2SeqLM)
+    assert "is an encoder-decoder" in reason_not_to_share_prefix(model, 20)
+    tuned = get_peft_model(
+        build(SHARING["llama"]), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    ).eval()
+    assert "virtual tokens" in reason_not_to_share_prefix(tuned, 20)
+
+
+# The law
+
+
+def law_of_sequences(model, prompt: list[int], length: int) -> dict[tuple[int, ...], float]:
+    """Probability of every completion of at most that many tokens, in float64, EOS being 2."""
+    law: dict[tuple[int, ...], float] = {}
+    beginnings = {(): 1.0}
+    for _ in range(length):
+        following: dict[tuple[int, ...], float] = {}
+        for beginning, probability in beginnings.items():
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([[*prompt, *beginning]])).logits[0, -1].double()
+            for token, then in enumerate(logits.softmax(0).tolist()):
+                (law if token == 2 else following)[*beginning, token] = probability * then
+        beginnings = following
+    return law | beginnings
+
+
+def pool(observed: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Join rare cells, so that 5 or more are expected of each."""
+    rare = expected < 5
+    joined = [np.append(counts[~rare], counts[rare].sum()) for counts in (observed, expected)]
+    return joined[0][joined[1] > 0], joined[1][joined[1] > 0]
+
+
+def test_samples_follow_the_exact_law_of_all_sequences_and_that_of_generates_samples():
+    model = build(LlamaConfig(**LLAMA_LIKE | {"vocab_size": 6}), seed=1)
+    prompts, num, length = [[3, 4, 5, 1], [5, 3]], 6000, 3
+    ours = sampled(model, num, prompts, max_new_tokens=length).sequences
+    torch.manual_seed(1)
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": length, "num_return_sequences": num}
+    theirs = model.generate(**inputs_of(prompts), **options)
+    laws = [law_of_sequences(model, prompt, length) for prompt in prompts]
+    assert sum(laws[0].values()) == pytest.approx(1) and len(laws[0]) == 1 + 5 + 25 * 6
+    counts = []  # of each prompt's sequences, ours and theirs
+    for sequences in (ours, theirs):
+        completions = [tuple(completion) for completion in completions_of(sequences, prompts=prompts)]
+        counts.append([Counter(completions[:num]), Counter(completions[num:])])
+    for prompt, other in itertools.product(range(2), repeat=2):
+        observed = np.array([counts[0][prompt][sequence] for sequence in laws[other]])
+        assert observed.sum() == num  # no sequence that cannot be
+        expected = num * np.array(list(laws[other].values()))
+        # That no prompt's samples follow the law of the other shows that the test can tell
+        assert (chisquare(*pool(observed, expected)).pvalue > CHANCE) == (prompt == other)
+    for prompt in range(2):
+        expected = num * np.array(list(laws[prompt].values()))
+        both = [
+            pool(np.array([of_one[prompt][sequence] for sequence in laws[prompt]]), expected)[0] for of_one in counts
+        ]
+        assert chi2_contingency(both).pvalue > CHANCE
+
+
+def test_a_draw_follows_the_law_down_to_small_probabilities():
+    law = np.array([0.5, 1e-4, 0.0, 0.3, 2e-4, 0.1997, 0.0])
+    scores = torch.tensor(law).log().float()
+    assert torch.isneginf(scores).sum() == 2
+    torch.manual_seed(0)
+    for shift in (0.0, 80.0):  # scores need not be normalised
+        tokens = draw((scores + shift).expand(400_000, -1))
+        observed = np.bincount(tokens.numpy(), minlength=7)
+        assert observed[2] == observed[6] == 0
+        assert chisquare(observed[law > 0], 400_000 * law[law > 0]).pvalue > CHANCE
+
+
+def test_each_row_draws_from_its_own_scores():
+    # Ten neighbours with laws of their own; drawing all from one row, or all with one number, would show
+    torch.manual_seed(0)
+    scores = torch.randn(10, 8)
+    tokens = draw(scores.repeat(20_000, 1)).view(20_000, 10)
+    for row in range(10):
+        observed = np.bincount(tokens[:, row].numpy(), minlength=8)
+        assert chisquare(observed, 20_000 * scores[row].double().softmax(0).numpy()).pvalue > CHANCE
+    together = np.zeros((8, 8))  # the first two rows are independent
+    np.add.at(together, (tokens[:, 0].numpy(), tokens[:, 1].numpy()), 1)
+    assert chi2_contingency(together).pvalue > CHANCE
+
+
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_a_row_with_one_possible_token_draws_it(place):
+    scores = torch.full((5000, 7), -torch.inf)
+    scores[:, place] = -40.0
+    torch.manual_seed(0)
+    assert (draw(scores) == place).all()
+
+
+def test_the_ends_of_the_random_numbers_are_possible_tokens(monkeypatch):
+    scores = torch.full((1, 6), -torch.inf)
+    scores[0, [1, 4]] = 0.0
+    for number, token in ((0.0, 1), (1 - 2**-53, 4)):
+        monkeypatch.setattr(torch, "rand", lambda *size, number=number, **kwargs: torch.full(size, number, **kwargs))
+        assert draw(scores).tolist() == [token]
+
+
+def test_the_same_seed_gives_the_same_sequences_and_another_others():
+    model = build(SHARING["llama"])
+    first = sampled(model, 6, max_new_tokens=8)
+    again = sampled(model, 6, max_new_tokens=8)
+    assert torch.equal(first.sequences, again.sequences) and torch.equal(first.logps, again.logps)
+    assert not torch.equal(first.sequences, sampled(model, 6, max_new_tokens=8, seed=1).sequences)
+
+
+# Options
+
+
+def letters() -> PreTrainedTokenizerFast:
+    vocabulary = {letter: token for token, letter in enumerate(string.ascii_letters + string.digits)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+OPTIONS = {
+    "none": {},
+    "temperature": {"temperature": 0.4},
+    "high temperature": {"temperature": 3.0},
+    "top_k": {"top_k": 3},
+    "top_p": {"top_p": 0.6},
+    "min_p": {"min_p": 0.2},
+    "typical_p": {"typical_p": 0.5},
+    "epsilon_cutoff": {"epsilon_cutoff": 0.02},
+    "eta_cutoff": {"eta_cutoff": 0.1},
+    "top_h": {"top_h": 0.4},
+    "repetition_penalty": {"repetition_penalty": 3.0},
+    "encoder_repetition_penalty": {"encoder_repetition_penalty": 3.0},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
+    "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1},
+    "min_length": {"min_length": 12},
+    "min_new_tokens": {"min_new_tokens": 9},
+    "bad_words_ids": {"bad_words_ids": [[20], [21], [30, 31], [40]]},
+    "suppress_tokens": {"suppress_tokens": list(range(10, 40))},
+    "begin_suppress_tokens": {"begin_suppress_tokens": list(range(10, 55))},
+    "sequence_bias": {"sequence_bias": [[[33], 3.0], [[34, 35], 9.0]]},
+    "one end": {"eos_token_id": 7},
+    "many ends": {"eos_token_id": list(range(2, 20))},
+    "forced_eos_token_id": {"forced_eos_token_id": 44},
+    "forced_bos_token_id": {"forced_bos_token_id": 44},
+    "exponential_decay_length_penalty": {"exponential_decay_length_penalty": (3, 1.5)},
+    "remove_invalid_values": {"remove_invalid_values": True},
+    "renormalize_logits": {"renormalize_logits": True, "top_p": 0.8},
+    "max_length": {"max_new_tokens": None, "max_length": 13},
+    "one token": {"max_new_tokens": 1},
+    "several": {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.4, "min_new_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_every_option_gives_the_tokens_of_generate(name, do_sample, monkeypatch):
+    model = build(SHARING["llama"])
+    options = {"do_sample": do_sample, "max_new_tokens": 16, "top_k": 0, "eos_token_id": [2, 3, 4, 5]} | OPTIONS[name]
+
+    def invert(probabilities: torch.Tensor) -> torch.Tensor:
+        """The token at 0.6 of the distribution function: another one where anything about the law is."""
+        return (probabilities.double().cumsum(-1) > 0.6).int().argmax(dim=-1)
+
+    monkeypatch.setattr(torch, "multinomial", lambda probabilities, num_samples: invert(probabilities)[:, None])
+    monkeypatch.setattr(decoding, "draw", lambda scores: invert(scores.softmax(dim=-1)))
+    expected = model.generate(**inputs_of(), **options)
+    found = shared(model, 2, **options)
+    assert torch.equal(found, expected.repeat_interleave(2, dim=0))
+
+
+def test_stop_strings_end_rows_where_generate_ends_them():
+    model, tokenizer = build(SHARING["llama"]), letters()
+    options = {"do_sample": False, "max_new_tokens": 16}
+    endless = model.generate(**inputs_of(), **options, eos_token_id=None)[:, 6:].tolist()
+    # With an EOS that no row has: without one `generate` does not pad the rows that have ended
+    options["eos_token_id"] = min(set(range(3, VOCAB_SIZE)) - {token for row in endless for token in row})
+    stop_strings = [tokenizer.decode(endless[0][3:5]), tokenizer.decode(endless[1][9:10])]
+    assert list(map(len, stop_strings)) == [2, 1]
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, stop_strings)])
+    expected = model.generate(**inputs_of(), **options, stopping_criteria=criteria)
+    found = shared(model, 2, **options, stopping_criteria=criteria)
+    assert torch.equal(found, expected.repeat_interleave(2, dim=0))
+    # and the log-probabilities stop there
+    ends = [next((end for end in range(1, 17) if stops(tokenizer, row[:end], stop_strings)), 16) for row in endless]
+    assert len(set(ends)) > 1
+    output = shared(model, 1, **options, stopping_criteria=criteria, return_dict_in_generate=True)
+    completions = [row[:end] for row, end in zip(endless, ends, strict=True)]
+    assert output.logps.tolist() == pytest.approx(teacher_forced(model, completions), abs=1e-3)
+
+
+def stops(tokenizer: PreTrainedTokenizerFast, ids: list[int], stop_strings: list[str]) -> bool:
+    return tokenizer.decode(ids).endswith(tuple(stop_strings))
+
+
+def test_logps_are_those_of_the_model_before_a_penalty():
+    # Its processor keeps where the padding of each row ends, so it has to learn of every row and of those that leave
+    model = build(SHARING["llama"])
+    end_ids = list(range(2, 9))
+    output = sampled(model, 16, max_new_tokens=12, eos_token_id=end_ids, repetition_penalty=1.3)
+    completions = completions_of(output.sequences, end_ids)
+    assert len({len(completion) for completion in completions}) > 3
+    assert output.logps.tolist() == pytest.approx(teacher_forced(model, completions), abs=1e-3)
+
+
+class SeenByProcessor(LogitsProcessor):
+    """A user's own, with a memory of its rows, which must not move."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, input_ids, scores):
+        self.seen.append(input_ids.tolist())
+        return scores
+
+
+class SeenByCriterion(StoppingCriteria):
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.seen.append(input_ids.tolist())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrap", "witness"),
+    [
+        ("logits_processor", LogitsProcessorList, SeenByProcessor),
+        ("stopping_criteria", StoppingCriteriaList, SeenByCriterion),
+    ],
+)
+def test_a_users_own_processor_or_criterion_sees_all_rows_to_the_end(argument, wrap, witness):
+    model = build(SHARING["llama"])
+    options = {"do_sample": False, "max_new_tokens": 16}
+    endless = model.generate(**inputs_of(), **options, eos_token_id=None)[:, 6:].tolist()
+    options["eos_token_id"] = end = endless[0][0]
+    assert end not in endless[1] + endless[2]  # so the first row ends at once, and the others never
+    theirs, ours = witness(), witness()
+    expected = model.generate(**inputs_of(), **options, **{argument: wrap([theirs])})
+    assert torch.equal(shared(model, 1, **options, **{argument: wrap([ours])}), expected)
+    assert ours.seen == theirs.seen and len(ours.seen) == 16
+    assert {len(rows) for rows in ours.seen} == {3}
+
+
+def test_rows_that_have_ended_leave_the_batch():
+    model = build(SHARING["llama"])
+    sizes = []
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[:2]))
+    output = sampled(model, 64, max_new_tokens=30, eos_token_id=list(range(2, 10)))
+    lengths = [len(completion) for completion in completions_of(output.sequences, range(2, 10))]
+    assert sizes[0] == (3, 6)  # each prompt once
+    steps = [rows for rows, _ in sizes[1:]]
+    assert all(tokens == 1 for _, tokens in sizes[1:])
+    for step, rows in enumerate(steps, start=1):
+        unfinished = sum(length > step for length in lengths)
+        assert unfinished <= rows <= max(unfinished / (1 - decoding.DEAD_SHARE), 1)
+    assert len(steps) == max(lengths) - 1 and steps[0] > 4 * steps[-1]
+
+
+@pytest.mark.parametrize(("prompts", "num_completions"), [([[5, 6, 7]], 1), ([[5, 6, 7]], 64), ([[5], [6], [7]], 1)])
+def test_one_prompt_one_completion_and_no_padding(prompts, num_completions):
+    model = build(SHARING["llama"])
+    output = sampled(model, num_completions, prompts, max_new_tokens=6)
+    assert output.sequences.shape[0] == len(prompts) * num_completions
+    completions = completions_of(output.sequences, prompts=prompts)
+    assert output.logps.tolist() == pytest.approx(teacher_forced(model, completions, prompts), abs=1e-3)
+    options = {"do_sample": False, "max_new_tokens": 6}
+    expected = model.generate(**inputs_of(prompts), **options).repeat_interleave(num_completions, dim=0)
+    assert torch.equal(shared(model, num_completions, prompts, **options), expected)
+    # and without a mask, which `generate` then makes
+    input_ids = inputs_of(prompts)["input_ids"]
+    found = model.generate(input_ids, custom_generate=decode_shared_prefix, num_completions=num_completions, **options)
+    assert torch.equal(found, expected)
+
+
+# What is left as it was, and models of all kinds
+
+
+class Failing(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] > 8:
+            raise RuntimeError("out of memory")
+        return scores
+
+
+def state_of(model) -> tuple:
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return (
+        {name: module.training for name, module in model.named_modules()},
+        {key: (config._attn_implementation, config.use_cache) for key, config in configs.items()},
+        model.generation_config.to_dict(),
+        torch.is_grad_enabled(),
+        {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_model_is_as_before_also_after_an_error(implementation, fails):
+    model = build(SHARING["llama"])
+    model.set_attn_implementation(implementation)
+    model.config.attention_dropout = 0.5
+    expected = model.generate(**inputs_of(), do_sample=False, max_new_tokens=8)
+    model.train()
+    model.model.layers[0].eval()
+    model.model.layers[0].mlp.train()
+    generation_config, before = model.generation_config, state_of(model)
+    if fails:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            shared(model, 2, max_new_tokens=8, logits_processor=LogitsProcessorList([Failing()]))
+    else:
+        found = shared(model, 2, do_sample=False, max_new_tokens=8)  # without dropout
+        assert torch.equal(found, expected.repeat_interleave(2, dim=0))
+    assert state_of(model) == before
+    assert model.generation_config is generation_config
+
+
+def test_a_model_with_gradient_checkpointing_in_training_gives_the_same():
+    model = build(SHARING["llama"])
+    expected = shared(model, 2, do_sample=False, max_new_tokens=8)
+    model.gradient_checkpointing_enable()
+    model.train()
+    model.config.use_cache = False
+    assert torch.equal(shared(model, 2, do_sample=False, max_new_tokens=8), expected)
+    assert model.training and model.is_gradient_checkpointing and model.config.use_cache is False
+
+
+def test_bfloat16_sums_what_the_model_says():
+    model = build(SHARING["llama"]).bfloat16()
+    output = sampled(model, 8, max_new_tokens=8)
+    expected = teacher_forced(model, completions_of(output.sequences))
+    # bfloat16 rounds a logit by up to 1/256 of it, in either order of summation; the mean over 24 completions less
+    assert np.abs(output.logps.numpy() - expected).mean() < 0.05 * 8
+    assert output.logps.dtype == torch.float32
+
+
+def test_an_adapter_counts_only_while_it_is_active():
+    base = build(SHARING["llama"])
+    plain = shared(base, 2, do_sample=False, max_new_tokens=8)
+    torch.manual_seed(1)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    assert reason_not_to_share_prefix(model, 20) is None
+    adapted = shared(model, 2, do_sample=False, max_new_tokens=8)
+    expected = model.generate(**inputs_of(), do_sample=False, max_new_tokens=8)
+    assert torch.equal(adapted, expected.repeat_interleave(2, dim=0)) and not torch.equal(adapted, plain)
+    output = sampled(model, 4, max_new_tokens=8)
+    assert output.logps.tolist() == pytest.approx(teacher_forced(model, completions_of(output.sequences)), abs=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(shared(model, 2, do_sample=False, max_new_tokens=8), plain)
+    model.add_adapter("other", LoraConfig(task_type="CAUSAL_LM", init_lora_weights=True))
+    model.set_adapter("other")  # which adds nothing yet
+    assert torch.equal(shared(model, 2, do_sample=False, max_new_tokens=8), plain)
+
+
+def test_a_model_of_four_bits_gives_the_same(tmp_path):
+    config = LlamaConfig(**LLAMA_LIKE | {"hidden_size": 64, "intermediate_size": 64})
+    build(config).save_pretrained(tmp_path)
+    quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=quantization_config, dtype=torch.float32, device_map="cpu"
+    ).eval()
+    assert model.is_loaded_in_4bit and model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    assert reason_not_to_share_prefix(model, 20) is None
+    expected = model.generate(**inputs_of(), do_sample=False, max_new_tokens=6)
+    assert torch.equal(shared(model, 2, do_sample=False, max_new_tokens=6), expected.repeat_interleave(2, dim=0))
+    # Its matrix products round a little differently for one row and for many
+    output = sampled(model, 3, max_new_tokens=6)
+    expected = teacher_forced(model, completions_of(output.sequences))
+    assert output.logps.tolist() == pytest.approx(expected, abs=1e-2)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_completions": 0}, "`num_completions` is 0. Give 1 or more"),
+        ({"num_return_sequences": 2, "do_sample": True}, "leave `num_return_sequences` and `num_beams` at 1"),
+        ({"num_beams": 2}, "leave `num_return_sequences` and `num_beams` at 1"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "`output_scores` is not kept"),
+        ({"output_logits": True, "return_dict_in_generate": True}, "`output_logits` is not kept"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "`output_hidden_states` is not kept"),
+        ({"guidance_scale": 2.0}, "`guidance_scale` runs the model a second time"),
+        ({"inputs_embeds": torch.zeros(3, 6, 32)}, "inputs_embeds cannot be shared by completions"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(options, message):
+    model = build(SHARING["llama"])
+    with pytest.raises(ValueError, match=message):
+        shared(model, **{"num_completions": 2, "max_new_tokens": 4} | options)
+
+
+def test_inputs_that_belong_to_rows_are_refused():
+    with pytest.raises(ValueError, match="token_type_ids cannot be shared by completions"):
+        shared(build(SHARING["gpt2"]), 2, max_new_tokens=4, token_type_ids=torch.zeros(3, 6, dtype=torch.long))
