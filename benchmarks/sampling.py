@@ -43,7 +43,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from prefopt_trl import load_hh_rlhf, sample_completions
 from prefopt_trl.data.tiny import tiny_llama, train_tokenizer
 
-SEED = 0
 LONGEST_TRAINED = 256  # tokens
 MEAN_LENGTH = 60  # tokens, of the completions of a model with random weights
 
@@ -57,7 +56,7 @@ def train_policy(pairs: Dataset, tokenizer: PreTrainedTokenizerFast) -> Any:
             rows.append((torch.tensor(ids), torch.tensor([-100] * len(prompt_ids) + ids[len(prompt_ids) :])))
     rows.sort(key=lambda row: len(row[0]))
     batches = [rows[start : start + 16] for start in range(0, len(rows), 16)]
-    np.random.default_rng(SEED).shuffle(batches)
+    np.random.default_rng(0).shuffle(batches)
 
     model: Any = tiny_llama(tokenizer)
     model.to(DEVICE).train()
@@ -109,9 +108,11 @@ class Sampler:
         if args.shape != "5m":
             bias = math.log(len(self.tokenizer) / MEAN_LENGTH)
             self.further["sequence_bias"] = {(self.tokenizer.eos_token_id,): bias}
-        self.lengths: dict[str, list[int]] = {}
+        self.lengths: dict[str, list[int]] = {"ours": [], "theirs": []}
+        self.seed = 0  # another one for each run, as one draw's longest completion decides how long a run takes
 
     def ours(self, prompts: list[str], n: int, max_new_tokens: int) -> None:
+        self.seed += 1
         with Recording(self.model, self.tokenizer.eos_token_id) as recording:
             sample_completions(
                 self.model,
@@ -119,23 +120,25 @@ class Sampler:
                 prompts,
                 n,
                 max_new_tokens=max_new_tokens,
-                seed=SEED,
+                seed=self.seed,
                 memory_budget=self.args.memory_budget,
                 share_prefix=True,
                 generation_kwargs=self.further,
             )
-        self.lengths["ours"] = recording.lengths
+        self.lengths["ours"] += recording.lengths
 
     def theirs(self, prompts: list[str], n: int, max_new_tokens: int) -> None:
-        torch.manual_seed(SEED)
+        self.seed += 1
+        torch.manual_seed(self.seed)
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True).to(DEVICE)
         with Recording(self.model, self.tokenizer.eos_token_id) as recording:
             output = self.model.generate(**inputs, generation_config=self.generation_config(n, max_new_tokens))
         self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        self.lengths["theirs"] = recording.lengths
+        self.lengths["theirs"] += recording.lengths
 
     def continuous_batching(self, prompts: list[str], n: int, max_new_tokens: int) -> None:
-        torch.manual_seed(SEED)
+        self.seed += 1
+        torch.manual_seed(self.seed)
         outputs = self.model.generate_batch(
             self.tokenizer(prompts)["input_ids"], generation_config=self.generation_config(n, max_new_tokens)
         )
@@ -143,7 +146,7 @@ class Sampler:
         if len(ids) < len(prompts) * n:
             raise RuntimeError(f"generate_batch returned {len(ids)} of {len(prompts) * n} completions")
         self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        self.lengths["theirs"] = list(map(len, ids))
+        self.lengths["theirs"] += map(len, ids)
 
     def generation_config(self, n: int, max_new_tokens: int) -> GenerationConfig:
         return GenerationConfig(
@@ -160,6 +163,7 @@ class Sampler:
         """Both sides in turn, after a few tokens of each that are not counted."""
         for sample in (self.ours, theirs):
             sample(prompts, n, max_new_tokens=4)
+        self.lengths = {"ours": [], "theirs": []}
         result = alternate(
             lambda: self.ours(prompts, n, self.args.max_new_tokens),
             lambda: theirs(prompts, n, self.args.max_new_tokens),
@@ -167,10 +171,11 @@ class Sampler:
             warmup=0,
         )
         for side, lengths in self.lengths.items():
+            mean_length, num_completions = sum(lengths) / len(lengths), len(prompts) * n
             seconds = result[f"{side}_seconds_median"]
-            result[f"{side}_tokens_per_second"] = round(sum(lengths) / seconds)
-            result[f"{side}_milliseconds_per_completion"] = round(1000 * seconds / len(lengths), 2)
-            result[f"{side}_mean_length"] = round(sum(lengths) / len(lengths), 1)
+            result[f"{side}_tokens_per_second"] = round(mean_length * num_completions / seconds)
+            result[f"{side}_milliseconds_per_completion"] = round(1000 * seconds / num_completions, 2)
+            result[f"{side}_mean_length"] = round(mean_length, 1)
             result[f"{side}_95_percent_length"] = round(float(np.quantile(lengths, 0.95)))
         return result
 

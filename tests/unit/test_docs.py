@@ -6,7 +6,9 @@ import math
 import re
 from pathlib import Path
 
+import datasets
 import pytest
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import prefopt_trl
 
@@ -105,6 +107,34 @@ def test_data_examples_run(tmp_path, monkeypatch):
         "completions": [" wet.", " blue.", " green."],
         "rewards": [-5.0, -6.0, -7.0],
     }
+
+
+def test_sampling_examples_run(tiny_llama_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    save_tiny_t5(tmp_path / "path/to/my-t5-ranker", tiny_llama_dir)
+    namespace: dict = {}
+    for block in python_blocks("sampling.md"):
+        run(block, namespace, tiny_llama_dir)
+    made = {name: len(namespace[name]) for name in ("pairs", "again", "best", "loaded", "from_elsewhere")}
+    assert made == {"pairs": 4, "again": 4, "best": 12, "loaded": 4, "from_elsewhere": 2}
+    assert namespace["from_elsewhere"]["chosen"] == [" wet.", " blue."]  # what the ranker prefers, not the rewards
+    assert 0 < namespace["probability"].item() < 1
+
+
+def save_tiny_t5(folder: Path, tokenizer_dir: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, model_max_length=200)
+    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    config.decoder_start_token_id = tokenizer.pad_token_id
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_shared_prefix_example_runs(tiny_llama_dir):
+    namespace: dict = {}
+    for block in python_blocks("shared_prefix.md"):
+        run(block, namespace, tiny_llama_dir)
+    assert len(namespace["texts"]) == len(namespace["logps"]) == 128
 
 
 @pytest.mark.parametrize("page", TRAINER_PAGES)

@@ -262,25 +262,29 @@ def test_a_temperature_near_zero_is_greedy() -> None:
 
 
 def test_a_penalty_of_repetition_counts_the_prompt_and_not_its_padding() -> None:
-    # The penalty divides positive logits and multiplies negative ones (generate's own, of each row's own tokens)
-    model, tokenizer = random_model(), letter_tokenizer()
-    prompts, penalty = ["abcabc", "d"], 4.0
+    model, tokenizer = random_model(seed=3), letter_tokenizer()
+    prompts, penalty = ["abcabc", "i"], 4.0  # after "i" both "i" and the padding before it are probable
     texts = sample_completions(
         model, tokenizer, prompts, 4000, max_new_tokens=1, generation_kwargs={"repetition_penalty": penalty}
     )
-    for prompt, sampled in zip(prompts, texts, strict=True):
-        ids = tokenizer(prompt)["input_ids"]
 
-        def penalise(logits: torch.Tensor, ids: list[int] = ids) -> torch.Tensor:
-            penalised = logits.clone()
-            penalised[ids] = torch.where(logits[ids] > 0, logits[ids] / penalty, logits[ids] * penalty)
-            return penalised
+    def law(ids: list[int], penalised: list[int]) -> dict[str, float]:
+        def penalise(logits: torch.Tensor) -> torch.Tensor:
+            scores = logits[penalised]
+            return logits.index_put(
+                (torch.tensor(penalised),), torch.where(scores > 0, scores / penalty, scores * penalty)
+            )
 
-        laws = [dict.fromkeys(["", *LETTERS], 0.0) for _ in range(2)]
-        for law, adjust in zip(laws, (penalise, None), strict=True):
-            for token, probability in enumerate(next_token_law(model, ids, adjust)):
-                law["" if token < 3 else LETTERS[token - 3]] += probability
-        assert p_value(sampled, laws[0]) > CHANCE > p_value(sampled, laws[1])
+        texts = dict.fromkeys(["", *LETTERS], 0.0)
+        for token, probability in enumerate(next_token_law(model, ids, penalise if penalised else None)):
+            texts[LETTERS[token - 3] if token > 2 else ""] += probability
+        return texts
+
+    long, short = (tokenizer(prompt)["input_ids"] for prompt in prompts)
+    assert p_value(texts[0], law(long, long)) > CHANCE
+    assert p_value(texts[1], law(short, short)) > CHANCE
+    assert p_value(texts[1], law(short, [PAD, *short])) < CHANCE
+    assert p_value(texts[1], law(short, [])) < CHANCE
 
 
 # Sharing
@@ -316,7 +320,8 @@ def test_where_sharing_is_not_exact_plain_generate_samples_and_it_is_said_once(
             found = sample_completions(model, tokenizer, prompts, 3, max_new_tokens=4, seed=seed)
             plain = sample_completions(model, tokenizer, prompts, 3, max_new_tokens=4, seed=seed, share_prefix=False)
             assert found == plain
-    assert len(caplog.records) == 1 and reason in caplog.records[0].getMessage()
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("prefopt_trl")]
+    assert len(said) == 1 and reason in said[0]
     with pytest.raises(ValueError, match=f"`share_prefix=True` cannot be exact: .*{reason}.* Set it to 'auto'"):
         sample_completions(model, tokenizer, prompts, 3, max_new_tokens=4, share_prefix=True)
 
@@ -329,7 +334,7 @@ def test_what_only_generate_can_do_is_left_to_it(option: dict, caplog: pytest.Lo
     if "num_beams" not in option:  # which gives as many completions as it has beams at most
         texts = sample_completions(model, tokenizer, ["a", "bc"], 2, max_new_tokens=2, generation_kwargs=option)
         assert [len(row) for row in texts] == [2, 2]
-    assert len(caplog.records) == 1
+    assert len([record for record in caplog.records if record.name.startswith("prefopt_trl")]) == 1
 
 
 def test_each_prompt_is_computed_once_where_it_is_shared() -> None:

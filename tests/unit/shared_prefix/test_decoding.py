@@ -6,7 +6,6 @@ import logging
 import string
 from collections import Counter
 
-import bitsandbytes  # noqa: F401  (so that its messages come here and not in a test)
 import numpy as np
 import pytest
 import torch
@@ -52,6 +51,7 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
     T5Config,
+    WatermarkingConfig,
 )
 
 from prefopt_trl.shared_prefix import decoding
@@ -400,6 +400,8 @@ OPTIONS = {
     "renormalize_logits": {"renormalize_logits": True, "top_p": 0.8},
     "max_length": {"max_new_tokens": None, "max_length": 13},
     "one token": {"max_new_tokens": 1},
+    "watermarking_config": {"watermarking_config": WatermarkingConfig(bias=4.0)},
+    "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": lambda row, ids: list(range(2, 30))[len(ids) % 3 :: 3]},
     "several": {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.4, "min_new_tokens": 3},
 }
 
