@@ -13,7 +13,7 @@ Offline, with a local file and a model of 5M parameters made from scratch, in mi
 
 The policy is first fine-tuned on the chosen completions and the ranker trained on the comparisons, into
 `<output_dir>/sft` and `<output_dir>/ranker`, where a later run finds them; `--policy` and `--ranker` bring your own.
-Sampling runs in one process: to train on several, run this once in one process with `--max_steps 1`, then launch it.
+For several processes, run this once in one with `--max_steps 1`, which makes those two, then launch it.
 """
 
 from shared import (

@@ -6,17 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.fingerprints import model_fingerprint, tokenizer_fingerprint
-from prefopt_trl.shared_prefix.attention import attend_to_prefix
+from prefopt_trl.data.processes import process_state
 from prefopt_trl.shared_prefix.continuation import (
-    RowInputs,
+    RowsAfterPrefix,
+    WholeRows,
+    last_of_row,
     reason_not_to_share_prefix,
-    rows_after_prefix,
-    whole_rows,
 )
 
 
@@ -59,7 +58,7 @@ class RankingModel:
         if tokenizer is None and not source:
             raise ValueError("`tokenizer` is missing, and the model was not loaded from anywhere. Pass its tokenizer.")
         self.model: PreTrainedModel = (
-            auto_class.from_pretrained(model).to(PartialState().device) if isinstance(model, str) else model
+            auto_class.from_pretrained(model).to(process_state().device) if isinstance(model, str) else model
         )
         self.tokenizer = AutoTokenizer.from_pretrained(source) if tokenizer is None else tokenizer
         self.batch_size = batch_size
@@ -113,14 +112,10 @@ class RankingModel:
                 progress.update(len(batch))
         return values
 
-    def read(
-        self,
-        token_ids: list[list[int]],
-        groups: list[Hashable],
-        pad_token_id: int,
-        read: Callable[[RowInputs], torch.Tensor],
-    ) -> torch.Tensor:
-        """Prepare a batch and have it read, with what each group begins with computed once where that is exact.
+    def rows(
+        self, token_ids: list[list[int]], groups: list[Hashable], pad_token_id: int
+    ) -> WholeRows | RowsAfterPrefix:
+        """Prepare a batch for the model, with what each group begins with computed once where that is exact.
 
         Args:
             token_ids (`list[list[int]]` of length `batch_size`):
@@ -129,17 +124,14 @@ class RankingModel:
                 Which texts begin alike; those of a group are next to each other.
             pad_token_id (`int`):
                 Token id of padding.
-            read (`Callable`):
-                Calls the model with what it is given, and returns what it finds after the last token of each text.
         """
-        shortest, longest = min(map(len, token_ids)), max(map(len, token_ids))
-        share = self.share_prefix and shortest > 1 and len(set(groups)) < len(groups)
-        if not share or reason_not_to_share_prefix(self.model, longest) is not None:
-            # On the right no causal model looks at padding: positions count from 0 and need not be passed
-            return read(whole_rows(token_ids, pad_token_id, self.model.device))
-        rows = rows_after_prefix(self.model, token_ids, groups, pad_token_id)
-        with attend_to_prefix(self.model):
-            return read(rows)
+        # Behind the first token of each text, which may be all it shares, another has to be read
+        share = self.share_prefix and all(last_of_row(ids, pad_token_id) > 0 for ids in token_ids)
+        if share and len(set(groups)) < len(groups):
+            longest = max(map(len, token_ids))
+            if reason_not_to_share_prefix(self.model, longest) is None:
+                return RowsAfterPrefix(self.model, token_ids, groups, pad_token_id)
+        return WholeRows(token_ids, pad_token_id, self.model.device)
 
     def settings(self) -> dict[str, Any]:
         """Describe what the results depend on. Where the model was loaded from is not part of it: its weights are."""
@@ -153,10 +145,11 @@ class RankingModel:
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True

@@ -5,7 +5,7 @@ import json
 import logging
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from prefopt_trl.rankers.base import Ranker, check_lengths, check_probabilities,
 from prefopt_trl.rankers.comparisons import Texts, Tokens, split_answers
 from prefopt_trl.rankers.models import RankingModel
 from prefopt_trl.rankers.templates import ANSWER_CUE, ANSWERS, Template, resolve_template
-from prefopt_trl.shared_prefix.continuation import RowInputs
+from prefopt_trl.shared_prefix.continuation import WholeRows
 
 logger = logging.getLogger(__name__)
 
@@ -225,12 +225,7 @@ class PairwiseRanker(Ranker):
                 if len(tokens[place].context) > max_length:
                     tokens[place] = self._cut_prompt(comparisons[index], rows[index])
                     num_cut += 1
-            logits = model.read(
-                [context for context, _ in tokens],
-                [groups[index] for index in batch],
-                pad_token_id=0,  # never seen where no text looks behind its own end
-                read=self._answer_logits,
-            )
+            logits = self._answer_logits([context for context, _ in tokens], [groups[index] for index in batch])
             answers = torch.tensor([answers for _, answers in tokens], device=logits.device)
             return logits.gather(1, answers).float().softmax(dim=1)[:, 0]
 
@@ -249,13 +244,15 @@ class PairwiseRanker(Ranker):
             )
         return probabilities
 
-    def _answer_logits(self, rows: RowInputs) -> torch.Tensor:
+    def _answer_logits(self, contexts: list[list[int]], groups: list[Hashable]) -> torch.Tensor:
         """Logits of the token that answers, shape `(batch_size, vocabulary_size)`."""
         model = self.ranking_model.model
         if not self.answers_in_decoder:
-            return last_logits(model, rows)
+            # What padding is does not matter here: no text looks behind its own end
+            return self.ranking_model.rows(contexts, groups, pad_token_id=0).last_logits(model)
+        rows = WholeRows(contexts, 0, model.device)
         start = [model.config.decoder_start_token_id, *self.decoder_answers.context]
-        decoder_input_ids = torch.tensor([start], device=model.device).expand(len(rows.lengths), -1)
+        decoder_input_ids = torch.tensor([start], device=model.device).expand(len(contexts), -1)
         return model(**rows.inputs, decoder_input_ids=decoder_input_ids, use_cache=False).logits[:, -1]
 
     def _tokenize(self, comparisons: list[Texts], rows: list[int]) -> list[Tokens]:
@@ -285,18 +282,6 @@ class PairwiseRanker(Ranker):
                 f"tokens) when compared. Raise `max_length`, or drop the row or its long completions."
             )
         return keep(num_characters)
-
-
-def last_logits(model: PreTrainedModel, rows: RowInputs) -> torch.Tensor:
-    """Return the logits after the last token of each row, shape `(batch_size, vocabulary_size)`.
-
-    The LM head runs on the positions where some row ends, and on no others.
-    """
-    positions, position_of_row = torch.unique(rows.lengths - 1, return_inverse=True)
-    logits = model(**{"use_cache": False, **rows.inputs}, logits_to_keep=positions).logits
-    if logits.shape[1] != len(positions):  # a model that knows no `logits_to_keep`
-        logits = logits[:, positions]
-    return logits[torch.arange(len(logits), device=logits.device), position_of_row.to(logits.device)]
 
 
 def pairwise_ranker_dataset(pairs: Dataset, template: str | Template = "dialogue", seed: int = 0) -> Dataset:

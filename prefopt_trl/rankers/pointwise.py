@@ -1,7 +1,7 @@
 """The pointwise ranker: a reward model, that is a sequence classification model with one label."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -108,12 +108,9 @@ class RewardModelRanker(PointwiseRanker):
                 if len(token_ids[-1]) > self.ranking_model.max_length:
                     token_ids[-1] = self._cut_prompt(token_ids[-1], row, prompts[row])
                     num_cut += 1
-            return self.ranking_model.read(
-                token_ids,
-                [rows[index] for index in batch],
-                self.pad_token_id,
-                lambda inputs: self.ranking_model.model(**inputs.inputs).logits[:, 0],
-            )
+            groups: list[Hashable] = [rows[index] for index in batch]
+            prepared = self.ranking_model.rows(token_ids, groups, self.pad_token_id)
+            return prepared.head_logits(self.ranking_model.model)[:, 0]
 
         values = self.ranking_model.run([len(text) for text in texts], rows, evaluate, "Scoring completions")
         if num_cut:

@@ -1,5 +1,6 @@
 """Sampling completions of the policy itself with transformers' `generate`, each prompt computed once."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,9 +21,11 @@ from transformers.generation import GenerationMode
 from prefopt_trl.data.formats import Prompt
 from prefopt_trl.sampling.prompts import tokenize_prompts
 from prefopt_trl.shared_prefix.attention import left_pad
-from prefopt_trl.shared_prefix.continuation import partition_reason, reason_not_to_share_prefix
+from prefopt_trl.shared_prefix.continuation import WholeRows, partition_reason, reason_not_to_share_prefix
 from prefopt_trl.shared_prefix.decoding import decode_shared_prefix
 from prefopt_trl.shared_prefix.support import log_reason
+
+logger = logging.getLogger(__name__)
 
 # Options of `GenerationConfig` that are set here, or that would change what `generate` returns
 OWN_OPTIONS = {
@@ -92,8 +95,8 @@ def sample_completions(
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Causal language model, on the device to sample on. Its training mode and generation config are as before
-            when this returns or raises.
+            Causal language model, or encoder-decoder, on the device to sample on. Its training mode and generation
+            config are as before when this returns or raises.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer, with an EOS token (which pads where there is no other token for it); with a chat template
             for conversational prompts.
@@ -203,6 +206,9 @@ def sample_candidates(
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     # Not as an option of the config: `generate` would lose the tokenizer on the way to a decoding function of ours
     criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, stop_strings)] if stop_strings else [])
+    in_decoder = model.config.is_encoder_decoder
+    if in_decoder:
+        config.decoder_start_token_id = model.config.decoder_start_token_id
     longest = max(map(len, prompt_ids), default=0)
     shares = _shares_prefix(model, share_prefix, config, longest + config.max_new_tokens)
     prompts_at_once, completions_at_once = sizes_of_batch(
@@ -221,8 +227,8 @@ def sample_candidates(
     with bar, _sampling_mode(model):
         for start in range(0, len(by_length), prompts_at_once):
             rows = by_length[start : start + prompts_at_once]
-            inputs = left_pad([prompt_ids[row] for row in rows], pad_token_id, model.device)
-            del inputs["position_ids"]  # `generate` makes its own
+            inputs = _pad([prompt_ids[row] for row in rows], pad_token_id, model)
+            begin = 1 if in_decoder else inputs["input_ids"].shape[1]  # of the completions
             for done in range(0, num_completions, completions_at_once):
                 count = min(completions_at_once, num_completions - done)
                 torch.manual_seed(int(np.random.SeedSequence([seed, start, done]).generate_state(1)[0]))
@@ -242,10 +248,11 @@ def sample_candidates(
                     sequences = generate(
                         **inputs, generation_config=config, stopping_criteria=criteria, synced_gpus=synced
                     )
-                completions = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+                completions = sequences[:, begin:].tolist()
                 for index, ids in enumerate(completions):
-                    result, prompt = results[rows[index // count]], prompt_ids[rows[index // count]]
-                    text, token_ids, finished = _read(tokenizer, prompt, ids, end_ids, stop_strings)
+                    result = results[rows[index // count]]
+                    before = [] if in_decoder else prompt_ids[rows[index // count]]
+                    text, token_ids, finished = _read(tokenizer, before, ids, end_ids, stop_strings)
                     result.texts.append(text)
                     result.finished.append(finished)
                     if keep_logps:
@@ -312,8 +319,9 @@ def sizes_of_batch(
     """
     if batch_size is None:
         config: Any = model.config.get_text_config()
-        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        all_heads = getattr(config, "num_attention_heads", 1)  # a recurrent model has none
+        num_heads = getattr(config, "num_key_value_heads", None) or all_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // all_heads
         per_token = 2 * 2 * config.num_hidden_layers * num_heads * head_size * model.dtype.itemsize
         per_completion = per_token * (max_new_tokens + (0 if shares else prompt_length)) + 24 * config.vocab_size
         per_prompt = per_token * prompt_length if shares else 0
@@ -322,6 +330,13 @@ def sizes_of_batch(
         if prompts:
             return prompts, num_completions
         batch_size = max(int((budget - per_prompt) // per_completion), 1)
+        logger.warning(
+            "`memory_budget`=%s GiB holds %d of the %d completions of a prompt at a time, so it is computed several "
+            "times. Raise it where there is more memory.",
+            memory_budget,
+            batch_size,
+            num_completions,
+        )
     return max(batch_size // num_completions, 1), min(batch_size, num_completions)
 
 
@@ -353,6 +368,14 @@ def _sampling_mode(model: PreTrainedModel) -> Iterator[None]:
             module.generation_config = own_config
         for module in training:
             module.training = True
+
+
+def _pad(prompt_ids: list[list[int]], pad_token_id: int, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Inputs of `generate`: a decoder goes on where its prompt ends, and an encoder counts from where it begins."""
+    if model.config.is_encoder_decoder:
+        return WholeRows(prompt_ids, pad_token_id, model.device).inputs
+    inputs = left_pad(prompt_ids, pad_token_id, model.device)
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
 def _read(

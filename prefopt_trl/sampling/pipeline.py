@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt_trl.data.fingerprints import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
 from prefopt_trl.data.formats import Prompt, check_columns
 from prefopt_trl.data.jsonl import check_candidates, read_jsonl
+from prefopt_trl.data.processes import process_state
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.sampling.card import dataset_card
 from prefopt_trl.sampling.generation import eos_token_ids, generation_options
@@ -25,6 +26,7 @@ from prefopt_trl.sampling.shards import Rows, Shards, sample_rows
 from prefopt_trl.sampling.statistics import plot_statistics, summarise
 from prefopt_trl.sampling.store import POLL_SECONDS, SampleStore
 from prefopt_trl.sampling.weights import gathered
+from prefopt_trl.shared_prefix.continuation import partition_reason
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +175,11 @@ def build_preference_dataset(
     selection = {"strategy": strategy, "num_samples": num_samples, "beta": beta, "pairing": pairing}
     ranking_model = getattr(getattr(ranker, "ranking_model", None), "model", None)
     with gathered(None if given and not keep_logps else policy, ranking_model):
+        if sharded := [model for model in (policy, ranking_model) if model is not None and partition_reason(model)]:
+            raise ValueError(
+                f"A {type(sharded[0]).__name__} cannot be sampled or asked: {partition_reason(sharded[0])}. Build the "
+                "dataset before the model is sharded, with a whole one on each process."
+            )
         settings = {
             **selection,
             "seed": seed,
@@ -211,7 +218,7 @@ def build_preference_dataset(
                 progress=num_shards == 1,  # there is a bar of all shards
                 **sampling,
             )
-        store, process = SampleStore(output_dir), PartialState()
+        store, process = SampleStore(output_dir), process_state()
         if not store.finished(settings):
             if tokenizer is not None and not given:
                 check_prompts_fit(tokenize_prompts(tokenizer, list(dataset["prompt"])), max_length)

@@ -7,7 +7,7 @@ prompt all rows of a prompt are one matrix product, over its own tokens each row
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -51,46 +51,106 @@ class RowsOfPrompts:
         return rows if self.is_full else rows[self.slot.to(grid.device)]
 
 
-class PrefixLayer(CacheLayerMixin):
-    """One layer's keys and values: `(num_prompts, heads, prompt_length, size)`, and `(num_rows, heads, room, size)`.
+class SharedKeysLayer(CacheLayerMixin):
+    """One layer's keys and values of prompts, which are held once, and how rows attend to them and to their own."""
+
+    is_sliding = False
+    was_attended = False
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.prompt_keys, self.prompt_values = keys, values
+        self.is_initialized = True
+
+    def bound(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys that know this layer: the attention function is given them, and nothing else of the cache."""
+        keys = keys.view_as(keys)
+        keys.prefix_layer = self  # type: ignore[attr-defined]
+        return keys
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: "Scores") -> torch.Tensor:
+        """Attention of the queries, of shape `(batch_size, num_queries, num_heads, size)`."""
+        raise NotImplementedError
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the prompt's keys say device and dtype."""
+
+    def get_seq_length(self) -> int:
+        return self.prompt_keys.shape[2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class Scores(NamedTuple):
+    """How a model scores keys: times `scaling`, and softly capped where there is a `softcap`."""
+
+    scaling: float
+    softcap: float | None
+
+    def of(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """`(..., num_queries, num_keys)` of `(..., num_queries, size)` and `(..., num_keys, size)`, in float32."""
+        scores = (queries * self.scaling @ keys.transpose(-1, -2)).to(
+            torch.promote_types(queries.dtype, torch.float32)
+        )
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+
+class SoftmaxPart(NamedTuple):
+    """A softmax over some of the keys: with `m` the `greatest` score, `sum exp(s - m)` and `sum exp(s - m) v`.
+
+    Those of other keys add up, once `m` is the same. Each ends with a dimension of 1, or of the values' size.
+    """
+
+    greatest: torch.Tensor
+    total: torch.Tensor
+    values: torch.Tensor
+
+    @classmethod
+    def over(cls, scores: torch.Tensor, values: torch.Tensor) -> "SoftmaxPart":
+        """Of scores, which are written over."""
+        greatest = scores.amax(dim=-1, keepdim=True)
+        weights = scores.sub_(greatest).exp_()
+        return cls(greatest, weights.sum(dim=-1, keepdim=True), weights.to(values.dtype) @ values)
+
+    def mean_with(self, other: "SoftmaxPart") -> torch.Tensor:
+        """The mean of the values over the keys of both."""
+        greatest = torch.maximum(self.greatest, other.greatest)
+        own_weight, other_weight = torch.exp(self.greatest - greatest), torch.exp(other.greatest - greatest)
+        total = self.total * own_weight + other.total * other_weight
+        return (self.values * own_weight + other.values * other_weight) / total
+
+
+class PrefixLayer(SharedKeysLayer):
+    """For rows that grow by a token at a time: `(num_rows, heads, room, size)` beside the prompts' own.
 
     The first `length` places of a row's room are taken. The room grows by doubling, so that a row that ends early
     never has the memory of the longest.
     """
 
-    is_sliding = False
     keys: Any  # None until the rows have tokens
     values: Any
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor | None, longest: int) -> None:
-        super().__init__()
-        self.prompt_keys, self.prompt_values = keys, values
+        super().__init__(keys, values)
         self.hidden = hidden  # (num_prompts, 1, 1, prompt_length) True at padding; None where there is none
         self.longest = longest
         self.length = 0
         self.rows: RowsOfPrompts
-        self.was_attended = False
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: the prompt's keys say device and dtype."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         end = self.length + key_states.shape[2]
-        if self.keys is None and end == self.longest:  # the only ones there will be
-            self.keys, self.values = key_states, value_states
-        else:
-            if self.keys is None or end > self.keys.shape[2]:
-                self._make_room(key_states, value_states, end)
-            self.keys[:, :, self.length : end] = key_states
-            self.values[:, :, self.length : end] = value_states
+        if self.keys is None or end > self.keys.shape[2]:
+            self._make_room(key_states, value_states, end)
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
         self.length = end
-        keys = self.keys[:, :, :end]
-        # The attention function is given these keys and nothing else of the cache
-        keys.prefix_layer = self
-        return keys, self.values[:, :, :end]
+        return self.bound(self.keys[:, :, :end]), self.values[:, :, :end]
 
     def _make_room(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
         room = min(self.longest, max(2 * end, 32))
@@ -118,11 +178,23 @@ class PrefixLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         return self.prompt_keys.shape[2] + self.length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Scores) -> torch.Tensor:
+        num_rows, num_heads, num_queries, size = query.shape
+        num_kv_heads, num_own = key.shape[1:3]
+        # Heads that share keys are further queries: (num_rows, num_kv_heads, queries, size)
+        queries = query.reshape(num_rows, num_kv_heads, -1, size)
+        own = score.of(queries, key)
+        if num_queries > 1:
+            later = torch.ones(num_queries, num_own, dtype=torch.bool, device=own.device)
+            later = later.triu(num_own - num_queries + 1)
+            own.view(num_rows, num_kv_heads, -1, num_queries, num_own).masked_fill_(later, -torch.inf)
+        shared = score.of(self.rows.by_prompt(queries), self.prompt_keys)
+        if self.hidden is not None:
+            shared.masked_fill_(self.hidden, -torch.inf)
+        of_prompts = SoftmaxPart.over(shared, self.prompt_values)
+        of_rows = SoftmaxPart(*(self.rows.by_row(part, queries.shape[2]) for part in of_prompts))
+        attended = SoftmaxPart.over(own, value).mean_with(of_rows)
+        return attended.to(query.dtype).view(num_rows, num_heads, num_queries, -1).transpose(1, 2)
 
 
 class PrefixCache(Cache):
@@ -182,57 +254,31 @@ def shared_prefix_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend to the prompt and to the row's own tokens up to each query.
 
-    Softmax over both parts, from the parts: with `m` the greatest score, numerators `sum exp(s - m) v` and
-    denominators `sum exp(s - m)` add up. In float32 at least, as the softmax of eager attention.
+    The softmax over both is put together from the two parts, in float32 at least, as that of eager attention is.
 
     Args:
-        query (`torch.Tensor` of shape `(num_rows, num_heads, num_queries, size)`):
-            Queries of the last `num_queries` tokens of each row.
-        key, value (`torch.Tensor` of shape `(num_rows, num_kv_heads, num_own_tokens, size)`):
-            The rows' own, as [`PrefixLayer`] returns them.
+        query (`torch.Tensor` of shape `(batch_size, num_heads, num_queries, size)`):
+            Queries.
+        key, value (`torch.Tensor` of shape `(batch_size, num_kv_heads, num_own_tokens, size)`):
+            The rows' own, as the layer of the cache returns them.
         scaling (`float`, *optional*):
             Of the scores; by default `size ** -0.5`.
         softcap (`float`, *optional*):
             Scores become `softcap * tanh(scores / softcap)`.
 
+    Returns:
+        `tuple`: attention of shape `(batch_size, num_queries, num_heads, size)`, and None for its weights.
+
     Raises:
         ValueError: for keys of another cache, or attention with dropout, sinks or biases.
     """
-    layer: PrefixLayer | None = getattr(key, "prefix_layer", None)
+    layer: SharedKeysLayer | None = getattr(key, "prefix_layer", None)
     unknown = [name for name in ("s_aux", "sinks", "position_bias") if kwargs.get(name) is not None]
     if layer is None or unknown or dropout:
         raise ValueError(f"attention has {', '.join(unknown) or 'dropout or keys that do not come from the cache'}")
     layer.was_attended = True
-    num_rows, num_heads, num_queries, size = query.shape
-    num_kv_heads, num_own = key.shape[1:3]
-    scaling = size**-0.5 if scaling is None else scaling
-    # Heads that share keys are further queries: (num_rows, num_kv_heads, queries, size)
-    queries = query.reshape(num_rows, num_kv_heads, -1, size) * scaling
-    tokens = queries.shape[2]
-
-    own = (queries @ key.transpose(2, 3)).to(torch.promote_types(query.dtype, torch.float32))
-    shared = (layer.rows.by_prompt(queries) @ layer.prompt_keys.transpose(2, 3)).to(own.dtype)
-    if softcap is not None:
-        own, shared = (softcap * torch.tanh(scores / softcap) for scores in (own, shared))
-    if num_queries > 1:
-        later = torch.ones(num_queries, num_own, dtype=torch.bool, device=own.device).triu(num_own - num_queries + 1)
-        own.view(num_rows, num_kv_heads, -1, num_queries, num_own).masked_fill_(later, -torch.inf)
-    if layer.hidden is not None:
-        shared.masked_fill_(layer.hidden, -torch.inf)
-
-    parts = []
-    for scores, values in ((own, value), (shared, layer.prompt_values)):
-        greatest = scores.amax(dim=-1, keepdim=True)
-        weights = scores.sub_(greatest).exp_()
-        parts.append((greatest, weights.sum(dim=-1, keepdim=True), weights.to(values.dtype) @ values))
-    (own_max, own_sum, own_values), of_prompts = parts
-    shared_max, shared_sum, shared_values = (layer.rows.by_row(part, tokens) for part in of_prompts)
-    own_weight, shared_weight = (
-        torch.exp(part - torch.maximum(own_max, shared_max)) for part in (own_max, shared_max)
-    )
-    numerator = own_values * own_weight + shared_values * shared_weight
-    attended = numerator / (own_sum * own_weight + shared_sum * shared_weight)
-    return attended.to(query.dtype).view(num_rows, num_heads, num_queries, -1).transpose(1, 2), None
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
+    return layer.attend(query, key, value, scores), None
 
 
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)

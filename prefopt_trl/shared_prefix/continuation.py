@@ -1,39 +1,27 @@
 """Rows that begin alike, run without gradients: their common beginning once, then what follows it in each row.
 
-Unlike a packed row ([`pack_rows`]), which trains, what follows stays one row each, so no row's attention is computed
-over the others'.
+Unlike in a packed row ([`pack_rows`]), which trains, attention is computed segment by segment: its cost does not grow
+with the square of all that follows a prompt.
 """
 
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from prefopt_trl.shared_prefix.attention import PrefixCache, attend_to_prefix, left_pad, without_head
+from prefopt_trl.shared_prefix.segments import Segments
 from prefopt_trl.shared_prefix.support import PROBE_TOLERANCE, architecture_reason, log_reason
 
 _probed: weakref.WeakKeyDictionary[torch.nn.Module, str | None] = weakref.WeakKeyDictionary()
 
 
-class RowInputs(NamedTuple):
-    """What a model is called with for some rows, and how many of its `input_ids` each row has.
-
-    Attributes:
-        inputs (`dict`):
-            Keyword arguments; `input_ids` of shape `(num_rows, length)` is padded on the right.
-        lengths (`torch.LongTensor` of shape `(num_rows,)`):
-            Tokens of each row in `input_ids`.
-    """
-
-    inputs: dict[str, Any]
-    lengths: torch.Tensor
-
-
-def whole_rows(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> RowInputs:
+class WholeRows:
     """Rows as they are, padded on the right, where no causal model looks.
 
     Args:
@@ -43,70 +31,129 @@ def whole_rows(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.d
             Token id of padding.
         device (`torch.device`):
             Device of the model.
+
+    Attributes:
+        inputs (`dict`):
+            Keyword arguments for the model: `input_ids` and `attention_mask` (1 for tokens, 0 for padding), long
+            tensors of shape `(num_rows, longest)`.
     """
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    input_ids = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_token_id
-    ).to(device)
-    mask = (torch.arange(input_ids.shape[1], device=device) < lengths[:, None]).long()
-    return RowInputs({"input_ids": input_ids, "attention_mask": mask}, lengths)
+
+    def __init__(self, rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> None:
+        self.lengths = torch.tensor([len(row) for row in rows], device=device)
+        input_ids = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_token_id
+        ).to(device)
+        mask = (torch.arange(input_ids.shape[1], device=device) < self.lengths[:, None]).long()
+        self.inputs = {"input_ids": input_ids, "attention_mask": mask}
+
+    def last_logits(self, model: PreTrainedModel) -> torch.Tensor:
+        """Logits after the last token of each row, shape `(num_rows, vocab_size)`, from a causal language model."""
+        # The LM head runs where some row ends, and nowhere else
+        positions, position_of_row = torch.unique(self.lengths - 1, return_inverse=True)
+        logits = model(**self.inputs, logits_to_keep=positions, use_cache=False).logits
+        if logits.shape[1] != len(positions):  # a model that knows no `logits_to_keep`
+            logits = logits[:, positions]
+        return logits[torch.arange(len(logits), device=logits.device), position_of_row.to(logits.device)]
+
+    def head_logits(self, model: PreTrainedModel) -> torch.Tensor:
+        """Logits of the head that reads the last token that is not padding, shape `(num_rows, num_labels)`."""
+        return model(**self.inputs).logits
 
 
-def rows_after_prefix(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], group_ids: Sequence[Hashable], pad_token_id: int
-) -> RowInputs:
-    """Run the common beginning of each group of rows, and prepare what follows it, for a call of the whole model.
-
-    Call the model inside [`attend_to_prefix`] and `torch.no_grad()`. At least one token of each row that is not
-    `pad_token_id` follows the common beginning, so that a head that looks for the last such token finds it.
+class RowsAfterPrefix:
+    """Rows of which the common beginning of each group is run once, and then what follows it, without padding.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Causal model, with any head, for which [`reason_not_to_share_prefix`] is None.
         rows (`Sequence[Sequence[int]]`):
-            Token ids, at least two in each row.
+            Token ids, with one behind the first of each row that is not padding.
         group_ids (`Sequence`):
             One for each row; rows of a group are next to each other.
         pad_token_id (`int`):
-            Token id of padding.
+            Token id of padding, which may also end a row: a head that looks for the last other token finds it.
 
     Example:
 
     ```python
-    rows, lengths = rows_after_prefix(model, [[5, 6, 7, 1], [5, 6, 7, 2, 3]], [0, 0], pad_token_id=0)
-    with torch.no_grad(), attend_to_prefix(model):
-        logits = model(**rows).logits[torch.arange(2), lengths - 1]  # after the last token of each row
+    rows = RowsAfterPrefix(model, [[5, 6, 7, 1], [5, 6, 7, 2, 3]], [0, 0], pad_token_id=0)
+    logits = rows.last_logits(model)
     ```
     """
-    prefixes: list[Sequence[int]] = []
-    counts: list[int] = []
-    following: list[Sequence[int]] = []
-    numbered = list(zip(group_ids, rows, strict=True))
-    for _, members in groupby(numbered, key=lambda item: item[0]):
-        group = [row for _, row in members]
-        common = _common_length(group, pad_token_id)
-        # Rows that have nothing in common are groups of their own
-        for part in [group] if common else [[row] for row in group]:
-            length = common or _common_length(part, pad_token_id)
-            prefixes.append(part[0][:length])
-            counts.append(len(part))
-            following += [row[length:] for row in part]
-    prompts = left_pad(prefixes, pad_token_id, model.device)
-    cache = DynamicCache()
-    with torch.no_grad():
-        without_head(model)(**prompts, past_key_values=cache, use_cache=True)
-    inputs, lengths = whole_rows(following, pad_token_id, model.device)
-    before = prompts["attention_mask"].sum(dim=1).repeat_interleave(torch.tensor(counts, device=model.device))
-    longest = inputs["input_ids"].shape[1]
-    return RowInputs(
-        {
-            "input_ids": inputs["input_ids"],
-            "position_ids": before[:, None] + torch.arange(longest, device=model.device),
-            "past_key_values": PrefixCache(cache, prompts["attention_mask"], counts, longest),
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[Sequence[int]],
+        group_ids: Sequence[Hashable],
+        pad_token_id: int,
+    ) -> None:
+        prefixes: list[Sequence[int]] = []
+        following: list[list[Sequence[int]]] = []
+        for _, members in groupby(zip(group_ids, rows, strict=True), key=lambda item: item[0]):
+            group = [row for _, row in members]
+            common = _common_length(group, pad_token_id)
+            # Rows that have nothing in common are groups of their own
+            for part in [group] if common else [[row] for row in group]:
+                length = common or _common_length(part, pad_token_id)
+                prefixes.append(part[0][:length])
+                following.append([row[length:] for row in part])
+        prompts, device = DynamicCache(), model.device
+        with torch.no_grad():
+            without_head(model)(**left_pad(prefixes, pad_token_id, device), past_key_values=prompts, use_cache=True)
+        lengths = [[len(row) for row in part] for part in following]
+        self.segments = Segments(prompts, list(map(len, prefixes)), lengths, device)
+        tokens = [token for part in following for row in part for token in row]
+        self.input_ids = torch.tensor([tokens], device=device)
+        not_padding = [
+            last_of_row(row, pad_token_id) - len(row) for part in following for row in part
+        ]  # counted from the end
+        self.read_at = self.segments.ends + 1 + torch.tensor(not_padding, device=device)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments for the model, inside [`attend_to_prefix`]: one row of all that follows."""
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.segments.position_ids,
+            "past_key_values": self.segments,
             "use_cache": True,
-        },
-        lengths,
-    )
+        }
+
+    def last_logits(self, model: PreTrainedModel) -> torch.Tensor:
+        """As those of [`WholeRows`]."""
+        with attend_to_prefix(model):
+            logits = model(**self.inputs, logits_to_keep=self.segments.ends).logits[0]
+        return logits if len(logits) == len(self.segments.ends) else logits[self.segments.ends.to(logits.device)]
+
+    def head_logits(self, model: PreTrainedModel) -> torch.Tensor:
+        """As those of [`WholeRows`]."""
+        body: Any = without_head(model)
+        with attend_to_prefix(model):
+            outputs = body(**self.inputs)
+        # One row of one token each, for which the body has run already
+        at = self.read_at.to(outputs.last_hidden_state.device)
+        outputs.last_hidden_state = outputs.last_hidden_state[0, at][:, None]
+        with _returning(body, outputs):
+            return model(input_ids=self.input_ids[0, self.read_at][:, None]).logits
+
+
+@contextmanager
+def _returning(module: torch.nn.Module, outputs: Any) -> Iterator[None]:
+    """While entered, the module returns these outputs."""
+    replaced = vars(module).get("forward")
+    module.forward = lambda *args, **kwargs: outputs
+    try:
+        yield
+    finally:
+        del module.forward
+        if replaced is not None:
+            module.forward = replaced
+
+
+def last_of_row(row: Sequence[int], pad_token_id: int) -> int:
+    """Place of the last token that is not padding; the first where all are."""
+    return next((place for place in range(len(row) - 1, 0, -1) if row[place] != pad_token_id), 0)
 
 
 def _common_length(rows: Sequence[Sequence[int]], pad_token_id: int) -> int:
@@ -116,11 +163,7 @@ def _common_length(rows: Sequence[Sequence[int]], pad_token_id: int) -> int:
         (place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other),
         min(len(first), len(last)),
     )
-    ends = [
-        next((place for place in range(len(row) - 1, 0, -1) if row[place] != pad_token_id), len(row) - 1)
-        for row in rows
-    ]
-    return min(agree, *ends)
+    return min(agree, *(last_of_row(row, pad_token_id) for row in rows))
 
 
 def reason_not_to_share_prefix(model: PreTrainedModel, row_length: int) -> str | None:
@@ -169,27 +212,66 @@ def probe_prefix_reason(model: PreTrainedModel) -> str | None:
     model.eval()  # dropout would differ between the two runs
     try:
         with torch.no_grad():
-            plain_inputs, _ = whole_rows(rows, 0, model.device)
-            plain = inner(**plain_inputs).last_hidden_state
+            plain = inner(**WholeRows(rows, 0, model.device).inputs).last_hidden_state
             try:
-                inputs, lengths = rows_after_prefix(model, rows, [0, 0, 1, 1], pad_token_id=0)
-                with attend_to_prefix(model):
-                    shared = inner(**inputs).last_hidden_state
+                pairs = [*_probe_segments(model, rows, plain), *_probe_steps(model, rows, plain)]
             except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
                 return f"{name} cannot share a prompt's keys ({type(error).__name__}: {error})"
+            except NotAttended:
+                return f"{name} has an attention of its own, which is not in transformers' `AttentionInterface`"
     finally:
         for module in training:
             module.training = True
-    if not all(layer.was_attended for layer in inputs["past_key_values"].layers):
-        return f"{name} has an attention of its own, which is not in transformers' `AttentionInterface`"
-    of_ends = [
-        (plain[row, len(tokens) - int(length) : len(tokens)], shared[row, : int(length)])
-        for row, (tokens, length) in enumerate(zip(rows, lengths, strict=True))
-    ]
-    difference = sum((one.float() - other.float()).abs().sum().item() for one, other in of_ends)
-    size = sum(one.float().abs().sum().item() for one, _ in of_ends)
+    difference = sum((one.float() - other.float()).abs().sum().item() for one, other in pairs)
+    size = sum(one.float().abs().sum().item() for one, _ in pairs)
     if not difference <= PROBE_TOLERANCE[plain.dtype] * size:
         return (
             f"hidden states of {name} with a shared prompt differ by {difference / size:.1e} of their size in a probe"
         )
     return None
+
+
+class NotAttended(Exception):
+    """A layer has not asked for its attention."""
+
+
+def _probe_segments(
+    model: PreTrainedModel, rows: list[list[int]], plain: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Hidden states of whole rows, and of the same tokens as segments of two groups of two."""
+    following = RowsAfterPrefix(model, rows, [0, 0, 1, 1], pad_token_id=0)
+    with attend_to_prefix(model):
+        shared = without_head(model)(**following.inputs).last_hidden_state[0]
+    _check_attended(following.segments)
+    lengths = following.segments.exists.sum(dim=1).tolist()
+    return [
+        (plain[row, len(tokens) - length : len(tokens)], part)
+        for row, (tokens, length, part) in enumerate(zip(rows, lengths, shared.split(lengths), strict=True))
+    ]
+
+
+def _probe_steps(
+    model: PreTrainedModel, rows: list[list[int]], plain: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Hidden states of whole rows, and of the same tokens decoded one by one after two prompts."""
+    prompts = left_pad([rows[0][:7], rows[2][:4]], 0, model.device)
+    cache, inner = DynamicCache(), without_head(model)
+    inner(**prompts, past_key_values=cache, use_cache=True)
+    steps = PrefixCache(cache, prompts["attention_mask"], [2, 2], longest=3)
+    before = torch.tensor([7, 7, 4, 4], device=model.device)
+    pairs = []
+    with attend_to_prefix(model):
+        for step in range(3):
+            tokens = torch.tensor([[row[start + step]] for row, start in zip(rows, before.tolist(), strict=True)])
+            positions = before[:, None] + step
+            hidden = inner(
+                input_ids=tokens.to(model.device), position_ids=positions, past_key_values=steps, use_cache=True
+            ).last_hidden_state
+            pairs.append((plain[torch.arange(4, device=plain.device), positions[:, 0]], hidden[:, 0]))
+    _check_attended(steps)
+    return pairs
+
+
+def _check_attended(cache: Any) -> None:
+    if not all(layer.was_attended for layer in cache.layers):
+        raise NotAttended

@@ -1,7 +1,8 @@
 """Decoding of many completions per prompt, for `generate`: a prompt is prefilled once and its keys are held once."""
 
+import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,7 +15,7 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.generation import logits_process
+from transformers.generation import GenerationMode, logits_process
 from transformers.generation import stopping_criteria as stopping
 from transformers.utils import ModelOutput
 
@@ -24,11 +25,12 @@ from prefopt_trl.shared_prefix.attention import PrefixCache, attend_to_prefix
 DEAD_SHARE = 0.125
 
 # What `generate` prepares and a causal language model reads; anything else would belong to rows and has to be expanded
+DRAWS = {GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH}
 READ = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
 # They look at each row by itself and keep nothing between steps, so rows may leave. Others, a user's own among them,
 # see all rows to the end, as in `generate`.
-STATELESS: tuple[type, ...] = (
+STATELESS: set[type] = {
     logits_process.TemperatureLogitsWarper,
     logits_process.TopKLogitsWarper,
     logits_process.TopPLogitsWarper,
@@ -52,7 +54,7 @@ STATELESS: tuple[type, ...] = (
     stopping.MaxTimeCriteria,
     stopping.EosTokenCriteria,
     stopping.StopStringCriteria,
-)
+}
 
 
 @dataclass
@@ -90,8 +92,9 @@ def decode_shared_prefix(
     It is exact where [`reason_not_to_share_prefix`] is None. The model runs in evaluation mode; its training mode and
     attention implementation are as before when this returns or raises.
 
-    `generate` loses its argument `tokenizer` on the way to a function like this, so give stop strings as
-    `stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer, stop_strings)])`.
+    `generate` does not pass its arguments `tokenizer`, `streamer`, `assistant_model` and `synced_gpus` on to such a
+    function. So give stop strings as `stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer,
+    stop_strings)])`; the others are without effect.
 
     Args:
         num_completions (`int`, *optional*, defaults to `1`):
@@ -102,7 +105,8 @@ def decode_shared_prefix(
         `return_dict_in_generate=True`.
 
     Raises:
-        ValueError: for beam search, `num_return_sequences`, outputs per step, guidance, and inputs other than text.
+        ValueError: for beam search, `num_return_sequences`, outputs per step, guidance, a cache, and inputs other than
+            text.
 
     Example:
 
@@ -156,8 +160,10 @@ class _Rows:
         self.room = config.max_length - self.length
         self.do_sample = config.do_sample
         self.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
-        self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
-        self.rows_may_leave = all(isinstance(part, STATELESS) for part in [*logits_processor, *stopping_criteria])
+        self.logits_processor = LogitsProcessorList(map(copy.copy, logits_processor))  # some are changed here
+        self.stopping_criteria = stopping_criteria
+        self.rows_may_leave = all(type(part) in STATELESS for part in [*logits_processor, *stopping_criteria])
+        self._select_padding(lambda lengths: lengths.repeat_interleave(num_completions))
         prompts = input_ids.repeat_interleave(num_completions, dim=0)
         self.all_ids = torch.nn.functional.pad(prompts, (0, self.room), value=self.pad_token_id)
         self.all_logps = torch.zeros(len(prompts), device=input_ids.device)
@@ -193,7 +199,15 @@ class _Rows:
         self.all_ids[self.index] = self.ids
         kept = self.unfinished.nonzero().squeeze(1)
         self.index, self.ids, self.unfinished = self.index[kept], self.ids[kept], self.unfinished[kept]
+        self._select_padding(lambda lengths: lengths[kept.to(lengths.device)])
         return kept
+
+    def _select_padding(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """The repetition penalty, alone among processors, knows of the rows: where the padding of each ends."""
+        for part in self.logits_processor:
+            ignored = getattr(part, "prompt_ignore_length", None)
+            if type(part) is logits_process.RepetitionPenaltyLogitsProcessor and isinstance(ignored, torch.Tensor):
+                part.prompt_ignore_length = select(ignored)
 
     def sequences(self) -> torch.Tensor:
         self.all_ids[self.index] = self.ids
@@ -226,7 +240,9 @@ def _prefill(
     """Run the prompts once: the logits after each, for each of its rows; the cache; and the rows' next positions."""
     attention_mask = model_kwargs.get("attention_mask")  # None where `generate` saw no padding
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
-    position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    position_ids = model_kwargs.get("position_ids")
+    if position_ids is None:
+        position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
     prompts = DynamicCache()
     outputs = model(
         input_ids=input_ids,
@@ -238,7 +254,7 @@ def _prefill(
     )
     counts = [num_completions] * len(input_ids)
     cache = PrefixCache(prompts, mask, counts, longest=room)
-    next_positions = mask.sum(dim=1).repeat_interleave(num_completions)
+    next_positions = (position_ids[:, -1] + 1).repeat_interleave(num_completions)
     return outputs.logits[:, -1].repeat_interleave(num_completions, dim=0), cache, next_positions
 
 
@@ -262,10 +278,16 @@ def _check(
 ) -> None:
     if num_completions < 1:
         raise ValueError(f"`num_completions` is {num_completions}. Give 1 or more.")
-    if config.num_return_sequences != 1 or config.num_beams != 1:
+    if config.num_return_sequences != 1 or config.get_generation_mode() not in DRAWS:
         raise ValueError(
-            "Completions that share their prompt are drawn one by one: leave `num_return_sequences` and `num_beams` "
-            "at 1, and ask for several completions with `num_completions`."
+            "Completions that share their prompt are drawn one by one: leave out `num_return_sequences`, `num_beams` "
+            "and what else asks for a search, and ask for several completions with `num_completions`."
+        )
+    past = model_kwargs.get("past_key_values")
+    if config.cache_implementation is not None or (past is not None and past.get_seq_length() > 0):
+        raise ValueError(
+            "Completions that share their prompt have a cache of their own: leave out `cache_implementation` and "
+            "`past_key_values`."
         )
     per_step = [
         name

@@ -373,7 +373,7 @@ def test_a_full_disk_is_named_and_harms_nothing(place, at, build, undisturbed, t
 def run_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Any]]]:
     """Runs a call as each of several processes, which are threads here, and returns what each returned or raised."""
     here = threading.local()
-    monkeypatch.setattr(pipeline, "PartialState", lambda: here.state)
+    monkeypatch.setattr(pipeline, "process_state", lambda: here.state)
 
     def run(call: Callable[[], Any], indices: list[int], num_processes: int) -> list[Any]:
         results: dict[int, Any] = {}

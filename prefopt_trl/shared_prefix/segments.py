@@ -1,0 +1,104 @@
+"""What follows prompts in many rows at once, without padding: one row of segments, each attending to its prompt."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache
+
+from prefopt_trl.shared_prefix.attention import Scores, SharedKeysLayer, SoftmaxPart
+
+
+class SegmentLayer(SharedKeysLayer):
+    """For segments that are run in one pass, one after the other in a batch of one row.
+
+    Args:
+        keys, values (`torch.Tensor` of shape `(num_prompts, num_kv_heads, prompt_length, size)`):
+            Of the prompts, padded on the left.
+        segments ([`Segments`]):
+            Where the segments are.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, segments: "Segments") -> None:
+        super().__init__(keys, values)
+        self.segments = segments
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.bound(key_states), value_states
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Scores) -> torch.Tensor:
+        num_heads, num_tokens, size = query.shape[1:]
+        num_kv_heads = key.shape[1]
+        # Heads that share keys are further queries: (num_kv_heads, heads of each, num_tokens, size)
+        queries = query[0].reshape(num_kv_heads, -1, num_tokens, size)
+        own, shared = self._own_part(queries, key[0], value[0], score), self._shared_part(queries, score)
+        return own.mean_with(shared).to(query.dtype).reshape(1, num_tokens, num_heads, -1)
+
+    def _own_part(self, queries: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Scores) -> SoftmaxPart:
+        """Over the segment itself: `(num_tokens, num_kv_heads, heads of each, ...)`, from segments padded on the
+        right, where the causal mask hides the padding."""
+        places, exists = (part.to(key.device) for part in (self.segments.places, self.segments.exists))
+        num_segments, longest = places.shape
+        padded_queries = queries[:, :, places].permute(2, 0, 1, 3, 4).flatten(2, 3)
+        padded_keys, padded_values = (part[:, places].transpose(0, 1) for part in (key, value))
+        scores = score.of(padded_queries, padded_keys).view(num_segments, *queries.shape[:2], longest, longest)
+        later = torch.ones(longest, longest, dtype=torch.bool, device=scores.device).triu(1)
+        part = SoftmaxPart.over(scores.masked_fill_(later, -torch.inf), padded_values[:, :, None])
+        return SoftmaxPart(*(values.permute(0, 3, 1, 2, 4)[exists] for values in part))
+
+    def _shared_part(self, queries: torch.Tensor, score: Scores) -> SoftmaxPart:
+        """Over the prompt: the segments of one are next to each other, and one matrix product."""
+        parts = []
+        start = 0
+        for prompt, (num_tokens, length) in enumerate(self.segments.prompts):
+            of_prompt = queries[:, :, start : start + num_tokens]
+            keys, values = (
+                part[prompt, :, part.shape[2] - length :] for part in (self.prompt_keys, self.prompt_values)
+            )
+            part = SoftmaxPart.over(score.of(of_prompt.flatten(1, 2), keys), values)
+            parts.append([one.unflatten(1, of_prompt.shape[1:3]).permute(2, 0, 1, 3) for one in part])
+            start += num_tokens
+        return SoftmaxPart(*(torch.cat(one) for one in zip(*parts, strict=True)))
+
+
+class Segments(Cache):
+    """Keys and values of prompts, held once, for segments that follow them.
+
+    Args:
+        prompts ([`~transformers.DynamicCache`]):
+            Cache after the prompts have run, one row each, padded on the left.
+        prompt_lengths (`Sequence[int]` of length `num_prompts`):
+            Tokens of each prompt.
+        segment_lengths (`Sequence[Sequence[int]]` of length `num_prompts`):
+            Tokens of the segments that follow each prompt.
+        device (`torch.device`):
+            Device of the rows.
+
+    Attributes:
+        ends (`torch.LongTensor` of shape `(num_segments,)`):
+            Place of the last token of each segment.
+        position_ids (`torch.LongTensor` of shape `(1, num_tokens)`):
+            Position that each token has in its own row, prompt included.
+    """
+
+    def __init__(
+        self,
+        prompts: DynamicCache,
+        prompt_lengths: Sequence[int],
+        segment_lengths: Sequence[Sequence[int]],
+        device: torch.device,
+    ) -> None:
+        self.prompts = [(sum(own), length) for own, length in zip(segment_lengths, prompt_lengths, strict=True)]
+        lengths = torch.tensor([length for own in segment_lengths for length in own], device=device)
+        place = torch.arange(int(lengths.max()), device=device)
+        self.exists = place < lengths[:, None]  # (num_segments, longest)
+        self.ends = lengths.cumsum(dim=0) - 1
+        starts = self.ends - lengths + 1
+        self.places = torch.where(self.exists, starts[:, None] + place, 0)
+        before = [length for own, length in zip(segment_lengths, prompt_lengths, strict=True) for _ in own]
+        self.position_ids = (torch.tensor(before, device=device)[:, None] + place)[self.exists][None]
+        of_prompts: list[Any] = prompts.layers
+        layers: list[Any] = [SegmentLayer(layer.keys, layer.values, self) for layer in of_prompts]
+        super().__init__(layers=layers)
