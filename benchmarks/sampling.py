@@ -1,6 +1,7 @@
 """Completions sampled with shared prompts against `model.generate(num_return_sequences=n)`, of the same model.
 
 - 64 completions of 8 HH-RLHF prompts, and of one of them, which is of median length;
+- the first also against `generate` called for one prompt after the other;
 - 1, 4, 16 and 64 completions of 8 prompts, for the cost of one completion as n grows;
 - peak memory of the first, each side in a process of its own, less what it held before;
 - transformers' continuous batching, `model.generate_batch`, where it runs.
@@ -136,6 +137,11 @@ class Sampler:
         self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         self.lengths["theirs"] += recording.lengths
 
+    def theirs_one_by_one(self, prompts: list[str], n: int, max_new_tokens: int) -> None:
+        """As a script that calls `generate` for each prompt: a CPU's caches like that better than one large batch."""
+        for prompt in prompts:
+            self.theirs([prompt], n, max_new_tokens)
+
     def continuous_batching(self, prompts: list[str], n: int, max_new_tokens: int) -> None:
         self.seed += 1
         torch.manual_seed(self.seed)
@@ -245,6 +251,10 @@ def main() -> None:
         results[name] = sampler.compare(sampler.theirs, some_prompts, n)
         print(f"{name}:", json.dumps(results[name], indent=2), flush=True)
     results[f"{args.prompts}_prompts_x_64"] |= peaks
+
+    name = f"{args.prompts}_prompts_x_64_against_one_by_one"
+    results[name] = sampler.compare(sampler.theirs_one_by_one, prompts, 64)
+    print(f"{name}:", json.dumps(results[name], indent=2), flush=True)
 
     try:
         against_batching = sampler.compare(sampler.continuous_batching, prompts, 64)

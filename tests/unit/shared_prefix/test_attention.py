@@ -11,11 +11,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from prefopt_trl.shared_prefix.attention import (
     SHARED_PREFIX,
     PrefixCache,
+    Scores,
+    SoftmaxPart,
     attend_to_prefix,
     left_pad,
     shared_prefix_attention,
     without_head,
 )
+from prefopt_trl.shared_prefix.segments import Segments
 
 LENGTHS = [7, 4, 6]  # of the prompts, padded on the left to 7
 SIZE = 8
@@ -39,33 +42,44 @@ def attend_naively(query, keys, values, scaling: float, softcap: float | None) -
     return out
 
 
-class SlowRows:
-    """A cache of two layers, and beside it every row's keys and values in a list of their own."""
+class SlowPrompts:
+    """A cache of two layers after prompts have run, and beside it every prompt's keys and values without padding."""
 
     def __init__(
-        self, counts, num_heads, num_kv_heads, *, longest, lengths=LENGTHS, dtype=torch.float32, value_size=SIZE
+        self, num_heads: int, num_kv_heads: int, *, lengths=LENGTHS, dtype=torch.float32, value_size: int = SIZE
     ):
         self.generator = torch.Generator().manual_seed(0)
         self.num_heads, self.num_kv_heads, self.value_size, self.dtype = num_heads, num_kv_heads, value_size, dtype
-        prompts, self.rows = DynamicCache(), [[], []]
+        self.prompts, self.of_prompts = DynamicCache(), []
         place = torch.arange(max(lengths))
-        mask = (place >= max(lengths) - torch.tensor(lengths)[:, None]).long()
+        self.mask = (place >= max(lengths) - torch.tensor(lengths)[:, None]).long()
         for layer in range(2):
             # What stands at padding is no token and must not be seen: make it as large as can be
             keys, values = (
                 self.random(len(lengths), num_kv_heads, max(lengths), size).masked_fill(
-                    mask[:, None, :, None] == 0, 50.0
+                    self.mask[:, None, :, None] == 0, 50.0
                 )
                 for size in (SIZE, value_size)
             )
-            prompts.update(keys, values, layer)
-            for prompt, count in enumerate(counts):
-                visible = mask[prompt] == 1
-                self.rows[layer] += [(keys[prompt][:, visible], values[prompt][:, visible])] * count
-        self.cache = PrefixCache(prompts, mask if len(set(lengths)) > 1 else None, counts, longest)
+            self.prompts.update(keys, values, layer)
+            self.of_prompts.append(
+                [(keys[row][:, visible], values[row][:, visible]) for row, visible in enumerate(self.mask == 1)]
+            )
 
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator).to(self.dtype)
+
+
+class SlowRows(SlowPrompts):
+    """Rows that grow, and beside their cache every row's keys and values in a list of their own."""
+
+    def __init__(self, counts, num_heads, num_kv_heads, *, longest, lengths=LENGTHS, **options):
+        super().__init__(num_heads, num_kv_heads, lengths=lengths, **options)
+        self.rows = [
+            [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
+            for prompts in self.of_prompts
+        ]
+        self.cache = PrefixCache(self.prompts, self.mask if len(set(lengths)) > 1 else None, counts, longest)
 
     def keep(self, rows: list[int]) -> None:
         self.cache.keep_rows(torch.tensor(rows))
@@ -107,7 +121,7 @@ def test_every_step_equals_naive_attention(num_heads, num_kv_heads, counts, soft
     assert rows.cache.layers[0].keys.shape[2] == 80
 
 
-def test_all_tokens_at_once_are_not_copied_and_equal_naive_attention():
+def test_all_tokens_at_once_take_the_room_of_the_longest_and_equal_naive_attention():
     rows = SlowRows([4, 1, 2], 4, 2, longest=5)
     assert rows.error(5) < 2e-6
     assert rows.cache.layers[0].keys.shape[2] == 5
@@ -185,6 +199,106 @@ def test_keys_of_another_cache_sinks_and_dropout_are_refused():
     assert not rows.cache.layers[0].was_attended
     shared_prefix_attention(None, query, keys, values, None, s_aux=None)
     assert [layer.was_attended for layer in rows.cache.layers] == [True, False]
+
+
+# Segments in one row
+
+SEGMENTS = [[3, 1, 5], [2], [4, 4]]  # tokens of what follows each prompt
+
+
+class SlowSegments(SlowPrompts):
+    def __init__(self, segment_lengths, num_heads, num_kv_heads, *, lengths=LENGTHS, **options):
+        super().__init__(num_heads, num_kv_heads, lengths=lengths, **options)
+        self.lengths = [length for own in segment_lengths for length in own]
+        self.prompt_of = [prompt for prompt, own in enumerate(segment_lengths) for _ in own]
+        self.cache = Segments(self.prompts, lengths, segment_lengths, torch.device("cpu"))
+
+    def error(self, *, softcap=None, scaling=SIZE**-0.5, magnitude: float = 1.0) -> float:
+        """Run all tokens in one row, and say how far their attention is from the naive one, a segment at a time."""
+        largest, num_tokens = 0.0, sum(self.lengths)
+        for layer, prompts in enumerate(self.of_prompts):
+            query = self.random(1, self.num_heads, num_tokens, SIZE) * magnitude
+            keys = self.random(1, self.num_kv_heads, num_tokens, SIZE)
+            values = self.random(1, self.num_kv_heads, num_tokens, self.value_size)
+            found, weights = shared_prefix_attention(
+                None, query.clone(), *self.cache.update(keys, values, layer), None, scaling=scaling, softcap=softcap
+            )
+            assert weights is None and found.dtype == self.dtype
+            assert found.shape == (1, num_tokens, self.num_heads, self.value_size)
+            expected, start = [], 0
+            for prompt, length in zip(self.prompt_of, self.lengths, strict=True):
+                own = slice(start, start + length)
+                start += length
+                row_keys = torch.cat([prompts[prompt][0], keys[0, :, own]], dim=1)
+                row_values = torch.cat([prompts[prompt][1], values[0, :, own]], dim=1)
+                expected.append(attend_naively(query[0, :, own], row_keys, row_values, scaling, softcap))
+            largest = max(largest, (found[0].double() - torch.cat(expected)).abs().max().item())
+        return largest
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)], ids=["MHA", "GQA", "MQA"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(
+    ("lengths", "segment_lengths"),
+    [
+        (LENGTHS, SEGMENTS),
+        (LENGTHS, [[1], [1], [1]]),
+        (LENGTHS, [[1, 1, 1], [9, 1], [2]]),
+        ([5, 5], [[2, 3], [4]]),
+        ([1, 6], [[3, 3], [1, 2]]),
+        ([4], [[30, 1, 2]]),
+    ],
+    ids=str,
+)
+def test_segments_equal_naive_attention(num_heads, num_kv_heads, softcap, lengths, segment_lengths):
+    segments = SlowSegments(segment_lengths, num_heads, num_kv_heads, lengths=lengths)
+    assert segments.error(softcap=softcap) < 2e-6
+    assert [layer.was_attended for layer in segments.cache.layers] == [True, True]
+
+
+def test_segments_with_values_of_another_size_another_scaling_and_scores_of_thousands():
+    assert SlowSegments(SEGMENTS, 4, 2, value_size=5).error(scaling=0.7) < 2e-6
+    assert SlowSegments(SEGMENTS, 4, 2).error(magnitude=1000.0) < 1e-3
+
+
+def test_segments_in_bfloat16_are_close_and_their_softmax_is_in_float32():
+    # Summed in bfloat16, with 8 bits, a softmax over 300 tokens would be wrong by several percent
+    assert SlowSegments([[300, 2], [1], [4]], 4, 2, dtype=torch.bfloat16).error() < 0.03
+
+
+def test_where_the_tokens_of_segments_are():
+    cache = SlowPrompts(4, 2, lengths=[3, 1]).prompts
+    segments = Segments(cache, [3, 1], [[2, 1], [3]], torch.device("cpu"))
+    # Two segments after 3 tokens, at places 0 and 1, and 2; one after 1 token, at places 3 to 5
+    assert segments.position_ids.tolist() == [[3, 4, 3, 1, 2, 3]]
+    assert segments.ends.tolist() == [1, 2, 5]
+    assert segments.exists.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
+    assert segments.places.tolist() == [[0, 1, 0], [2, 0, 0], [3, 4, 5]]  # 0 where there is none
+    assert segments.prompts == [(3, 3), (3, 1)]
+    assert segments.get_seq_length() == 3
+    with pytest.raises(ValueError):  # a prompt without its segments
+        Segments(cache, [3, 1], [[2, 1]], torch.device("cpu"))
+
+
+def test_a_score_is_scaled_then_capped_and_in_float32():
+    queries, keys = torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 1.0], [0.0, 5.0]])
+    assert Scores(0.5, None).of(queries, keys).tolist() == [[3.0, 0.0]]
+    assert Scores(0.5, 2.0).of(queries, keys).tolist() == [[pytest.approx(2 * math.tanh(1.5)), 0.0]]
+    assert Scores(0.5, None).of(queries.bfloat16(), keys.bfloat16()).dtype == torch.float32
+    assert Scores(0.5, None).of(queries.double(), keys.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("shift", [0.0, 1000.0, -1000.0])
+def test_two_parts_of_a_softmax_are_one(shift):
+    # Weights 1, 3 and 4: the mean of 1, 5 and 10 is (1 + 15 + 40) / 8
+    values = torch.tensor([[1.0], [5.0]], dtype=torch.float64)
+    one = SoftmaxPart.over(torch.tensor([[0.0, math.log(3)]], dtype=torch.float64) + shift, values)
+    other = SoftmaxPart.over(torch.tensor([[math.log(4)]], dtype=torch.float64) + shift, 2 * values[1:])
+    assert one.mean_with(other).item() == pytest.approx(7.0)
+    assert other.mean_with(one).item() == pytest.approx(7.0)
+    # One that lies far below does not count
+    far = SoftmaxPart.over(torch.tensor([[shift - 2000]], dtype=torch.float64), 2 * values[1:])
+    assert one.mean_with(far).item() == far.mean_with(one).item() == pytest.approx(4.0)
 
 
 # The model's own attention
