@@ -270,12 +270,18 @@ def test_prompt_and_baseline_are_computed_once(model, tokenizer):
     ranker.compare(["p", "p"], ["a", "b"], ["b", "c"])  # the probe
     calls = record_tokens(model)
     ranker.score([prompt], [candidates], [baseline])
-    assert [len(call) for call in calls] == [2, 32]
+    assert [len(call) for call in calls] == [2, 1]  # what comparisons begin with, and all that follows
     beginnings = sorted((tokenizer.decode(row[row != tokenizer.pad_token_id]) for row in calls[0]), key=len)
     whole = "<s>" + dialogue(prompt.strip(), baseline, candidates[0])
     assert all(whole.startswith(beginning) for beginning in beginnings)
     assert baseline not in beginnings[0] and prompt.strip() in beginnings[0]
     assert baseline in beginnings[1]
+    # All tokens of the comparisons but those that beginnings save
+    texts = [dialogue(prompt.strip(), baseline, candidate) for candidate in candidates]
+    texts += [dialogue(prompt.strip(), candidate, baseline) for candidate in candidates]
+    num_tokens = [len(tokenizer(text).input_ids) for text in texts]
+    lengths = [len(tokenizer(beginning, add_special_tokens=False).input_ids) for beginning in beginnings]
+    assert calls[1].numel() == sum(num_tokens) - 16 * sum(lengths)
     shared = sum(call.numel() for call in calls)
     calls.clear()
     PairwiseRanker(model, tokenizer, batch_size=32, share_prefix=False).score([prompt], [candidates], [baseline])
@@ -393,8 +399,7 @@ def test_an_encoder_decoder_cuts_a_long_prompt_and_keeps_its_eos(tokenizer, capl
     with caplog.at_level(logging.WARNING):
         PairwiseRanker(model, tokenizer, max_length=whole - 10).compare([prompt], ["yes"], ["no"])
     assert logged(caplog) == [
-        "Prompts are not shared, each completion is run as a row of its own: t5 is an encoder-decoder.",
-        f"2 of 2 comparisons exceeded max_length={whole - 10} tokens: their prompts lost their beginning.",
+        f"2 of 2 comparisons exceeded max_length={whole - 10} tokens: their prompts lost their beginning."
     ]
     for row, texts in zip(sorted(rows), (("no", "yes"), ("yes", "no")), strict=True):
         text = tokenizer.decode(row)

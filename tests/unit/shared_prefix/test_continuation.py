@@ -9,9 +9,11 @@ from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    CohereConfig,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -20,13 +22,21 @@ from transformers import (
 )
 
 from prefopt_trl.shared_prefix import continuation
-from prefopt_trl.shared_prefix.attention import SHARED_PREFIX, attend_to_prefix, shared_prefix_attention, without_head
-from prefopt_trl.shared_prefix.continuation import (
-    _common_length,
-    reason_not_to_share_prefix,
-    rows_after_prefix,
-    whole_rows,
+from prefopt_trl.shared_prefix.attention import (
+    SHARED_PREFIX,
+    PrefixLayer,
+    attend_to_prefix,
+    shared_prefix_attention,
+    without_head,
 )
+from prefopt_trl.shared_prefix.continuation import (
+    RowsAfterPrefix,
+    WholeRows,
+    _common_length,
+    last_of_row,
+    reason_not_to_share_prefix,
+)
+from prefopt_trl.shared_prefix.segments import SegmentLayer
 
 PAD = 0
 LLAMA_LIKE = {
@@ -45,7 +55,10 @@ FAMILIES = {
     "llama": LlamaConfig(**LLAMA_LIKE),
     "qwen3": Qwen3Config(**LLAMA_LIKE, head_dim=8),
     "mixtral": MixtralConfig(**LLAMA_LIKE, num_local_experts=4),
-    "gemma2": Gemma2Config(**LLAMA_LIKE, head_dim=8, attn_logit_softcapping=2.0),
+    # Their logits are capped, or scaled
+    "gemma2": Gemma2Config(**LLAMA_LIKE, head_dim=8, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "cohere": CohereConfig(**LLAMA_LIKE, logit_scale=0.25),
+    "granite": GraniteConfig(**LLAMA_LIKE, logits_scaling=0.5),
     "gpt2": GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=128, pad_token_id=PAD),
     "gpt_neox": GPTNeoXConfig(**{key: value for key, value in LLAMA_LIKE.items() if key != "num_key_value_heads"}),
     "opt": OPTConfig(
@@ -86,81 +99,232 @@ def build(config, auto_class=AutoModelForCausalLM):
     return model
 
 
-def check_rows(model, rows, group_ids) -> torch.Tensor:
+CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+
+
+def check_rows(model, rows, group_ids) -> list[int]:
     """Compare what follows the common beginnings with whole rows, one at a time; the lengths of what follows."""
     inner = without_head(model)
     with torch.no_grad():
-        inputs, lengths = rows_after_prefix(model, rows, group_ids, PAD)
+        following = RowsAfterPrefix(model, rows, group_ids, PAD)
         with attend_to_prefix(model):
-            hidden = inner(**inputs).last_hidden_state
-        for row, found, ids, length in zip(rows, hidden, inputs["input_ids"], lengths.tolist(), strict=True):
-            assert row[-length:] == ids[:length].tolist()
+            hidden = inner(**following.inputs).last_hidden_state[0]
+        lengths = following.segments.exists.sum(dim=1).tolist()
+        assert len(hidden) == sum(lengths)
+        ids = following.input_ids[0].split(lengths)
+        for row, found, own, length in zip(rows, hidden.split(lengths), ids, lengths, strict=True):
+            assert row[-length:] == own.tolist()
             expected = inner(input_ids=torch.tensor([row])).last_hidden_state[0, -length:]
-            torch.testing.assert_close(found[:length], expected, atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(found, expected, **CLOSE)
     return lengths
+
+
+def logits_of_single_rows(model, rows) -> torch.Tensor:
+    """Slow reference: one unpadded row at a time, its logits after the last token."""
+    with torch.no_grad():
+        return torch.stack([model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1] for row in rows])
+
+
+def record_tokens(model) -> list[torch.Tensor]:
+    """Return a list that collects the token ids of every run of the body."""
+    calls: list[torch.Tensor] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0]))
+    return calls
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("case", ROWS)
-def test_hidden_states_are_those_of_whole_rows(family, case):
-    check_rows(build(FAMILIES[family]), *ROWS[case])
+def test_hidden_states_and_logits_are_those_of_whole_rows(family, case):
+    model, (rows, group_ids) = build(FAMILIES[family]), ROWS[case]
+    check_rows(model, rows, group_ids)
+    expected = logits_of_single_rows(model, rows)
+    with torch.no_grad():
+        found = RowsAfterPrefix(model, rows, group_ids, PAD).last_logits(model)
+        whole = WholeRows(rows, PAD, model.device).last_logits(model)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(whole, expected, **CLOSE)
+    assert expected.std() > 0.1
 
 
-def test_what_is_common_is_computed_once():
-    model, tokens = build(FAMILIES["llama"]), []
-    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: tokens.append(output.shape[:2]))
-    rows = [[*range(20, 50), last] for last in range(5, 15)]
-    lengths = check_rows(model, rows, [0] * 10)
-    assert lengths.tolist() == [1] * 10
-    assert tokens[:2] == [(1, 30), (10, 1)]  # 40 tokens of 310; after them come the whole rows of the check
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_model_that_knows_no_logits_to_keep_gives_the_same(family):
+    model, (rows, group_ids) = build(FAMILIES[family]), ROWS["all of these"]
+    expected, forward, shapes = logits_of_single_rows(model, rows), model.forward, []
+
+    def without_logits_to_keep(logits_to_keep, **kwargs):
+        outputs = forward(**kwargs)
+        shapes.append(outputs.logits.shape[1])
+        return outputs
+
+    model.forward = without_logits_to_keep
+    with torch.no_grad():
+        found = RowsAfterPrefix(model, rows, group_ids, PAD).last_logits(model)
+        whole = WholeRows(rows, PAD, model.device).last_logits(model)
+    assert shapes == [3 + 2 + 9 + 1 + 1, 7]  # what follows in each group; rows as long as the longest
+    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(whole, expected, **CLOSE)
+
+
+def test_beginnings_and_what_follows_them_are_run_once_without_padding_and_the_head_where_rows_end():
+    model, num_logits = build(FAMILIES["llama"]), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: num_logits.append(output.shape[:2]))
+    calls = record_tokens(model)
+    rows = [[*range(20, 50), *range(5, 6 + length)] for length in range(10)]
+    rows += [[*A, 20, 21], [*A, 22], [*B, 23]]
+    with torch.no_grad():
+        RowsAfterPrefix(model, rows, [0] * 11 + [1, 1], PAD)
+    calls.clear()
+    group_ids = [0] * 10 + [1, 1, 2]
+    with torch.no_grad():
+        following = RowsAfterPrefix(model, rows, group_ids, PAD)
+        following.last_logits(model)
+    prefixes, tokens = calls
+    # The first of ten rows is its group's beginning and a token, which stays with the row
+    assert [row[row != PAD].tolist() for row in prefixes] == [[*range(20, 50)], A, B]
+    assert prefixes.shape == (3, 30)
+    ends = [row[30:] for row in rows[:10]] + [[20, 21], [22], [23]]
+    assert tokens.tolist() == [sum(ends, [])]
+    assert num_logits == [(1, 13)]
 
 
 def test_logits_after_the_last_token_as_in_the_example():
     model = build(FAMILIES["llama"])
-    rows, lengths = rows_after_prefix(model, [[5, 6, 7, 1], [5, 6, 7, 2, 3]], [0, 0], pad_token_id=0)
-    with torch.no_grad(), attend_to_prefix(model):
-        logits = model(**rows).logits[torch.arange(2), lengths - 1]
     with torch.no_grad():
-        expected = [model(input_ids=torch.tensor([row])).logits[0, -1] for row in ([5, 6, 7, 1], [5, 6, 7, 2, 3])]
-    torch.testing.assert_close(logits, torch.stack(expected), atol=2e-5, rtol=1e-5)
+        rows = RowsAfterPrefix(model, [[5, 6, 7, 1], [5, 6, 7, 2, 3]], [0, 0], pad_token_id=0)
+        logits = rows.last_logits(model)
+    torch.testing.assert_close(logits, logits_of_single_rows(model, [[5, 6, 7, 1], [5, 6, 7, 2, 3]]), **CLOSE)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+# Classification heads
+
+
+def with_head(family: str):
+    config = FAMILIES[family] if family in FAMILIES else MistralConfig(**LLAMA_LIKE, sliding_window=64)
+    return build(type(config)(**config.to_diff_dict() | {"num_labels": 2}), AutoModelForSequenceClassification)
+
+
+def head_logits_of_single_rows(model, rows) -> torch.Tensor:
+    """Slow reference: one row without padding at its end at a time, whose last token the head reads."""
+    rows = [row[: last_of_row(row, PAD) + 1] for row in rows]
+    with torch.no_grad():
+        return torch.cat([model(input_ids=torch.tensor([row])).logits for row in rows])
+
+
+# Padding ends rows here, as EOS does where it is padding: what follows a beginning must not be it alone
+WITH_PADDING = ([[*A, PAD], [*A, 20, PAD], [*A, PAD, PAD], [*A, 20, 21], [*B, PAD, 22, PAD]], [0, 0, 0, 0, 1])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "mixtral", "gemma2", "gpt2", "gpt_neox", "opt"])
 def test_a_head_that_looks_for_the_last_token_that_is_no_padding_finds_it(family):
-    config = FAMILIES[family].__class__(**FAMILIES[family].to_diff_dict() | {"num_labels": 1})
-    model = build(config, AutoModelForSequenceClassification)
-    # The padding ends rows here, as EOS does where it is padding: what follows a beginning must not be it alone
-    rows = [[*A, PAD], [*A, 20, PAD], [*A, PAD, PAD], [*A, 20, 21]]
+    model = with_head(family)
+    for rows, group_ids in [*ROWS.values(), WITH_PADDING]:
+        expected = head_logits_of_single_rows(model, rows)
+        with torch.no_grad():
+            found = RowsAfterPrefix(model, rows, group_ids, PAD).head_logits(model)
+            whole = WholeRows(rows, PAD, model.device).head_logits(model)
+        torch.testing.assert_close(found, expected, **CLOSE)
+        torch.testing.assert_close(whole, expected, **CLOSE)
+        assert expected.std() > 1e-2
+
+
+def test_a_head_runs_the_body_once_and_reads_one_token_of_each_row():
+    model, read = with_head("llama"), []
+    calls = record_tokens(model)
+    model.score.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].shape))
+    rows, group_ids = WITH_PADDING
     with torch.no_grad():
-        expected = torch.cat([model(input_ids=torch.tensor([row])).logits for row in rows])
-        inputs, _ = rows_after_prefix(model, rows, [0] * 4, PAD)
-        with attend_to_prefix(model):
-            found = model(**inputs).logits
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
-    assert expected.std() > 1e-2
+        RowsAfterPrefix(model, rows, group_ids, PAD).head_logits(model)
+    assert [call.shape for call in calls] == [(2, 4), (1, 13)]
+    assert calls[1].tolist() == [[9, PAD, 9, 20, PAD, 9, PAD, PAD, 9, 20, 21, 22, PAD]]
+    assert read == [(5, 1, 32)]
 
 
-def test_an_adapter_and_bfloat16():
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_body_is_as_before_also_after_an_error(fails, wrapped):
+    model = with_head("llama")
+    rows, group_ids = WITH_PADDING
+    expected, body = head_logits_of_single_rows(model, rows), model.model
+    if wrapped:  # as a library that prepares a model does
+        inner = body.forward
+        body.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    before, implementation = vars(body).get("forward"), model.config._attn_implementation
+    with torch.no_grad():
+        following = RowsAfterPrefix(model, rows, group_ids, PAD)
+        if fails:
+            with pytest.raises(TypeError):
+                model.score, score = torch.nn.Bilinear(32, 32, 2), model.score
+                following.head_logits(model)
+            model.score = score
+        else:
+            torch.testing.assert_close(following.head_logits(model), expected, **CLOSE)
+    assert vars(body).get("forward") is before
+    assert model.config._attn_implementation == implementation
+    torch.testing.assert_close(head_logits_of_single_rows(model, rows), expected, atol=0, rtol=0)
+
+
+# Adapters and half precision
+
+
+def test_an_adapter_of_a_language_model_counts_and_only_while_it_is_active():
+    base = build(FAMILIES["llama"])
+    rows, group_ids = ROWS["all of these"]
+    plain = logits_of_single_rows(base, rows)
     torch.manual_seed(1)
-    model = get_peft_model(build(FAMILIES["llama"]), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
-    check_rows(model, *ROWS["all of these"])
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    check_rows(model, rows, group_ids)
+    expected = logits_of_single_rows(model, rows)
+    with torch.no_grad():
+        found = RowsAfterPrefix(model, rows, group_ids, PAD).last_logits(model)
+        with model.disable_adapter():
+            disabled = RowsAfterPrefix(model, rows, group_ids, PAD).last_logits(model)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(disabled, plain, **CLOSE)
+    assert (expected - plain).abs().max() > 0.1
+
+
+def test_an_adapter_of_a_classifier_counts():
+    base = with_head("llama")
+    rows, group_ids = WITH_PADDING
+    plain = head_logits_of_single_rows(base, rows)
+    torch.manual_seed(1)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)).eval()
+    assert reason_not_to_share_prefix(model, 20) is None
+    expected = head_logits_of_single_rows(model, rows)
+    with torch.no_grad():
+        found = RowsAfterPrefix(model, rows, group_ids, PAD).head_logits(model)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert (expected - plain).abs().max() > 0.01
+
+
+def test_bfloat16_is_close():
     rows, group_ids = ROWS["groups of several sizes"]
     model = build(FAMILIES["llama"]).bfloat16()
     with torch.no_grad():
-        inputs, lengths = rows_after_prefix(model, rows, group_ids, PAD)
-        with attend_to_prefix(model):
-            found = model(**inputs).logits[torch.arange(5), lengths - 1]
-        expected = torch.stack([model(input_ids=torch.tensor([row])).logits[0, -1] for row in rows])
+        found = RowsAfterPrefix(model, rows, group_ids, PAD).last_logits(model)
+    expected = logits_of_single_rows(model, rows)
+    assert found.dtype == torch.bfloat16
     assert (found - expected).abs().mean() < 0.02 * expected.abs().mean()
 
 
+# Rows and what they have in common
+
+
 def test_whole_rows_are_padded_on_the_right():
-    inputs, lengths = whole_rows([[5, 6, 7], [8]], 9, torch.device("cpu"))
-    assert {name: tensor.tolist() for name, tensor in inputs.items()} == {
+    rows = WholeRows([[5, 6, 7], [8]], 9, torch.device("cpu"))
+    assert {name: tensor.tolist() for name, tensor in rows.inputs.items()} == {
         "input_ids": [[5, 6, 7], [8, 9, 9]],
         "attention_mask": [[1, 1, 1], [1, 0, 0]],
     }
-    assert lengths.tolist() == [3, 1]
+    assert rows.lengths.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("row", "place"),
+    [([5], 0), ([PAD], 0), ([5, 6], 1), ([5, PAD], 0), ([PAD, PAD], 0), ([5, PAD, 6], 2), ([5, 6, PAD, PAD], 1)],
+)
+def test_the_last_token_that_is_no_padding(row, place):
+    assert last_of_row(row, PAD) == place
 
 
 @pytest.mark.parametrize(
@@ -176,7 +340,8 @@ def test_whole_rows_are_padded_on_the_right():
         ([[5, 6, PAD], [5, 6, PAD]], 1),  # as 6 is the last that is no padding
         ([[5, 6, PAD, PAD], [5, 6, 7]], 1),
         ([[5, PAD, 6, 7], [5, PAD, 6, 8]], 3),  # padding inside is a token like others
-        ([[5, PAD], [5, PAD]], 1),
+        ([[5, PAD], [5, PAD]], 0),  # as 5 is all that can be read
+        ([[PAD, 5], [PAD, 6]], 1),
         ([[5, 6, 10], [5, 6, 9], [5, 6, 100]], 2),
     ],
 )
@@ -223,45 +388,72 @@ def test_rows_as_long_as_the_window_share_and_longer_ones_do_not(caplog):
                 check_rows(model, rows, [0, 0])
 
 
-def without_prompt(module, query, key, value, attention_mask, **kwargs):
-    key.prefix_layer.was_attended = True
-    scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(2, 3)
-    num_queries, num_own = scores.shape[2:]
-    later = torch.ones(num_queries, num_own, dtype=torch.bool).triu(num_own - num_queries + 1)
-    weights = (scores * query.shape[-1] ** -0.5).masked_fill(later, -torch.inf).softmax(-1)
-    return (weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)).transpose(1, 2), None
+def with_another_scale(attend, layer, query, key, value, score):
+    return attend(layer, query, key, value, score._replace(scaling=1.05 * score.scaling))
 
 
-def without_order(module, query, key, value, attention_mask, **kwargs):
-    """Every query as if it came last, so that it sees the tokens that follow it."""
-    outputs = [
-        shared_prefix_attention(module, query[:, :, [place]], key, value, attention_mask, **kwargs)[0]
-        for place in range(query.shape[2])
-    ]
-    return torch.cat(outputs, dim=1), None
+def without_prompt(attend, layer, query, key, value, score):
+    return with_prompt(attend, layer, torch.zeros_like, query, key, value, score)
 
 
-def with_another_scale(module, query, key, value, attention_mask, scaling=1.0, **kwargs):
-    return shared_prefix_attention(module, query, key, value, attention_mask, scaling=1.05 * scaling, **kwargs)
+def of_the_wrong_prompt(attend, layer, query, key, value, score):
+    return with_prompt(attend, layer, lambda part: part.flip(0), query, key, value, score)
 
 
-def of_the_wrong_prompt(module, query, key, value, attention_mask, **kwargs):
-    layer = key.prefix_layer
-    keys, values = layer.prompt_keys, layer.prompt_values
-    layer.prompt_keys, layer.prompt_values = keys.flip(0), values.flip(0)
-    result = shared_prefix_attention(module, query, key, value, attention_mask, **kwargs)
-    layer.prompt_keys, layer.prompt_values = keys, values
-    return result
+def with_prompt(attend, layer, change, *arguments):
+    before = layer.prompt_keys, layer.prompt_values
+    layer.prompt_keys, layer.prompt_values = map(change, before)
+    attended = attend(layer, *arguments)
+    layer.prompt_keys, layer.prompt_values = before
+    return attended
 
 
-@pytest.mark.parametrize("wrong", [without_prompt, without_order, with_another_scale, of_the_wrong_prompt])
-def test_a_wrong_attention_is_caught(wrong):
-    AttentionInterface.register(SHARED_PREFIX, wrong)
-    try:
-        reason = reason_not_to_share_prefix(build(FAMILIES["llama"]), 20)
-    finally:
-        AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
+def of_the_token_that_follows(attend, layer, query, key, value, score):
+    return attend(layer, query, key.roll(-1, dims=2), value.roll(-1, dims=2), score)
+
+
+def of_another_row(attend, layer, query, key, value, score):
+    return attend(layer, query, key.flip(0), value.flip(0), score)
+
+
+@pytest.mark.parametrize(
+    ("layer", "wrong"),
+    [
+        *[(layer, wrong) for layer in (SegmentLayer, PrefixLayer) for wrong in (with_another_scale, without_prompt)],
+        (SegmentLayer, of_the_wrong_prompt),
+        (PrefixLayer, of_the_wrong_prompt),
+        (SegmentLayer, of_the_token_that_follows),
+        (PrefixLayer, of_another_row),
+    ],
+)
+def test_an_attention_that_is_wrong_in_segments_or_in_steps_alone_is_caught(monkeypatch, layer, wrong):
+    attend = layer.attend
+    monkeypatch.setattr(layer, "attend", lambda layer, *arguments: wrong(attend, layer, *arguments))
+    reason = reason_not_to_share_prefix(build(FAMILIES["llama"]), 20)
     assert reason is not None and "hidden states of llama with a shared prompt differ by" in reason
+
+
+@pytest.mark.parametrize("layer", [SegmentLayer, PrefixLayer])
+def test_an_attention_that_fails_in_segments_or_in_steps_alone_is_told(monkeypatch, layer):
+    def failing(*args):
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setattr(layer, "attend", failing)
+    reason = reason_not_to_share_prefix(build(FAMILIES["llama"]), 20)
+    assert reason == "llama cannot share a prompt's keys (RuntimeError: no kernel for this)"
+
+
+def test_a_layer_with_an_attention_of_its_own_is_told():
+    model = build(FAMILIES["llama"])
+
+    def of_its_own(hidden_states, past_key_values=None, **kwargs):
+        if past_key_values is not None:
+            past_key_values.update(hidden_states[:, None], hidden_states[:, None], 1)
+        return hidden_states, None
+
+    model.model.layers[1].self_attn.forward = of_its_own
+    reason = reason_not_to_share_prefix(model, 20)
+    assert reason == "llama has an attention of its own, which is not in transformers' `AttentionInterface`"
 
 
 def test_an_attention_that_fails_is_told():
