@@ -1,6 +1,5 @@
 """Sampling completions of the policy itself with transformers' `generate`, each prompt computed once."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from transformers import (
     StopStringCriteria,
 )
 from transformers.generation import GenerationMode
+from transformers.utils import logging
 
 from prefopt_trl.data.formats import Prompt
 from prefopt_trl.sampling.prompts import tokenize_prompts
@@ -25,7 +25,7 @@ from prefopt_trl.shared_prefix.continuation import WholeRows, partition_reason, 
 from prefopt_trl.shared_prefix.decoding import decode_shared_prefix
 from prefopt_trl.shared_prefix.support import log_reason
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 # Options of `GenerationConfig` that are set here, or that would change what `generate` returns
 OWN_OPTIONS = {
@@ -330,12 +330,9 @@ def sizes_of_batch(
         if prompts:
             return prompts, num_completions
         batch_size = max(int((budget - per_prompt) // per_completion), 1)
-        logger.warning(
-            "`memory_budget`=%s GiB holds %d of the %d completions of a prompt at a time, so it is computed several "
-            "times. Raise it where there is more memory.",
-            memory_budget,
-            batch_size,
-            num_completions,
+        logger.warning_once(
+            f"`memory_budget`={memory_budget} GiB holds {batch_size} of the {num_completions} completions of a prompt at "
+            "a time, so it is computed several times. Raise it where there is more memory."
         )
     return max(batch_size // num_completions, 1), min(batch_size, num_completions)
 
