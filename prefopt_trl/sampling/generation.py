@@ -321,7 +321,8 @@ def sizes_of_batch(
         config: Any = model.config.get_text_config()
         all_heads = getattr(config, "num_attention_heads", 1)  # a recurrent model has none
         num_heads = getattr(config, "num_key_value_heads", None) or all_heads
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // all_heads
+        sizes = (getattr(config, name, None) for name in ("head_dim", "d_kv"))  # the latter in T5
+        head_size = next(filter(None, sizes), config.hidden_size // all_heads)
         per_token = 2 * 2 * config.num_hidden_layers * num_heads * head_size * model.dtype.itemsize
         per_completion = per_token * (max_new_tokens + (0 if shares else prompt_length)) + 24 * config.vocab_size
         per_prompt = per_token * prompt_length if shares else 0
@@ -331,8 +332,8 @@ def sizes_of_batch(
             return prompts, num_completions
         batch_size = max(int((budget - per_prompt) // per_completion), 1)
         logger.warning_once(
-            f"`memory_budget`={memory_budget} GiB holds {batch_size} of the {num_completions} completions of a prompt at "
-            "a time, so it is computed several times. Raise it where there is more memory."
+            f"`memory_budget`={memory_budget} GiB holds {batch_size} of the {num_completions} completions of a prompt "
+            "at a time, so it is computed several times. Raise it where there is more memory."
         )
     return max(batch_size // num_completions, 1), min(batch_size, num_completions)
 

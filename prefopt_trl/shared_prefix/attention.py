@@ -100,28 +100,28 @@ class Scores(NamedTuple):
 
 
 class SoftmaxPart(NamedTuple):
-    """A softmax over some of the keys: with `m` the `greatest` score, `sum exp(s - m)` and `sum exp(s - m) v`.
+    """A softmax over some of the keys: the `greatest` score `m`, the `total` of `exp(s - m)`, and the values' mean.
 
-    Those of other keys add up, once `m` is the same. Each ends with a dimension of 1, or of the values' size.
+    That over other keys can be joined to it. Each ends with a dimension of 1, or of the values' size.
     """
 
     greatest: torch.Tensor
     total: torch.Tensor
-    values: torch.Tensor
+    mean: torch.Tensor
 
     @classmethod
     def over(cls, scores: torch.Tensor, values: torch.Tensor) -> "SoftmaxPart":
         """Of scores, which are written over."""
         greatest = scores.amax(dim=-1, keepdim=True)
         weights = scores.sub_(greatest).exp_()
-        return cls(greatest, weights.sum(dim=-1, keepdim=True), weights.to(values.dtype) @ values)
+        total = weights.sum(dim=-1, keepdim=True)
+        return cls(greatest, total, weights.div_(total).to(values.dtype) @ values)  # a sum would overflow float16
 
     def mean_with(self, other: "SoftmaxPart") -> torch.Tensor:
         """The mean of the values over the keys of both."""
         greatest = torch.maximum(self.greatest, other.greatest)
-        own_weight, other_weight = torch.exp(self.greatest - greatest), torch.exp(other.greatest - greatest)
-        total = self.total * own_weight + other.total * other_weight
-        return (self.values * own_weight + other.values * other_weight) / total
+        weight, other_weight = (part.total * torch.exp(part.greatest - greatest) for part in (self, other))
+        return (self.mean * weight + other.mean * other_weight) / (weight + other_weight)
 
 
 class PrefixLayer(SharedKeysLayer):

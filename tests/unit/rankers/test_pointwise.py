@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -15,13 +16,16 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     ModernBertConfig,
+    OPTConfig,
     Qwen3Config,
     RobertaConfig,
 )
 from trl import RewardConfig, RewardTrainer
 
 from prefopt_trl.rankers import RewardModelRanker
+from prefopt_trl.shared_prefix.continuation import RowsAfterPrefix, WholeRows
 
 PROMPTS = ["What is the capital of France?", "Bake bread."]
 COMPLETIONS = [
@@ -148,6 +152,17 @@ def reward_models():
         Qwen3Config(**llama_like, head_dim=8),
         Gemma2Config(**llama_like, head_dim=8),
         GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, num_labels=1, pad_token_id=0),
+        MistralConfig(**llama_like, sliding_window=512),
+        OPTConfig(
+            vocab_size=300,
+            hidden_size=32,
+            ffn_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            word_embed_proj_dim=32,
+            num_labels=1,
+            pad_token_id=0,
+        ),
     ]
 
 
@@ -207,6 +222,37 @@ def test_sharing_changes_no_reward_of_an_empty_text_where_eos_is_padding(tokeniz
         for share_prefix in (True, False)
     )
     assert shared == pytest.approx(plain, abs=1e-5)
+
+
+def test_a_batch_is_shared_where_rows_of_a_group_have_a_token_behind_their_first(model, tokenizer):
+    def rows(token_ids, groups, share_prefix=True):
+        ranker = RewardModelRanker(model, tokenizer, share_prefix=share_prefix)
+        return type(ranker.ranking_model.rows(token_ids, groups, pad_token_id=0))
+
+    alike = [[5, 6, 7], [5, 6, 8]]
+    assert rows(alike, ["one", "one"]) is RowsAfterPrefix
+    assert rows([*alike, [9, 10]], ["one", "one", "other"]) is RowsAfterPrefix
+    assert rows(alike, ["one", "one"], share_prefix=False) is WholeRows
+    assert rows(alike, ["one", "other"]) is WholeRows  # nothing to share
+    # Of a row of one token nothing would follow what is shared, and padding is not read
+    for single in ([5], [5, 0], [5, 0, 0], [0, 0]):
+        assert rows([*alike, single], ["one", "one", "other"]) is WholeRows
+    assert rows([*alike, [0, 5]], ["one", "one", "other"]) is RowsAfterPrefix
+
+
+@pytest.mark.parametrize("config", reward_models(), ids=lambda config: config.model_type)
+def test_an_adapter_that_is_shared_changes_no_reward(tokenizer, config):
+    base = with_large_weights(config)
+    plain_base = RewardModelRanker(base, tokenizer).score(PROMPTS[:1], [CANDIDATES])[0]
+    torch.manual_seed(1)
+    lora = LoraConfig(task_type="SEQ_CLS", init_lora_weights=False, target_modules="all-linear")
+    model = get_peft_model(base, lora).eval()
+    shared, plain = (
+        RewardModelRanker(model, tokenizer, share_prefix=share_prefix).score(PROMPTS[:1], [CANDIDATES])[0]
+        for share_prefix in (True, False)
+    )
+    assert shared == pytest.approx(plain, abs=1e-5)
+    assert np.abs(plain - plain_base).max() > 1e-2
 
 
 def test_a_prompt_is_computed_once(model, tokenizer):

@@ -14,7 +14,9 @@ from scipy.stats import chisquare
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BartConfig,
     BloomConfig,
     FalconConfig,
     GenerationConfig,
@@ -22,7 +24,9 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MistralConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    T5Config,
 )
 
 from prefopt_trl.sampling import generation
@@ -287,10 +291,81 @@ def test_a_penalty_of_repetition_counts_the_prompt_and_not_its_padding() -> None
     assert p_value(texts[1], law(short, [])) < CHANCE
 
 
+# Encoder-decoders
+
+TINY = {"vocab_size": 12, "pad_token_id": PAD, "eos_token_id": EOS}
+ENCODER_DECODERS = {
+    "t5": T5Config(**TINY, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=PAD),
+    "bart": BartConfig(
+        **TINY,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        decoder_start_token_id=EOS,  # as BART's is
+        bos_token_id=None,
+    ),
+}
+
+
+def encoder_decoder(family: str) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForSeq2SeqLM.from_config(ENCODER_DECODERS[family]).eval()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.data.normal_(std=0.4)
+    return model
+
+
+def as_decoder_only(model: PreTrainedModel, prompt_ids: PromptIds) -> Callable:
+    """The model for `next_token_law`: what stands behind the prompt is the decoder's, after its start."""
+
+    def forward(input_ids: torch.Tensor) -> object:
+        decoded = [model.config.decoder_start_token_id, *input_ids[0, len(prompt_ids) :].tolist()]
+        return model(input_ids=torch.tensor([list(prompt_ids)]), decoder_input_ids=torch.tensor([decoded]))
+
+    return forward
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_completions_of_an_encoder_decoder_follow_its_law_whatever_the_lengths_of_the_prompts(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tokenizer, prompts = encoder_decoder(family), letter_tokenizer(), ["b", "aifbdc", "ghi"]
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+        completions = sample_completions(model, tokenizer, prompts, 4000, max_new_tokens=2)
+    prompt_ids = tokenize_prompts(tokenizer, prompts)
+    laws = [law_of_texts(as_decoder_only(model, ids), tokenizer, ids) for ids in prompt_ids]
+    for row, other in itertools.product(range(3), repeat=2):
+        assert (p_value(completions[row], laws[other]) > CHANCE) == (row == other)
+    assert [f"{family} is an encoder-decoder" in record.getMessage() for record in caplog.records] == [True]
+    with pytest.raises(ValueError, match=f"`share_prefix=True` cannot be exact: {family} is an encoder-decoder"):
+        sample_completions(model, tokenizer, prompts, 2, max_new_tokens=2, share_prefix=True)
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_what_an_encoder_decoder_has_drawn_is_told_without_its_start(family: str) -> None:
+    model, tokenizer = encoder_decoder(family), letter_tokenizer()
+    prompt_ids = tokenize_prompts(tokenizer, ["b", "aifbdc"])
+    options = {"max_new_tokens": 8, "temperature": 1e-4, "top_p": 1.0, "top_k": 0}
+    found = sample_candidates(model, tokenizer, prompt_ids, 2, seed=0, keep_logps=True, **options)
+    for ids, candidates in zip(prompt_ids, found, strict=True):
+        drawn: list[int] = []
+        while len(drawn) < 8 and EOS not in drawn:
+            drawn.append(int(next_token_law(as_decoder_only(model, ids), [*ids, *drawn]).argmax()))
+        assert [sampled.ids for sampled in candidates.sampled] == [drawn] * 2
+        assert candidates.texts == [tokenizer.decode(drawn, skip_special_tokens=True)] * 2
+        assert candidates.finished == [drawn[-1] == EOS] * 2
+        assert [sampled.logp for sampled in candidates.sampled] == [None] * 2
+
+
 # Sharing
 
 
-TINY = {"vocab_size": 12, "pad_token_id": PAD, "eos_token_id": EOS}
 NOT_SHARING = {
     "uses ALiBi": BloomConfig(**TINY, hidden_size=16, n_layer=1, n_head=2),
     "recurrent layers": MambaConfig(**TINY, hidden_size=16, num_hidden_layers=1, state_size=4),
@@ -400,6 +475,26 @@ def test_the_size_of_a_batch_is_what_the_budget_holds() -> None:
         (2, 4),
         (2, 4),
     ]
+
+
+def test_a_budget_too_small_for_the_completions_of_a_prompt_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    # 7 completions of 2848 bytes each and the prompt's 5120
+    model, one = random_model(), (5120 + 7 * 2848) / 2**30
+    for budget, batch_size in ((one, None), (one / 2, 1)):
+        sizes_of_batch(model, 7, 10, 5, batch_size, budget, shares=True)
+    assert caplog.records == []
+    for _ in range(2):
+        sizes_of_batch(model, 7, 10, 5, None, one - 2**-30, shares=True)
+    (record,) = caplog.records
+    assert "GiB holds 6 of the 7 completions of a prompt at a time" in record.getMessage()
+
+
+def test_a_model_without_attention_is_counted_by_its_width() -> None:
+    model = AutoModelForCausalLM.from_config(NOT_SHARING["recurrent layers"])
+    of_one = 2 * 2 * 16 * 4 * (10 + 5) + 24 * 12
+    assert [
+        sizes_of_batch(model, 2, 10, 5, None, size / 2**30, shares=False)[0] for size in (2 * of_one, 6 * of_one)
+    ] == [1, 3]
 
 
 def test_heads_that_share_keys_and_half_precision_take_less() -> None:

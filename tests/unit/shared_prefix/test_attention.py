@@ -348,3 +348,11 @@ def test_a_model_without_its_head_keeps_its_adapter():
         assert torch.equal(model.lm_head(found.last_hidden_state), adapted(input_ids=ids).logits)
         with adapted.disable_adapter():
             assert not torch.equal(without_head(adapted)(input_ids=ids)[0], found[0])
+
+
+def test_the_values_of_thousands_of_tokens_do_not_overflow_float16():
+    prompts, new = DynamicCache(), torch.zeros(1, 1, 1, 8, dtype=torch.float16)
+    prompts.update(torch.zeros(1, 1, 4096, 8).half(), torch.full((1, 1, 4096, 8), 20.0).half(), 0)
+    cache = PrefixCache(prompts, None, [1], 4)
+    keys, values = cache.update(new, new + 20, 0)
+    assert shared_prefix_attention(None, new, keys, values, None)[0].flatten().tolist() == [20.0] * 8

@@ -172,18 +172,13 @@ def test_beginnings_and_what_follows_them_are_run_once_without_padding_and_the_h
     rows = [[*range(20, 50), *range(5, 6 + length)] for length in range(10)]
     rows += [[*A, 20, 21], [*A, 22], [*B, 23]]
     with torch.no_grad():
-        RowsAfterPrefix(model, rows, [0] * 11 + [1, 1], PAD)
-    calls.clear()
-    group_ids = [0] * 10 + [1, 1, 2]
-    with torch.no_grad():
-        following = RowsAfterPrefix(model, rows, group_ids, PAD)
-        following.last_logits(model)
+        RowsAfterPrefix(model, rows, [0] * 10 + [1, 1, 2], PAD).last_logits(model)
     prefixes, tokens = calls
-    # The first of ten rows is its group's beginning and a token, which stays with the row
+    # All ten rows go on with 5, of which the first has nothing else: it stays with them
     assert [row[row != PAD].tolist() for row in prefixes] == [[*range(20, 50)], A, B]
     assert prefixes.shape == (3, 30)
-    ends = [row[30:] for row in rows[:10]] + [[20, 21], [22], [23]]
-    assert tokens.tolist() == [sum(ends, [])]
+    ends = [*(row[30:] for row in rows[:10]), [20, 21], [22], [23]]
+    assert tokens.tolist() == [[token for end in ends for token in end]]
     assert num_logits == [(1, 13)]
 
 

@@ -19,6 +19,7 @@ from transformers import (
     BitsAndBytesConfig,
     BloomConfig,
     CohereConfig,
+    DynamicCache,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -44,6 +45,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    RepetitionPenaltyLogitsProcessor,
     SmolLM3Config,
     StableLmConfig,
     Starcoder2Config,
@@ -51,6 +53,7 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
     T5Config,
+    TopKLogitsWarper,
     WatermarkingConfig,
 )
 
@@ -457,6 +460,34 @@ def test_logps_are_those_of_the_model_before_a_penalty():
     assert output.logps.tolist() == pytest.approx(teacher_forced(model, completions), abs=1e-3)
 
 
+def test_a_penalty_knows_the_padding_of_every_row_and_is_left_as_it_was():
+    # Of the first prompt all tokens count, of the second the last three, of the third none; and all that is decoded
+    model, ignored = build(SHARING["llama"]), torch.tensor([2, 3, 6])
+    penalty = RepetitionPenaltyLogitsProcessor(4.0, prompt_ignore_length=ignored)
+    options = {"do_sample": False, "max_new_tokens": 16, "logits_processor": LogitsProcessorList([penalty])}
+    endless = model.generate(**inputs_of(), **options, eos_token_id=None)[:, 6:].tolist()
+    end_ids = [endless[0][2], endless[1][6], endless[2][11]]  # so that rows leave
+    expected = model.generate(**inputs_of(), **options, eos_token_id=end_ids)
+    assert len({len(row) for row in completions_of(expected, end_ids)}) > 1
+    found = shared(model, 3, **options, eos_token_id=end_ids)
+    assert torch.equal(found, expected.repeat_interleave(3, dim=0))
+    assert torch.equal(penalty.prompt_ignore_length, torch.tensor([2, 3, 6]))
+    # The same number for all rows, and a processor that is not told anything
+    for other in (RepetitionPenaltyLogitsProcessor(4.0, 3), RepetitionPenaltyLogitsProcessor(4.0)):
+        options["logits_processor"] = LogitsProcessorList([other])
+        expected = model.generate(**inputs_of(), **options, eos_token_id=end_ids)
+        assert torch.equal(shared(model, 3, **options, eos_token_id=end_ids), expected.repeat_interleave(3, dim=0))
+
+
+def test_positions_that_are_given_are_used():
+    model = build(SHARING["gpt2"])
+    options = {"do_sample": False, "max_new_tokens": 12}
+    given = torch.tensor([[0, 0, 3, 5, 6, 20], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 40]])
+    expected = model.generate(**inputs_of(), **options, position_ids=given)
+    assert torch.equal(shared(model, 2, **options, position_ids=given), expected.repeat_interleave(2, dim=0))
+    assert not torch.equal(model.generate(**inputs_of(), **options)[[0, 2]], expected[[0, 2]])
+
+
 class SeenByProcessor(LogitsProcessor):
     """A user's own, with a memory of its rows, which must not move."""
 
@@ -466,6 +497,18 @@ class SeenByProcessor(LogitsProcessor):
     def __call__(self, input_ids, scores):
         self.seen.append(input_ids.tolist())
         return scores
+
+
+class SeenByWarper(TopKLogitsWarper):
+    """One of transformers' own, which rows may leave, with a memory, which they may not."""
+
+    def __init__(self):
+        super().__init__(top_k=5)
+        self.seen = []
+
+    def __call__(self, input_ids, scores):
+        self.seen.append(input_ids.tolist())
+        return super().__call__(input_ids, scores)
 
 
 class SeenByCriterion(StoppingCriteria):
@@ -481,6 +524,7 @@ class SeenByCriterion(StoppingCriteria):
     ("argument", "wrap", "witness"),
     [
         ("logits_processor", LogitsProcessorList, SeenByProcessor),
+        ("logits_processor", LogitsProcessorList, SeenByWarper),
         ("stopping_criteria", StoppingCriteriaList, SeenByCriterion),
     ],
 )
@@ -633,8 +677,11 @@ def test_a_model_of_four_bits_gives_the_same(tmp_path):
     ("options", "message"),
     [
         ({"num_completions": 0}, "`num_completions` is 0. Give 1 or more"),
-        ({"num_return_sequences": 2, "do_sample": True}, "leave `num_return_sequences` and `num_beams` at 1"),
-        ({"num_beams": 2}, "leave `num_return_sequences` and `num_beams` at 1"),
+        ({"num_return_sequences": 2, "do_sample": True}, "leave out `num_return_sequences`, `num_beams`"),
+        ({"num_beams": 2}, "leave out `num_return_sequences`, `num_beams` and what else asks for a search"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "what else asks for a search"),
+        ({"prompt_lookup_num_tokens": 2}, "what else asks for a search"),
+        ({"cache_implementation": "static"}, "leave out `cache_implementation` and `past_key_values`"),
         ({"output_scores": True, "return_dict_in_generate": True}, "`output_scores` is not kept"),
         ({"output_logits": True, "return_dict_in_generate": True}, "`output_logits` is not kept"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "`output_hidden_states` is not kept"),
@@ -646,6 +693,16 @@ def test_what_cannot_be_shared_is_refused(options, message):
     model = build(SHARING["llama"])
     with pytest.raises(ValueError, match=message):
         shared(model, **{"num_completions": 2, "max_new_tokens": 4} | options)
+
+
+def test_a_cache_that_has_tokens_is_refused_and_an_empty_one_is_not_needed():
+    model = build(SHARING["llama"])
+    expected = shared(model, 2, do_sample=False, max_new_tokens=4)
+    found = shared(model, 2, do_sample=False, max_new_tokens=4, past_key_values=DynamicCache())
+    assert torch.equal(found, expected)
+    cache = model(input_ids=torch.tensor([[5], [6], [7]]), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="leave out `cache_implementation` and `past_key_values`"):
+        shared(model, 2, max_new_tokens=4, past_key_values=cache)
 
 
 def test_inputs_that_belong_to_rows_are_refused():
