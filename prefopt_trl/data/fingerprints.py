@@ -66,7 +66,12 @@ def _settings_of(model: Any) -> str:
     configs = {"config": model.config.to_dict()} if hasattr(model, "config") else {}
     if hasattr(model, "peft_config"):
         configs |= {name: adapter.to_dict() for name, adapter in model.peft_config.items()}
-        configs["active"] = {"adapters": model.active_adapters}
+        layers = [module for module in model.modules() if hasattr(module, "merged_adapters")]
+        configs["active"] = {
+            "adapters": model.active_adapters,
+            "disabled": any(layer.disable_adapters for layer in layers),
+            "merged": sorted({name for layer in layers for name in layer.merged_adapters}),
+        }
     kept = {
         name: {key: value for key, value in config.items() if key not in NOT_THE_MODEL}
         for name, config in configs.items()
@@ -154,7 +159,13 @@ def dataset_fingerprint(dataset: Dataset) -> str:
     """
     digest = hashlib.sha256()
     for row in dataset:
-        digest.update(json.dumps(row, sort_keys=True).encode())
+        try:
+            digest.update(json.dumps(row, sort_keys=True).encode())
+        except TypeError as error:
+            raise TypeError(
+                f"One of the columns {', '.join(dataset.column_names)} cannot be written as JSON ({error}). Convert "
+                "it to text or numbers, or remove it with `dataset.remove_columns`."
+            ) from error
     return digest.hexdigest()
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from prefopt_trl.data.formats import Completion, Prompt
@@ -81,3 +81,17 @@ def tokenize_completions(
 def _common_length(ids: list[int], others: list[int]) -> int:
     together = zip(ids, others, strict=False)
     return next((place for place, (one, other) in enumerate(together) if one != other), min(len(ids), len(others)))
+
+
+def decoder_start_token_id(model: PreTrainedModel) -> int:
+    """Token that the decoder of an encoder-decoder begins with.
+
+    Raises:
+        ValueError: if the model names none.
+    """
+    for config in (model.generation_config, model.config):
+        if (token := getattr(config, "decoder_start_token_id", None)) is not None:
+            return token
+    raise ValueError(
+        f"{type(model).__name__} is an encoder-decoder without `decoder_start_token_id`. Set it in `model.config`."
+    )

@@ -63,7 +63,8 @@ class Ranker(ABC):
         """Describe the ranker, to decide whether a dataset it has labelled may be used again.
 
         Returns:
-            `dict`: serialisable as JSON, and different whenever the results may be.
+            `dict`: serialisable as JSON, and different whenever the results may be. It is saved with the dataset and
+            published with it: no secrets.
         """
 
 

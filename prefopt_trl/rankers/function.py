@@ -20,6 +20,11 @@ class FunctionRanker(PointwiseRanker):
             Called as `function(prompts=[...], completions=[...])`, the prompt repeated for each of its completions, it
             returns a list with one number per completion. Both come in the format of the prompt: text for text; a list
             of messages for a list of messages. Other columns of a dataset are not passed.
+        version (`str`, *optional*):
+            Name of what the function computes. A sampled dataset may be used again by a ranker with the same
+            [`settings`]; by default these are the function's source and what it holds. Globals and other functions
+            that it reads are not seen, and a model that it holds differs in every process: give a version then, and
+            change it whenever the rewards change.
 
     Raises:
         TypeError: if the function cannot be called with these two arguments, or is a coroutine function.
@@ -34,7 +39,7 @@ class FunctionRanker(PointwiseRanker):
     ```
     """
 
-    def __init__(self, function: Callable[..., Sequence[float]]) -> None:
+    def __init__(self, function: Callable[..., Sequence[float]], version: str | None = None) -> None:
         if inspect.iscoroutinefunction(function):
             raise TypeError("`function` is a coroutine function. Wrap it in a plain one that runs it to its end.")
         try:
@@ -44,7 +49,7 @@ class FunctionRanker(PointwiseRanker):
                 f"`function` cannot be called as function(prompts=..., completions=...): {error}. Nothing else is "
                 "passed: give the other arguments it needs beforehand, for example with `functools.partial`."
             ) from error
-        self.function = function
+        self.function, self.version = function, version
 
     def rewards(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[float]]:
         """Call the function once for all completions.
@@ -80,9 +85,10 @@ class FunctionRanker(PointwiseRanker):
         return [list(islice(in_order, len(row_completions))) for row_completions in completions]
 
     def settings(self) -> dict[str, Any]:
-        """Describe the ranker: the function's name and source code. What it reads from outside is not seen.
+        """Describe the ranker: its version, or the function's name and source code.
 
         Returns:
             `dict`: serialisable as JSON.
         """
-        return {"class": type(self).__name__, "function": function_fingerprint(self.function)}
+        function = function_fingerprint(self.function) if self.version is None else self.version
+        return {"class": type(self).__name__, "function": function}

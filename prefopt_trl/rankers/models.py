@@ -1,7 +1,6 @@
 """How a ranker runs many texts through its model: what they share once, little padding, nothing left changed."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,14 @@ from prefopt_trl.shared_prefix.continuation import (
     RowsAfterPrefix,
     WholeRows,
     last_of_row,
+    reason_not_to_share_head,
     reason_not_to_share_prefix,
+    split_rows,
 )
+from prefopt_trl.shared_prefix.modes import evaluating
+
+# Texts share a beginning where that leaves at most so much of their tokens: attention in one piece is faster per token
+WORTH_SHARING = 0.8
 
 
 class RankingModel:
@@ -52,6 +57,8 @@ class RankingModel:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}. Give 1 or more.")
+        if not isinstance(share_prefix, bool):
+            raise ValueError(f"`share_prefix` is {share_prefix!r}. Give True or False.")
         if max_length is not None and max_length < 1:
             raise ValueError(f"`max_length` is {max_length}. Give 1 or more, or None for the model's own limit.")
         source = model if isinstance(model, str) else model.config.name_or_path
@@ -105,7 +112,8 @@ class RankingModel:
             longest[group] = max(length, before), number
         order = sorted(range(len(lengths)), key=lambda index: (longest[groups[index]], lengths[index]), reverse=True)
         values = np.empty(len(lengths))
-        with _evaluating(self.model), tqdm(total=len(lengths), desc=description, disable=None, delay=2) as progress:
+        progress = tqdm(total=len(lengths), desc=description, disable=None, delay=2)
+        with evaluating(self.model), torch.no_grad(), progress:
             for start in range(0, len(lengths), self.batch_size):
                 batch = order[start : start + self.batch_size]
                 values[batch] = evaluate(batch).cpu().double().numpy()
@@ -113,9 +121,9 @@ class RankingModel:
         return values
 
     def rows(
-        self, token_ids: list[list[int]], groups: list[Hashable], pad_token_id: int
+        self, token_ids: list[list[int]], groups: list[Hashable], pad_token_id: int, reads_head: bool = False
     ) -> WholeRows | RowsAfterPrefix:
-        """Prepare a batch for the model, with what each group begins with computed once where that is exact.
+        """Prepare a batch for the model, with what each group begins with computed once where that is exact and pays.
 
         Args:
             token_ids (`list[list[int]]` of length `batch_size`):
@@ -124,14 +132,21 @@ class RankingModel:
                 Which texts begin alike; those of a group are next to each other.
             pad_token_id (`int`):
                 Token id of padding.
+            reads_head (`bool`, *optional*, defaults to `False`):
+                Whether `head_logits` will be read, rather than `last_logits`.
         """
+        model = self.model
         # Behind the first token of each text, which may be all it shares, another has to be read
-        share = self.share_prefix and all(last_of_row(ids, pad_token_id) > 0 for ids in token_ids)
-        if share and len(set(groups)) < len(groups):
-            longest = max(map(len, token_ids))
-            if reason_not_to_share_prefix(self.model, longest) is None:
-                return RowsAfterPrefix(self.model, token_ids, groups, pad_token_id)
-        return WholeRows(token_ids, pad_token_id, self.model.device)
+        if self.share_prefix and all(last_of_row(ids, pad_token_id) > 0 for ids in token_ids):
+            prefixes, following = split_rows(token_ids, groups, pad_token_id)
+            num_tokens = sum(map(len, prefixes)) + sum(len(row) for part in following for row in part)
+            if (
+                num_tokens <= WORTH_SHARING * sum(map(len, token_ids))
+                and reason_not_to_share_prefix(model, max(map(len, token_ids))) is None
+                and not (reads_head and reason_not_to_share_head(model, pad_token_id))
+            ):
+                return RowsAfterPrefix(model, token_ids, groups, pad_token_id)
+        return WholeRows(token_ids, pad_token_id, model.device)
 
     def settings(self) -> dict[str, Any]:
         """Describe what the results depend on. Where the model was loaded from is not part of it: its weights are."""
@@ -140,16 +155,6 @@ class RankingModel:
             "weights": model_fingerprint(self.model),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "max_length": self.max_length,
+            "batch_size": self.batch_size,  # rounding differs with what shares a batch
+            "share_prefix": self.share_prefix,
         }
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

@@ -21,6 +21,7 @@ from transformers import (
 
 from prefopt_trl.data.fingerprints import function_fingerprint
 from prefopt_trl.data.formats import Completion, Prompt, check_columns, completion_text, prompt_text
+from prefopt_trl.data.tokenization import decoder_start_token_id
 from prefopt_trl.rankers.base import Ranker, check_lengths, check_probabilities, check_rewards, logit
 from prefopt_trl.rankers.comparisons import Texts, Tokens, split_answers
 from prefopt_trl.rankers.models import RankingModel
@@ -251,7 +252,7 @@ class PairwiseRanker(Ranker):
             # What padding is does not matter here: no text looks behind its own end
             return self.ranking_model.rows(contexts, groups, pad_token_id=0).last_logits(model)
         rows = WholeRows(contexts, 0, model.device)
-        start = [model.config.decoder_start_token_id, *self.decoder_answers.context]
+        start = [decoder_start_token_id(model), *self.decoder_answers.context]
         decoder_input_ids = torch.tensor([start], device=model.device).expand(len(contexts), -1)
         return model(**rows.inputs, decoder_input_ids=decoder_input_ids, use_cache=False).logits[:, -1]
 

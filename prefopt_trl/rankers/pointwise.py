@@ -109,7 +109,7 @@ class RewardModelRanker(PointwiseRanker):
                     token_ids[-1] = self._cut_prompt(token_ids[-1], row, prompts[row])
                     num_cut += 1
             groups: list[Hashable] = [rows[index] for index in batch]
-            prepared = self.ranking_model.rows(token_ids, groups, self.pad_token_id)
+            prepared = self.ranking_model.rows(token_ids, groups, self.pad_token_id, reads_head=True)
             return prepared.head_logits(self.ranking_model.model)[:, 0]
 
         values = self.ranking_model.run([len(text) for text in texts], rows, evaluate, "Scoring completions")

@@ -1,5 +1,6 @@
 """Sampling completions of the policy itself with transformers' `generate`, each prompt computed once."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,10 +20,12 @@ from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from prefopt_trl.data.formats import Prompt
+from prefopt_trl.data.tokenization import decoder_start_token_id
 from prefopt_trl.sampling.prompts import tokenize_prompts
 from prefopt_trl.shared_prefix.attention import left_pad
 from prefopt_trl.shared_prefix.continuation import WholeRows, partition_reason, reason_not_to_share_prefix
 from prefopt_trl.shared_prefix.decoding import decode_shared_prefix
+from prefopt_trl.shared_prefix.modes import evaluating
 from prefopt_trl.shared_prefix.support import log_reason
 
 logger = logging.get_logger(__name__)
@@ -197,7 +200,7 @@ def sample_candidates(
     **generation: Any,
 ) -> list[Candidates]:
     """As [`sample_completions`], for tokenised prompts, with all that is known of the completions."""
-    _check_options(num_completions, batch_size, memory_budget, share_prefix, generation)
+    check_sampling(num_completions, generation, batch_size, memory_budget, share_prefix)
     end_ids = eos_token_ids(model, tokenizer)
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     options = {name: value for name, value in generation.items() if name != "stop_strings"}
@@ -208,7 +211,7 @@ def sample_candidates(
     criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, stop_strings)] if stop_strings else [])
     in_decoder = model.config.is_encoder_decoder
     if in_decoder:
-        config.decoder_start_token_id = model.config.decoder_start_token_id
+        config.decoder_start_token_id = decoder_start_token_id(model)
     longest = max(map(len, prompt_ids), default=0)
     shares = _shares_prefix(model, share_prefix, config, longest + config.max_new_tokens)
     prompts_at_once, completions_at_once = sizes_of_batch(
@@ -234,15 +237,16 @@ def sample_candidates(
                 torch.manual_seed(int(np.random.SeedSequence([seed, start, done]).generate_state(1)[0]))
                 logps = None
                 if shares:
-                    config.return_dict_in_generate = True
-                    output = generate(
+                    config.return_dict_in_generate = keep_logps
+                    sequences = generate(
                         **inputs,
                         generation_config=config,
                         stopping_criteria=criteria,
                         custom_generate=decode_shared_prefix,
                         num_completions=count,
                     )
-                    sequences, logps = output.sequences, output.logps.tolist()
+                    if keep_logps:
+                        sequences, logps = sequences.sequences, sequences.logps.tolist()
                 else:
                     config.num_return_sequences = count
                     sequences = generate(
@@ -261,17 +265,23 @@ def sample_candidates(
     return results
 
 
-def _check_options(
+def check_sampling(
     num_completions: int,
+    generation: dict[str, Any],
     batch_size: int | None,
     memory_budget: float,
     share_prefix: str | bool,
-    generation: dict[str, Any],
 ) -> None:
-    if num_completions < 1 or (batch_size is not None and batch_size < 1):
-        raise ValueError(f"`num_completions`={num_completions} and `batch_size`={batch_size} must be at least 1.")
-    if not memory_budget > 0:
-        raise ValueError(f"`memory_budget` must be greater than 0 GiB, got {memory_budget}.")
+    """Refuse what cannot be sampled with, before anything is.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, value in {"num_completions": num_completions, "batch_size": batch_size}.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"`{name}` must be a whole number, at least 1, got {value!r}.")
+    if not isinstance(memory_budget, int | float) or not 0 < memory_budget < math.inf:
+        raise ValueError(f"`memory_budget` must be a number of GiB, greater than 0 and finite, got {memory_budget!r}.")
     if share_prefix not in ("auto", True, False):
         raise ValueError(f"`share_prefix` must be 'auto', True or False, got {share_prefix!r}.")
     if not generation["temperature"] > 0:
@@ -349,23 +359,19 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 @contextmanager
 def _sampling_mode(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, a random stream and generation config of our own; all as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
     # `generate` fills unset options from the model's own config, which may narrow the distribution. A PEFT model may
     # have one beside that of the model inside it.
     configured: list[Any] = [module for module in model.modules() if "generation_config" in vars(module)]
     own_configs = [module.generation_config for module in configured]
-    model.eval()
     for module in configured:
         module.generation_config = GenerationConfig()
     every_accelerator = range(torch.accelerator.device_count())  # `torch.manual_seed` seeds them all
     try:
-        with torch.random.fork_rng(devices=every_accelerator):
+        with evaluating(model), torch.random.fork_rng(devices=every_accelerator):
             yield
     finally:
         for module, own_config in zip(configured, own_configs, strict=True):
             module.generation_config = own_config
-        for module in training:
-            module.training = True
 
 
 def _pad(prompt_ids: list[list[int]], pad_token_id: int, model: PreTrainedModel) -> dict[str, torch.Tensor]:

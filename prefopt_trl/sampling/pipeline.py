@@ -18,7 +18,7 @@ from prefopt_trl.data.jsonl import check_candidates, read_jsonl
 from prefopt_trl.data.processes import process_state
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.sampling.card import dataset_card
-from prefopt_trl.sampling.generation import eos_token_ids, generation_options
+from prefopt_trl.sampling.generation import check_sampling, eos_token_ids, generation_options
 from prefopt_trl.sampling.prompts import check_prompts_fit, check_unused_columns, tokenize_prompts
 from prefopt_trl.sampling.reference import pair_logps
 from prefopt_trl.sampling.selection import RANKING, STRATEGIES, check_selection
@@ -26,12 +26,13 @@ from prefopt_trl.sampling.shards import Rows, Shards, sample_rows
 from prefopt_trl.sampling.statistics import plot_statistics, summarise
 from prefopt_trl.sampling.store import POLL_SECONDS, SampleStore
 from prefopt_trl.sampling.weights import gathered
-from prefopt_trl.shared_prefix.continuation import partition_reason
+from prefopt_trl.shared_prefix.continuation import partition_reason, reason_not_to_share_prefix
 
 logger = logging.getLogger(__name__)
 
 SHARD_COMPLETIONS = 2048  # sampled for a shard, which is what may be lost: so many are generated at full speed
 GIVEN_PER_SHARD = 32  # prompts with candidates of their own
+MANY_CONTRADICTED = 0.25  # share of pairs labelled against the given rewards that is worth a warning
 MANY_UNFINISHED = 0.1  # share of candidates cut short that is worth a warning
 REMINDER_SECONDS = 180.0  # between two lines on what the main process waits for
 
@@ -111,9 +112,9 @@ def build_preference_dataset(
             Longest prompt and completion the training will take, in tokens; prompts must be shorter.
         keep_logps (`bool`, *optional*, defaults to `False`):
             Whether pairs have `ref_chosen_logps` and `ref_rejected_logps`: log-probabilities under the policy, in
-            nats, summed over the tokens that training reads. They are what the decoder summed while it sampled
-            (`logps` of the candidates) where it drew those tokens, and else computed from the text. Given candidates
-            need a column `logps`, and the policy where one is None.
+            nats, summed over the tokens that training reads, with `max_length` (`ref_max_length`). They are what the
+            decoder summed while it sampled (`logps` of the candidates) where it drew those tokens, and else computed
+            from the text. Given candidates need a column `logps`, and the policy where one of a pair's is None.
 
     Returns:
         [`~datasets.Dataset`] with `prompt`, `chosen`, `rejected` in the prompts' format, `chosen_reward`,
@@ -161,6 +162,8 @@ def build_preference_dataset(
                 "`keep_logps` needs a column `logps` beside the `completions` of `prompts`, with the log-probability "
                 "of each. Add it, or leave `keep_logps` out."
             )
+    elif isinstance(tokenizer, str):
+        raise TypeError(f"`tokenizer` is {tokenizer!r}. Load it, with `AutoTokenizer.from_pretrained`.")
     elif isinstance(policy, str):
         raise TypeError(
             f"`policy` is the path {policy!r}. Load the model, with `AutoModelForCausalLM.from_pretrained`, and its "
@@ -169,8 +172,12 @@ def build_preference_dataset(
     elif policy is None or tokenizer is None:
         raise ValueError(
             "`policy` and `tokenizer` are needed to sample candidates. Give them, or a column `completions` in "
-            "`prompts`."
+            f"`prompts`; it has {', '.join(dataset.column_names)}."
         )
+    elif keep_logps and policy.config.is_encoder_decoder:
+        raise ValueError("`keep_logps` is for training, which takes no encoder-decoder. Leave it out.")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"`seed` must be a whole number, at least 0, got {seed!r}.")
 
     selection = {"strategy": strategy, "num_samples": num_samples, "beta": beta, "pairing": pairing}
     ranking_model = getattr(getattr(ranker, "ranking_model", None), "model", None)
@@ -195,15 +202,15 @@ def build_preference_dataset(
             generation = generation_options(
                 generation_kwargs, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k
             )
-            sampling = {
-                **generation,
-                "batch_size": batch_size,
-                "memory_budget": memory_budget,
-                "share_prefix": share_prefix,
-            }
+            batches: dict[str, Any] = {"batch_size": batch_size, "memory_budget": memory_budget}
+            batches["share_prefix"] = share_prefix
+            check_sampling(num_candidates, generation, **batches)
+            sampling = {**generation, **batches}
             settings |= {
                 **sampling,
                 "num_candidates": num_candidates,
+                # What the probe found, so that no process and no later one finds otherwise
+                "prompts_are_shared": bool(share_prefix) and reason_not_to_share_prefix(policy, 2) is None,
                 "eos_token_ids": eos_token_ids(policy, tokenizer),
                 "policy": model_fingerprint(policy),
                 "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -222,19 +229,20 @@ def build_preference_dataset(
         if not store.finished(settings):
             if tokenizer is not None and not given:
                 check_prompts_fit(tokenize_prompts(tokenizer, list(dataset["prompt"])), max_length)
-            if process.is_main_process:
-                store.begin(settings, prompts_per_shard, num_shards)
-            else:
-                store.wait_for_settings(settings)
             score_pairs = None
             if keep_logps and policy is not None and tokenizer is not None:
                 score_pairs = partial(pair_logps, policy, tokenizer, max_length=max_length)
-            shards = Shards(store, dataset, sample, ranker, selection, seed, keep_logps, score_pairs)
-            _make_shards(shards, process)
-            if process.is_main_process:
-                _assemble(shards, settings)
-            else:
+            shards = Shards(store, dataset, sample, ranker, selection, seed, keep_logps, max_length, score_pairs)
+            if not process.is_main_process:
+                store.wait_for_settings(settings)
+                _make_shards(shards, process)
                 store.wait_until_finished()
+                return store.pairs()
+            with store.held():
+                if not store.finished(settings):  # by another run, in the meantime
+                    store.begin(settings, prompts_per_shard, num_shards)
+                    _make_shards(shards, process)
+                    _assemble(shards, settings)
             return store.pairs()
     pairs = store.pairs()
     if process.is_main_process:
@@ -247,7 +255,12 @@ def build_preference_dataset(
 def _as_dataset(prompts: Any) -> Dataset:
     if isinstance(prompts, str | Path) and str(prompts).endswith(".jsonl"):
         return read_jsonl(prompts)
-    if isinstance(prompts, Sequence) and not isinstance(prompts, str):
+    if isinstance(prompts, str | Path):
+        raise TypeError(
+            f"`prompts` is {str(prompts)!r}. Give a dataset, a list of prompts, or the path of a `.jsonl` file, which "
+            "has one JSON object per line and is not compressed."
+        )
+    if isinstance(prompts, Sequence):
         return Dataset.from_dict({"prompt": list(prompts)})
     return prompts  # `check_columns` refuses what is no dataset
 
@@ -280,6 +293,19 @@ def _make_shards(shards: Shards, process: PartialState) -> None:
                 reminded = time.monotonic()
 
 
+def _warn_of_contradictions(pairs: Dataset) -> None:
+    """Say so where rewards that were given are of another ranker than the one that labels."""
+    rewards = zip(pairs["chosen_reward"], pairs["rejected_reward"], strict=True)
+    contradicted = sum(chosen < rejected for chosen, rejected in rewards)
+    if contradicted > MANY_CONTRADICTED * len(pairs):
+        logger.warning(
+            "In %d of %d pairs the ranker prefers the completion with the lower of the given `rewards`, which decided "
+            "what was kept. Give the ranker that they are of, or remove the column `rewards` to have them scored.",
+            contradicted,
+            len(pairs),
+        )
+
+
 def _assemble(shards: Shards, settings: dict[str, Any]) -> None:
     """Make the dataset of its finished shards, row by row, and say what it is like."""
     store = shards.store
@@ -290,6 +316,8 @@ def _assemble(shards: Shards, settings: dict[str, Any]) -> None:
     statistics, distributions = summarise(shards.selected(), num_unfinished, **shards.selection)
     pairs = store.write_dataset("pairs", shards.preference_rows(), shards.preference_features())
     store.write_json("statistics.json", statistics.as_dict())
+    if shards.sample is None and "chosen_reward" in pairs.column_names:
+        _warn_of_contradictions(pairs)
     try:
         with store.writing(store.folder / "statistics.png") as temporary:
             plot_statistics(distributions, temporary)

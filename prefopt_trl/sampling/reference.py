@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt_trl.data.formats import Completion, Prompt
 from prefopt_trl.data.tokenization import tokenize_completions
 from prefopt_trl.sampling.generation import Candidates
+from prefopt_trl.shared_prefix.modes import evaluating
 from prefopt_trl.shared_prefix.scoring import completion_logps
 
 PAIRS_AT_ONCE = 4
@@ -67,9 +68,7 @@ def pair_logps(
     Returns:
         `np.ndarray` of shape `(n, 2)`: in nats, summed over the completion's tokens, EOS among them.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         parts = [
             _logps(
                 model,
@@ -80,8 +79,6 @@ def pair_logps(
             )
             for start in range(0, len(prompts), PAIRS_AT_ONCE)
         ]
-    finally:
-        model.train(was_training)
     return np.concatenate([np.empty((0, 2)), *parts])
 
 

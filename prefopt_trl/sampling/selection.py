@@ -22,7 +22,11 @@ NUM_PAIRS: dict[str, Callable[[int], int]] = {
 }
 RANKING = "ranking"  # in place of a pairing: the kept candidates are ranked by reward
 # Columns of candidates, and of the pairs made of them: any other is the user's, and is kept
-OWN_COLUMNS = {"prompt", "completions", "rewards", "finished", "logps", "chosen", "rejected"}
+OWN_COLUMNS = {
+    *("prompt", "completions", "rewards", "finished", "logps"),
+    *("chosen", "rejected", "chosen_reward", "rejected_reward", "label_probability"),
+    *("ref_chosen_logps", "ref_rejected_logps", "ref_max_length"),
+}
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,9 @@ def select_and_pair(
     return selected
 
 
-def preference_rows(candidates: dict[str, Any], selected: SelectedPrompt, pairing: str) -> Iterator[dict[str, Any]]:
+def preference_rows(
+    candidates: dict[str, Any], selected: SelectedPrompt, pairing: str, max_length: int | None = None
+) -> Iterator[dict[str, Any]]:
     """Rows of the final dataset that one prompt makes: its pairs, or its ranking, or none.
 
     Args:
@@ -143,7 +149,7 @@ def preference_rows(candidates: dict[str, Any], selected: SelectedPrompt, pairin
             Row of candidates, with `prompt` and `completions`. Columns other than [`OWN_COLUMNS`] are kept.
         selected ([`SelectedPrompt`]):
             What was selected of them.
-        pairing (`str`):
+        pairing, max_length:
             As in [`build_preference_dataset`].
 
     Yields:
@@ -157,9 +163,10 @@ def preference_rows(candidates: dict[str, Any], selected: SelectedPrompt, pairin
         return
     labelled = zip(selected.chosen, selected.rejected, selected.probabilities, strict=True)
     for pair, (chosen, rejected, probability) in enumerate(labelled):
-        logps = {}
+        logps: dict[str, Any] = {}
         if selected.ref_logps is not None:
             logps["ref_chosen_logps"], logps["ref_rejected_logps"] = selected.ref_logps[pair]
+            logps["ref_max_length"] = max_length
         yield {
             **columns,
             "chosen": completions[chosen],

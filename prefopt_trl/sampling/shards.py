@@ -38,6 +38,8 @@ class Shards:
             Seed of all shards.
         keep_logps (`bool`):
             Whether candidates have `logps`, which pairs keep.
+        max_length (`int`, *optional*):
+            Tokens of prompt and completion for which these hold.
         score_pairs (`Callable`, *optional*):
             Log-probabilities, of shape `(n, 2)`, of prompts and pairs whose candidates have none; None without policy.
     """
@@ -49,6 +51,7 @@ class Shards:
     selection: dict[str, Any]
     seed: int
     keep_logps: bool
+    max_length: int | None = None
     score_pairs: Callable[[list[Prompt], list[tuple[Completion, Completion]]], np.ndarray] | None = None
 
     def make(self, shard: int) -> None:
@@ -120,7 +123,7 @@ class Shards:
     def preference_rows(self) -> Iterator[dict[str, Any]]:
         """Rows of all pairs or rankings."""
         for row, selected in self._all():
-            yield from preference_rows(row, selected, self.selection["pairing"])
+            yield from preference_rows(row, selected, self.selection["pairing"], self.max_length)
 
     def candidate_features(self) -> Features:
         """Features of `candidate_rows`."""
@@ -143,7 +146,8 @@ class Shards:
             return Features({**columns, "completions": List(completion), "rewards": List(number)})
         numbers = ["chosen_reward", "rejected_reward", "label_probability"]
         numbers += ["ref_chosen_logps", "ref_rejected_logps"] if self.keep_logps else []
-        return Features({**columns, "chosen": completion, "rejected": completion, **dict.fromkeys(numbers, number)})
+        columns |= {"chosen": completion, "rejected": completion, **dict.fromkeys(numbers, number)}
+        return Features({**columns, **({"ref_max_length": Value("int64")} if self.keep_logps else {})})
 
     def _all(self) -> Iterator[tuple[dict[str, Any], SelectedPrompt]]:
         for shard in range(self.store.layout()[1]):

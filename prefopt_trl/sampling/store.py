@@ -1,9 +1,13 @@
 """The folder of a sampled dataset: what is made so far, with which settings, and whether it is finished."""
 
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,8 +17,12 @@ from typing import Any
 from datasets import Dataset, Features, load_from_disk
 from datasets.arrow_writer import ArrowWriter
 
-MANIFEST_SECONDS = 60.0  # processes that start together may be so far apart
+logger = logging.getLogger(__name__)
+
+MANIFEST_SECONDS = 1800.0  # processes that start together may be so far apart, as they load their models
+REMINDER_SECONDS = 60.0  # between two lines on what is waited for
 POLL_SECONDS = 0.5
+WRITTEN = ("README.md", "candidates", "pairs", "statistics.json")  # in the end
 ROWS_IN_MEMORY = 100  # of prompts with all their candidates, while they are written
 
 
@@ -50,20 +58,26 @@ class SampleStore:
         holds_results = self._holds_results()  # asked first: another process may be about to begin
         manifest = self._manifest()
         if manifest is None:
-            if holds_results:
+            if holds_results or any((self.folder / name).exists() for name in WRITTEN):
                 raise ValueError(
-                    f"{self.folder} holds candidates or pairs, and no manifest.json that says how they were made. "
-                    "Choose another `output_dir`, or delete the folder."
+                    f"{self.folder} holds {', '.join(WRITTEN)} or shards, and no manifest.json that says how they "
+                    "were made. Choose another `output_dir`, or delete the folder."
                 )
             return False
         differences = _differences(manifest["settings"], now)
+        if manifest["finished"] and not (self.folder / "pairs").exists():
+            raise ValueError(
+                f"{self.folder} says that it is finished, and `pairs` is not there. Delete the folder to make it "
+                "anew, or choose another `output_dir`."
+            )
         if differences and holds_results:
             raise ValueError(
                 f"{self.folder} holds a dataset sampled with other settings:\n  "
                 + "\n  ".join(differences)
                 + "\nSet them as they were to reuse it, choose another `output_dir`, or delete the folder. "
                 f"To keep its candidates, pass {self._candidates_there()} as `prompts` with another "
-                "`output_dir`; without their column `rewards` they are scored again."
+                "`output_dir`; without their column `rewards` they are scored again. (If `ranker.function` alone "
+                "differs and its rewards are the same, give `FunctionRanker` a `version`.)"
             )
         return not differences and manifest["finished"]
 
@@ -85,18 +99,49 @@ class SampleStore:
         """Wait until the main process has written down these settings.
 
         Raises:
-            RuntimeError: if it has not after a minute.
+            RuntimeError: if it has not after half an hour.
         """
         now = json.loads(json.dumps(settings))
-        deadline = time.monotonic() + MANIFEST_SECONDS
+        began = reminded = time.monotonic()
         while (manifest := self._manifest()) is None or _differences(manifest["settings"], now):
-            if time.monotonic() > deadline:
+            differences = "\n  ".join(_differences(manifest["settings"], now)) if manifest else "there is none"
+            if time.monotonic() - reminded > REMINDER_SECONDS:
+                logger.warning(
+                    "Waiting for the main process to write %s with the settings of this one:\n  %s",
+                    self.folder / "manifest.json",
+                    differences,
+                )
+                reminded = time.monotonic()
+            if time.monotonic() - began > MANIFEST_SECONDS:
                 raise RuntimeError(
                     f"The main process wrote no manifest.json with the settings of this one to {self.folder} within "
                     f"{MANIFEST_SECONDS:g} seconds. `output_dir` must be on a file system that all processes see, and "
-                    "all must be given the same arguments."
+                    f"all must be given the same arguments. What differs:\n  {differences}"
                 )
             time.sleep(POLL_SECONDS)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While entered, no other run may make a dataset in this folder; a process that dies lets go of it.
+
+        Raises:
+            RuntimeError: if another run does.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RuntimeError(
+                    f"Another run is making a dataset in {self.folder}. Wait for it, or stop it (killing `torchrun` "
+                    "leaves its processes running), or choose another `output_dir`."
+                ) from None
+            except OSError:  # a file system without locks
+                logger.warning("%s cannot be locked: see that no other run uses it.", self.folder)
+            yield
+        finally:
+            os.close(descriptor)
 
     def layout(self) -> tuple[int, int]:
         """Prompts per shard, and the number of shards."""
@@ -196,7 +241,8 @@ class SampleStore:
             OSError: if it cannot be written, for example to a full disk, saying what is saved. `path` is then as it
                 was.
         """
-        temporary = path.with_name(f"{path.name}.partial")
+        # A name of this process's own, should another run write here too
+        temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove(temporary)
@@ -207,6 +253,9 @@ class SampleStore:
                 _remove(path)  # a folder is not replaced
             os.replace(temporary, path)
             _sync(path.parent)
+        except FileNotFoundError:  # of what is read to be written
+            _remove(temporary)
+            raise
         except OSError as error:
             _remove(temporary)
             manifest = self._manifest()
@@ -231,8 +280,8 @@ class SampleStore:
     def _candidates_there(self) -> str:
         """How to load the candidates that are in the folder, as Python."""
         if (self.folder / "candidates").exists():
-            return "`load_from_disk('.../candidates')`"
-        return "`load_dataset('json', data_files='.../shards/*.candidates.jsonl', split='train')`"
+            return f"`load_from_disk('{self.folder}/candidates')`"
+        return f"`load_dataset('json', data_files='{self.shards}/*.candidates.jsonl', split='train')`"
 
 
 def _sync(path: Path) -> None:
@@ -240,6 +289,9 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some file systems sync no folders
+            raise
     finally:
         os.close(descriptor)
 

@@ -180,14 +180,12 @@ class PrefixLayer(SharedKeysLayer):
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Scores) -> torch.Tensor:
         num_rows, num_heads, num_queries, size = query.shape
-        num_kv_heads, num_own = key.shape[1:3]
+        if num_queries > 1:
+            raise ValueError("rows grow by one token at a time")
+        num_kv_heads = key.shape[1]
         # Heads that share keys are further queries: (num_rows, num_kv_heads, queries, size)
         queries = query.reshape(num_rows, num_kv_heads, -1, size)
         own = score.of(queries, key)
-        if num_queries > 1:
-            later = torch.ones(num_queries, num_own, dtype=torch.bool, device=own.device)
-            later = later.triu(num_own - num_queries + 1)
-            own.view(num_rows, num_kv_heads, -1, num_queries, num_own).masked_fill_(later, -torch.inf)
         shared = score.of(self.rows.by_prompt(queries), self.prompt_keys)
         if self.hidden is not None:
             shared.masked_fill_(self.hidden, -torch.inf)

@@ -15,10 +15,15 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from prefopt_trl.shared_prefix.attention import PrefixCache, attend_to_prefix, left_pad, without_head
+from prefopt_trl.shared_prefix.modes import evaluating
 from prefopt_trl.shared_prefix.segments import Segments
 from prefopt_trl.shared_prefix.support import PROBE_TOLERANCE, architecture_reason, log_reason
 
+# By how much logits of the head may differ by rounding, relatively: one that is wrong differs by tens of percent
+HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}
+
 _probed: weakref.WeakKeyDictionary[torch.nn.Module, str | None] = weakref.WeakKeyDictionary()
+_probed_heads: weakref.WeakKeyDictionary[torch.nn.Module, str | None] = weakref.WeakKeyDictionary()
 
 
 class WholeRows:
@@ -88,27 +93,16 @@ class RowsAfterPrefix:
         group_ids: Sequence[Hashable],
         pad_token_id: int,
     ) -> None:
-        prefixes: list[Sequence[int]] = []
-        following: list[list[Sequence[int]]] = []
-        for _, members in groupby(zip(group_ids, rows, strict=True), key=lambda item: item[0]):
-            group = [row for _, row in members]
-            common = _common_length(group, pad_token_id)
-            # Rows that have nothing in common are groups of their own
-            for part in [group] if common else [[row] for row in group]:
-                length = common or _common_length(part, pad_token_id)
-                prefixes.append(part[0][:length])
-                following.append([row[length:] for row in part])
+        prefixes, following = split_rows(rows, group_ids, pad_token_id)
         prompts, device = DynamicCache(), model.device
         with torch.no_grad():
             without_head(model)(**left_pad(prefixes, pad_token_id, device), past_key_values=prompts, use_cache=True)
         lengths = [[len(row) for row in part] for part in following]
         self.segments = Segments(prompts, list(map(len, prefixes)), lengths, device)
-        tokens = [token for part in following for row in part for token in row]
-        self.input_ids = torch.tensor([tokens], device=device)
-        not_padding = [
-            last_of_row(row, pad_token_id) - len(row) for part in following for row in part
-        ]  # counted from the end
-        self.read_at = self.segments.ends + 1 + torch.tensor(not_padding, device=device)
+        segments = [row for part in following for row in part]
+        self.input_ids = torch.tensor([[token for row in segments for token in row]], device=device)
+        last = [last_of_row(row, pad_token_id) - len(row) for row in segments]  # counted from the end
+        self.read_at = self.segments.ends + 1 + torch.tensor(last, device=device)
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -136,6 +130,25 @@ class RowsAfterPrefix:
         outputs.last_hidden_state = outputs.last_hidden_state[0, at][:, None]
         with _returning(body, outputs):
             return model(input_ids=self.input_ids[0, self.read_at][:, None]).logits
+
+
+def split_rows(
+    rows: Sequence[Sequence[int]], group_ids: Sequence[Hashable], pad_token_id: int
+) -> tuple[list[Sequence[int]], list[list[Sequence[int]]]]:
+    """The common beginning of each group of rows, and what follows it in each of them.
+
+    Rows of a group that have nothing in common are groups of their own.
+    """
+    prefixes: list[Sequence[int]] = []
+    following: list[list[Sequence[int]]] = []
+    for _, members in groupby(zip(group_ids, rows, strict=True), key=lambda item: item[0]):
+        group = [row for _, row in members]
+        common = _common_length(group, pad_token_id)
+        for part in [group] if common else [[row] for row in group]:
+            length = common or _common_length(part, pad_token_id)
+            prefixes.append(part[0][:length])
+            following.append([row[length:] for row in part])
+    return prefixes, following
 
 
 @contextmanager
@@ -200,28 +213,18 @@ def partition_reason(model: PreTrainedModel) -> str | None:
 def probe_prefix_reason(model: PreTrainedModel) -> str | None:
     """Run a few random tokens with a shared beginning and without, and say by how much the last hidden states differ
     where that is more than rounding."""
-    name = model.config.get_text_config().model_type
-    training = [module for module in model.modules() if module.training]
-    vocab_size = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    # Two groups with beginnings of two lengths, and different ends
-    tokens = torch.randint(1, vocab_size, (4, 12), generator=generator)
-    tokens[1, :7], tokens[3, :4] = tokens[0, :7], tokens[2, :4]
-    rows = [tokens[0, :12].tolist(), tokens[1, :10].tolist(), tokens[2, :9].tolist(), tokens[3, :11].tolist()]
+    name, rows = model.config.get_text_config().model_type, _probe_rows(model)
     inner = without_head(model)
-    model.eval()  # dropout would differ between the two runs
-    try:
-        with torch.no_grad():
-            plain = inner(**WholeRows(rows, 0, model.device).inputs).last_hidden_state
-            try:
-                pairs = [*_probe_segments(model, rows, plain), *_probe_steps(model, rows, plain)]
-            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-                return f"{name} cannot share a prompt's keys ({type(error).__name__}: {error})"
-            except NotAttended:
-                return f"{name} has an attention of its own, which is not in transformers' `AttentionInterface`"
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), torch.no_grad():  # dropout would differ between the two runs
+        plain = inner(**WholeRows(rows, 0, model.device).inputs).last_hidden_state
+        try:
+            pairs = [*_probe_segments(model, rows, plain), *_probe_steps(model, rows, plain)]
+        except torch.OutOfMemoryError:  # says nothing of the model
+            raise
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+            return f"{name} cannot share a prompt's keys ({type(error).__name__}: {error})"
+        except NotAttended:
+            return f"{name} has an attention of its own, which is not in transformers' `AttentionInterface`"
     difference = sum((one.float() - other.float()).abs().sum().item() for one, other in pairs)
     size = sum(one.float().abs().sum().item() for one, _ in pairs)
     if not difference <= PROBE_TOLERANCE[plain.dtype] * size:
@@ -229,6 +232,45 @@ def probe_prefix_reason(model: PreTrainedModel) -> str | None:
             f"hidden states of {name} with a shared prompt differ by {difference / size:.1e} of their size in a probe"
         )
     return None
+
+
+def _probe_rows(model: PreTrainedModel) -> list[list[int]]:
+    """Random tokens, the same for all models of a vocabulary: two groups with beginnings of two lengths."""
+    vocab_size = model.config.get_text_config().vocab_size
+    tokens = torch.randint(1, vocab_size, (4, 12), generator=torch.Generator().manual_seed(0))
+    tokens[1, :7], tokens[3, :4] = tokens[0, :7], tokens[2, :4]
+    return [tokens[0, :12].tolist(), tokens[1, :10].tolist(), tokens[2, :9].tolist(), tokens[3, :11].tolist()]
+
+
+def reason_not_to_share_head(model: PreTrainedModel, pad_token_id: int) -> str | None:
+    """Why the head of this model must not be given rows without their beginnings, or None. Logged once per model.
+
+    A head that reads one token, the last that is not padding, may be; one that averages over the row, or looks for a
+    token of its own, is found out by a probe.
+    """
+    if model not in _probed_heads:
+        _probed_heads[model] = _probe_head_reason(model, pad_token_id)
+    if (reason := _probed_heads[model]) is not None:
+        log_reason(model, reason)
+    return reason
+
+
+def _probe_head_reason(model: PreTrainedModel, pad_token_id: int) -> str | None:
+    name = type(model).__name__
+    rows = [[*row, *[pad_token_id] * (number % 2)] for number, row in enumerate(_probe_rows(model))]
+    with evaluating(model), torch.no_grad():
+        whole = WholeRows(rows, pad_token_id, model.device).head_logits(model).float()
+        try:
+            after = RowsAfterPrefix(model, rows, [0, 0, 1, 1], pad_token_id).head_logits(model).float()
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+            return f"the head of {name} does not take one token of a row ({type(error).__name__}: {error})"
+    if whole.shape == after.shape:
+        difference, size = (whole - after).abs().max().item(), whole.abs().max().item()
+        if difference <= HEAD_TOLERANCE[model.dtype] * size:
+            return None
+    return f"the head of {name} reads more of a row than its last token"
 
 
 class NotAttended(Exception):

@@ -2,8 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +19,8 @@ from transformers.generation import stopping_criteria as stopping
 from transformers.utils import ModelOutput
 
 from prefopt_trl.shared_prefix.attention import PrefixCache, attend_to_prefix
+from prefopt_trl.shared_prefix.modes import evaluating
+from prefopt_trl.shared_prefix.support import architecture_reason
 
 # Rows that have ended stay in the batch, as padding, until they are this share of it: leaving costs a copy of the rest
 DEAD_SHARE = 0.125
@@ -64,13 +65,13 @@ class SharedPrefixOutput(ModelOutput):
     Attributes:
         sequences (`torch.LongTensor` of shape `(num_prompts * num_completions, length)`):
             Prompts, padded on the left as they came, and completions, padded on the right.
-        logps (`torch.FloatTensor` of shape `(num_prompts * num_completions,)`):
+        logps (`torch.Tensor` of shape `(num_prompts * num_completions,)`):
             Log-probability of each completion under the model itself, before any logits processor: in nats, summed
-            over its tokens up to and including the one that ended it. Float32.
+            over its tokens up to and including the one that ended it. Float64, of float32 logits.
     """
 
     sequences: torch.LongTensor | None = None
-    logps: torch.FloatTensor | None = None
+    logps: torch.Tensor | None = None
 
 
 def decode_shared_prefix(
@@ -89,8 +90,9 @@ def decode_shared_prefix(
     prompts, `num_completions` of each. The law is that of `generate`; the draws are others, from the same global
     random state. Greedy decoding gives the same tokens up to rounding.
 
-    It is exact where [`reason_not_to_share_prefix`] is None. The model runs in evaluation mode; its training mode and
-    attention implementation are as before when this returns or raises.
+    It is exact where [`reason_not_to_share_prefix`] is None; what a model's config rules out is refused. The model is
+    run in evaluation mode; its training mode and attention implementation are as before when this returns or raises.
+    While it runs, no other thread may use the model.
 
     `generate` does not pass its arguments `tokenizer`, `streamer`, `assistant_model` and `synced_gpus` on to such a
     function. So give stop strings as `stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer,
@@ -105,8 +107,9 @@ def decode_shared_prefix(
         `return_dict_in_generate=True`.
 
     Raises:
-        ValueError: for beam search, `num_return_sequences`, outputs per step, guidance, a cache, and inputs other than
-            text.
+        RuntimeError: if a completion has no token to draw, as all its scores are NaN or -inf.
+        ValueError: for a model whose config rules it out, beam search, `num_return_sequences`, outputs per step,
+            guidance, a cache, and inputs other than text.
 
     Example:
 
@@ -116,18 +119,18 @@ def decode_shared_prefix(
     )
     ```
     """
-    _check(model_kwargs, logits_processor, generation_config, num_completions)
-    with _evaluating(model), torch.no_grad():
+    _check(model, model_kwargs, logits_processor, generation_config, num_completions)
+    with evaluating(model), torch.no_grad():
         rows = _Rows(input_ids, num_completions, generation_config, logits_processor, stopping_criteria)
         logits, cache, positions = _prefill(model, input_ids, num_completions, rows.room, **model_kwargs)
         keep_last = {"logits_to_keep": 1} if _keeps_logits(model) else {}
-        with attend_to_prefix(model):
-            rows.append(logits)
-            while rows.unfinished.any():
-                kept = rows.drop_finished()
-                if kept is not None:
-                    cache.keep_rows(kept)
-                    positions = positions[kept]
+        rows.append(logits)
+        while rows.unfinished.any():
+            kept = rows.drop_finished()
+            if kept is not None:
+                cache.keep_rows(kept)
+                positions = positions[kept]
+            with attend_to_prefix(model):  # and not while logits processors run, which may run a model too
                 outputs = model(
                     input_ids=rows.last_tokens[:, None],
                     position_ids=positions[:, None],
@@ -135,14 +138,12 @@ def decode_shared_prefix(
                     use_cache=True,
                     **keep_last,
                 )
-                positions = positions + 1
-                rows.append(outputs.logits[:, -1])
+            positions = positions + 1
+            rows.append(outputs.logits[:, -1])
     sequences = rows.sequences()
     if not generation_config.return_dict_in_generate:
         return sequences
-    return SharedPrefixOutput(
-        sequences=cast(torch.LongTensor, sequences), logps=cast(torch.FloatTensor, rows.all_logps)
-    )
+    return SharedPrefixOutput(sequences=cast(torch.LongTensor, sequences), logps=rows.all_logps)
 
 
 class _Rows:
@@ -160,13 +161,17 @@ class _Rows:
         self.room = config.max_length - self.length
         self.do_sample = config.do_sample
         self.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
-        self.logits_processor = LogitsProcessorList(map(copy.copy, logits_processor))  # some are changed here
+        penalty = logits_process.RepetitionPenaltyLogitsProcessor  # changed here, so a copy is
+        self.logits_processor = LogitsProcessorList(
+            copy.copy(part) if type(part) is penalty else part for part in logits_processor
+        )
         self.stopping_criteria = stopping_criteria
         self.rows_may_leave = all(type(part) in STATELESS for part in [*logits_processor, *stopping_criteria])
         self._select_padding(lambda lengths: lengths.repeat_interleave(num_completions))
         prompts = input_ids.repeat_interleave(num_completions, dim=0)
         self.all_ids = torch.nn.functional.pad(prompts, (0, self.room), value=self.pad_token_id)
-        self.all_logps = torch.zeros(len(prompts), device=input_ids.device)
+        exact = torch.float32 if input_ids.device.type == "mps" else torch.float64  # for sums over many tokens
+        self.all_logps = torch.zeros(len(prompts), dtype=exact, device=input_ids.device)
         self.with_logps = config.return_dict_in_generate
         self.index = torch.arange(len(prompts), device=input_ids.device)  # of the rows in the batch, among all
         self.unfinished = torch.ones_like(self.index, dtype=torch.bool)
@@ -226,9 +231,17 @@ def draw(scores: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `torch.LongTensor` of shape `(num_rows,)`.
+
+    Raises:
+        RuntimeError: if the scores of a row are NaN, or -inf for all tokens.
     """
     dtype = torch.float32 if scores.device.type == "mps" else torch.float64  # which mps does not have
     cumulative = scores.softmax(dim=-1).cumsum(dim=-1, dtype=dtype)
+    if not cumulative[:, -1].isfinite().all():
+        raise RuntimeError(
+            "A completion has no token to draw: its scores are NaN or infinite because the model overflows (load it "
+            "in bfloat16 or float32), or logits processors rule all tokens out."
+        )
     drawn = torch.rand(len(scores), 1, dtype=dtype, device=scores.device) * cumulative[:, -1:]
     # The first token whose cumulative probability exceeds what was drawn; one of probability 0 never does so first
     return torch.searchsorted(cumulative, drawn, right=True).squeeze(1).clamp(max=scores.shape[1] - 1)
@@ -262,20 +275,15 @@ def _keeps_logits(model: PreTrainedModel) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _check(
-    model_kwargs: dict[str, Any], logits_processor: LogitsProcessorList, config: GenerationConfig, num_completions: int
+    model: PreTrainedModel,
+    model_kwargs: dict[str, Any],
+    logits_processor: LogitsProcessorList,
+    config: GenerationConfig,
+    num_completions: int,
 ) -> None:
+    if reason := architecture_reason(model, config.max_length):
+        raise ValueError(f"Completions of this model cannot share their prompt: {reason}. Use plain `generate`.")
     if num_completions < 1:
         raise ValueError(f"`num_completions` is {num_completions}. Give 1 or more.")
     if config.num_return_sequences != 1 or config.get_generation_mode() not in DRAWS:
@@ -302,6 +310,11 @@ def _check(
         raise ValueError(
             "`guidance_scale` runs the model a second time with a cache of its own. Use plain `generate`."
         )
-    unknown = sorted(name for name in model_kwargs.keys() - READ if model_kwargs[name] is not None)
+    # `generate` gives models of text and images an empty dictionary where there are no images
+    unknown = sorted(name for name in model_kwargs.keys() - READ if not _is_absent(model_kwargs[name]))
     if unknown:
         raise ValueError(f"{', '.join(unknown)} cannot be shared by completions. Use plain `generate`.")
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and not value)

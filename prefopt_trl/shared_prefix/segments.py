@@ -8,6 +8,8 @@ from transformers import Cache, DynamicCache
 
 from prefopt_trl.shared_prefix.attention import Scores, SharedKeysLayer, SoftmaxPart
 
+SCORES_AT_ONCE = 2**24  # float32, 64 MiB of them: so that memory does not grow with the square of a segment
+
 
 class SegmentLayer(SharedKeysLayer):
     """For segments that are run in one pass, one after the other in a batch of one row.
@@ -39,27 +41,31 @@ class SegmentLayer(SharedKeysLayer):
     def _own_part(self, queries: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Scores) -> SoftmaxPart:
         """Over the segment itself: `(num_tokens, num_kv_heads, heads of each, ...)`, from segments padded on the
         right, where the causal mask hides the padding."""
-        places, exists = (part.to(key.device) for part in (self.segments.places, self.segments.exists))
-        num_segments, longest = places.shape
-        padded_queries = queries[:, :, places].permute(2, 0, 1, 3, 4).flatten(2, 3)
-        padded_keys, padded_values = (part[:, places].transpose(0, 1) for part in (key, value))
-        scores = score.of(padded_queries, padded_keys).view(num_segments, *queries.shape[:2], longest, longest)
-        later = torch.ones(longest, longest, dtype=torch.bool, device=scores.device).triu(1)
-        part = SoftmaxPart.over(scores.masked_fill_(later, -torch.inf), padded_values[:, :, None])
-        return SoftmaxPart(*(values.permute(0, 3, 1, 2, 4)[exists] for values in part))
+        all_places, all_exist = (part.to(key.device) for part in (self.segments.places, self.segments.exists))
+        num_heads, longest = queries.shape[:2], all_places.shape[1]
+        later = torch.ones(longest, longest, dtype=torch.bool, device=key.device).triu(1)
+        at_once = max(SCORES_AT_ONCE // (num_heads.numel() * longest**2), 1)
+        parts = []
+        for places, exists in zip(all_places.split(at_once), all_exist.split(at_once), strict=True):
+            padded_queries = queries[:, :, places].permute(2, 0, 1, 3, 4).flatten(2, 3)
+            padded_keys, padded_values = (part[:, places].transpose(0, 1) for part in (key, value))
+            scores = score.of(padded_queries, padded_keys).view(len(places), *num_heads, longest, longest)
+            part = SoftmaxPart.over(scores.masked_fill_(later, -torch.inf), padded_values[:, :, None])
+            parts.append([values.permute(0, 3, 1, 2, 4)[exists] for values in part])
+        return SoftmaxPart(*(torch.cat(one) for one in zip(*parts, strict=True)))
 
     def _shared_part(self, queries: torch.Tensor, score: Scores) -> SoftmaxPart:
         """Over the prompt: the segments of one are next to each other, and one matrix product."""
+        num_heads = queries.shape[:2].numel()
         parts = []
-        start = 0
-        for prompt, (num_tokens, length) in enumerate(self.segments.prompts):
-            of_prompt = queries[:, :, start : start + num_tokens]
+        of_prompts = queries.split([num_tokens for num_tokens, _ in self.segments.prompts], dim=2)
+        for prompt, (_, length) in enumerate(self.segments.prompts):
             keys, values = (
                 part[prompt, :, part.shape[2] - length :] for part in (self.prompt_keys, self.prompt_values)
             )
-            part = SoftmaxPart.over(score.of(of_prompt.flatten(1, 2), keys), values)
-            parts.append([one.unflatten(1, of_prompt.shape[1:3]).permute(2, 0, 1, 3) for one in part])
-            start += num_tokens
+            for some in of_prompts[prompt].split(max(SCORES_AT_ONCE // (num_heads * length), 1), dim=2):
+                part = SoftmaxPart.over(score.of(some.flatten(1, 2), keys), values)
+                parts.append([one.unflatten(1, some.shape[1:3]).permute(2, 0, 1, 3) for one in part])
         return SoftmaxPart(*(torch.cat(one) for one in zip(*parts, strict=True)))
 
 

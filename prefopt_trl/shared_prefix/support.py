@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from prefopt_trl.shared_prefix.modes import evaluating
 from prefopt_trl.shared_prefix.packing import IGNORE_INDEX, PackedBatch, pack_rows, pair_groups
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ def architecture_reason(model: PreTrainedModel, row_length: int) -> str | None:
     if isinstance(model, PeftModel):
         if model.active_peft_config.is_prompt_learning:
             return "prompt-learning adapters put virtual tokens before every row"
+        if getattr(model.active_peft_config, "alora_invocation_tokens", None):
+            return "an activated LoRA looks for its invocation in each row"
         model = model.get_base_model()
     config = model.config.get_text_config()
     name = config.model_type
@@ -108,7 +111,6 @@ def probe_reason(model: PreTrainedModel, forward: Callable[..., Any]) -> str | N
     """Run a few random tokens shared and unshared, and say by how much they differ where that is more than
     rounding."""
     device = model.device
-    training = [module for module in model.modules() if module.training]
     vocab_size = model.config.get_text_config().vocab_size
     # Two prompts with two completions each, lengths all different, from a stream of its own
     generator = torch.Generator().manual_seed(0)
@@ -123,18 +125,17 @@ def probe_reason(model: PreTrainedModel, forward: Callable[..., Any]) -> str | N
     computed_in: list[torch.dtype] = []
     head = model.get_output_embeddings()
     hook = head.register_forward_hook(lambda head, inputs, logits: computed_in.append(logits.dtype))
-    model.eval()  # dropout would differ between the two runs
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():  # dropout would differ between the two runs
             plain = forward(input_ids=rows, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
             try:
                 shared = forward(**packed_inputs(model, packed)).logits
+            except torch.OutOfMemoryError:  # says nothing of the model
+                raise
             except (TypeError, ValueError, RuntimeError, IndexError) as error:
                 return f"{model.config.model_type} does not take a packed row ({type(error).__name__}: {error})"
     finally:
         hook.remove()
-        for module in training:
-            module.training = True
     plain_logps = plain[packed.row_labels].float().log_softmax(-1)
     shared_logps = shared.flatten(0, 1)[packed.row_index[packed.row_labels]].float().log_softmax(-1)
     difference = (plain_logps - shared_logps).abs().mean().item()

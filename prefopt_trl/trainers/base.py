@@ -256,7 +256,7 @@ class PreferenceTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if getattr(self.args, "reference_logps", "computed") == "sampled":
-            return with_sampled_logps(dataset, name)
+            return with_sampled_logps(dataset, name, self.args.max_length)
         self._share_prefixes()  # called by DPOTrainer.__init__, before ours ends
         return super()._precompute_ref_logps(dataset, name, batch_size)
 

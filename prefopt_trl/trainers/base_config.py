@@ -88,6 +88,8 @@ class PreferenceConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         is_one_of(self, "sampling", ["offline", "online"])
+        if not isinstance(self.share_prefix, bool):
+            raise ValueError(f"`share_prefix` must be True or False, got {self.share_prefix!r}.")
         if self.sampling == "online" and self.sync_ref_model:
             raise ValueError(
                 "`sync_ref_model` moves the reference model, and `sampling='online'` samples from it as it was before "

@@ -131,6 +131,11 @@ def sample_preferences(
             f"The {name} dataset is an `IterableDataset` of prompts, and sampling needs to know how many there are. "
             "Pass a `Dataset`, such as `Dataset.from_list(list(dataset.take(1000)))`, or stream completions."
         )
+    if policy.config.is_encoder_decoder:
+        raise ValueError(
+            f"The policy is an encoder-decoder ({type(policy).__name__}), which TRL's trainers do not train. Sample "
+            "from it with `build_preference_dataset`, and train a causal language model on the pairs."
+        )
     given = "completions" in dataset.column_names
     others = set(dataset.column_names) - {"prompt", "completions", "rewards", "finished"}
     if others and not given:
@@ -210,11 +215,19 @@ def check_prompts(
     return number_rows(dataset)  # so that prompts that repeat are sampled anew
 
 
-def with_sampled_logps(dataset: Dataset, name: str) -> Dataset:
+def with_sampled_logps(dataset: Dataset, name: str, max_length: int | None) -> Dataset:
     """Require the log-probabilities of the reference model that were written down when the pairs were sampled.
 
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Pairs, tokenised.
+        name (`str`):
+            For the error.
+        max_length (`int`, *optional*):
+            That of the training.
+
     Raises:
-        ValueError: naming the columns, where they are missing.
+        ValueError: naming the columns, where they are missing, or the first row that training cuts at another length.
     """
     missing = [column for column in ("ref_chosen_logps", "ref_rejected_logps") if column not in dataset.column_names]
     if missing:
@@ -223,4 +236,14 @@ def with_sampled_logps(dataset: Dataset, name: str) -> Dataset:
             "dataset has not. Give prompts and a `ranker`, make the pairs with "
             "`build_preference_dataset(..., keep_logps=True)`, or set `reference_logps='computed'`."
         )
+    scored_at = dataset["ref_max_length"] if "ref_max_length" in dataset.column_names else [None] * len(dataset)
+    columns = (dataset[column] for column in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    for row, (before, prompt_ids, *ids) in enumerate(zip(scored_at, *columns, strict=True)):
+        longest = len(prompt_ids) + max(map(len, ids))
+        if min(longest, before or longest) != min(longest, max_length or longest):
+            raise ValueError(
+                f"Row {row} of the {name} dataset has {longest} tokens, and its log-probabilities are of completions "
+                f"cut at `ref_max_length`={before}, where training cuts at `max_length`={max_length}. Make the pairs "
+                "with the same `max_length`, or set `reference_logps='computed'`."
+            )
     return dataset

@@ -86,7 +86,11 @@ class SlowRows(SlowPrompts):
         self.rows = [[layer[row] for row in rows] for layer in self.rows]
 
     def error(self, num_queries: int, *, softcap=None, scaling=SIZE**-0.5, magnitude: float = 1.0) -> float:
-        """Append as many tokens to each row, and say how far attention is from the naive one."""
+        """Append as many tokens to each row, one by one, and say how far attention is from the naive one at most."""
+        return max(self._error_of_step(softcap, scaling, magnitude) for _ in range(num_queries))
+
+    def _error_of_step(self, softcap, scaling, magnitude) -> float:
+        num_queries = 1
         largest = 0.0
         for layer, rows in enumerate(self.rows):
             keys = self.random(len(rows), self.num_kv_heads, num_queries, SIZE)

@@ -188,7 +188,7 @@ def test_logps_are_those_of_the_returned_tokens_under_the_plain_model(family):
         output = sampled(model, 5, max_new_tokens=12, eos_token_id=end_ids, **options)
         completions = completions_of(output.sequences, end_ids)
         assert len({len(completion) for completion in completions}) > 2
-        assert output.logps.dtype == torch.float32
+        assert output.logps.dtype == torch.float64
         assert output.logps.tolist() == pytest.approx(teacher_forced(model, completions), abs=1e-3)
         assert output.logps.min() < -5  # a wrong mask or position would show
 
@@ -630,7 +630,7 @@ def test_bfloat16_sums_what_the_model_says():
     expected = teacher_forced(model, completions_of(output.sequences))
     # bfloat16 rounds a logit by up to 1/256 of it, in either order of summation; the mean over 24 completions less
     assert np.abs(output.logps.numpy() - expected).mean() < 0.05 * 8
-    assert output.logps.dtype == torch.float32
+    assert output.logps.dtype == torch.float64
 
 
 def test_an_adapter_counts_only_while_it_is_active():
