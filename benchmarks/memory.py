@@ -18,11 +18,10 @@ import json
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import write_results
+from common import process_memory, write_results
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
@@ -67,12 +66,6 @@ class HeldParameters(TrainerCallback):
         # `issubclass` of the type, as `isinstance` would wake the lazy modules among the objects
         alive = [thing for thing in gc.get_objects() if issubclass(type(thing), PreTrainedModel)]
         self.num_bytes = max(self.num_bytes, parameter_bytes(alive))
-
-
-def process_memory(field: str) -> int:
-    """Bytes of memory of this process, now (`"VmRSS"`) or at its peak (`"VmHWM"`)."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[field].split()[0]) * 1024
 
 
 def train(name: str, model: str) -> dict[str, int]:

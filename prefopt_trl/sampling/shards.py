@@ -83,27 +83,24 @@ class Shards:
 
     def _with_logps(self, rows: Rows, selected: list[SelectedPrompt], first_row: int) -> list[SelectedPrompt]:
         """Give pairs the log-probabilities of their candidates; both are scored where one of them has none."""
-        logps = [
-            [
-                (row["logps"][chosen], row["logps"][rejected])
-                for chosen, rejected in zip(one.chosen, one.rejected, strict=True)
-            ]
-            for row, one in zip(rows, selected, strict=True)
-        ]
-        missing = [(row, pair) for row, of_row in enumerate(logps) for pair, both in enumerate(of_row) if None in both]
-        if missing and self.score_pairs is None:
-            raise ValueError(
-                f"Row {first_row + missing[0][0]} of `prompts` has a candidate without a log-probability in `logps`. "
-                "Give `policy` and `tokenizer`, so that it can be scored, or leave `keep_logps` out."
-            )
-        if missing and self.score_pairs is not None:
-            prompts = [rows[row]["prompt"] for row, _ in missing]
-            texts = [rows[row]["completions"] for row, _ in missing]
-            members = [(selected[row].chosen[pair], selected[row].rejected[pair]) for row, pair in missing]
-            pairs = [(text[chosen], text[rejected]) for text, (chosen, rejected) in zip(texts, members, strict=True)]
-            for (row, pair), scored in zip(missing, self.score_pairs(prompts, pairs).tolist(), strict=True):
-                logps[row][pair] = tuple(scored)
-        return [replace(one, ref_logps=of_row) for one, of_row in zip(selected, logps, strict=True)]
+        made = []
+        for row, (candidates, one) in enumerate(zip(rows, selected, strict=True), start=first_row):
+            pairs = list(zip(one.chosen, one.rejected, strict=True))
+            logps = [(candidates["logps"][chosen], candidates["logps"][rejected]) for chosen, rejected in pairs]
+            unknown = [place for place, both in enumerate(logps) if None in both]
+            if unknown and self.score_pairs is None:
+                raise ValueError(
+                    f"Row {row} of `prompts` has a candidate without a log-probability in `logps`. Give `policy` and "
+                    "`tokenizer`, so that it can be scored, or leave `keep_logps` out."
+                )
+            if unknown and self.score_pairs is not None:
+                texts = candidates["completions"]
+                to_score = [(texts[pairs[place][0]], texts[pairs[place][1]]) for place in unknown]
+                scored = self.score_pairs([candidates["prompt"]] * len(unknown), to_score).tolist()
+                for place, (chosen, rejected) in zip(unknown, scored, strict=True):
+                    logps[place] = (chosen, rejected)
+            made.append(replace(one, ref_logps=logps))
+        return made
 
     def candidates(self, shard: int) -> Rows:
         """Rows of the candidates of a shard."""

@@ -640,7 +640,9 @@ def test_settings_are_json_and_change_with_the_results(model, tokenizer):
 
     ranker = PairwiseRanker(model, tokenizer)
     settings = ranker.settings()
-    assert json.loads(json.dumps(settings)) == settings == PairwiseRanker(model, tokenizer, batch_size=1).settings()
+    assert json.loads(json.dumps(settings)) == settings == PairwiseRanker(model, tokenizer).settings()
+    assert changed(PairwiseRanker(model, tokenizer, batch_size=1)) == {"batch_size"}  # which changes the rounding
+    assert changed(PairwiseRanker(model, tokenizer, share_prefix=False)) == {"share_prefix"}
     assert changed(PairwiseRanker(model, tokenizer, seed=1)) == {"seed"}
     assert changed(PairwiseRanker(model, tokenizer, max_length=64)) == {"max_length"}
     assert changed(PairwiseRanker(model, tokenizer, template="summary")) == {"template"}

@@ -766,8 +766,12 @@ def test_a_tokenizer_without_eos_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_completions": 0}, "`num_completions`=0 .* at least 1"),
-        ({"batch_size": 0}, "`batch_size`=0 must be at least 1"),
+        ({"num_completions": 0}, "`num_completions` must be a whole number, at least 1, got 0"),
+        ({"num_completions": 2.0}, "`num_completions` must be a whole number, at least 1, got 2.0"),
+        ({"batch_size": 0}, "`batch_size` must be a whole number, at least 1, got 0"),
+        ({"batch_size": "8"}, "`batch_size` must be a whole number, at least 1, got '8'"),
+        ({"batch_size": True}, "`batch_size` must be a whole number, at least 1, got True"),
+        ({"batch_size": 2.5}, "`batch_size` must be a whole number, at least 1, got 2.5"),
         ({"temperature": 0.0}, "`temperature` must be greater than 0, got 0.0"),
         ({"temperature": -1.0}, "`temperature` must be greater than 0, got -1.0"),
         ({"temperature": math.nan}, "`temperature` must be greater than 0, got nan"),
@@ -775,8 +779,10 @@ def test_a_tokenizer_without_eos_is_refused() -> None:
         ({"top_p": 1.01}, "`top_p` must be in .0, 1., got 1.01"),
         ({"top_k": -1}, "`top_k`=-1 must be at least 0"),
         ({"max_new_tokens": 0}, "`max_new_tokens`=0 at least 1"),
-        ({"memory_budget": 0.0}, "`memory_budget` must be greater than 0 GiB, got 0.0"),
-        ({"memory_budget": math.nan}, "`memory_budget` must be greater than 0 GiB, got nan"),
+        ({"memory_budget": 0.0}, "`memory_budget` must be a number of GiB, greater than 0 and finite, got 0.0"),
+        ({"memory_budget": math.nan}, "`memory_budget` must be .* greater than 0 and finite, got nan"),
+        ({"memory_budget": math.inf}, "`memory_budget` must be .* greater than 0 and finite, got inf"),
+        ({"memory_budget": "4GiB"}, "`memory_budget` must be a number of GiB, .* got '4GiB'"),
         ({"share_prefix": "always"}, "`share_prefix` must be 'auto', True or False, got 'always'"),
         ({"generation_kwargs": {"top_k": 5}}, "`generation_kwargs` has `top_k`, .* Leave it out"),
         (

@@ -185,6 +185,7 @@ def test_the_manifest_has_every_setting(built: Path) -> None:
         "batch_size": None,
         "memory_budget": 4.0,
         "share_prefix": "auto",
+        "prompts_are_shared": True,
         "keep_logps": False,
     }
     assert all(len(fingerprints[name]) == 64 for name in ("prompts", "policy", "tokenizer"))
@@ -308,7 +309,6 @@ def test_a_finished_dataset_is_read_again(
         ({"top_k": 50}, "top_k: 0 there, 50 now"),
         ({"batch_size": 8}, "batch_size: None there, 8 now"),
         ({"memory_budget": 1.0}, "memory_budget: 4.0 there, 1.0 now"),
-        ({"share_prefix": False}, "share_prefix: 'auto' there, False now"),
         ({"keep_logps": True}, "keep_logps: False there, True now"),
         ({"generation_kwargs": {"min_p": 0.1}}, "min_p: None there, 0.1 now"),
         ({"prompts": PROMPTS[::-1]}, "prompts: '"),
@@ -325,6 +325,16 @@ def test_other_settings_are_refused_and_named(
     assert first == f"{built} holds a dataset sampled with other settings:"
     assert any(line.startswith(f"  {difference}") for line in lines)
     assert {line.split(":")[0].split(".")[0].strip() for line in lines} == {difference.split(":")[0].split(".")[0]}
+    assert sampled == []
+
+
+def test_prompts_that_were_shared_and_are_not_now_are_refused(build, built: Path, sampled: list[int]) -> None:
+    with pytest.raises(ValueError) as error:
+        build(built, share_prefix=False)
+    assert str(error.value).splitlines()[1:3] == [
+        "  prompts_are_shared: True there, False now",
+        "  share_prefix: 'auto' there, False now",
+    ]
     assert sampled == []
 
 
@@ -424,7 +434,25 @@ def test_without_matplotlib_there_is_no_plot_and_one_line_says_so(
             TypeError,
             "got DatasetDict; .* one split",
         ),
-        ({"prompts": "The dog"}, TypeError, "`prompts` must be a datasets.Dataset, got str"),
+        (
+            {"prompts": "The dog"},
+            TypeError,
+            "`prompts` is 'The dog'. Give a dataset, a list of prompts, or the path of a `.jsonl` file",
+        ),
+        ({"prompts": "x.json"}, TypeError, "`prompts` is 'x.json'. Give .* a `.jsonl` file, which has one JSON object"),
+        ({"prompts": Path("x.jsonl.gz")}, TypeError, "`prompts` is 'x.jsonl.gz'. .* and is not compressed"),
+        ({"seed": -1}, ValueError, "`seed` must be a whole number, at least 0, got -1"),
+        ({"seed": 1.5}, ValueError, "`seed` must be a whole number, at least 0, got 1.5"),
+        ({"tokenizer": "my-model"}, TypeError, "`tokenizer` is 'my-model'. Load it, with `AutoTokenizer"),
+        ({"policy": "my-model"}, TypeError, "`policy` is the path 'my-model'. Load the model"),
+        ({"temperature": 0.0}, ValueError, "`temperature` must be greater than 0"),
+        ({"top_p": 2.0}, ValueError, "`top_p` must be in"),
+        ({"max_new_tokens": 0}, ValueError, "`max_new_tokens`=0"),
+        ({"batch_size": -1}, ValueError, "`batch_size` must be a whole number, at least 1, got -1"),
+        ({"batch_size": "8"}, ValueError, "`batch_size` must be a whole number, at least 1, got '8'"),
+        ({"memory_budget": "4GiB"}, ValueError, "`memory_budget` must be a number of GiB, .* got '4GiB'"),
+        ({"memory_budget": math.inf}, ValueError, "`memory_budget` must be .* finite, got inf"),
+        ({"share_prefix": "yes"}, ValueError, "`share_prefix` must be 'auto', True or False, got 'yes'"),
         ({"strategy": "best"}, ValueError, "`strategy` must be one of rso, sft, top-k and direct, got 'best'"),
         (
             {"pairing": "league"},
@@ -450,24 +478,6 @@ def test_bad_arguments_are_named_and_leave_nothing(
     with pytest.raises(error, match=message):
         build(tmp_path / "pairs", **options)
     assert not (tmp_path / "pairs").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": 0.0}, "`temperature` must be greater than 0"),
-        ({"top_p": 2.0}, "`top_p` must be in"),
-        ({"max_new_tokens": 0}, "`max_new_tokens`=0"),
-        ({"batch_size": -1}, "`batch_size`=-1"),
-    ],
-)
-def test_what_cannot_be_sampled_is_named_and_may_be_set_otherwise(
-    options: dict, message: str, build, built: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        build(tmp_path / "pairs", **options)
-    assert names(tmp_path / "pairs") == {"manifest.json"}
-    assert build(tmp_path / "pairs").to_dict() == load_from_disk(str(built / "pairs")).to_dict()
 
 
 def test_a_prompt_that_fills_max_length_is_named(build, tokenizer, tmp_path: Path) -> None:
@@ -530,7 +540,7 @@ def test_prompts_with_too_few_distinct_candidates_are_an_error_if_all_are(build,
         build(tmp_path / "pairs", temperature=1e-5)
     candidates = load_from_disk(str(tmp_path / "pairs" / "candidates"))  # which are kept
     assert [len(set(row)) for row in candidates["completions"]] == [1, 1, 1]
-    with pytest.raises(ValueError, match="num_samples: 4 there, 2 now\nSet.*pass `load_from_disk\\('.../candidates'"):
+    with pytest.raises(ValueError, match="num_samples: 4 there, 2 now\nSet.*pass `load_from_disk\\('.*/pairs/candidates'"):
         build(tmp_path / "pairs", temperature=1e-5, num_samples=2)
 
 

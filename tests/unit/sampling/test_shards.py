@@ -318,9 +318,9 @@ def test_candidates_of_an_unfinished_folder_can_be_kept(build, tmp_path: Path, m
             build(tmp_path / "first")
     with pytest.raises(ValueError, match="beta: 0.5 there, 2.0 now") as error:
         build(tmp_path / "first", beta=2.0)
-    advised = "load_dataset('json', data_files='.../shards/*.candidates.jsonl', split='train')"
-    assert f"pass `{advised}` as `prompts`" in str(error.value)
     file = str(tmp_path / "first" / "shards" / "*.candidates.jsonl")
+    advised = f"load_dataset('json', data_files='{file}', split='train')"
+    assert f"pass `{advised}` as `prompts`" in str(error.value)
     kept = load_dataset("json", data_files=file, split="train", cache_dir=str(tmp_path / "cache"))
     assert kept["prompt"] == PROMPTS[:4]
     assert len(build(tmp_path / "second", kept, beta=2.0)) == 8

@@ -2,6 +2,9 @@ import errno
 import json
 import math
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,13 +161,14 @@ def test_other_settings_are_refused_and_named(folder: Path, finished: bool, now:
     first, *lines, remedy = str(error.value).splitlines()
     assert first == f"{folder} holds a dataset sampled with other settings:"
     assert lines == [f"  {line}" for line in differences]
-    load = "from_disk('.../candidates')"
+    load = f"from_disk('{folder}/candidates')"
     if not finished:
-        load = "dataset('json', data_files='.../shards/*.candidates.jsonl', split='train')"
+        load = f"dataset('json', data_files='{folder}/shards/*.candidates.jsonl', split='train')"
     assert remedy == (
         "Set them as they were to reuse it, choose another `output_dir`, or delete the folder. To keep its "
         f"candidates, pass `load_{load}` as `prompts` with another `output_dir`; without their column `rewards` they "
-        "are scored again."
+        "are scored again. (If `ranker.function` alone differs and its rewards are the same, give `FunctionRanker` a "
+        "`version`.)"
     )
 
 
@@ -188,10 +192,19 @@ def test_settings_that_do_not_come_are_not_waited_for(folder: Path, there: bool,
 
 
 @pytest.mark.parametrize("name", ["candidates", "pairs"])
-def test_a_folder_without_a_manifest_is_not_taken_over(folder: Path, name: str) -> None:
+def test_a_dataset_without_a_manifest_is_not_taken_over(folder: Path, name: str) -> None:
     Dataset.from_list(ROWS).save_to_disk(str(folder / name))
-    with pytest.raises(ValueError, match="holds candidates or pairs, and no manifest.json"):
+    with pytest.raises(ValueError, match="holds README.md, candidates, .* or shards, and no manifest.json that says"):
         SampleStore(folder).finished(SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["README.md", "statistics.json", "shards/00000.ranked.jsonl"])
+def test_files_that_would_be_overwritten_are_not_taken_over_without_a_manifest(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("mine")
+    with pytest.raises(ValueError, match="and no manifest.json that says how they were made"):
+        SampleStore(folder).finished(SETTINGS)
+    assert (folder / name).read_text() == "mine"
 
 
 def test_other_files_in_the_folder_do_no_harm(folder: Path) -> None:
@@ -225,12 +238,13 @@ def test_what_is_written_is_synced_before_and_its_name_after_it_is_given(folder:
     monkeypatch.setattr(module.os, "fsync", lambda at: (done.append(f"sync {paths[at]}"), sync(at)))
     monkeypatch.setattr(module.os, "replace", lambda old, new: (done.append(f"name {new.name}"), replace(old, new)))
     store.write_text("README.md", "text")
-    assert done == ["sync README.md.partial", "name README.md", "sync ."]
+    own = f"{socket.gethostname()}-{os.getpid()}.partial"  # so that two runs never write to one file
+    assert done == [f"sync README.md.{own}", "name README.md", "sync ."]
     done.clear()
     with store.writing(folder / "pairs") as temporary:
         temporary.mkdir()
         (temporary / "one").touch()
-    assert done == ["sync pairs.partial", "sync pairs.partial/one", "name pairs", "sync ."]
+    assert done == [f"sync pairs.{own}", f"sync pairs.{own}/one", "name pairs", "sync ."]
 
 
 def test_what_cannot_be_written_leaves_what_was_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
