@@ -106,6 +106,8 @@ class RankingModel:
         """
         # Texts of like length share a batch, so that little is padding; longest first, so that a batch too large for
         # the memory fails at once
+        if not self.share_prefix:
+            groups = [None] * len(lengths)
         longest: dict[Hashable, tuple[int, int]] = {}  # of each group, which also gets a number
         for length, group in zip(lengths, groups, strict=True):
             before, number = longest.get(group, (0, len(longest)))

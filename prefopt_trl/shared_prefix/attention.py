@@ -5,6 +5,7 @@ the prompt's other rows, and its own. The two parts of its attention are compute
 prompt all rows of a prompt are one matrix product, over its own tokens each row is one.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -68,9 +69,9 @@ class SharedKeysLayer(CacheLayerMixin):
         keys.prefix_layer = self  # type: ignore[attr-defined]
         return keys
 
+    @abstractmethod
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: "Scores") -> torch.Tensor:
         """Attention of the queries, of shape `(batch_size, num_queries, num_heads, size)`."""
-        raise NotImplementedError
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the prompt's keys say device and dtype."""
