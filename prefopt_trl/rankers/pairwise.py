@@ -94,6 +94,8 @@ class PairwiseRanker(Ranker):
         config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
         self.answers_in_decoder = config.is_encoder_decoder
         auto_class = AutoModelForSeq2SeqLM if self.answers_in_decoder else AutoModelForCausalLM
+        if self.answers_in_decoder:
+            share_prefix = False
         self.ranking_model = RankingModel(auto_class, model, tokenizer, batch_size, max_length, share_prefix)
         if self.answers_in_decoder:
             with_a, with_b = self.ranking_model.token_ids(list(ANSWERS))
