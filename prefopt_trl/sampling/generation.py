@@ -284,6 +284,9 @@ def check_sampling(
         raise ValueError(f"`memory_budget` must be a number of GiB, greater than 0 and finite, got {memory_budget!r}.")
     if share_prefix not in ("auto", True, False):
         raise ValueError(f"`share_prefix` must be 'auto', True or False, got {share_prefix!r}.")
+    for name in ("max_new_tokens", "top_k"):
+        if not isinstance(generation[name], int):
+            raise ValueError(f"`{name}` must be a whole number, got {generation[name]!r}.")
     if not generation["temperature"] > 0:
         raise ValueError(f"`temperature` must be greater than 0, got {generation['temperature']}.")
     if not 0 < generation["top_p"] <= 1:

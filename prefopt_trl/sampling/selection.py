@@ -70,6 +70,9 @@ def check_selection(pairing: str, num_samples: int, beta: float, num_candidates:
     """
     if pairing not in (*PAIRINGS, RANKING):
         raise ValueError(f"`pairing` must be one of {', '.join(PAIRINGS)} and {RANKING}, got {pairing!r}.")
+    for name, value in {"num_samples": num_samples, "num_candidates": num_candidates}.items():
+        if value is not None and not isinstance(value, int):
+            raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
     if num_samples < 2 or (num_candidates is not None and num_samples > num_candidates):
         raise ValueError(
             f"`num_samples`={num_samples} must be at least 2, to make a pair, and at most "

@@ -1,3 +1,4 @@
+import datetime
 import functools
 
 import pytest
@@ -149,6 +150,21 @@ def test_the_scale_of_an_adapter_counts(tiny_llama_dir):
     assert len(prints) == 2
 
 
+def test_whether_an_adapter_is_on_or_merged_counts(tiny_llama_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    # A new adapter adds nothing: the weights are the same whether it is merged or not
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    before = model_fingerprint(model)
+    with model.disable_adapter():
+        disabled = model_fingerprint(model)
+    assert model_fingerprint(model) == before
+    model.merge_adapter()
+    merged = model_fingerprint(model)
+    model.unmerge_adapter()
+    assert model_fingerprint(model) == before
+    assert len({before, disabled, merged}) == 3
+
+
 def test_a_tokenizer_that_was_used_is_the_same_one(tiny_llama_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     before = tokenizer_fingerprint(tokenizer)
@@ -162,3 +178,10 @@ def test_datasets_differ_by_their_rows_alone():
     rows = Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}])
     assert dataset_fingerprint(rows) == dataset_fingerprint(Dataset.from_list(list(rows)))
     assert dataset_fingerprint(rows) != dataset_fingerprint(rows.select([1, 0]))
+
+
+def test_a_column_that_json_cannot_write_is_refused_and_the_columns_are_named():
+    rows = Dataset.from_dict({"prompt": ["a"], "asked": [datetime.datetime(2026, 1, 2)]})
+    with pytest.raises(TypeError, match=r"columns prompt, asked cannot be written as JSON .*datetime.*remove_columns"):
+        dataset_fingerprint(rows)
+    assert len(dataset_fingerprint(rows.remove_columns("asked"))) == 64

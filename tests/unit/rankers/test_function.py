@@ -81,3 +81,37 @@ def test_settings_are_json_and_tell_functions_apart():
     assert json.loads(json.dumps(settings)) == settings
     assert settings == FunctionRanker(brevity).settings() != FunctionRanker(verbosity).settings()
     assert settings["function"].startswith("brevity:")
+
+
+class Judge:
+    """Holds what differs in every process."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor, self.handle = factor, object()
+
+    def __call__(self, prompts, completions):
+        return [self.factor * len(completion) for completion in completions]
+
+
+def test_a_version_is_all_that_is_known_of_the_function():
+    settings = FunctionRanker(Judge(1.0), version="lengths, 1").settings()
+    assert settings == FunctionRanker(Judge(-1.0), version="lengths, 1").settings()
+    assert settings == FunctionRanker(brevity, version="lengths, 1").settings()
+    assert settings == {"class": "FunctionRanker", "function": "lengths, 1"}
+    assert settings != FunctionRanker(Judge(1.0), version="lengths, 2").settings()
+    assert FunctionRanker(Judge(1.0), version="").settings()["function"] == ""
+    assert FunctionRanker(Judge(2.0), version="v").score(["p"], [["a", "bc"]])[0].tolist() == [2.0, 4.0]
+
+
+def test_a_function_that_cannot_be_known_needs_a_version():
+    unpicklable = (number for number in range(3))
+
+    class Generating(Judge):
+        questions = unpicklable
+
+        def __init__(self):
+            self.questions = unpicklable
+
+    with pytest.raises(ValueError, match="Generating changes between runs"):
+        FunctionRanker(Generating()).settings()
+    assert FunctionRanker(Generating(), version="7").settings()["function"] == "7"

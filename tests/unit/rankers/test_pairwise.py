@@ -625,6 +625,21 @@ def test_the_model_is_left_as_it_was(model, tokenizer):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_every_part_of_the_model_is_left_in_its_mode(model, tokenizer):
+    model.train()
+    model.model.layers[0].eval()  # frozen
+    before = [module.training for module in model.modules()]
+    assert any(before) and not all(before)
+    PairwiseRanker(model, tokenizer).compare(PROMPTS, FIRST, SECOND)
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("value", ["yes", "auto", 1, None])
+def test_whether_to_share_is_true_or_false(model, tokenizer, value):
+    with pytest.raises(ValueError, match=f"`share_prefix` is {value!r}. Give True or False"):
+        PairwiseRanker(model, tokenizer, share_prefix=value)
+
+
 def test_bfloat16_is_close(model, tokenizer):
     expected = PairwiseRanker(model, tokenizer).compare(PROMPTS, FIRST, SECOND)
     probabilities = PairwiseRanker(model.bfloat16(), tokenizer).compare(PROMPTS, FIRST, SECOND)

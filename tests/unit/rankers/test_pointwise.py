@@ -16,12 +16,14 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    LlamaForSequenceClassification,
     MistralConfig,
     ModernBertConfig,
     OPTConfig,
     Qwen3Config,
     RobertaConfig,
 )
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from trl import RewardConfig, RewardTrainer
 
 from prefopt_trl.rankers import RewardModelRanker
@@ -397,6 +399,8 @@ def test_settings_are_json_and_follow_the_weights(model, tokenizer):
     ranker = RewardModelRanker(model, tokenizer)
     before = ranker.settings()
     assert json.loads(json.dumps(before)) == before == RewardModelRanker(model, tokenizer).settings()
+    assert RewardModelRanker(model, tokenizer, batch_size=3).settings() == {**before, "batch_size": 3}
+    assert RewardModelRanker(model, tokenizer, share_prefix=False).settings() == {**before, "share_prefix": False}
     with torch.no_grad():
         model.score.weight += 1e-3
     assert {key for key, value in ranker.settings().items() if value != before[key]} == {"weights"}
@@ -432,3 +436,98 @@ def test_a_model_from_nowhere_needs_its_tokenizer(model):
     model.config.name_or_path = ""
     with pytest.raises(ValueError, match="`tokenizer` is missing"):
         RewardModelRanker(model)
+
+
+# Heads of other kinds, and what is worth sharing
+
+
+class MeanPooled(LlamaForSequenceClassification):
+    """Reads the mean of a row."""
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+        weights = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mean = (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
+        return SequenceClassifierOutputWithPast(logits=self.score(mean))
+
+
+class AtMarker(LlamaForSequenceClassification):
+    """Reads the first question mark of a row."""
+
+    marker: int
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+        place = (input_ids == self.marker).int().argmax(dim=1)
+        return SequenceClassifierOutputWithPast(logits=self.score(hidden[torch.arange(len(hidden)), place]))
+
+
+def with_head_of(head, tokenizer):
+    model = head(LlamaConfig(**reward_models()[0].to_diff_dict())).eval()
+    model.load_state_dict(with_large_weights(model.config).state_dict())
+    model.marker = tokenizer.convert_tokens_to_ids("?")
+    return model
+
+
+def count_tokens(model):
+    counts = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: counts.append(inputs[0].numel()))
+    return counts
+
+
+QUESTIONS = ["What is the capital of France" * 3, "Tell me how to bake bread" * 3]
+ANSWERS = [[" of it? Paris.", " then? It is Paris", " ?"], ["?", " now? Mix the flour.", "? The dog sleeps on."]]
+
+
+@pytest.mark.parametrize("head", [MeanPooled, AtMarker, LlamaForSequenceClassification])
+def test_a_head_that_reads_more_than_the_last_token_is_given_whole_rows(tokenizer, caplog, head):
+    model = with_head_of(head, tokenizer)
+    shared, plain = (RewardModelRanker(model, tokenizer, share_prefix=share_prefix) for share_prefix in (True, False))
+    expected = plain.score(QUESTIONS, ANSWERS)
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+        shared.score(QUESTIONS, ANSWERS)  # the probes
+        counts = count_tokens(model)
+        found = shared.score(QUESTIONS, ANSWERS)
+    num_shared = sum(counts)
+    counts.clear()
+    plain.score(QUESTIONS, ANSWERS)
+    assert np.concatenate(found) == pytest.approx(np.concatenate(expected), abs=1e-5)
+    assert min(np.ptp(row) for row in expected) > 1e-2
+    reason = f"the head of {head.__name__} reads more of a row than its last token"
+    said = [record.getMessage() for record in caplog.records]
+    if head is LlamaForSequenceClassification:
+        assert said == [] and num_shared < 0.6 * sum(counts)
+    else:
+        assert [reason in message for message in said] == [True] and num_shared == sum(counts)
+
+
+def test_rows_that_have_little_in_common_are_not_shared(model, tokenizer):
+    def rows(common: int, length: int, number: int):
+        token_ids = [[*range(5, 5 + common), *[100 + row] * (length - common)] for row in range(number)]
+        return type(RewardModelRanker(model, tokenizer).ranking_model.rows(token_ids, [0] * number, pad_token_id=0))
+
+    # Of 4 x 10 tokens, 3 x 2 are saved and 34 are left, or 3 x 3 and 31: at most 32 are worth it
+    assert rows(common=2, length=10, number=4) is WholeRows
+    assert rows(common=3, length=10, number=4) is RowsAfterPrefix
+    # Of 2 x 10 tokens, 3 are saved and 17 are left, or 4 and 16: at most 16 are worth it
+    assert rows(common=3, length=10, number=2) is WholeRows
+    assert rows(common=4, length=10, number=2) is RowsAfterPrefix
+    assert rows(common=9, length=10, number=2) is RowsAfterPrefix
+
+
+def test_every_part_of_the_model_is_left_in_its_mode(model, tokenizer):
+    model.train()
+    model.model.layers[0].eval()  # frozen
+    before = [module.training for module in model.modules()]
+    assert any(before) and not all(before)
+    RewardModelRanker(model, tokenizer).score(["Why?"], [[" So.", " No."]])
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(ValueError, match="Prompt row 0"):
+        RewardModelRanker(model, tokenizer, max_length=5).score(["Why?"], [["x" * 30]])
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("value", ["yes", "auto", 1, None])
+def test_whether_to_share_is_true_or_false(model, tokenizer, value):
+    with pytest.raises(ValueError, match=f"`share_prefix` is {value!r}. Give True or False"):
+        RewardModelRanker(model, tokenizer, share_prefix=value)

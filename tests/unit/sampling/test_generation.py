@@ -18,14 +18,21 @@ from transformers import (
     AutoTokenizer,
     BartConfig,
     BloomConfig,
+    CLIPVisionConfig,
     FalconConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MambaConfig,
     MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    SiglipVisionConfig,
     T5Config,
 )
 
@@ -743,7 +750,56 @@ def test_plain_prompts_are_tokenised_as_they_are(tiny_llama_dir: str) -> None:
     ]
 
 
+# Models of text and images
+
+
+def text_and_images(family: str) -> PreTrainedModel:
+    text = {"vocab_size": 12, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
+    text |= {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if family == "llava":
+            config = LlavaConfig(
+                text_config=LlamaConfig(**text), vision_config=CLIPVisionConfig(**vision), image_token_index=TURN
+            )
+            return LlavaForConditionalGeneration(config).eval()
+        config = Gemma3Config(
+            text_config=Gemma3TextConfig(**text),
+            vision_config=SiglipVisionConfig(**vision),
+            image_token_index=TURN,
+            mm_tokens_per_image=4,
+        )
+        return Gemma3ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava"])
+def test_a_model_of_text_and_images_samples_text_and_shares_prompts(family: str, caplog) -> None:
+    model, tokenizer, prompts = text_and_images(family), letter_tokenizer(), ["abcgh", "d"]
+    sample_completions(model, tokenizer, prompts, 1, max_new_tokens=1)  # the probe
+    rows: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+        completions = sample_completions(model, tokenizer, prompts, 1500, max_new_tokens=2, share_prefix="auto")
+    assert caplog.records == []
+    assert rows[0] == 2 and sum(rows) <= 2 + 2 * 1500  # both prompts once
+    laws = [law_of_texts(model, tokenizer, tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    for one, other in itertools.product(range(2), repeat=2):
+        assert (p_value(completions[one], laws[other]) > CHANCE) == (one == other)
+
+
 # Errors
+
+
+@pytest.mark.parametrize("share_prefix", ["auto", True])
+def test_a_weight_that_is_nan_is_told_and_nothing_is_sampled(share_prefix: str | bool) -> None:
+    model, tokenizer = random_model(), letter_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight[5, 3] = math.nan
+    with pytest.raises(RuntimeError, match="A completion has no token to draw: its scores are NaN or infinite"):
+        sample_completions(model, tokenizer, ["ab", "c"], 3, max_new_tokens=2, share_prefix=share_prefix)
 
 
 def test_conversations_without_a_chat_template_are_refused() -> None:

@@ -1,6 +1,8 @@
+import datetime
 import json
 import logging
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 
 from prefopt_trl.rankers import FunctionRanker
 from prefopt_trl.rankers.base import PointwiseRanker, sigmoid
@@ -279,6 +288,41 @@ def test_saved_candidates_serve_another_beta(build, built: Path, sampled: list[i
     assert len(sampled) == 1
 
 
+def test_columns_of_earlier_pairs_are_not_carried_into_new_ones(build, built: Path, tmp_path: Path) -> None:
+    numbers = ["ref_chosen_logps", "ref_rejected_logps", "chosen_reward", "rejected_reward", "label_probability"]
+    earlier = {name: [111.0 + row for row in range(3)] for name in numbers}
+    earlier |= {"chosen": ["never"] * 3, "rejected": ["these"] * 3, "ref_max_length": [7] * 3, "logps": [[1.0]] * 3}
+    prompts = Dataset.from_dict({"prompt": PROMPTS, "topic": ["x", "y", "z"], **earlier})
+    pairs = build(tmp_path / "pairs", prompts)
+    assert sorted(pairs.column_names) == sorted([*COLUMNS, "topic"])
+    again = load_from_disk(str(built / "pairs"))
+    assert pairs.select_columns(COLUMNS).to_dict() == again.to_dict()
+    candidates = load_from_disk(str(tmp_path / "pairs" / "candidates"))
+    assert sorted(candidates.column_names) == ["completions", "finished", "prompt", "rewards", "topic"]
+    # Candidates that are given bring none of them either, and with `keep_logps` they are of these pairs
+    given = Dataset.from_dict(
+        {"prompt": ["p"], "completions": [["a", "b"]], "rewards": [[1.0, 2.0]], "logps": [[-1.0, -2.0]]}
+        | {name: [111.0] for name in numbers}
+    )
+    pair = build(tmp_path / "given", given, policy=None, tokenizer=None, num_samples=2, keep_logps=True)[0]
+    assert (pair["chosen"], pair["chosen_reward"], pair["rejected_reward"]) == ("b", 2.0, 1.0)
+    assert (pair["ref_chosen_logps"], pair["ref_rejected_logps"], pair["ref_max_length"]) == (-2.0, -1.0, None)
+
+
+@pytest.mark.parametrize("num_contradicted", [0, 1, 2])
+def test_rewards_that_the_ranker_contradicts_are_warned_of(
+    num_contradicted: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The ranker prefers the later letter; so do the rewards, except of the first few prompts
+    rewards = [[2.0, 1.0]] * num_contradicted + [[1.0, 2.0]] * (4 - num_contradicted)
+    given = Dataset.from_dict({"prompt": list("pqrs"), "completions": [["a", "b"]] * 4, "rewards": rewards})
+    with caplog.at_level(logging.WARNING):
+        build_preference_dataset(given, None, None, RANKER, output_dir=tmp_path / "pairs", num_samples=2)
+    warned = [message for message in caplog.messages if "the lower of the given `rewards`" in message]
+    assert len(warned) == (num_contradicted == 2)  # 1 of 4 is not many
+    assert not warned or warned[0].startswith("In 2 of 4 pairs the ranker prefers the completion with the lower")
+
+
 # Once finished, or not
 
 
@@ -439,7 +483,11 @@ def test_without_matplotlib_there_is_no_plot_and_one_line_says_so(
             TypeError,
             "`prompts` is 'The dog'. Give a dataset, a list of prompts, or the path of a `.jsonl` file",
         ),
-        ({"prompts": "x.json"}, TypeError, "`prompts` is 'x.json'. Give .* a `.jsonl` file, which has one JSON object"),
+        (
+            {"prompts": "x.json"},
+            TypeError,
+            "`prompts` is 'x.json'. Give .* a `.jsonl` file, which has one JSON object",
+        ),
         ({"prompts": Path("x.jsonl.gz")}, TypeError, "`prompts` is 'x.jsonl.gz'. .* and is not compressed"),
         ({"seed": -1}, ValueError, "`seed` must be a whole number, at least 0, got -1"),
         ({"seed": 1.5}, ValueError, "`seed` must be a whole number, at least 0, got 1.5"),
@@ -493,6 +541,35 @@ def test_a_prompt_that_fills_max_length_is_named(build, tokenizer, tmp_path: Pat
     assert len(build(tmp_path / "pairs", max_length=lengths[1] + 1)) == 6  # the same folder serves the mended call
 
 
+def test_a_column_that_json_cannot_write_is_refused_and_leaves_nothing(build, tmp_path: Path) -> None:
+    prompts = Dataset.from_dict({"prompt": PROMPTS, "asked": [datetime.datetime(2026, 1, day) for day in (1, 2, 3)]})
+    with pytest.raises(TypeError, match="the columns prompt, asked cannot be written as JSON"):
+        build(tmp_path / "pairs", prompts)
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_a_finished_folder_without_its_pairs_is_not_made_anew(build, tmp_path: Path, sampled: list[int]) -> None:
+    build(tmp_path / "pairs")
+    shutil.rmtree(tmp_path / "pairs" / "pairs")
+    sampled.clear()
+    with pytest.raises(ValueError, match="says that it is finished, and `pairs` is not there. Delete the folder"):
+        build(tmp_path / "pairs")
+    assert sampled == [] and names(tmp_path / "pairs") == FILES - {"pairs"}
+
+
+def test_an_encoder_decoder_is_sampled_and_its_logps_are_not_kept(build, tokenizer, tmp_path: Path) -> None:
+    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    config.decoder_start_token_id = tokenizer.pad_token_id
+    torch.manual_seed(0)
+    policy = AutoModelForSeq2SeqLM.from_config(config)
+    with pytest.raises(ValueError, match="`keep_logps` is for training, which takes no encoder-decoder. Leave it out"):
+        build(tmp_path / "pairs", policy=policy, keep_logps=True)
+    assert not (tmp_path / "pairs").exists()
+    assert len(build(tmp_path / "pairs", policy=policy)) == 6
+    manifest = json.loads((tmp_path / "pairs" / "manifest.json").read_text())
+    assert manifest["settings"]["prompts_are_shared"] is False
+
+
 def test_a_tokenizer_without_eos_is_refused(build, tiny_llama_dir: str, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     tokenizer.eos_token = None
@@ -540,7 +617,9 @@ def test_prompts_with_too_few_distinct_candidates_are_an_error_if_all_are(build,
         build(tmp_path / "pairs", temperature=1e-5)
     candidates = load_from_disk(str(tmp_path / "pairs" / "candidates"))  # which are kept
     assert [len(set(row)) for row in candidates["completions"]] == [1, 1, 1]
-    with pytest.raises(ValueError, match="num_samples: 4 there, 2 now\nSet.*pass `load_from_disk\\('.*/pairs/candidates'"):
+    with pytest.raises(
+        ValueError, match="num_samples: 4 there, 2 now\nSet.*pass `load_from_disk\\('.*/pairs/candidates'"
+    ):
         build(tmp_path / "pairs", temperature=1e-5, num_samples=2)
 
 

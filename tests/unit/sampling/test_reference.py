@@ -131,6 +131,15 @@ def test_there_is_no_dropout_and_no_gradient(model, tokenizer):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_every_part_of_the_model_is_left_in_its_mode(model, tokenizer):
+    model.train()
+    model.model.layers[0].eval()  # frozen
+    before = [module.training for module in model.modules()]
+    assert any(before) and not all(before)
+    pair_logps(model, tokenizer, PROMPTS, PAIRS, None)
+    assert [module.training for module in model.modules()] == before
+
+
 # What was summed while sampling
 
 

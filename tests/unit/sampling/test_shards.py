@@ -499,3 +499,38 @@ def test_two_real_processes_make_the_bytes_of_one(tiny_llama_dir: str, tmp_path:
         returned += [line for line in result.stdout.splitlines() if line.startswith("RETURNED")]
     assert len(returned) == 3 and len(set(returned)) == 1
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+# Two runs in one folder
+
+
+def test_a_folder_that_another_run_holds_is_left_alone(build, undisturbed, tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "select_and_pair", failing(shards.select_and_pair, 2, RuntimeError("out")))
+        with pytest.raises(RuntimeError):
+            build(tmp_path / "pairs")
+    before = contents(tmp_path / "pairs")
+    with store.SampleStore(tmp_path / "pairs").held():
+        with pytest.raises(RuntimeError, match="Another run is making a dataset in .*or choose another `output_dir`"):
+            build(tmp_path / "pairs")
+        assert contents(tmp_path / "pairs") == before
+    build(tmp_path / "pairs")
+    assert contents(tmp_path / "pairs") == undisturbed
+
+
+def test_what_another_run_has_finished_in_the_meantime_is_read(
+    build, undisturbed, tmp_path: Path, monkeypatch
+) -> None:
+    folder, held, sampled = tmp_path / "pairs", store.SampleStore.held, []
+
+    def after_another(own: store.SampleStore) -> Any:
+        monkeypatch.setattr(store.SampleStore, "held", held)
+        build(folder)
+        monkeypatch.setattr(shards, "sample_candidates", lambda *args, **options: sampled.append(args))
+        return held(own)
+
+    monkeypatch.setattr(store.SampleStore, "held", after_another)
+    pairs = build(folder)
+    assert sampled == []
+    assert contents(folder) == undisturbed and not (folder / "shards").exists()
+    assert pairs.to_dict() == load_from_disk(str(folder / "pairs")).to_dict()

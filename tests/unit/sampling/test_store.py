@@ -2,6 +2,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -207,6 +208,15 @@ def test_files_that_would_be_overwritten_are_not_taken_over_without_a_manifest(f
     assert (folder / name).read_text() == "mine"
 
 
+def test_a_finished_folder_without_its_pairs_says_what_to_do(folder: Path) -> None:
+    store = finished_store(folder)
+    shutil.rmtree(folder / "pairs")
+    for settings in (SETTINGS, SETTINGS | {"beta": 0.1}):
+        with pytest.raises(ValueError, match="says that it is finished, and `pairs` is not there. Delete the folder"):
+            store.finished(settings)
+    assert names(folder) == {"manifest.json"} | CANDIDATES
+
+
 def test_other_files_in_the_folder_do_no_harm(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
@@ -218,6 +228,59 @@ def test_settings_that_json_cannot_write_are_refused_before_anything_is_made(fol
     with pytest.raises(TypeError, match="not JSON serializable"):
         SampleStore(folder).finished({"beta": object()})
     assert not folder.exists()
+
+
+# One run at a time
+
+
+def test_a_folder_is_held_by_one_at_a_time(folder: Path) -> None:
+    message = f"Another run is making a dataset in {folder}. Wait for it, or stop it"
+    with SampleStore(folder).held():
+        begun_store(folder)  # the holder may write
+        with pytest.raises(RuntimeError) as error, SampleStore(folder).held():
+            pass
+        assert str(error.value).startswith(message)
+        with SampleStore(folder.with_name("other")).held():
+            pass
+    with SampleStore(folder).held(), pytest.raises(ZeroDivisionError), SampleStore(folder.with_name("other")).held():
+        raise ZeroDivisionError
+    with SampleStore(folder.with_name("other")).held():  # also after an error
+        pass
+    assert names(folder) == {"manifest.json"}
+
+
+HOLDER = """
+import sys
+from prefopt_trl.sampling.store import SampleStore
+with SampleStore(sys.argv[1]).held():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_another_process_holds_a_folder_until_it_dies(folder: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RuntimeError, match="Another run is making a dataset in"), SampleStore(folder).held():
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with SampleStore(folder).held():
+        pass
+
+
+def test_a_file_system_without_locks_is_used_and_said(folder: Path, monkeypatch, caplog) -> None:
+    def without_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(module.fcntl, "flock", without_locks)
+    with SampleStore(folder).held():
+        begun_store(folder)
+    assert caplog.messages == [f"{folder} cannot be locked: see that no other run uses it."]
 
 
 # Durable

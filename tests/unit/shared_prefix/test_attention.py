@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from prefopt_trl.shared_prefix import segments
 from prefopt_trl.shared_prefix.attention import (
     SHARED_PREFIX,
     PrefixCache,
@@ -255,9 +256,23 @@ class SlowSegments(SlowPrompts):
     ids=str,
 )
 def test_segments_equal_naive_attention(num_heads, num_kv_heads, softcap, lengths, segment_lengths):
-    segments = SlowSegments(segment_lengths, num_heads, num_kv_heads, lengths=lengths)
-    assert segments.error(softcap=softcap) < 2e-6
-    assert [layer.was_attended for layer in segments.cache.layers] == [True, True]
+    slow = SlowSegments(segment_lengths, num_heads, num_kv_heads, lengths=lengths)
+    assert slow.error(softcap=softcap) < 2e-6
+    assert [layer.was_attended for layer in slow.cache.layers] == [True, True]
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)], ids=["MHA", "GQA", "MQA"])
+@pytest.mark.parametrize("most", [1, 150, 300])
+def test_segments_in_parts_equal_naive_attention(monkeypatch, num_heads, num_kv_heads, most):
+    numbers, of = [], Scores.of
+    monkeypatch.setattr(segments, "SCORES_AT_ONCE", most)
+    monkeypatch.setattr(Scores, "of", lambda *given: numbers.append((scores := of(*given)).numel()) or scores)
+    cases = [SEGMENTS, [[1, 1, 1], [4, 1], [2]], [[5, 5], [1] * 9, [3, 2, 1]]]
+    for segment_lengths in cases:
+        assert SlowSegments(segment_lengths, num_heads, num_kv_heads).error() < 2e-6
+    # A segment of 5 tokens and a token's prompt are the least: 6 heads x 5 x 5
+    assert max(numbers) <= max(most, 25 * num_heads)
+    assert len(numbers) > 2 * len(cases) * (1 + 3)  # without parts: two layers, all segments and each prompt
 
 
 def test_segments_with_values_of_another_size_another_scaling_and_scores_of_thousands():

@@ -34,6 +34,7 @@ from prefopt_trl.shared_prefix.continuation import (
     WholeRows,
     _common_length,
     last_of_row,
+    reason_not_to_share_head,
     reason_not_to_share_prefix,
 )
 from prefopt_trl.shared_prefix.segments import SegmentLayer
@@ -363,6 +364,39 @@ def test_the_probe_runs_once_and_leaves_the_model_as_it_was(monkeypatch):
     assert model.config._attn_implementation == implementation != SHARED_PREFIX
     assert reason_not_to_share_prefix(build(FAMILIES["llama"]), 10) is None
     assert len(probes) == 2  # another model, another probe
+
+
+def out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("out of memory")
+
+
+@pytest.mark.parametrize("layer", [SegmentLayer, PrefixLayer])
+def test_a_probe_that_runs_out_of_memory_says_nothing_of_the_model(monkeypatch, layer):
+    model = build(FAMILIES["llama"])
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "attend", out_of_memory)
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                reason_not_to_share_prefix(model, 20)
+    assert reason_not_to_share_prefix(model, 20) is None
+
+
+def test_a_probe_of_a_head_that_runs_out_of_memory_says_nothing_of_the_head(monkeypatch):
+    model = with_head("llama")
+    with monkeypatch.context() as patch:
+        patch.setattr(RowsAfterPrefix, "head_logits", out_of_memory)
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                reason_not_to_share_head(model, PAD)
+    assert reason_not_to_share_head(model, PAD) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "mixtral", "gemma2", "gpt2", "gpt_neox", "opt"])
+def test_a_head_that_reads_the_last_token_may_be_given_it_alone(family):
+    for pad_token_id in (PAD, 2):
+        model = with_head(family)
+        model.config.pad_token_id = pad_token_id
+        assert reason_not_to_share_head(model, pad_token_id) is None
 
 
 def test_rows_as_long_as_the_window_share_and_longer_ones_do_not(caplog):

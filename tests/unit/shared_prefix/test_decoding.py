@@ -3,6 +3,7 @@
 import copy
 import itertools
 import logging
+import math
 import string
 from collections import Counter
 
@@ -193,6 +194,17 @@ def test_logps_are_those_of_the_returned_tokens_under_the_plain_model(family):
         assert output.logps.min() < -5  # a wrong mask or position would show
 
 
+def test_logps_of_a_thousand_tokens_do_not_drift():
+    config = LlamaConfig(**LLAMA_LIKE | {"num_hidden_layers": 1, "max_position_embeddings": 2048})
+    model, prompts = build(config), [PROMPTS[0]]
+    output = sampled(model, 2, prompts, max_new_tokens=1024, eos_token_id=None)
+    completions = completions_of(output.sequences, (), prompts)
+    assert [len(completion) for completion in completions] == [1024, 1024]
+    expected = teacher_forced(model.double(), completions, prompts)
+    assert output.logps.tolist() == pytest.approx(expected, abs=1e-3, rel=0)
+    assert max(expected) < -1000
+
+
 NOT_SHARING = {
     "falcon": (FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4), "falcon"),
     "falcon with ALiBi": (
@@ -345,6 +357,14 @@ def test_a_row_with_one_possible_token_draws_it(place):
     scores[:, place] = -40.0
     torch.manual_seed(0)
     assert (draw(scores) == place).all()
+
+
+@pytest.mark.parametrize("scores", [[0.0, math.nan, 1.0], [-math.inf] * 3, [0.0, math.inf, 1.0]], ids=str)
+def test_a_row_without_a_token_to_draw_is_refused(scores):
+    fine = [0.0, 1.0, -math.inf]
+    assert draw(torch.tensor([fine, fine])).max() < 2
+    with pytest.raises(RuntimeError, match="A completion has no token to draw: its scores are NaN or infinite"):
+        draw(torch.tensor([fine, scores]))
 
 
 def test_the_ends_of_the_random_numbers_are_possible_tokens(monkeypatch):
@@ -541,6 +561,46 @@ def test_a_users_own_processor_or_criterion_sees_all_rows_to_the_end(argument, w
     assert {len(rows) for rows in ours.seen} == {3}
 
 
+class Counting(LogitsProcessor):
+    """A user's own, with a state that a copy would not share."""
+
+    def __init__(self):
+        self.num_calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.num_calls += 1
+        return scores if self.num_calls % 2 else -scores
+
+
+def test_the_state_of_a_users_own_processor_is_its_own():
+    model = build(SHARING["llama"])
+    options = {"do_sample": False, "max_new_tokens": 7, "eos_token_id": None}
+    ours = Counting()
+    expected = model.generate(**inputs_of(), **options, logits_processor=LogitsProcessorList([Counting()]))
+    assert torch.equal(shared(model, 1, **options, logits_processor=LogitsProcessorList([ours])), expected)
+    assert ours.num_calls == 7
+    assert not torch.equal(shared(model, 1, **options), expected)
+
+
+class Contrasting(LogitsProcessor):
+    """Asks the model that is decoding what it would say after the last token alone."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, input_ids, scores):
+        return scores - 0.5 * self.model(input_ids=input_ids[:, -1:], use_cache=False).logits[:, -1]
+
+
+def test_a_processor_may_run_the_model_itself():
+    model = build(SHARING["llama"])
+    options = {"do_sample": False, "max_new_tokens": 10, "logits_processor": LogitsProcessorList([Contrasting(model)])}
+    expected = model.generate(**inputs_of(), **options, eos_token_id=None)
+    assert torch.equal(shared(model, 2, **options, eos_token_id=None), expected.repeat_interleave(2, dim=0))
+    del options["logits_processor"]
+    assert not torch.equal(model.generate(**inputs_of(), **options, eos_token_id=None), expected)
+
+
 def test_rows_that_have_ended_leave_the_batch():
     model = build(SHARING["llama"])
     sizes = []
@@ -693,6 +753,20 @@ def test_what_cannot_be_shared_is_refused(options, message):
     model = build(SHARING["llama"])
     with pytest.raises(ValueError, match=message):
         shared(model, **{"num_completions": 2, "max_new_tokens": 4} | options)
+
+
+def test_a_model_whose_config_rules_it_out_is_refused():
+    bloom = build(NOT_SHARING["bloom"][0])
+    with pytest.raises(ValueError, match="cannot share their prompt: bloom uses ALiBi.* Use plain `generate`"):
+        shared(bloom, 2, max_new_tokens=4)
+    model = build(MistralConfig(**LLAMA_LIKE, sliding_window=10))
+    options = {"do_sample": False, "eos_token_id": None}
+    # The longest prompt has 6 tokens: with 4 more a row fills the window, with 5 it would leave it
+    found = shared(model, 2, max_new_tokens=4, **options)
+    assert torch.equal(found, model.generate(**inputs_of(), max_new_tokens=4, **options).repeat_interleave(2, dim=0))
+    message = r"rows of up to 11 tokens exceed the attention window of mistral \(`sliding_window`=10\)"
+    with pytest.raises(ValueError, match=message):
+        shared(model, 2, max_new_tokens=5, **options)
 
 
 def test_a_cache_that_has_tokens_is_refused_and_an_empty_one_is_not_needed():

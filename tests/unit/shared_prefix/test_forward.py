@@ -259,3 +259,17 @@ def test_groups_are_left_out_of_calls_without_the_switch():
     inputs = ragged_batch()
     with torch.no_grad():
         assert torch.equal(shared(**inputs).logits, plain(**without_groups(inputs)).logits)
+
+
+def test_a_packed_probe_that_runs_out_of_memory_says_nothing_of_the_model():
+    model = build(share_prefix=False)
+
+    def forward(**inputs):
+        if "position_ids" in inputs:  # the packed rows
+            raise torch.OutOfMemoryError("out of memory")
+        return model(**inputs)
+
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            support.reason_not_to_share(model, forward, row_length=20)
+    assert support.reason_not_to_share(model, model, row_length=20) is None

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, T5Config
 
 from prefopt_trl import FunctionRanker, sample_completions
 from prefopt_trl.sampling.shards import shard_seed
@@ -241,6 +241,30 @@ def test_evaluation_prompts_are_sampled_and_training_data_are_not(make, tmp_path
 def test_prompts_need_a_ranker(trainer_class, make):
     with pytest.raises(ValueError, match="The train dataset has prompts but no .* Pass a `ranker`"):
         make(trainer_class, dataset(PROMPTS))
+
+
+@pytest.mark.parametrize("trainer_class", [RSOTrainer, PROTrainer])
+def test_an_encoder_decoder_is_refused_before_anything_is_sampled(
+    trainer_class, make, policy_dir, tmp_path, monkeypatch
+):
+    tokenizer = AutoTokenizer.from_pretrained(policy_dir)
+    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    config.decoder_start_token_id = tokenizer.pad_token_id
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    length = Length()
+    with pytest.raises(
+        ValueError, match=r"The policy is an encoder-decoder \(T5ForConditionalGeneration\).*Sample from"
+    ):
+        make(
+            trainer_class,
+            dataset(PROMPTS),
+            model=AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "t5"),
+            ranker=FunctionRanker(length),
+            output_dir=tmp_path / "out",
+            **SAMPLING,
+        )
+    assert length.calls == [] and not (tmp_path / "out" / "sampled").exists()
 
 
 def test_a_stream_of_prompts_is_refused(make):

@@ -169,6 +169,8 @@ def test_the_config_of_a_checkpoint_makes_the_same_config():
         ({"rejection_beta": -1.0}, "`rejection_beta` must be at least 0, got -1.0"),
         ({"rejection_beta": float("nan")}, "`rejection_beta` must be at least 0, got nan"),
         ({"temperature": 0.0}, "`temperature` must be greater than 0, got 0.0"),
+        ({"share_prefix": "yes"}, "`share_prefix` must be True or False, got 'yes'"),
+        ({"share_prefix": "auto"}, "`share_prefix` must be True or False, got 'auto'"),
     ],
 )
 def test_a_value_that_would_fail_after_sampling_is_refused_at_once(arguments, message, tmp_path):

@@ -1,5 +1,7 @@
 """`reference_logps="sampled"`: training on the log-probabilities that sampling wrote down."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -123,3 +125,69 @@ def test_pairs_without_log_probabilities_are_refused(tmp_path, policy_dir):
     pairs = Dataset.from_dict({"prompt": ["Take"], "chosen": [" salt"], "rejected": [" leek"]})
     with pytest.raises(ValueError, match="reads `ref_chosen_logps` and `ref_rejected_logps`, which the train dataset"):
         RSOTrainer(policy_dir, args=config(tmp_path, reference_logps="sampled"), train_dataset=pairs)
+
+
+# Where training cuts rows
+
+
+@pytest.fixture(scope="module")
+def pairs_cut_at(policy_dir, tmp_path_factory):
+    """Pairs sampled with log-probabilities of completions cut at `max_length`; by its value."""
+
+    def build(max_length):
+        return build_preference_dataset(
+            PROMPTS,
+            AutoModelForCausalLM.from_pretrained(policy_dir),
+            AutoTokenizer.from_pretrained(policy_dir),
+            FunctionRanker(few_vowels),
+            output_dir=tmp_path_factory.mktemp("pairs") / "made",
+            keep_logps=True,
+            max_length=max_length,
+            **SAMPLING,
+        )
+
+    return functools.cache(build)
+
+
+def tokens_of(pairs, policy_dir):
+    """Tokens of each pair's longer row."""
+    tokenizer = AutoTokenizer.from_pretrained(policy_dir)
+    texts = ([row["prompt"] + row[side] + tokenizer.eos_token for side in ("chosen", "rejected")] for row in pairs)
+    return [max(len(ids) for ids in tokenizer(both)["input_ids"]) for both in texts]
+
+
+def take(pairs, tmp_path, policy_dir, max_length):
+    args = config(tmp_path, reference_logps="sampled", max_length=max_length)
+    return RSOTrainer(policy_dir, args=args, train_dataset=pairs)
+
+
+@pytest.mark.parametrize(("built", "trained"), [(10, 1024), (1024, 10), (10, 11), (11, 10), (10, None), (None, 10)])
+def test_log_probabilities_of_rows_cut_elsewhere_are_refused(built, trained, tmp_path, policy_dir, pairs_cut_at):
+    pairs = pairs_cut_at(built)
+    assert pairs["ref_max_length"] == [built] * len(pairs)
+    lengths = tokens_of(pairs, policy_dir)
+    row = next(row for row, length in enumerate(lengths) if length > 10)
+    message = f"Row {row} of the train dataset has {lengths[row]} tokens, .*`ref_max_length`={built}, where training "
+    with pytest.raises(ValueError, match=message + f"cuts at `max_length`={trained}. Make the pairs with the same"):
+        take(pairs, tmp_path, policy_dir, trained)
+
+
+@pytest.mark.parametrize(("built", "trained"), [(10, 10), (11, 11), (40, 1024), (1024, 40), (40, None), (None, 40)])
+def test_log_probabilities_of_rows_that_are_cut_alike_or_not_at_all_are_taken(
+    built, trained, tmp_path, policy_dir, pairs_cut_at
+):
+    pairs = pairs_cut_at(built)
+    longest = max(tokens_of(pairs, policy_dir))
+    assert 11 < longest <= 40
+    trainer = take(pairs, tmp_path, policy_dir, trained)
+    assert trainer.ref_model is None and len(trainer.train_dataset) == len(pairs)
+    trainer.train()  # the policy is the reference model, so that each log-ratio is 0
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+
+
+def test_log_probabilities_of_unknown_length_are_taken_as_those_of_whole_rows(tmp_path, policy_dir, pairs_cut_at):
+    pairs = pairs_cut_at(None).remove_columns("ref_max_length")
+    longest = max(tokens_of(pairs, policy_dir))
+    assert len(take(pairs, tmp_path, policy_dir, longest).train_dataset) == len(pairs)
+    with pytest.raises(ValueError, match=f"has {longest} tokens, .*`ref_max_length`=None"):
+        take(pairs, tmp_path, policy_dir, longest - 1)
