@@ -11,11 +11,13 @@ from huggingface_hub import DatasetCardData, HfApi
 
 from prefopt_trl.sampling.statistics import QUANTILES, SamplingStatistics
 
-PUSHED = ["README.md", "manifest.json", "statistics.json", "statistics.png", "candidates/*", "pairs/*"]
+PUSHED = ["README.md", "manifest.json", "statistics.json", "statistics.png"]
+# Not every Arrow file: `Dataset.map` leaves caches beside the data
+PUSHED += [f"{folder}/{files}" for folder in ("candidates", "pairs") for files in ("data-*.arrow", "*.json")]
 
 CONFIGS = [
-    {"config_name": "pairs", "data_files": "pairs/*.arrow", "default": True},
-    {"config_name": "candidates", "data_files": "candidates/*.arrow"},
+    {"config_name": "pairs", "data_files": "pairs/data-*.arrow", "default": True},
+    {"config_name": "candidates", "data_files": "candidates/data-*.arrow"},
 ]
 
 COLUMNS = {

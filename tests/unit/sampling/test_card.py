@@ -1,11 +1,12 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset, load_dataset, load_from_disk
 from huggingface_hub import DatasetCard
 from huggingface_hub.utils import filter_repo_objects
 
@@ -99,8 +100,8 @@ def test_the_metadata_are_what_the_hub_reads() -> None:
     metadata = DatasetCard(text).data
     assert metadata.tags == ["trl", "prefopt-trl", "preference", "rso", "first-round"]
     assert metadata.configs == [
-        {"config_name": "pairs", "data_files": "pairs/*.arrow", "default": True},
-        {"config_name": "candidates", "data_files": "candidates/*.arrow"},
+        {"config_name": "pairs", "data_files": "pairs/data-*.arrow", "default": True},
+        {"config_name": "candidates", "data_files": "candidates/data-*.arrow"},
     ]
     _, front, _ = text.split("---\n", 2)
     assert yaml.safe_load(front) == metadata.to_dict()
@@ -265,3 +266,14 @@ def test_a_push_that_fails_says_that_nothing_is_lost(
     assert f"it is whole in {folder}." in message
     assert f"`push_preference_dataset({str(folder)!r}, 'someone/pairs')`" in message
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_caches_that_map_leaves_beside_the_data_are_neither_read_nor_pushed(folder: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    pairs = load_from_disk(str(copied / "pairs"))
+    pairs.map(lambda row: {"prompt": "changed"})
+    caches = [path.relative_to(copied).as_posix() for path in copied.rglob("cache-*.arrow")]
+    assert len(caches) == 1
+    loaded = load_dataset(str(copied), "pairs", split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded["prompt"] == pairs["prompt"]
+    assert not list(filter_repo_objects(caches, allow_patterns=card.PUSHED))
