@@ -128,7 +128,8 @@ def build_preference_dataset(
             without an EOS token, a ranker that returns the wrong number of values or NaN, an `output_dir` made with
             other settings (naming them), or no prompt with enough distinct candidates.
         OSError: if something cannot be written, for example to a full disk. What is saved stays as it is.
-        RuntimeError: if this process does not see what the main process writes to `output_dir`.
+        RuntimeError: if this process does not see what the main process writes to `output_dir`, or another run is
+            making a dataset there.
 
     Example:
 
@@ -181,8 +182,9 @@ def build_preference_dataset(
 
     selection = {"strategy": strategy, "num_samples": num_samples, "beta": beta, "pairing": pairing}
     ranking_model = getattr(getattr(ranker, "ranking_model", None), "model", None)
-    with gathered(None if given and not keep_logps else policy, ranking_model):
-        if sharded := [model for model in (policy, ranking_model) if model is not None and partition_reason(model)]:
+    models = (None if given and not keep_logps else policy, ranking_model)  # those that are run
+    with gathered(*models):
+        if sharded := [model for model in models if model is not None and partition_reason(model)]:
             raise ValueError(
                 f"A {type(sharded[0]).__name__} cannot be sampled or asked: {partition_reason(sharded[0])}. Build the "
                 "dataset before the model is sharded, with a whole one on each process."

@@ -23,7 +23,7 @@ from transformers import (
 
 from prefopt_trl.rankers import FunctionRanker
 from prefopt_trl.rankers.base import PointwiseRanker, sigmoid
-from prefopt_trl.sampling import shards
+from prefopt_trl.sampling import pipeline, shards
 from prefopt_trl.sampling.generation import sample_completions
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.sampling.selection import preference_rows, select_and_pair
@@ -651,3 +651,14 @@ def test_rankings_are_saved_with_the_columns_of_their_prompts(policy, tokenizer,
         again = build_preference_dataset(prompts, policy, tokenizer, RANKER, **how)
     assert again.to_dict() == made.to_dict() == load_from_disk(str(tmp_path / "pairs")).to_dict()
     assert "Reusing the 3 rankings in" in caplog.text
+
+
+def test_only_models_that_are_run_must_be_whole(tmp_path, tiny_llama_dir, monkeypatch):
+    sharded = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    monkeypatch.setattr(pipeline, "partition_reason", lambda model: "sharded" if model is sharded else None)
+    given = Dataset.from_dict({"prompt": ["a"], "completions": [["b", "cc"]]})
+    ranker = FunctionRanker(lambda prompts, completions: [float(len(text)) for text in completions])
+    build_preference_dataset(given, sharded, tokenizer, ranker, output_dir=tmp_path / "given", num_samples=2)
+    with pytest.raises(ValueError, match="A LlamaForCausalLM cannot be sampled or asked: sharded"):
+        build_preference_dataset(["a"], sharded, tokenizer, ranker, output_dir=tmp_path / "sampled")
