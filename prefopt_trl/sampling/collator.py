@@ -19,6 +19,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from prefopt_trl.data.collators import DataCollatorForRanking
 from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
 from prefopt_trl.data.tokenization import tokenize_completions
+from prefopt_trl.data.weights import gathered, model_of
 from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
 from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
 from prefopt_trl.sampling.prompts import check_prompts_fit, tokenize_prompts
@@ -151,6 +152,10 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
         rows = [example.get("row") for example in examples]
         drawn = json.dumps([self.seed, self.epoch, rows, prompts]).encode()
         seed = int.from_bytes(hashlib.sha256(drawn).digest()[:4], "little")
+        with gathered(self.policy, model_of(self.ranker)):
+            return self._collate(self._prefer(prompts, seed))
+
+    def _prefer(self, prompts: list[Prompt], seed: int) -> list[dict[str, Any]]:
         completions = self._sample(prompts, seed)
         rewards = check_rewards(
             self.ranker.score(prompts, completions), prompts, completions, type(self.ranker).__name__
@@ -166,19 +171,15 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
 
         if self.pairing == RANKING:
             ranked = [rank(*scored) for scored in zip(completions, rewards, members, strict=True)]
-            return self._collate(
-                [self._tokenize(prompt, **ranking) for prompt, ranking in zip(prompts, ranked, strict=True)]
-            )
+            return [self._tokenize(prompt, **ranking) for prompt, ranking in zip(prompts, ranked, strict=True)]
         labelled = label_pairs(self.ranker, prompts, completions, members, PAIRINGS[self.pairing], streams)
         num_pairs = NUM_PAIRS[self.pairing](self.num_samples)
-        return self._collate(
-            [
-                self._tokenize(prompt, [row[chosen], row[rejected]])
-                for prompt, row, pairs in zip(prompts, completions, labelled, strict=True)
-                # Repeated where there are few: TRL gathers a value of each pair, as many from every process
-                for chosen, rejected in np.resize(np.stack([pairs.chosen, pairs.rejected], axis=1), (num_pairs, 2))
-            ]
-        )
+        return [
+            self._tokenize(prompt, [row[chosen], row[rejected]])
+            for prompt, row, pairs in zip(prompts, completions, labelled, strict=True)
+            # Repeated where there are few: TRL gathers a value of each pair, as many from every process
+            for chosen, rejected in np.resize(np.stack([pairs.chosen, pairs.rejected], axis=1), (num_pairs, 2))
+        ]
 
     def _sample(self, prompts: list[Prompt], seed: int) -> list[list[Completion]]:
         prompt_ids = tokenize_prompts(self.tokenizer, prompts)

@@ -11,8 +11,9 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from prefopt_trl.shared_prefix.attention import PrefixCache, attend_to_prefix, left_pad, without_head
 from prefopt_trl.shared_prefix.modes import evaluating
@@ -203,7 +204,8 @@ def reason_not_to_share_prefix(model: PreTrainedModel, row_length: int) -> str |
 
 def partition_reason(model: PreTrainedModel) -> str | None:
     """Why each forward pass of this model needs all processes, which must then make as many; or None."""
-    if is_fsdp_managed_module(model):
+    is_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    if is_fsdp1 or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return "its weights are sharded by FSDP"
     if any(hasattr(parameter, "ds_id") and parameter.numel() == 0 for parameter in model.parameters()):
         return "its weights are partitioned by ZeRO-3, and not gathered"

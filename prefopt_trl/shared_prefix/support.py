@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 # log-probability of 10. Half precision rounds the hidden states, so two correct orders of summation differ that much.
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
+PROBE_LENGTH = 12  # of the longest row, in tokens
+
 _probed: weakref.WeakKeyDictionary[torch.nn.Module, str | None] = weakref.WeakKeyDictionary()
 _logged: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
@@ -37,11 +39,12 @@ def reason_not_to_share(model: PreTrainedModel, forward: Callable[..., Any], row
     Returns:
         `str` or `None`: one clause in plain words.
     """
-    reason = config_reason(model, row_length)
+    reason = config_reason(model, PROBE_LENGTH)
     if reason is None:
+        # Before the length is looked at: processes that share a model's weights must probe it together
         if model not in _probed:
             _probed[model] = probe_reason(model, forward)
-        reason = _probed[model]
+        reason = _probed[model] or config_reason(model, row_length)
     if reason is not None:
         log_reason(model, reason)
     return reason
@@ -114,10 +117,10 @@ def probe_reason(model: PreTrainedModel, forward: Callable[..., Any]) -> str | N
     vocab_size = model.config.get_text_config().vocab_size
     # Two prompts with two completions each, lengths all different, from a stream of its own
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(vocab_size, (4, 12), generator=generator).to(device)
+    rows = torch.randint(vocab_size, (4, PROBE_LENGTH), generator=generator).to(device)
     rows[2:, :5] = rows[:2, :5]
-    lengths = torch.tensor([12, 9, 8, 11], device=device)
-    attention_mask = (torch.arange(12, device=device) < lengths[:, None]).long()
+    lengths = torch.tensor([PROBE_LENGTH, 9, 8, 11], device=device)
+    attention_mask = (torch.arange(PROBE_LENGTH, device=device) < lengths[:, None]).long()
     packed = pack_rows(
         rows, attention_mask, rows.masked_fill(attention_mask == 0, IGNORE_INDEX), pair_groups(4, device)
     )

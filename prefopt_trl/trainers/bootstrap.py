@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from prefopt_trl.data.formats import wrap_completion
 from prefopt_trl.data.tokenization import tokenize_completions
+from prefopt_trl.data.weights import gathered, model_of
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.sampling.generation import sample_candidates
 from prefopt_trl.sampling.prompts import check_unused_columns, tokenize_prompts
@@ -124,7 +125,9 @@ class Bootstrap(TrainerCallback):
             # Each process samples as many prompts as the others, as ZeRO-3 needs it; some are sampled twice
             rank, world = accelerator.process_index, accelerator.num_processes
             own = np.resize(self.parts[part], -(-len(self.parts[part]) // world) * world)[rank::world]
-            sampled = gather_object(self._sample_rows(own, model, [self.seed, self.epoch, part, rank]))
+            with gathered(model, model_of(self.ranker)):
+                extended = self._sample_rows(own, model, [self.seed, self.epoch, part, rank])
+            sampled = gather_object(extended)
             saved[0] = list({ranking["row"]: ranking for ranking in sampled}.values())
             if accelerator.is_main_process:
                 self._write(file, {"global_step": global_step, "settings": self.settings, "rankings": saved[0]})

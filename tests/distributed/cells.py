@@ -1,0 +1,59 @@
+"""What is trained on every engine. The tests read it, and the processes that they start."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# The loss of a pair, of a pair without a reference model, and of rankings; each by trainer and configuration
+TRAINERS = ["RSO", "SLiC", "PRO", "ListwiseDPO", "RRHF"]
+ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training.
+
+    Attributes:
+        trainer (`str`):
+            One of [`TRAINERS`].
+        weights (`str`):
+            `"full"`, `"lora"` (a fresh adapter, whose reference is the base model), `"adapter"` (a trained one, whose
+            reference is a frozen copy of it) or `"qlora"` (nf4, double quantisation, `paged_adamw_8bit`).
+        data (`str`):
+            `"given"` completions; `"scored"` ones, to which a ranker gives rewards first; or prompts that are sampled
+            `"offline"` or `"online"`. `"bootstrap"` adds samples to given completions.
+        share_prefix (`bool`):
+            Whether each prompt is computed once.
+        options (`dict`):
+            Further arguments of the configuration.
+    """
+
+    trainer: str
+    weights: str = "full"
+    data: str = "given"
+    share_prefix: bool = True
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        sharing = [] if self.share_prefix else ["not shared"]
+        return ", ".join([self.trainer, self.weights, self.data, *sharing, *self.options])
+
+
+def cells(engine: str) -> list[Cell]:
+    """The trainings that run on an engine, or on `"alone"`, the one process to compare with."""
+    return [
+        *(
+            Cell(trainer, weights, share_prefix=share_prefix)
+            for trainer in TRAINERS
+            for weights in ("full", "lora")
+            for share_prefix in (True, False)
+        ),
+        Cell("RSO", "adapter"),
+        # Without a reference model, which full fine-tunes have otherwise
+        Cell("RSO", options={"precompute_ref_log_probs": True}),
+        Cell("RSO", data="offline", options={"reference_logps": "sampled"}),
+        *(Cell(trainer, weights, "offline") for trainer in ("RSO", "PRO") for weights in ("full", "lora")),
+        *(Cell(trainer, weights, "online") for trainer in ("RSO", "ListwiseDPO") for weights in ("full", "lora")),
+        *(Cell("PRO", weights, "bootstrap") for weights in ("full", "lora")),
+        Cell("PRO", data="scored"),
+        *(Cell(trainer, "qlora") for trainer in TRAINERS if engine in ("alone", "ddp")),
+    ]

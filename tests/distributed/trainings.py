@@ -1,0 +1,108 @@
+"""The training of one cell, in each process of an engine."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from cells import Cell
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import prefopt_trl
+from prefopt_trl import PairwiseRanker
+
+PROMPTS = ["The capital of France is", "Why?", "Mix", "The quick brown", "Tell me", "A", "The dog", "What is"]
+WORDS = ["blue", "green and yellow", "wet", "seven of them", "a very long completion, it seems", "bb", "no", "dddd"]
+GLOBAL_BATCH = 4
+NUM_STEPS = 3
+SAMPLING: dict[str, dict[str, Any]] = {
+    "given": {},
+    "scored": {},
+    "offline": {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6},
+    "online": {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6, "sampling": "online"},
+    "bootstrap": {"bootstrap_parts": 2, "max_new_tokens": 6},
+}
+
+
+def train(cell: Cell, engine: str, folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Train, save, evaluate, and train once more from the first checkpoint; what was seen on the way."""
+    output_dir = Path(folder, engine, str(cell).replace(", ", "-"))
+    trainer = make(cell, engine, folder, output_dir, arguments)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    record = {
+        "world_size": trainer.accelerator.num_processes,
+        "wrapper": [base.__name__ for base in type(trainer.model_wrapped).__mro__],
+        "stage": trainer.model_wrapped.zero_optimization_stage() if engine in ("zero2", "zero3") else None,
+        "losses": [log["loss"] for log in logs],
+        "grad_norms": [log["grad_norm"] for log in logs],
+        "holds_reference_model": trainer.ref_model is not None,
+    }
+    trainer.save_model(str(output_dir / "saved"))
+    if cell.data == "given":
+        record["eval_loss"] = trainer.evaluate()["eval_loss"]
+    trainer = make(cell, engine, folder, output_dir, arguments)
+    trainer.train(resume_from_checkpoint=str(output_dir / "checkpoint-1"))
+    record["resumed_losses"] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    return record
+
+
+def make(cell: Cell, engine: str, folder: Path, output_dir: Path, arguments: dict[str, Any]) -> Any:
+    AcceleratorState._reset_state(reset_partial_state=False)
+    GradientState._reset_state()
+    num_processes = 1 if engine == "alone" else 2
+    # What is sampled online depends on the prompts of a batch: one process has those of two, one after the other
+    per_device = GLOBAL_BATCH // 2 if cell.data == "online" else GLOBAL_BATCH // num_processes
+    config_class = getattr(prefopt_trl, f"{cell.trainer}Config")
+    args = config_class(
+        str(output_dir),
+        per_device_train_batch_size=per_device,
+        per_device_eval_batch_size=GLOBAL_BATCH // num_processes,
+        gradient_accumulation_steps=GLOBAL_BATCH // num_processes // per_device,
+        max_steps=NUM_STEPS,
+        save_steps=1,
+        logging_steps=1,
+        learning_rate=1e-3,
+        report_to="none",
+        disable_tqdm=True,
+        share_prefix=cell.share_prefix,
+        optim="paged_adamw_8bit" if cell.weights == "qlora" else "adamw_torch",
+        **arguments,
+        **SAMPLING[cell.data],
+        **cell.options,
+    )
+    model: Any = str(folder / "policy")
+    others: dict[str, Any] = {}
+    if cell.weights == "adapter":
+        base = AutoModelForCausalLM.from_pretrained(model)
+        model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
+    if cell.weights in ("lora", "qlora"):
+        torch.manual_seed(1)  # of the adapter's own weights
+        others["peft_config"] = LoraConfig(task_type="CAUSAL_LM")
+    if cell.weights == "qlora":
+        others["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    if cell.data != "given":
+        others["ranker"] = PairwiseRanker(str(folder / "ranker"))
+    if cell.data == "given":
+        others["eval_dataset"] = examples(cell)
+    trainer_class = getattr(prefopt_trl, f"{cell.trainer}Trainer")
+    return trainer_class(model, args=args, train_dataset=examples(cell), **others)
+
+
+def examples(cell: Cell) -> Dataset:
+    """Prompts, pairs or rankings of three."""
+    if cell.data in ("offline", "online"):
+        return Dataset.from_dict({"prompt": PROMPTS})
+    completions = [[" " + WORDS[(3 * row + place) % 8] for place in range(3)] for row in range(len(PROMPTS))]
+    if cell.trainer in ("RSO", "SLiC"):
+        pairs = {"chosen": [row[0] for row in completions], "rejected": [row[1] for row in completions]}
+        return Dataset.from_dict({"prompt": PROMPTS, **pairs})
+    rewards = {} if cell.data == "scored" else {"rewards": [[2.0, 0.5, -1.0]] * len(PROMPTS)}
+    return Dataset.from_dict({"prompt": PROMPTS, "completions": completions, **rewards})
