@@ -9,18 +9,21 @@ INSTALLED := .venv/.installed
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help quickstart test test-slow lint format typecheck clean
+.PHONY: help quickstart test test-distributed test-slow lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
-		printf '  make %-11s %s\n' "$$target" "$$text"; done
+		printf '  make %-16s %s\n' "$$target" "$$text"; done
 
 quickstart: $(INSTALLED)  ## run the main job on the embedded task, into outputs/quickstart
 	$(BIN)/prefopt-trl quickstart --output_dir outputs/quickstart
 
-test: lint typecheck  ## everything CI checks: lint, types and the fast tests (PYTEST_ARGS adds to pytest's arguments)
+test: lint typecheck  ## lint, types and the fast tests (PYTEST_ARGS adds to pytest's arguments)
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-distributed: $(INSTALLED)  ## every trainer on DDP, FSDP2, ZeRO-2 and ZeRO-3, two processes each, and a table
+	$(BIN)/pytest -m distributed tests/distributed $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)  ## the tests marked slow
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)

@@ -1,7 +1,7 @@
 """The `prefopt-trl` command."""
 
 import argparse
-import logging
+import sys
 from collections.abc import Sequence
 
 from prefopt_trl import __version__
@@ -9,11 +9,27 @@ from prefopt_trl import __version__
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; see `prefopt-trl --help`."""
+    from prefopt_trl.cli.commands import COMMANDS
+
+    name, *rest = sys.argv[1:] if arguments is None else arguments or [""]
+    if name in COMMANDS:
+        if {"--help", "-h"} & set(rest):
+            from prefopt_trl.cli.help import command_help
+
+            print(command_help(name))
+            return
+        from prefopt_trl.cli.launch import start  # it imports torch
+
+        start(name, rest)
+        return
+
     parser = argparse.ArgumentParser(
         prog="prefopt-trl", description="Preference optimisation from sampled preferences."
     )
     parser.add_argument("--version", action="version", version=f"prefopt-trl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for command_name, command in COMMANDS.items():
+        commands.add_parser(command_name, help=command.summary)
 
     quickstart = commands.add_parser(
         "quickstart",
@@ -26,13 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--output_dir", default="outputs/quickstart", help="folder for the report and the RSO model"
     )
     quickstart.add_argument("--seed", type=int, default=0, help="seed of data, models and samples (default 0)")
+    what_env_does = "print versions, devices and engines, for a bug report"
+    commands.add_parser("env", help=what_env_does, description=what_env_does.capitalize() + ".")
 
     options = parser.parse_args(arguments)
+    if options.command == "env":
+        from prefopt_trl.cli.env import print_environment
+
+        print_environment()
+        return
     if options.seed < 0:
         parser.error(f"argument --seed: must be at least 0, got {options.seed}")
-
-    # It complains when it is imported that a CPU kernel is not installed, which nothing here uses
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from prefopt_trl.cli.quickstart import run_quickstart  # after parsing: it imports torch
 
     run_quickstart(options.output_dir, options.seed)

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from prefopt_trl.data.formats import Completion, Prompt
@@ -81,6 +82,38 @@ def tokenize_completions(
 def _common_length(ids: list[int], others: list[int]) -> int:
     together = zip(ids, others, strict=False)
     return next((place for place, (one, other) in enumerate(together) if one != other), min(len(ids), len(others)))
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel | PreTrainedConfig
+) -> None:
+    """Require that the model has an embedding for every token of the tokenizer. It may have more.
+
+    Tokens that stand for images, videos or sounds are left out: a model of text alone, such as Gemma 3 of 1B, may
+    share the tokenizer of one that sees.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or [`~transformers.PreTrainedConfig`]):
+            Model, or the config of one that is not loaded yet.
+
+    Raises:
+        ValueError: naming the largest token id and the number of embeddings.
+    """
+    num_embeddings = None
+    if not isinstance(model, PreTrainedConfig):
+        num_embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        model = model.config
+    num_embeddings = num_embeddings or getattr(model.get_text_config(), "vocab_size", None)
+    not_text = {getattr(tokenizer, f"{kind}_token_id", None) for kind in ("image", "video", "audio")}
+    largest = max((token for token in tokenizer.get_vocab().values() if token not in not_text), default=0)
+    if num_embeddings and largest >= num_embeddings:
+        raise ValueError(
+            f"The tokenizer has token ids up to {largest}, and the model embeddings for {num_embeddings} tokens only: "
+            "they do not belong together. Load the model's own tokenizer or, where tokens were added to it, call "
+            "`model.resize_token_embeddings(len(tokenizer))` and give the model."
+        )
 
 
 def decoder_start_token_id(model: PreTrainedModel) -> int:

@@ -13,6 +13,8 @@ from prefopt_trl.sampling.generation import sample_candidates
 from prefopt_trl.sampling.prompts import tokenize_prompts
 from prefopt_trl.shared_prefix.scoring import completion_logps
 
+BATCH_SIZE = 32  # samples whose log-probabilities are computed at a time
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -74,7 +76,6 @@ def evaluate_policy(
         prompt_ids,
         num_completions=1,
         seed=seed,
-        batch_size=512,
         progress=False,
         max_new_tokens=max_new_tokens,
         temperature=1.0,
@@ -113,6 +114,13 @@ def _log_ratios(
     for text, prompt, candidates in zip(prompts, prompt_ids, sampled, strict=True):
         completion = tokenizer(text + candidates.texts[0])["input_ids"][len(prompt) :]
         rows.append((prompt, completion + [tokenizer.eos_token_id] * candidates.finished[0]))
+    batches = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
+    return np.concatenate([_log_ratios_of_batch(policy, reference, batch) for batch in batches])
+
+
+def _log_ratios_of_batch(
+    policy: PreTrainedModel, reference: PreTrainedModel, rows: list[tuple[list[int], list[int]]]
+) -> np.ndarray:
     length = max(len(prompt) + len(completion) for prompt, completion in rows)
     place = torch.arange(length)
     input_ids = torch.tensor([p + c + [0] * (length - len(p) - len(c)) for p, c in rows])

@@ -1,12 +1,14 @@
 """What every ranker offers, and the checks of what it returns."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import numpy as np
 
 from prefopt_trl.data.formats import Completion, Prompt
+from prefopt_trl.data.processes import process_state
+from prefopt_trl.data.weights import gathered, model_of
 
 
 class Ranker(ABC):
@@ -16,6 +18,8 @@ class Ranker(ABC):
     returned is checked by [`check_probabilities`] and [`check_rewards`]. Where the ranker gives each completion a
     reward by itself, derive from [`PointwiseRanker`], which needs less.
     """
+
+    draws_baselines: bool = True  # whether a reward depends on the other completions, where no baseline is given
 
     @abstractmethod
     def compare(
@@ -67,12 +71,70 @@ class Ranker(ABC):
             published with it: no secrets.
         """
 
+    def as_reward_func(self, baseline_column: str | None = None) -> Callable[..., list[Any]]:
+        """Make a reward function of the ranker, as `reward_funcs` of TRL's online trainers take it.
+
+        TRL repeats a prompt for each of its completions; the ranker is given it once, with all of them.
+
+        Args:
+            baseline_column (`str`, *optional*):
+                Column of the training dataset with the completion whose reward is 0, such as `"chosen"` (RSO eq. 9).
+                By default there is none, or, for a ranker that needs one, it chooses among the completions.
+
+        Returns:
+            `Callable`: function `(prompts, completions, **columns) -> list[float]`, one reward for each completion, as
+            [`score`] gives them, in the order of `completions`. It is called as the ranker's class is.
+
+        Raises:
+            ValueError: where several processes, which may share the completions of a prompt, would each choose a
+                baseline; and from the function, where the dataset has no such column.
+
+        Example:
+
+        ```python
+        trainer = GRPOTrainer(
+            "Qwen/Qwen3-0.6B", reward_funcs=PairwiseRanker("my-ranker").as_reward_func("chosen"), train_dataset=pairs
+        )
+        ```
+        """
+        if baseline_column is None and self.draws_baselines and process_state().num_processes > 1:
+            raise ValueError(
+                f"A {type(self).__name__} chooses a baseline among the completions that it is given, and the "
+                "completions of a prompt may be spread over processes, each of which would choose another. Name a "
+                "column of the dataset that has one, with `as_reward_func(baseline_column=...)`."
+            )
+
+        def reward_func(prompts: list[Prompt], completions: list[Completion], **columns: Any) -> list[float]:
+            if baseline_column is not None and baseline_column not in columns:
+                raise ValueError(
+                    f"`baseline_column` is {baseline_column!r}, which the dataset has not: the reward function was "
+                    f"given {', '.join(columns)}. Name one of its columns."
+                )
+            baselines: list[Any] = [None] * len(prompts) if baseline_column is None else columns[baseline_column]
+            rows_of: dict[str, list[int]] = {}  # of each prompt; of TRL's trainers not all repeat it in a row
+            for row, prompt_and_baseline in enumerate(zip(prompts, baselines, strict=True)):
+                rows_of.setdefault(repr(prompt_and_baseline), []).append(row)
+            groups = list(rows_of.values())
+            grouped = [prompts[rows[0]] for rows in groups], [[completions[row] for row in rows] for rows in groups]
+            given = None if baseline_column is None else [baselines[rows[0]] for rows in groups]
+            with gathered(model_of(self)):  # by all processes, as TRL calls it
+                scored = check_rewards(self.score(*grouped, given), *grouped, type(self).__name__)
+            rewards = np.empty(len(prompts))
+            for rows, of_prompt in zip(groups, scored, strict=True):
+                rewards[rows] = of_prompt
+            return rewards.tolist()
+
+        reward_func.__name__ = type(self).__name__  # TRL's name of the metric
+        return reward_func
+
 
 class PointwiseRanker(Ranker):
     """A ranker that gives each completion a reward by itself and compares by Bradley-Terry (RSO eq. 6, g = sigmoid).
 
     A subclass writes `rewards` and `settings`.
     """
+
+    draws_baselines = False
 
     @abstractmethod
     def rewards(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[Any]:

@@ -25,7 +25,8 @@ from prefopt_trl.data.tokenization import decoder_start_token_id
 from prefopt_trl.rankers.base import Ranker, check_lengths, check_probabilities, check_rewards, logit
 from prefopt_trl.rankers.comparisons import Texts, Tokens, split_answers
 from prefopt_trl.rankers.models import RankingModel
-from prefopt_trl.rankers.templates import ANSWER_CUE, ANSWERS, Template, resolve_template
+from prefopt_trl.rankers.publishing import PublishedModel
+from prefopt_trl.rankers.templates import ANSWER_CUE, ANSWERS, TEMPLATES, Template, resolve_template
 from prefopt_trl.shared_prefix.continuation import WholeRows
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 SMALLEST_PROBABILITY = 1e-6
 
 
-class PairwiseRanker(Ranker):
+class PairwiseRanker(PublishedModel, Ranker):
     """A language model that compares two completions of a prompt (RSO section 2).
 
     The probability that the first is preferred is the softmax over the logits of the answers "A" and "B", averaged
@@ -78,6 +79,8 @@ class PairwiseRanker(Ranker):
     [array([3.48, 0.  , 2.75])]
     ```
     """
+
+    peft_class = "AutoPeftModelForCausalLM"
 
     def __init__(
         self,
@@ -182,6 +185,10 @@ class PairwiseRanker(Ranker):
             "template": function_fingerprint(self.template),
             "seed": self.seed,
         }
+
+    def arguments(self) -> dict[str, str]:
+        names = [repr(name) for name, template in TEMPLATES.items() if template is self.template]
+        return {"template": names[0] if names else "your_template", "max_length": str(self.ranking_model.max_length)}
 
     def _draw_baseline(self, row: int, prompt: Prompt, candidates: Sequence[Completion]) -> Completion:
         if len(candidates) == 0:

@@ -11,11 +11,12 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from prefopt_trl.data.formats import Completion, Message, Prompt, completion_text, wrap_completion
 from prefopt_trl.rankers.base import PointwiseRanker
 from prefopt_trl.rankers.models import RankingModel
+from prefopt_trl.rankers.publishing import PublishedModel
 
 logger = logging.getLogger(__name__)
 
 
-class RewardModelRanker(PointwiseRanker):
+class RewardModelRanker(PublishedModel, PointwiseRanker):
     """A sequence classification model with one label, whose output is the reward of a completion.
 
     Text is written as TRL's `RewardTrainer` does: a plain prompt, completion and EOS one after the other, or messages
@@ -50,6 +51,9 @@ class RewardModelRanker(PointwiseRanker):
     [array([ 1.7, -0.4])]
     ```
     """
+
+    peft_class = "AutoPeftModelForSequenceClassification"
+    peft_options = ", num_labels=1"
 
     def __init__(
         self,
@@ -128,6 +132,9 @@ class RewardModelRanker(PointwiseRanker):
             `dict`: serialisable as JSON, and different whenever the results may be.
         """
         return {"class": type(self).__name__, **self.ranking_model.settings(), "pad_token_id": self.pad_token_id}
+
+    def arguments(self) -> dict[str, str]:
+        return {"max_length": str(self.ranking_model.max_length)}
 
     def _write(self, row: int, prompt: Prompt, completion: Completion) -> str:
         if isinstance(prompt, str):

@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from huggingface_hub import DatasetCardData, HfApi
+from huggingface_hub import DatasetCardData
 
+from prefopt_trl.data.hub import push_folder
+from prefopt_trl.data.markdown import name, settings_table, table
 from prefopt_trl.sampling.statistics import QUANTILES, SamplingStatistics
 
 PUSHED = ["README.md", "manifest.json", "statistics.json", "statistics.png"]
@@ -68,33 +69,16 @@ def dataset_card(settings: dict[str, Any], statistics: SamplingStatistics, datas
     metadata = DatasetCardData(configs=CONFIGS, tags=tags, pretty_name=f"Sampled preferences ({made})")
     trainer = "RSOTrainer" if made == "pairs" else "PROTrainer"
     relatives = "or TRL's `DPOTrainer`" if made == "pairs" else "and other trainers on rankings"
-    used = statistics.num_prompts - statistics.num_skipped
-    counts = {
-        "prompts": f"{statistics.num_prompts:,}",
-        "prompts skipped, with too few distinct candidates": f"{statistics.num_skipped:,}",
-        "candidates": f"{statistics.num_candidates:,}",
-        "candidates that repeat another of their prompt": f"{statistics.num_duplicates:,}",
-        "candidates cut before they ended": _or_unknown(statistics.num_unfinished, ","),
-        made: f"{statistics.num_pairs:,}",
-        "acceptance rate of the first round of rejection": _or_unknown(statistics.acceptance_rate, ".3f"),
-        "mean probability the ranker gives to its own labels, on random candidates": (
-            f"{statistics.label_probability_before:.3f}"
-        ),
-        f"the same on the {made}": f"{statistics.label_probability_after:.3f}",
-    }
     quantiles = [[name, *(f"{value:.4g}" for value in row)] for name, row in statistics.reward_quantiles.items()]
     warning = f"> **Warning:** {statistics.warning}\n\n" if statistics.warning else ""
-    columns = [[_name(name), COLUMNS.get(name, "given with the prompts")] for name in dataset.column_names]
-    shown = [[_name(name), _code(json.dumps(value, ensure_ascii=False))] for name, value in _flat(settings)]
+    columns = [[name(column), COLUMNS.get(column, "given with the prompts")] for column in dataset.column_names]
     return f"""---
 {metadata.to_yaml()}
 ---
 
 # Sampled preferences
 
-{statistics.num_pairs:,} {made} from {used:,} of {statistics.num_prompts:,} prompts. Each prompt has candidates with a
-reward by a ranker, of which {settings["num_samples"]} distinct ones are {STRATEGIES[strategy]}, as in
-[Statistical Rejection Sampling Improves Preference Optimization](https://arxiv.org/abs/2309.06657). Made with
+{how_sampled(settings, statistics)} Made with
 `prefopt_trl.build_preference_dataset`.
 
 ## Use
@@ -112,21 +96,21 @@ its `prompts`, to select among them otherwise.
 
 ## Columns
 
-{_table(["column", "meaning"], columns)}
+{table(["column", "meaning"], columns)}
 
 ## Statistics
 
-{warning}{_table(["", "value"], [list(count) for count in counts.items()])}
+{warning}{counts_table(statistics)}
 
 Rewards at their quantiles:
 
-{_table(["reward of", *(f"{quantile:.0%}" for quantile in QUANTILES)], quantiles)}
+{table(["reward of", *(f"{quantile:.0%}" for quantile in QUANTILES)], quantiles)}
 
 ## Settings
 
 Fingerprints are shortened; `manifest.json` has them whole.
 
-{_table(["setting", "value"], shown)}
+{settings_table(settings)}
 
 ## Citation
 
@@ -135,12 +119,61 @@ Liu et al., *Statistical Rejection Sampling Improves Preference Optimization*, I
 """
 
 
+def how_sampled(settings: dict[str, Any], statistics: SamplingStatistics) -> str:
+    """Say in a paragraph of Markdown how a dataset was sampled."""
+    used = statistics.num_prompts - statistics.num_skipped
+    return f"""{statistics.num_pairs:,} {statistics.made} from {used:,} of {statistics.num_prompts:,} prompts.
+Each prompt has candidates with a reward by a ranker, of which {settings["num_samples"]} distinct ones are
+{STRATEGIES[settings["strategy"]]}, as in
+[Statistical Rejection Sampling Improves Preference Optimization](https://arxiv.org/abs/2309.06657)."""
+
+
+def counts_table(statistics: SamplingStatistics) -> str:
+    """Write the numbers of a sampled dataset as a table in Markdown."""
+    counts = {
+        "prompts": f"{statistics.num_prompts:,}",
+        "prompts skipped, with too few distinct candidates": f"{statistics.num_skipped:,}",
+        "candidates": f"{statistics.num_candidates:,}",
+        "candidates that repeat another of their prompt": f"{statistics.num_duplicates:,}",
+        "candidates cut before they ended": _or_unknown(statistics.num_unfinished, ","),
+        statistics.made: f"{statistics.num_pairs:,}",
+        "acceptance rate of the first round of rejection": _or_unknown(statistics.acceptance_rate, ".3f"),
+        "mean probability the ranker gives to its own labels, on random candidates": (
+            f"{statistics.label_probability_before:.3f}"
+        ),
+        f"the same on the {statistics.made}": f"{statistics.label_probability_after:.3f}",
+    }
+    return table(["", "value"], [list(count) for count in counts.items()])
+
+
+def read_sampled(folder: str | Path) -> tuple[dict[str, Any], SamplingStatistics] | None:
+    """Read how a dataset was sampled.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the dataset.
+
+    Returns:
+        The settings of its manifest and its statistics; None if the folder holds no finished dataset.
+    """
+    manifest = Path(folder, "manifest.json")
+    if not manifest.exists():
+        return None
+    contents = json.loads(manifest.read_text(encoding="utf-8"))
+    if not contents["finished"]:
+        return None
+    numbers = json.loads(Path(folder, "statistics.json").read_text(encoding="utf-8"))
+    del numbers["quantiles"]  # the same in all of them
+    return contents["settings"], SamplingStatistics(**numbers)
+
+
 def push_preference_dataset(
     output_dir: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None
 ) -> str:
     """Upload a finished dataset of [`build_preference_dataset`] to the Hub: pairs, candidates, statistics and card.
 
-    Only what the pipeline has written is uploaded, in one commit. Call it in one process.
+    Only what the pipeline has written is uploaded; its card then says how to load it from there. Call it in one
+    process.
 
     Args:
         output_dir (`str` or `Path`):
@@ -157,7 +190,7 @@ def push_preference_dataset(
 
     Raises:
         ValueError: if `output_dir` holds no finished dataset.
-        RuntimeError: if the upload fails. The folder is left as it is.
+        PushError: if the upload fails, with the command that repeats it. The folder stays whole.
 
     Example:
 
@@ -165,57 +198,31 @@ def push_preference_dataset(
     push_preference_dataset("outputs/pairs", "my-org/my-pairs", private=True)
     ```
     """
-    manifest = Path(output_dir, "manifest.json")
-    if not manifest.exists() or not json.loads(manifest.read_text(encoding="utf-8"))["finished"]:
+    if read_sampled(output_dir) is None:
         raise ValueError(
             f"{output_dir} holds no finished dataset. Give `build_preference_dataset` the same settings and "
             f"output_dir={str(output_dir)!r} to finish it, then push again."
         )
-    api = HfApi(token=token)
-    try:
-        repo = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo.repo_id,
-            repo_type="dataset",
-            folder_path=output_dir,
-            allow_patterns=PUSHED,
-            delete_patterns=["candidates/*", "pairs/*"],  # files of an earlier dataset that had more of them
-            commit_message="Upload sampled preferences",
-        )
-    except Exception as error:  # whatever the Hub, the network or the login raise
-        raise RuntimeError(
-            f"The dataset was not pushed to {repo_id}: {error}\nNothing is lost: it is whole in {output_dir}. Push it "
-            f"again with `push_preference_dataset({str(output_dir)!r}, {repo_id!r})`."
-        ) from error
-    return str(repo)
+
+    def write_card(repo_id: str) -> None:
+        card = Path(output_dir, "README.md")
+        text = card.read_text(encoding="utf-8")
+        # The first place is ours: settings, which come later, may hold the same words
+        named = re.sub(r'load_dataset\("[^"]*", "pairs"', f'load_dataset("{repo_id}", "pairs"', text, count=1)
+        card.write_text(named, encoding="utf-8")
+
+    return push_folder(
+        output_dir,
+        repo_id,
+        write_card,
+        repo_type="dataset",
+        include=PUSHED,
+        delete=["candidates/*", "pairs/*"],  # files of an earlier dataset that had more of them
+        private=private,
+        token=token,
+        commit_message="Upload sampled preferences",
+    )
 
 
 def _or_unknown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _flat(settings: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by their dotted names, in the order of these."""
-    if isinstance(settings, dict) and settings:
-        for key in sorted(settings, key=str):
-            yield from _flat(settings[key], f"{name}.{key}" if name else str(key))
-    else:
-        yield name, settings
-
-
-def _name(name: str) -> str:
-    return _code(json.dumps(name, ensure_ascii=False)[1:-1])  # without the quotes
-
-
-def _code(text: str) -> str:
-    """Text on one line as Markdown code in a table: nothing in it ends the code or the cell, or is read as HTML."""
-    text = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", text)
-    if "`" in text:
-        longest = max(map(len, re.findall("`+", text)))
-        text = f"{'`' * longest} {text} {'`' * longest}"  # these spaces are not shown
-    return f"`{text}`".replace("|", r"\|")
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

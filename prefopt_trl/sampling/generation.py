@@ -20,7 +20,7 @@ from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from prefopt_trl.data.formats import Prompt
-from prefopt_trl.data.tokenization import decoder_start_token_id
+from prefopt_trl.data.tokenization import check_vocabulary, decoder_start_token_id
 from prefopt_trl.sampling.prompts import tokenize_prompts
 from prefopt_trl.shared_prefix.attention import left_pad
 from prefopt_trl.shared_prefix.continuation import WholeRows, partition_reason, reason_not_to_share_prefix
@@ -136,8 +136,8 @@ def sample_completions(
 
     Raises:
         ValueError: for a number out of range, an option given twice or unknown, an empty prompt (naming its row), a
-            tokenizer without an EOS token, conversational prompts without a chat template, or `share_prefix=True`
-            where it would not be exact.
+            tokenizer without an EOS token or of another model's vocabulary, conversational prompts without a chat
+            template, or `share_prefix=True` where it would not be exact.
 
     Example:
 
@@ -151,6 +151,7 @@ def sample_completions(
     )
     if isinstance(prompts, str):
         raise TypeError("`prompts` is a single text. Give a list of prompts: `[prompt]`.")
+    check_vocabulary(tokenizer, model)
     prompt_ids = tokenize_prompts(tokenizer, prompts)
     candidates = sample_candidates(
         model,

@@ -16,6 +16,8 @@ from prefopt_trl.data.fingerprints import dataset_fingerprint, model_fingerprint
 from prefopt_trl.data.formats import Prompt, check_columns
 from prefopt_trl.data.jsonl import check_candidates, read_jsonl
 from prefopt_trl.data.processes import process_state
+from prefopt_trl.data.tokenization import check_vocabulary
+from prefopt_trl.data.weights import gathered, model_of
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.sampling.card import dataset_card
 from prefopt_trl.sampling.generation import check_sampling, eos_token_ids, generation_options
@@ -25,7 +27,6 @@ from prefopt_trl.sampling.selection import RANKING, STRATEGIES, check_selection
 from prefopt_trl.sampling.shards import Rows, Shards, sample_rows
 from prefopt_trl.sampling.statistics import plot_statistics, summarise
 from prefopt_trl.sampling.store import POLL_SECONDS, SampleStore
-from prefopt_trl.sampling.weights import gathered
 from prefopt_trl.shared_prefix.continuation import partition_reason, reason_not_to_share_prefix
 
 logger = logging.getLogger(__name__)
@@ -181,8 +182,7 @@ def build_preference_dataset(
         raise ValueError(f"`seed` must be a whole number, at least 0, got {seed!r}.")
 
     selection = {"strategy": strategy, "num_samples": num_samples, "beta": beta, "pairing": pairing}
-    ranking_model = getattr(getattr(ranker, "ranking_model", None), "model", None)
-    models = (None if given and not keep_logps else policy, ranking_model)  # those that are run
+    models: Any = (None if given and not keep_logps else policy, model_of(ranker))  # those that are run
     with gathered(*models):
         if sharded := [model for model in models if model is not None and partition_reason(model)]:
             raise ValueError(
@@ -201,6 +201,7 @@ def build_preference_dataset(
         num_shards = -(-len(dataset) // prompts_per_shard)
         sample: Callable[[Rows, int], Rows] | None = None
         if policy is not None and tokenizer is not None and not given:
+            check_vocabulary(tokenizer, policy)
             generation = generation_options(
                 generation_kwargs, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k
             )

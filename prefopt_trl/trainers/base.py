@@ -3,12 +3,14 @@ names."""
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from transformers import (
@@ -28,19 +30,24 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id, use_a
 
 from prefopt_trl.data.collators import DataCollatorForRanking
 from prefopt_trl.data.formats import columns_of
+from prefopt_trl.data.processes import whole_on_every_process
 from prefopt_trl.data.rankings import pairs_to_rankings, tokenize_rankings, warn_of_full_prompts
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
 from prefopt_trl.shared_prefix.forward import add_shared_prefix
 from prefopt_trl.shared_prefix.packing import IGNORE_INDEX, pair_groups
 from prefopt_trl.trainers.base_config import PreferenceConfig
+from prefopt_trl.trainers.checkpoints import Resumable, check_model
 from prefopt_trl.trainers.completions import ScoredCompletions, by_prompt, columns_of_rows, ranking_metrics
+from prefopt_trl.trainers.model_card import TrainingData
 from prefopt_trl.trainers.preferences import check_prompts, check_text, with_completions, with_sampled_logps
+from prefopt_trl.trainers.publishing import Published, check_repository
+from prefopt_trl.trainers.tables import LogPreferencesCallback, first_examples
 
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]  # TRL's own differ from Trainer's
     """[`~trl.DPOTrainer`] whose models compute each prompt once, and which can sample what it learns from.
 
     Subclasses set `config_class` and the metadata of their model card (`_tag_names`, `_name`, `_paper`). The arguments
@@ -92,8 +99,11 @@ class PreferenceTrainer(DPOTrainer):
                 "`processing_class` has no EOS token, so completions could never learn to end. Set "
                 "`tokenizer.eos_token` (and `tokenizer.pad_token`) to tokens of its vocabulary."
             )
+        check_model(model, tokenizer, args)
 
         self._check_arguments(args, ref_model, data_collator, compute_metrics, ranker)
+        if args.push_to_hub:
+            check_repository(args)
         splits: dict[str, Any] = {"train": train_dataset}
         if isinstance(eval_dataset, dict):
             splits |= {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
@@ -104,6 +114,7 @@ class PreferenceTrainer(DPOTrainer):
                 check_text(dataset, name)
         load_policy = partial(self._reference_policy, model, ref_model, args, quantization_config)
         keeps_ranker = self._keeps_ranker(args)
+        given = train_dataset
         splits = with_completions(splits, self.learns_from, load_policy, tokenizer, ranker, keeps_ranker, args)
         train_dataset = splits.pop("train")
         if isinstance(eval_dataset, dict):
@@ -113,6 +124,11 @@ class PreferenceTrainer(DPOTrainer):
 
         # Not by name: a split for evaluation may be called "train" too
         self._online_prompts = train_dataset if args.sampling == "online" else None
+        samples_while_training = args.sampling == "online" or keeps_ranker
+        uses_ranker = samples_while_training or train_dataset is not given
+        self.training_data = TrainingData.of(train_dataset, ranker if uses_ranker else None)
+        self.reference_given = None if ref_model is None else get_config_model_id(ref_model.config)
+        examples = first_examples(train_dataset) if args.log_completions and not samples_while_training else None
         construct = super().__init__ if self.has_reference else partial(_init_without_reference_model(model), self)
         construct(
             model=model,
@@ -133,6 +149,14 @@ class PreferenceTrainer(DPOTrainer):
         self._share_prefixes()
         self._install_collator(tokenizer, ranker, given=data_collator is not None)
         self._set_up(tokenizer, ranker)
+        self._preferences_log = LogPreferencesCallback(self, examples) if args.log_completions else None
+        if self._preferences_log is not None:
+            self.add_callback(self._preferences_log)
+
+    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        if self._preferences_log is not None:
+            self._preferences_log.batch = inputs
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _check_arguments(
         self, args: Any, ref_model: Any, data_collator: Any, compute_metrics: Any, ranker: Ranker | None
@@ -206,7 +230,10 @@ class PreferenceTrainer(DPOTrainer):
             kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             if quantization_config is not None:
                 kwargs["quantization_config"] = quantization_config
-            policy = create_model_from_path(policy, **kwargs)
+            if args.distributed_state.distributed_type != DistributedType.NO:
+                kwargs["device_map"] = None  # not over the devices of all the processes, which each have a policy
+            with whole_on_every_process():
+                policy = create_model_from_path(policy, **kwargs)
         if getattr(policy, "hf_device_map", None) is None and not getattr(policy, "is_quantized", False):
             policy = policy.to(args.device)
         return policy
@@ -258,6 +285,14 @@ class PreferenceTrainer(DPOTrainer):
         if getattr(self.args, "reference_logps", "computed") == "sampled":
             return with_sampled_logps(dataset, name, self.args.max_length)
         self._share_prefixes()  # called by DPOTrainer.__init__, before ours ends
+        if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset) and not dataset.cache_files:
+            # TRL's main process hands the values over in a file beside the dataset's own, and a dataset in memory has
+            # none that the others see. May go once `DPOTrainer` tells them the file.
+            folder = os.path.join(str(self.args.output_dir), "precomputed", name)
+            if self.accelerator.is_main_process:
+                dataset.save_to_disk(folder)
+            self.accelerator.wait_for_everyone()
+            dataset = Dataset.load_from_disk(folder)
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _share_prefixes(self) -> None:

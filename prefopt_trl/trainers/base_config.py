@@ -7,6 +7,7 @@ from trl import DPOConfig
 
 from prefopt_trl.sampling.selection import PAIRINGS, RANKING, STRATEGIES
 from prefopt_trl.trainers.arguments import TRL_LOSS_ARGUMENTS, is_number, is_one_of, refuse
+from prefopt_trl.trainers.tables import TABLE_TRACKERS
 
 
 @dataclass
@@ -23,6 +24,15 @@ class PreferenceConfig(DPOConfig):
             "help": "Compute each prompt once for all its completions, in training and in sampling. Exact; where a "
             "model cannot share (sliding window, ALiBi, recurrence) one logged line says so and each completion is a "
             "row of its own."
+        },
+    )
+
+    log_completions: bool = field(
+        default=False,
+        metadata={
+            "help": "Log a table of completions with their rewards to 'tensorboard', 'trackio' and 'wandb', as far as "
+            "`report_to` names them: the first of the training data when training begins, or those of the latest "
+            "batch whenever the loss is logged, where batches are sampled while training."
         },
     )
 
@@ -123,6 +133,11 @@ class PreferenceConfig(DPOConfig):
                 f"`num_candidates`={self.num_candidates}. Lower the first or raise the second."
             )
         super().__post_init__()
+        if self.log_completions and not set(TABLE_TRACKERS) & set(self.report_to or []):
+            raise ValueError(
+                f"`log_completions` has no effect with `report_to`={self.report_to}, which has none of "
+                f"{', '.join(TABLE_TRACKERS)}. Name one there, or leave `log_completions` out."
+            )
 
     def _pairings(self) -> list[str]:
         return list(PAIRINGS)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import columns_of, number_rows
 from prefopt_trl.data.rankings import pairs_to_rankings
+from prefopt_trl.data.weights import gathered, model_of
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.sampling.prompts import check_prompts_fit, check_unused_columns, tokenize_prompts
@@ -192,7 +193,8 @@ def score_completions(
             ", ".join(sorted(others)),
         )
     prompts, completions = list(dataset["prompt"]), list(dataset["completions"])
-    rewards = check_rewards(ranker.score(prompts, completions), prompts, completions, type(ranker).__name__)
+    with gathered(model_of(ranker)):
+        rewards = check_rewards(ranker.score(prompts, completions), prompts, completions, type(ranker).__name__)
     return dataset.add_column("rewards", [row.tolist() for row in rewards]), True
 
 

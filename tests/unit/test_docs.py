@@ -97,6 +97,23 @@ def test_online_example_runs(tiny_llama_dir, tmp_path, monkeypatch):
     assert namespace["trainer"].state.log_history[-1]["train_loss"] == pytest.approx(math.log(2))
 
 
+def test_reward_function_example_runs(tiny_llama_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for block in python_blocks("reward_functions.md"):
+        run(block, namespace, tiny_llama_dir)
+    assert "rewards/PairwiseRanker/mean" in namespace["trainer"].state.log_history[0]
+
+
+def test_tracker_example_runs(tiny_llama_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for block in python_blocks("trackers.md"):
+        run(block, namespace, tiny_llama_dir)
+    (events,) = (tmp_path / "outputs/rso-logged/runs").rglob("events.out.tfevents*")
+    assert b"train/completions/text_summary" in events.read_bytes()
+
+
 def test_data_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}

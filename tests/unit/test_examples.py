@@ -24,4 +24,4 @@ def test_the_printed_way_to_resume_resumes(checkpoint, capsys):
 
 def test_every_trainer_has_an_example():
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert scripts == {"listwise_dpo", "pro", "pro_bootstrap", "rrhf", "rso", "shared", "slic"}
+    assert scripts == {"grpo", "listwise_dpo", "pro", "pro_bootstrap", "rrhf", "rso", "shared", "slic"}

@@ -16,7 +16,9 @@ def test_help_names_the_commands_and_does_not_import_torch():
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert "quickstart" in printed
+    named = {line.split()[0] for line in printed.splitlines() if line.startswith("    ") and line[4] != " "}
+    commands = "sft ranker sample rso slic pro listwise-dpo rrhf evaluate quickstart env"
+    assert named - {"command"} == set(commands.split())
 
 
 def test_version(capsys):
@@ -32,6 +34,7 @@ def test_version(capsys):
         (["quikstart"], "invalid choice: 'quikstart'"),
         (["quickstart", "--seed", "-1"], "--seed: must be at least 0, got -1"),
         (["quickstart", "--outptu_dir", "x"], "unrecognized arguments: --outptu_dir x"),
+        (["env", "--all"], "unrecognized arguments: --all"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message, capsys):
@@ -39,3 +42,15 @@ def test_wrong_arguments_are_refused(arguments, message, capsys):
         main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_env_says_what_a_bug_report_needs(capsys):
+    import torch
+    import trl
+
+    main(["env"])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"- prefopt-trl: {__version__}" in lines
+    assert f"- trl: {trl.__version__}" in lines
+    assert ("- devices: no accelerator" in lines) == (not torch.accelerator.is_available())
+    assert "- vllm: not installed" in lines or any(line.startswith("- vllm: ") for line in lines)

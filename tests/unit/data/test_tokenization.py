@@ -1,10 +1,12 @@
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from prefopt_trl import FunctionRanker, PairwiseRanker, build_preference_dataset, sample_completions
 from prefopt_trl.data.tiny import train_tokenizer
-from prefopt_trl.data.tokenization import tokenize_completions
+from prefopt_trl.data.tokenization import check_vocabulary, tokenize_completions
 
 ROWS = [
     ("The quick brown fox", " jumps over", " sleeps on the lazy dog."),
@@ -75,3 +77,54 @@ def test_the_template_gets_its_arguments(tiny_llama_dir):
 def test_two_formats_in_one_row_are_refused(tiny_llama_dir, prompt, completion):
     with pytest.raises(TypeError, match="Completion 1 is .* and its prompt is .*: give both as plain text, or both"):
         tokenize_completions(AutoTokenizer.from_pretrained(tiny_llama_dir), prompt, [prompt, completion])
+
+
+# The vocabulary
+
+
+def with_tokens(model_dir, number, **special):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, **special)
+    tokenizer.add_tokens([f"<more {index}>" for index in range(number)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("how", ["model", "config", "adapter"])
+def test_a_tokenizer_of_more_tokens_than_embeddings_is_refused(how, tiny_llama_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    rows = model.get_input_embeddings().weight.shape[0]
+    given = model.config if how == "config" else model
+    if how == "adapter":
+        given = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    check_vocabulary(with_tokens(tiny_llama_dir, 0), given)
+    # The ids are 0 to `rows`: one too many
+    message = rf"token ids up to {rows}, and the model embeddings for {rows} tokens only.*resize_token"
+    with pytest.raises(ValueError, match=message):
+        check_vocabulary(with_tokens(tiny_llama_dir, 1), given)
+    model.resize_token_embeddings(rows + 64)  # padded, as embeddings often are
+    check_vocabulary(with_tokens(tiny_llama_dir, 64), given)
+    with pytest.raises(ValueError, match=f"up to {rows + 64}, .* {rows + 64} tokens"):
+        check_vocabulary(with_tokens(tiny_llama_dir, 65), given)
+
+
+def test_a_token_for_images_needs_no_embedding_in_a_model_of_text(tiny_llama_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    tokenizer = with_tokens(tiny_llama_dir, 0, extra_special_tokens={"image_token": "<image>"})
+    assert tokenizer.image_token_id == model.config.vocab_size
+    check_vocabulary(tokenizer, model)
+    tokenizer.add_tokens(["<more>"])
+    with pytest.raises(ValueError, match=f"up to {model.config.vocab_size + 1}"):
+        check_vocabulary(tokenizer, model)
+
+
+def test_sampling_and_ranking_refuse_it_before_they_begin(tiny_llama_dir, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama_dir), with_tokens(tiny_llama_dir, 1)
+    ranker = FunctionRanker(lambda prompts, completions: [0.0] * len(completions))
+    for run in (
+        lambda: sample_completions(model, tokenizer, ["Why?"], 2, max_new_tokens=2),
+        lambda: build_preference_dataset(["Why?"], model, tokenizer, ranker, output_dir=tmp_path),
+        lambda: PairwiseRanker(model, tokenizer),
+        lambda: PairwiseRanker(tiny_llama_dir, tokenizer),
+    ):
+        with pytest.raises(ValueError, match="they do not belong together"):
+            run()
+    assert list(tmp_path.iterdir()) == []

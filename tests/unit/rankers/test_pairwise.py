@@ -481,6 +481,7 @@ def test_a_merge_of_the_cue_with_both_answers_is_one_token_each(model, tokenizer
 )
 def test_answers_that_are_not_one_token_each_are_refused(model, tokenizer, vocabulary):
     tokenizer.add_tokens(vocabulary)
+    model.resize_token_embeddings(len(tokenizer))
 
     def into_a_word(prompt: str, first: str, second: str) -> str:
         return f"{prompt} {first} {second}?y"

@@ -10,9 +10,11 @@ from datasets import Dataset, load_dataset, load_from_disk
 from huggingface_hub import DatasetCard
 from huggingface_hub.utils import filter_repo_objects
 
+from prefopt_trl.data.hub import PushError
 from prefopt_trl.sampling import card
-from prefopt_trl.sampling.card import dataset_card, push_preference_dataset
+from prefopt_trl.sampling.card import dataset_card, push_preference_dataset, read_sampled
 from prefopt_trl.sampling.statistics import SamplingStatistics
+from tests.hub_server import Hub
 
 SETTINGS: dict[str, Any] = {
     "strategy": "rso",
@@ -195,55 +197,38 @@ def test_the_card_depends_on_its_arguments_alone() -> None:
 # The way to the Hub
 
 
-class FakeApi:
-    """Records what is asked of the Hub, and which files of the folder it would get."""
-
-    def __init__(self, failing: str = "") -> None:
-        self.failing, self.token, self.calls = failing, None, []
-
-    def __call__(self, token: str | None) -> "FakeApi":
-        self.token = token
-        return self
-
-    def create_repo(self, repo_id: str, **options: Any) -> Any:
-        self._call("create_repo", options)
-        return type("RepoUrl", (str,), {"repo_id": f"someone/{repo_id}"})(f"https://hub/datasets/someone/{repo_id}")
-
-    def upload_folder(self, **options: Any) -> None:
-        self._call("upload_folder", options)
-
-    def _call(self, name: str, options: dict[str, Any]) -> None:
-        if name == self.failing:
-            raise ConnectionError("no route to the Hub")
-        self.calls.append((name, options))
-
-
-@pytest.mark.parametrize(("private", "token"), [(None, None), (True, "hf_secret")])
-def test_only_the_dataset_is_pushed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, private: bool | None, token: str | None
-) -> None:
-    api = FakeApi()
-    monkeypatch.setattr(card, "HfApi", api)
-    url = push_preference_dataset(folder, "pairs", private=private, token=token)
-    assert url == "https://hub/datasets/someone/pairs"
-    assert api.token == token
-    (create, created), (upload, uploaded) = api.calls
-    assert (create, created) == ("create_repo", {"repo_type": "dataset", "private": private, "exist_ok": True})
-    assert (upload, uploaded["repo_id"], uploaded["repo_type"]) == ("upload_folder", "someone/pairs", "dataset")
-
-    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    expected = {"README.md", "manifest.json", "statistics.json"}
+def test_only_the_dataset_is_pushed_and_loads_by_its_card(hub: Hub, folder: Path) -> None:
+    hub.repos["dataset", "someone/pairs"] = {"notes.md": b"mine", "pairs/data-00001-of-00002.arrow": b"of an earlier"}
+    url = push_preference_dataset(folder, "pairs", private=True)
+    assert url == f"{hub.url}/datasets/someone/pairs"
+    expected = {"README.md", "manifest.json", "statistics.json", "notes.md"}
     for name in ("pairs", "candidates"):
         expected |= {f"{name}/{file}" for file in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json")}
-    assert set(filter_repo_objects(files, allow_patterns=uploaded["allow_patterns"])) == expected
+    pushed = hub.files("someone/pairs", "dataset")
+    assert pushed.keys() == expected
+    assert all(content == (folder / name).read_bytes() for name, content in pushed.items() if name != "notes.md")
 
-    there = ["README.md", "notes.md", "pairs/data-00001-of-00002.arrow"]  # of an earlier and larger dataset
-    assert list(filter_repo_objects(there, allow_patterns=uploaded["delete_patterns"])) == there[2:]
+    text = pushed["README.md"].decode()
+    (line,) = [line for line in text.splitlines() if line.startswith("pairs = load_dataset(")]
+    assert line.startswith('pairs = load_dataset("someone/pairs", "pairs", split="train")')
+    namespace: dict[str, Any] = {"load_dataset": load_dataset}
+    exec(line, namespace)
+    assert namespace["pairs"].to_list() == PAIRS.to_list()
+    assert load_dataset("someone/pairs", "candidates", split="train").to_list() == CANDIDATES.to_list()
+
+
+def test_a_card_that_was_edited_stays_so(hub: Hub, folder: Path) -> None:
+    card = folder / "README.md"
+    card.write_text(card.read_text(encoding="utf-8") + "\nMy notes.\n", encoding="utf-8")
+    for repo_id in ("my-org/one", "my-org/two"):
+        push_preference_dataset(folder, repo_id)
+        text = hub.files(repo_id, "dataset")["README.md"].decode()
+        assert text.endswith("\nMy notes.\n")
+        assert text.count(f'load_dataset("{repo_id}", "pairs"') == 1 == text.count('load_dataset("')
 
 
 @pytest.mark.parametrize("state", ["unfinished", "nothing"])
-def test_what_is_not_finished_is_not_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
-    monkeypatch.setattr(card, "HfApi", FakeApi(failing="create_repo"))
+def test_what_is_not_finished_is_not_pushed(hub: Hub, tmp_path: Path, state: str) -> None:
     if state == "unfinished":
         (tmp_path / "manifest.json").write_text(json.dumps({"finished": False, "settings": SETTINGS}))
     with pytest.raises(ValueError) as error:
@@ -251,21 +236,27 @@ def test_what_is_not_finished_is_not_pushed(tmp_path: Path, monkeypatch: pytest.
     assert f"{tmp_path} holds no finished dataset. Give `build_preference_dataset` the same settings" in str(
         error.value
     )
+    assert hub.requests == []
 
 
-@pytest.mark.parametrize("failing", ["create_repo", "upload_folder"])
-def test_a_push_that_fails_says_that_nothing_is_lost(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, failing: str
-) -> None:
-    monkeypatch.setattr(card, "HfApi", FakeApi(failing))
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(RuntimeError) as error:
+def test_a_push_that_fails_says_that_nothing_is_lost_and_can_be_repeated(hub: Hub, folder: Path) -> None:
+    hub.fail("POST .*/commit/", 403, "Private repository storage limit reached")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "README.md"}
+    with pytest.raises(PushError) as error:
         push_preference_dataset(folder, "someone/pairs")
     message = str(error.value)
-    assert "was not pushed to someone/pairs: no route to the Hub" in message
-    assert f"it is whole in {folder}." in message
-    assert f"`push_preference_dataset({str(folder)!r}, 'someone/pairs')`" in message
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert message.startswith(f"{folder} was not pushed to someone/pairs: the Hub has no room for it")
+    assert f"\n    hf upload someone/pairs {folder} --repo-type dataset --include README.md " in message
+    assert message.rstrip().endswith("--delete 'candidates/*' --delete 'pairs/*'")
+    assert all(path.read_bytes() == content for path, content in before.items())
+    hub.failures.clear()
+    push_preference_dataset(folder, "someone/pairs")
+    assert "pairs/data-00000-of-00001.arrow" in hub.files("someone/pairs", "dataset")
+
+
+def test_how_it_was_sampled_is_read_again(folder: Path, tmp_path: Path) -> None:
+    assert read_sampled(folder) == (SETTINGS, STATISTICS)
+    assert read_sampled(tmp_path / "nothing") is None
 
 
 def test_caches_that_map_leaves_beside_the_data_are_neither_read_nor_pushed(folder: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from prefopt_trl import FunctionRanker, PROConfig, PROTrainer
 from prefopt_trl.sampling.generation import sample_candidates
 from prefopt_trl.trainers import bootstrap
 from prefopt_trl.trainers.bootstrap import Bootstrap, PartSampler, re_rank
+from prefopt_trl.trainers.checkpoints import SETTINGS_FILE
 
 WORDS = ["blue", "green and yellow and red", "wet", "seven", "a very long completion", "bb", "ccc", "dddd", "e"]
 
@@ -522,6 +523,7 @@ def test_samples_of_an_earlier_run_in_larger_steps_are_not_taken_for_this_ones(
 @pytest.mark.parametrize("other", [{"bootstrap_parts": 2}, {"seed": 7}, {"max_new_tokens": 5}])
 def test_samples_of_another_split_are_refused(other, uninterrupted, tiny_llama_dir, tmp_path):
     output_dir = copy_of(uninterrupted("plain")[1], 3, tmp_path / "resumed")
+    (output_dir / "checkpoint-3" / SETTINGS_FILE).unlink()  # which would refuse it first
     (name,) = other
     remedy = f"epoch-0-part-0.json was sampled with another `{name}`. Resume with the settings of the run"
     with pytest.raises(ValueError, match=remedy):

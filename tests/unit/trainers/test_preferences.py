@@ -2,13 +2,17 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, T5Config
 
 from prefopt_trl import FunctionRanker, sample_completions
 from prefopt_trl.sampling.shards import shard_seed
+from prefopt_trl.trainers import base
 from prefopt_trl.trainers.listwise_dpo_trainer import ListwiseDPOTrainer
 from prefopt_trl.trainers.pro_trainer import PROTrainer
 from prefopt_trl.trainers.rrhf_trainer import RRHFTrainer
@@ -560,3 +564,19 @@ def test_rows_with_nothing_to_compare_do_not_count_in_metrics(make):
     alone.train()
     for name in ("rewards/accuracies", "ranking/kendall_tau", "ranking/top1"):
         assert one_by_one.state.log_history[0][name] == alone.state.log_history[0][name]
+
+
+@pytest.mark.parametrize(("processes", "given"), [("NO", {}), ("MULTI_GPU", {"device_map": None})])
+def test_each_of_several_processes_has_a_policy_of_its_own_to_sample_from(processes, given, config, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        base, "create_model_from_path", lambda path, **kwargs: seen.update(kwargs) or torch.nn.Linear(1, 1)
+    )
+    args = config(RSOTrainer.config_class)
+    state = SimpleNamespace(distributed_type=DistributedType[processes])
+    stand_in = SimpleNamespace(
+        trust_remote_code=False, model_init_kwargs=None, device=args.device, distributed_state=state
+    )
+    RSOTrainer._reference_policy("path/to/a-model", None, stand_in, None)
+    # Without `device_map`, TRL spreads the model over all devices that a process sees
+    assert seen == {"trust_remote_code": False, **given}

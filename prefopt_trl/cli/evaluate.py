@@ -1,0 +1,56 @@
+"""`prefopt-trl evaluate`: what a policy's samples are worth to a ranker, and how far it is from its reference."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from trl import ModelConfig
+
+from prefopt_trl.cli.arguments import EvaluateConfig
+from prefopt_trl.cli.config_file import save_config
+from prefopt_trl.cli.models import load_ranker, load_tokenizer, model_to_run
+from prefopt_trl.data.loading import load_rows
+from prefopt_trl.data.processes import process_state
+from prefopt_trl.evaluation.policy import evaluate_policy
+from prefopt_trl.evaluation.report import as_percentage, table, with_error
+
+
+def run(own: EvaluateConfig, model: ModelConfig) -> None:
+    """Measure the policy, print the table, and write it as JSON and Markdown."""
+    state = PartialState(cpu=True) if own.use_cpu else process_state()
+    path: Any = model.model_name_or_path
+    save_config(own.output_dir, own, model)
+    rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_split, own.num_rows)
+    target = next((column for column in ("completion", "chosen") if column in rows.column_names), None)
+    if target is None or "prompt" not in rows.column_names or not isinstance(rows[0]["prompt"], str) or len(rows) < 2:
+        raise ValueError(
+            f"{own.dataset_name} must have at least 2 rows with columns `prompt`, of plain text, and `chosen` or "
+            f"`completion`; it has {len(rows)} with {', '.join(rows.column_names)}."
+        )
+    ranker = load_ranker(own)
+    assert ranker is not None  # the arguments need one
+    measured = evaluate_policy(
+        model_to_run(path, model, state.device, own.trust_remote_code),
+        model_to_run(own.reference, ModelConfig(dtype=model.dtype), state.device, own.trust_remote_code),
+        load_tokenizer(path, model.model_revision, own.trust_remote_code),
+        ranker,
+        list(rows["prompt"]),
+        list(rows[target]),
+        max_new_tokens=own.max_new_tokens,
+        seed=own.seed,
+    )
+    report = table(
+        ["", "mean ± standard error"],
+        [
+            ["reward by the ranker, against the target (nats)", with_error(measured["ranker_reward"])],
+            ["win rate against the target", as_percentage(measured["ranker_win_rate"])],
+            ["KL from the reference (nats per completion)", with_error(measured["kl"])],
+        ],
+    )
+    results = {"policy": path, "num_prompts": len(rows), **{name: asdict(value) for name, value in measured.items()}}
+    folder = Path(own.output_dir)
+    (folder / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (folder / "evaluation.md").write_text(f"# {path}, {len(rows)} prompts\n\n{report}\n", encoding="utf-8")
+    print(f"{report}\nWritten: evaluation.json and evaluation.md, in {folder}")

@@ -1,0 +1,169 @@
+"""Models, adapters and rankers as the command line names them."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import find_adapter_config_file
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from prefopt_trl.cli.arguments import RankerArguments
+from prefopt_trl.rankers.base import Ranker
+from prefopt_trl.rankers.function import FunctionRanker
+from prefopt_trl.rankers.pairwise import PairwiseRanker
+from prefopt_trl.rankers.pointwise import RewardModelRanker
+
+
+def model_to_train(model: ModelConfig, args: Any) -> dict[str, Any]:
+    """The arguments of a trainer that say which model it trains.
+
+    A path to an adapter gives its base with the adapter on top, to be trained further; TRL keeps a frozen copy of it
+    as the reference model. For another path `args.model_init_kwargs` get what the model's arguments say.
+
+    Raises:
+        ValueError: if an adapter does not fit its base, or the tokenizer its model.
+    """
+    path: Any = model.model_name_or_path
+    init = {**_init_kwargs(model), **(args.model_init_kwargs or {})}
+    tokenizer = load_tokenizer(path, model.model_revision, args.trust_remote_code)
+    if find_adapter_config_file(path, revision=model.model_revision) is not None:
+        args.model_init_kwargs = None
+        adapted = load_adapter(path, model, {**init, "trust_remote_code": args.trust_remote_code}, is_trainable=True)
+        return {"model": adapted, "processing_class": tokenizer}
+    args.model_init_kwargs = init
+    return {
+        "model": path,
+        "processing_class": tokenizer,
+        "peft_config": get_peft_config(model),
+        "quantization_config": get_quantization_config(model),
+    }
+
+
+def model_to_run(path: str, model: ModelConfig, device: Any, trust_remote_code: bool) -> Any:
+    """Load a policy to sample from, with its adapter if it is one, onto a device.
+
+    Raises:
+        ValueError: if an adapter does not fit its base.
+    """
+    init = {**_init_kwargs(model), "trust_remote_code": trust_remote_code}
+    if find_adapter_config_file(path, revision=model.model_revision) is not None:
+        loaded = load_adapter(path, model, init, is_trainable=False)
+    else:
+        config = AutoConfig.from_pretrained(path, revision=model.model_revision, trust_remote_code=trust_remote_code)
+        auto_class: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        loaded = auto_class.from_pretrained(path, quantization_config=get_quantization_config(model), **init)
+    return (loaded if getattr(loaded, "is_quantized", False) else loaded.to(device)).eval()
+
+
+def load_adapter(path: str, model: ModelConfig, init: dict[str, Any], is_trainable: bool) -> PeftModel:
+    """Load the base model that an adapter names, and the adapter on top.
+
+    Args:
+        path (`str`):
+            Folder or Hub id of the adapter.
+        model ([`~trl.ModelConfig`]):
+            How the base is quantised, and the adapter's revision.
+        init (`dict`):
+            Arguments of `from_pretrained` for the base, whose revision is the adapter's to say.
+        is_trainable (`bool`):
+            Whether its weights are to be trained.
+
+    Raises:
+        ValueError: if it names no base, or does not fit it.
+    """
+    config = PeftConfig.from_pretrained(path, revision=model.model_revision)
+    base = config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"The adapter {path} names no base model. Add `base_model_name_or_path` to its config.")
+    init = {**init, "revision": config.revision or "main", "quantization_config": get_quantization_config(model)}
+    on_base = AutoModelForCausalLM.from_pretrained(base, **init)
+    try:
+        return PeftModel.from_pretrained(on_base, path, revision=model.model_revision, is_trainable=is_trainable)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"The adapter {path} does not fit its base model {base}: {' '.join(str(error).split())[:300]}. Was it "
+            "trained on another one? `base_model_name_or_path` in its adapter_config.json says which is loaded."
+        ) from error
+
+
+def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, or of an adapter's base where the adapter has none.
+
+    Raises:
+        ValueError: if it has token ids for which the model has no embedding.
+    """
+    source = path
+    if find_adapter_config_file(path, revision=revision) is not None:
+        adapter = PeftConfig.from_pretrained(path, revision=revision)
+        source, model_path = (path if _has_tokenizer(path) else str(adapter.base_model_name_or_path)), None
+    else:
+        model_path = path
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if source == path:
+        options["revision"] = revision
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if model_path is not None:
+        config = AutoConfig.from_pretrained(path, **options).get_text_config()
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"The tokenizer of {path} has {len(tokenizer)} tokens, and its model embeds {config.vocab_size}. Was "
+                "a tokenizer of another model saved there? Else call `model.resize_token_embeddings` and save it."
+            )
+    return tokenizer
+
+
+def load_ranker(arguments: RankerArguments) -> Ranker | None:
+    """Load the ranker that is named: a model by the class its configuration names, or a function by its path.
+
+    Raises:
+        ValueError: if a function cannot be imported.
+    """
+    name = arguments.ranker
+    if name is None:
+        return None
+    if not os.path.exists(name) and "/" not in name and "." in name:
+        return FunctionRanker(_import_function(name))
+    options: dict[str, Any] = {"batch_size": arguments.ranker_batch_size}
+    if find_adapter_config_file(name) is not None:
+        merged = AutoPeftModelForCausalLM.from_pretrained(name).merge_and_unload()
+        tokenizer = load_tokenizer(name, None, trust_remote_code=False)
+        return PairwiseRanker(merged, tokenizer, template=arguments.ranker_template, **options)
+    architectures = AutoConfig.from_pretrained(name).architectures or []
+    if any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
+        return RewardModelRanker(name, **options)
+    return PairwiseRanker(name, template=arguments.ranker_template, **options)
+
+
+def _import_function(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as TRL's GRPO command, for a function in a file beside the data
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"`ranker`={path!r} is no folder, and no function that can be imported ({error}). Give a folder, a Hub id "
+            "with its organisation, or `package.module.function`."
+        ) from error
+
+
+def _init_kwargs(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
+
+
+def _has_tokenizer(path: str) -> bool:
+    return not Path(path).is_dir() or Path(path, "tokenizer_config.json").is_file()

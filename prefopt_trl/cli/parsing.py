@@ -1,0 +1,107 @@
+"""Arguments of a command, from the command line and from `--config`, into its dataclasses; nothing unknown passes."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from trl import TrlParser
+
+from prefopt_trl.cli.commands import COMMANDS
+
+WITH_PATH = ("--config", "--accelerate_config")  # what TRL takes as two words, and users write as one with "=", too
+
+
+def parse(name: str, arguments: Sequence[str]) -> tuple[list[Any], list[str]]:
+    """Parse the arguments of a command as TRL's commands do.
+
+    Args:
+        name (`str`):
+            Command.
+        arguments (`Sequence[str]`):
+            What comes after it on the command line.
+
+    Returns:
+        An instance of each of the command's dataclasses, and the options of `accelerate launch` (those of the file
+        first, so that the command line wins).
+
+    Raises:
+        SystemExit: with exit code 2, after one line that says what is wrong.
+    """
+    command = COMMANDS[name]
+    dataclasses = command.dataclasses()
+    parser = TrlParser(
+        dataclasses,
+        prog=f"prefopt-trl {name}",
+        usage=f"prefopt-trl {name} [--config FILE.yaml] [--OPTION VALUE ...], or --help for all options",
+        allow_abbrev=False,
+    )
+    words = [part for word in arguments for part in _split(word)]
+    try:
+        config, given = _read_config(words)
+        others = [option.removeprefix("--") for option in parser.set_defaults_with_config(**config)[::2]]
+        launching = [*_as_options({key: config[key] for key in others}), *parser.parse_known_args(given)[1]]
+        known = {field.name for dataclass in dataclasses for field in fields(dataclass)} | {"config"}
+        _refuse_unknown(launching, known, _launch_options() if command.launched else set())
+        *parsed, _ = parser.parse_args_and_config(words, return_remaining_strings=True)
+        return parsed, launching
+    except (ValueError, ImportError) as error:  # an engine without its package is the second
+        fail(name, error)
+    except TypeError as error:  # the values of a file meet the configurations' checks as they are
+        fail(name, f"a value in the file of --config is of the wrong type: {error}")
+
+
+def fail(name: str, message: object) -> NoReturn:
+    """End as a wrong argument ends: with one line, and exit code 2."""
+    print(f"prefopt-trl {name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _split(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith(tuple(f"{option}=" for option in WITH_PATH)) else [word]
+
+
+def _read_config(words: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The mapping of the file of `--config`, without its environment variables, and the other words."""
+    if "--config" not in words:
+        return {}, words
+    place = words.index("--config")
+    path = Path(words[place + 1]) if place + 1 < len(words) else None
+    if path is None or not path.is_file():
+        raise ValueError(f"--config needs a YAML file, and {path or 'nothing'} is none. Check the path.")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a YAML mapping, `name: value` on each line, and holds {config!r:.80}.")
+    config.pop("env", None)
+    return config, words[:place] + words[place + 2 :]
+
+
+def _as_options(config: dict[str, Any]) -> list[str]:
+    """Options of `accelerate launch` in a file: one that is true is a flag."""
+    given = {f"--{key}": value for key, value in config.items() if value is not False and value is not None}
+    return [word for key, value in given.items() for word in ([key] if value is True else [key, str(value)])]
+
+
+def _launch_options() -> set[str]:
+    actions = launch_command_parser()._actions
+    return {option.lstrip("-").replace("-", "_") for action in actions for option in action.option_strings} | {
+        "accelerate_config"
+    }
+
+
+def _refuse_unknown(words: list[str], known: set[str], launch_options: set[str]) -> None:
+    for place, word in enumerate(words):
+        key = word.removeprefix("--").split("=")[0].replace("-", "_")
+        if not word.startswith("--") and place == 0:
+            raise ValueError(f"unexpected argument {word!r}: options have names, such as --dataset_name {word}.")
+        if word.startswith("--") and key not in launch_options:
+            nearest = get_close_matches(key, [*known, *launch_options], n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"unknown argument {key!r}.{hint} See --help.")

@@ -1,0 +1,45 @@
+"""`prefopt-trl sample`: preference pairs, or rankings, sampled from a policy and labelled by a ranker."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from trl import ModelConfig
+
+from prefopt_trl.cli.arguments import SampleConfig
+from prefopt_trl.cli.config_file import save_config
+from prefopt_trl.cli.models import load_ranker, load_tokenizer, model_to_run
+from prefopt_trl.cli.train import prompts_that_fit
+from prefopt_trl.data.loading import load_rows
+from prefopt_trl.data.processes import process_state
+from prefopt_trl.sampling.card import push_preference_dataset
+from prefopt_trl.sampling.pipeline import build_preference_dataset
+
+
+def run(own: SampleConfig, model: ModelConfig) -> None:
+    """Build the dataset; candidates that the data already has are not sampled again."""
+    state = PartialState(cpu=True) if own.use_cpu else process_state()
+    path: Any = model.model_name_or_path
+    rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_split, own.num_rows)
+    tokenizer = load_tokenizer(path, model.model_revision, own.trust_remote_code)
+    given = "completions" in rows.column_names
+    if not given:
+        rows = prompts_that_fit(rows.select_columns(["prompt"]), tokenizer, own.max_length, own.max_new_tokens)
+    policy = None  # candidates that are given need it for their log-probabilities only
+    if own.keep_logps or not given:
+        policy = model_to_run(path, model, state.device, own.trust_remote_code)
+    build_preference_dataset(
+        rows,
+        policy,
+        tokenizer,
+        load_ranker(own),
+        output_dir=own.output_dir,
+        max_length=own.max_length,
+        **own.selection_options(),
+        **own.generation_options(),
+    )
+    if state.is_main_process:
+        save_config(Path(own.output_dir), own, model)
+        if own.hub_dataset_id is not None:
+            push_preference_dataset(own.output_dir, own.hub_dataset_id)
+    state.destroy_process_group()

@@ -1,0 +1,91 @@
+"""`prefopt-trl {rso,slic,pro,listwise-dpo,rrhf}`: the five trainers, each known by its configuration."""
+
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from prefopt_trl.cli.arguments import PreferenceArguments, TrainingData
+from prefopt_trl.cli.config_file import save_config
+from prefopt_trl.cli.models import load_ranker, model_to_train
+from prefopt_trl.data.loading import load_rows
+from prefopt_trl.sampling.prompts import tokenize_prompts
+from prefopt_trl.trainers.base import PreferenceTrainer
+from prefopt_trl.trainers.base_config import PreferenceConfig
+from prefopt_trl.trainers.listwise_dpo_trainer import ListwiseDPOTrainer
+from prefopt_trl.trainers.pro_trainer import PROTrainer
+from prefopt_trl.trainers.rrhf_trainer import RRHFTrainer
+from prefopt_trl.trainers.rso_trainer import RSOTrainer
+from prefopt_trl.trainers.slic_trainer import SLiCTrainer
+
+TRAINERS: dict[type[PreferenceConfig], type[PreferenceTrainer]] = {
+    trainer.config_class: trainer for trainer in (RSOTrainer, SLiCTrainer, PROTrainer, ListwiseDPOTrainer, RRHFTrainer)
+}
+COMPLETIONS = {"chosen", "rejected", "completions", "rewards"}
+
+
+def run(own: PreferenceArguments, args: PreferenceConfig, model: ModelConfig) -> None:
+    """Train, and save the result in `args.output_dir`."""
+    save_arguments(own, args, model)
+    trained = model_to_train(model, args)
+    splits = load_splits(own, args)
+    for name, rows in splits.items():
+        if rows is not None and own.only_prompts:
+            rows = rows.remove_columns([column for column in rows.column_names if column in COMPLETIONS])
+        if rows is not None and not COMPLETIONS & set(rows.column_names):
+            rows = prompts_that_fit(rows, trained["processing_class"], args.max_length, args.max_new_tokens)
+        splits[name] = rows
+    train_and_save(TRAINERS[type(args)](args=args, ranker=load_ranker(own), **splits, **trained), own)
+
+
+def save_arguments(own: Any, args: Any, model: ModelConfig) -> None:
+    """Write the configuration beside the result, on the main process."""
+    if PartialState().is_main_process:
+        save_config(args.output_dir, own, args, model)
+
+
+def load_splits(own: TrainingData, args: Any) -> dict[str, Any]:
+    """The dataset to train on, and the one to evaluate on where `eval_strategy` is not `"no"`."""
+    evaluated = None
+    if args.eval_strategy != "no":
+        evaluated = load_rows(own.dataset_name, own.dataset_config, own.dataset_test_split)
+    trained = load_rows(own.dataset_name, own.dataset_config, own.dataset_train_split, own.num_rows)
+    return {"train_dataset": trained, "eval_dataset": evaluated}
+
+
+def prompts_that_fit(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, max_new_tokens: int
+) -> Dataset:
+    """The rows whose prompts leave room for a completion; how many do not is printed.
+
+    Raises:
+        ValueError: if none does.
+    """
+    if max_length is None:
+        return rows
+    lengths = map(len, tokenize_prompts(tokenizer, list(rows["prompt"])))
+    fitting = [row for row, length in enumerate(lengths) if length + max_new_tokens <= max_length]
+    if not fitting:
+        raise ValueError(
+            f"No prompt leaves room for `max_new_tokens`={max_new_tokens} within `max_length`={max_length}. Raise the "
+            "second or lower the first."
+        )
+    if len(fitting) < len(rows):
+        PartialState().print(
+            f"{len(rows) - len(fitting):,} of {len(rows):,} prompts are left out: with `max_new_tokens`="
+            f"{max_new_tokens} they would exceed `max_length`={max_length}."
+        )
+    return rows.select(fitting)
+
+
+def train_and_save(trainer: Any, own: TrainingData) -> None:
+    """Train, save, and only then push if `push_to_hub` says so."""
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(_internal_call=True)  # it would push by itself, before we have said what is saved
+    trainer.accelerator.print(f"The trained model is saved in {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=own.dataset_name)
+    trainer.end()

@@ -1,0 +1,85 @@
+"""Datasets by name, from wherever a command is told to take them: the Hub, a folder, or a file."""
+
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from prefopt_trl.data.formats import check_columns
+from prefopt_trl.data.hh_rlhf import HUMAN_TURN, SUBSETS, _split_rows, load_hh_rlhf
+
+FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `load_dataset` reads them as
+
+
+def load_rows(name: str, config: str | None = None, split: str = "train", num_rows: int | None = None) -> Dataset:
+    r"""Load the rows of a dataset.
+
+    HH-RLHF transcripts, recognised by columns `chosen` and `rejected` that begin with `"\n\nHuman:"` and no `prompt`,
+    are split into prompt and completions as [`load_hh_rlhf`] does. All other columns are left as they are.
+
+    Args:
+        name (`str`):
+            Id on the Hub; folder that `save_to_disk` or [`build_preference_dataset`] wrote, or of data files; or one
+            file, `.jsonl`, `.json` (each also with `.gz`) or `.parquet`.
+        config (`str`, *optional*):
+            Configuration of the dataset, such as `"candidates"` of a sampled one; or a subset of HH-RLHF, such as
+            `"harmless-base"`.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split. A file, and a folder with one dataset that `save_to_disk` wrote, have no splits: they are read
+            whole, whatever this says.
+        num_rows (`int`, *optional*):
+            The first so many rows only.
+
+    Returns:
+        [`~datasets.Dataset`].
+
+    Raises:
+        FileNotFoundError: if there is nothing of that name, or the Hub cannot be reached.
+        ValueError: for a file of another kind, an unknown configuration or split, `num_rows` below 1, or no rows.
+
+    Example:
+
+    ```python
+    >>> load_rows("data/hh_rlhf/harmless-base/test.jsonl.gz", num_rows=100).column_names
+    ['prompt', 'chosen', 'rejected']
+    ```
+    """
+    if num_rows is not None and num_rows < 1:
+        raise ValueError(f"`num_rows` must be at least 1, got {num_rows}. Leave it out for all rows.")
+    if config in SUBSETS:
+        dataset = load_hh_rlhf(name, config, split)
+    else:
+        dataset = _load(name, config, split)
+        check_columns(dataset, [], name)
+        if _are_transcripts(dataset):
+            dataset = _split_rows(dataset, name, conversational=False)
+    return dataset if num_rows is None else dataset.select(range(min(num_rows, len(dataset))))
+
+
+def _load(name: str, config: str | None, split: str) -> Dataset:
+    path = Path(name)
+    if path.is_file():
+        suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+        if suffix not in FILES:
+            raise ValueError(f"{name} is no file of {', '.join(FILES)} (or .jsonl.gz, .json.gz). Convert it to one.")
+        return load_dataset(FILES[suffix], data_files=name, split="train")
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = load_from_disk(name)
+        if isinstance(saved, DatasetDict) and split not in saved:
+            raise ValueError(f"{name} has no split {split!r}; it has {', '.join(saved)}. Choose one of them.")
+        return saved[split] if isinstance(saved, DatasetDict) else saved
+    if not path.is_dir() and path.suffix in (*FILES, ".gz"):
+        raise FileNotFoundError(f"There is no file {name}. Check the path, which is relative to the current folder.")
+    try:
+        return load_dataset(name, config, split=split)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{name!r} is neither a local file or folder nor a dataset of the Hub that can be read now ({error}). "
+            "Check the name, or download the dataset and give its folder."
+        ) from error
+
+
+def _are_transcripts(dataset: Dataset) -> bool:
+    if "prompt" in dataset.column_names or not {"chosen", "rejected"} <= set(dataset.column_names):
+        return False
+    first = dataset[0]
+    return all(isinstance(first[side], str) and first[side].startswith(HUMAN_TURN) for side in ("chosen", "rejected"))

@@ -1,0 +1,65 @@
+"""Markdown of cards, in which no text of others is read as Markdown or HTML."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+
+def code(text: str) -> str:
+    """Write text as code on one line: nothing in it ends the code or the cell of a table, or is read as HTML.
+
+    Args:
+        text (`str`):
+            Any text. Line breaks become spaces, and a SHA-256 in it is shortened.
+
+    Returns:
+        `str`: Markdown.
+
+    Example:
+
+    ```python
+    >>> code("a | b")
+    '`a \\| b`'
+    ```
+    """
+    text = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", " ".join(text.splitlines()))
+    if "`" in text:
+        longest = max(map(len, re.findall("`+", text)))
+        text = f"{'`' * longest} {text} {'`' * longest}"  # these spaces are not shown
+    return f"`{text}`".replace("|", r"\|")
+
+
+def name(text: str) -> str:
+    """Write a name as code, with what JSON escapes in it escaped."""
+    return code(json.dumps(text, ensure_ascii=False)[1:-1])  # without the quotes
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Write a table whose cells are Markdown already.
+
+    Args:
+        head (`list[str]`):
+            Titles of the columns.
+        rows (`list[list[str]]`):
+            Cells of each row, as many as there are columns.
+
+    Returns:
+        `str`: Markdown.
+    """
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def settings_table(settings: dict[str, Any]) -> str:
+    """Write settings as a table, nested ones by their dotted names, all in the order of these."""
+    rows = [[name(key), code(json.dumps(value, ensure_ascii=False))] for key, value in _flat(settings)]
+    return table(["setting", "value"], rows)
+
+
+def _flat(settings: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(settings, dict) and settings:
+        for key in sorted(settings, key=str):
+            yield from _flat(settings[key], f"{name}.{key}" if name else str(key))
+    else:
+        yield name, settings

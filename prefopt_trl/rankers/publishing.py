@@ -1,0 +1,122 @@
+"""A ranker's model as a folder, and its way to the Hub."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
+
+from prefopt_trl.data.hub import push_folder
+from prefopt_trl.data.markdown import name, settings_table
+from prefopt_trl.rankers.models import RankingModel
+
+
+class PublishedModel:
+    """What rankers that hold a model have: `save_pretrained` and `push_to_hub`."""
+
+    ranking_model: RankingModel
+    peft_class: str  # of an adapter for such a model,
+    peft_options: str = ""  # and what it is loaded with
+
+    def settings(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def arguments(self) -> dict[str, str]:
+        """The arguments that make this ranker out of its model, as Python writes them."""
+        raise NotImplementedError
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Save the model (or its adapter), its tokenizer, and a card that says how to make the ranker of them.
+
+        Args:
+            save_directory (`str` or `Path`):
+                Folder, which is made where there is none. `PairwiseRanker(folder)` loads it again.
+        """
+        self.ranking_model.model.save_pretrained(str(save_directory))
+        self.ranking_model.tokenizer.save_pretrained(str(save_directory))
+        self._write_card(Path(save_directory), str(save_directory))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        save_directory: str | Path | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Save the ranker, and upload it to the Hub. Call it in one process.
+
+        Args:
+            repo_id (`str`):
+                Repository, such as `"my-org/my-ranker"`. It is made where there is none.
+            save_directory (`str` or `Path`, *optional*):
+                Folder to save it in, where it stays. By default one of the repository's name.
+            private (`bool`, *optional*):
+                Whether a repository made here is private. By default as the organisation has it.
+            token (`str`, *optional*):
+                Access token. By default the one you are logged in with.
+
+        Returns:
+            `str`: address of the repository.
+
+        Raises:
+            PushError: if the upload fails, with the command that repeats it. The folder stays whole.
+
+        Example:
+
+        ```python
+        ranker.push_to_hub("my-org/my-ranker", private=True)
+        ```
+        """
+        folder = Path(repo_id.split("/")[-1] if save_directory is None else save_directory)
+        self.save_pretrained(folder)
+
+        def write_card(repo_id: str) -> None:
+            self._write_card(folder, repo_id)
+
+        return push_folder(folder, repo_id, write_card, commit_message="Upload ranker", private=private, token=token)
+
+    def _write_card(self, folder: Path, source: str) -> None:
+        kind, model = type(self).__name__, self.ranking_model.model
+        is_adapter = isinstance(model, PeftModel)
+        base_model = model.config.name_or_path or ""
+        is_local = Path(base_model).exists()
+        data = ModelCardData(
+            library_name="peft" if is_adapter else "transformers",
+            base_model=None if is_local else base_model,
+            tags=["trl", "prefopt-trl", "ranker", "reward-model"],
+        )
+        arguments = "".join(f", {argument}={value}" for argument, value in self.arguments().items())
+        if is_adapter:
+            use = f"""from peft import {self.peft_class}
+from transformers import AutoTokenizer
+from prefopt_trl import {kind}
+
+source = {source!r}
+model = {self.peft_class}.from_pretrained(source{self.peft_options})
+ranker = {kind}(model, AutoTokenizer.from_pretrained(source){arguments})"""
+        else:
+            use = f"""from prefopt_trl import {kind}
+
+ranker = {kind}({source!r}{arguments})"""
+        shown = Path(base_model).name if is_local else base_model  # no folders of this machine
+        trained_from = f" Its model was loaded from {name(shown)}." if base_model else ""
+        text = f"""# Ranker
+
+A `{kind}` of prefopt-trl: it says which of two completions of a prompt is
+preferred, and gives each a reward.{trained_from}
+
+## Use
+
+```python
+{use}
+ranker.compare(["What is 2 + 2?"], ["It is 4."], ["It is 5."])
+```
+
+## Settings
+
+Fingerprints are shortened.
+
+{settings_table(self.settings())}
+"""
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")

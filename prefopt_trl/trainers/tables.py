@@ -1,0 +1,167 @@
+"""Tables of what is learnt from, in the trackers that show tables."""
+
+import re
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import TensorBoardCallback
+
+from prefopt_trl.data.markdown import table
+
+TABLE_TRACKERS = ["tensorboard", "trackio", "wandb"]  # of `report_to`
+NUM_EXAMPLES = 8  # pairs or rankings of a table
+# What a dataset of sampled pairs has beside the texts
+REWARD_COLUMNS = ["chosen_reward", "rejected_reward", "label_probability"]
+
+Table = tuple[list[Any], list[list[Any]]]  # names of the columns, and rows
+
+
+class LogPreferencesCallback(TrainerCallback):
+    """Logs a table of completions with their rewards to trackio, Weights & Biases and TensorBoard.
+
+    Trainers add one where `log_completions` is set. The table is called "completions", as that of TRL's `GRPOTrainer`,
+    and is logged by the main process alone.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer that the callback is added to.
+        examples (`list[dict]`, *optional*):
+            Pairs or rankings, logged once, when training begins. By default those of the latest batch, [`batch`], are
+            logged whenever the loss is.
+    """
+
+    def __init__(self, trainer: Trainer, examples: list[dict[str, Any]] | None = None) -> None:
+        self.trainer, self.examples = trainer, examples
+        self.batch: dict[str, torch.Tensor] | None = None  # set by the trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.examples is not None:
+            self._log(self.examples, args, state, control)
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.examples is None and self.batch is not None and "loss" in (logs or {}) and state.is_world_process_zero:
+            tokenizer = getattr(processing_class, "tokenizer", processing_class)
+            self._log(examples_of_batch(self.batch, tokenizer), args, state, control)
+
+    def _log(self, examples: list[dict[str, Any]], args: Any, state: TrainerState, control: TrainerControl) -> None:
+        if not state.is_world_process_zero:
+            return
+        columns, rows = table_of(examples)
+        columns, rows = ["step", *columns], [[state.global_step, *row] for row in rows]
+        step = {"train/global_step": state.global_step}  # the axis of transformers' own callbacks
+        if "wandb" in args.report_to:
+            import wandb
+
+            if wandb.run is not None:
+                wandb.log({"completions": wandb.Table(columns=columns, data=rows), **step})
+        if "trackio" in args.report_to:
+            import trackio
+
+            trackio.log({"completions": trackio.Table(columns=columns, data=rows), **step})
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):  # which logs a text as one
+                cells = [[escape_markdown(str(cell)) for cell in row] for row in rows]
+                callback.on_log(args, state, control, logs={"completions": table(columns, cells)})
+
+
+def first_examples(dataset: Dataset | IterableDataset) -> list[dict[str, Any]] | None:
+    """The first pairs or rankings of a dataset, or None where it has tokens only."""
+    examples = list(dataset.take(NUM_EXAMPLES))
+    are_texts = all({"chosen", "rejected"} <= row.keys() or "completions" in row for row in examples)
+    return examples if are_texts else None
+
+
+def examples_of_batch(batch: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """The first pairs or rankings of a batch, as the text of the very tokens that are learnt from.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`):
+            As TRL's `DataCollatorForPreference` or [`DataCollatorForRanking`] makes it.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer. Special tokens are part of the text, padding is not.
+
+    Returns:
+        `list[dict]`: with `prompt`, `chosen` and `rejected`, or `prompt`, `completions` and `rewards`.
+    """
+
+    def texts(row: int) -> tuple[str, str]:
+        ids, in_completion = batch["input_ids"][row], batch["completion_mask"][row].bool()
+        in_prompt = batch["attention_mask"][row].bool() & ~in_completion
+        return tokenizer.decode(ids[in_prompt]), tokenizer.decode(ids[in_completion])  # type: ignore[return-value]
+
+    if "group_ids" not in batch:
+        num_pairs = len(batch["input_ids"]) // 2
+        pairs = ((texts(row), texts(num_pairs + row)) for row in range(min(num_pairs, NUM_EXAMPLES)))
+        return [
+            {"prompt": prompt, "chosen": chosen, "rejected": rejected} for (prompt, chosen), (_, rejected) in pairs
+        ]
+    rankings: dict[int, dict[str, Any]] = {}
+    for row, group in enumerate(batch["group_ids"].tolist()):
+        if group < NUM_EXAMPLES:
+            prompt, completion = texts(row)
+            ranking = rankings.setdefault(group, {"prompt": prompt, "completions": [], "rewards": []})
+            ranking["completions"].append(completion)
+            ranking["rewards"].append(batch["rewards"][row].item())
+    return list(rankings.values())
+
+
+def table_of(examples: list[dict[str, Any]]) -> Table:
+    """A row for each pair, or for each completion of a ranking, best first.
+
+    Args:
+        examples (`list[dict]`):
+            Pairs, with or without rewards, or rankings; of texts or of messages, which are written as one text.
+
+    Returns:
+        Names of the columns, and rows.
+
+    Example:
+
+    ```python
+    >>> table_of([{"prompt": "2 + 2?", "completions": ["5", "4"], "rewards": [-1, 1]}])
+    (['prompt', 'completion', 'reward', 'rank'], [['2 + 2?', '4', 1.0, 1], ['2 + 2?', '5', -1.0, 2]])
+    ```
+    """
+    if examples and "completions" in examples[0]:
+        rows = []
+        for example in examples:
+            ranked = sorted(zip(example["rewards"], example["completions"], strict=True), key=lambda pair: -pair[0])
+            rows += [
+                [_text(example["prompt"]), _text(completion), float(reward), rank]
+                for rank, (reward, completion) in enumerate(ranked, start=1)
+            ]
+        return ["prompt", "completion", "reward", "rank"], rows
+    texts = [column for column in ("prompt", "chosen", "rejected") if examples and column in examples[0]]
+    numbers = [column for column in REWARD_COLUMNS if examples and column in examples[0]]
+    rows = [[*(_text(row[name]) for name in texts), *(row[name] for name in numbers)] for row in examples]
+    return [*texts, *numbers], rows
+
+
+def _text(value: Any) -> str:
+    """A text, or messages as one."""
+    if isinstance(value, str):
+        return value
+    return "\n".join(f"{message['role']}: {message.get('content', '')}" for message in value)
+
+
+def escape_markdown(text: str) -> str:
+    """Write a text so that neither Markdown nor HTML reads anything in it, on one line.
+
+    Example:
+
+    ```python
+    >>> escape_markdown("<b> | *no*")
+    '&#60;b&#62; &#124; &#42;no&#42;'
+    ```
+    """
+    return "<br>".join(re.sub(r"[^\w\s]|_", lambda found: f"&#{ord(found[0])};", line) for line in text.splitlines())

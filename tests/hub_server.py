@@ -1,0 +1,248 @@
+"""A Hub on this machine: as much of its HTTP protocol as `huggingface_hub` speaks to push and load, with failures."""
+
+import base64
+import hashlib
+import json
+import re
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import unquote
+
+from pytest_httpserver import HTTPServer
+from werkzeug import Request, Response
+
+TOKEN, USER = "hf_of_the_tests", "someone"
+REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+API = rf"/api/(?P<type>model|dataset)s/{REPO}"
+
+
+@dataclass
+class Failure:
+    """What goes wrong with requests to these paths: an answer with this status, or the connection is cut (None)."""
+
+    path: str  # a regular expression, of "PUT /lfs/..."
+    status: int | None
+    message: str = ""
+    times: int | None = None  # None: always
+    after: int = 0  # requests that are served before
+
+
+@dataclass
+class Hub:
+    """The state of the server, which the tests read and spoil."""
+
+    server: HTTPServer
+    lfs_from: int = 10_000  # bytes; smaller files are part of the commit
+    part_size: int | None = None  # bytes; files are sent in parts where it is set
+    repos: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)  # by SHA-256
+    parts: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    private: dict[str, bool] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.server.expect_request(re.compile(".*")).respond_with_handler(self._answer)
+
+    @property
+    def url(self) -> str:
+        return self.server.url_for("").rstrip("/")
+
+    def files(self, repo: str, type: str = "model") -> dict[str, bytes]:
+        return self.repos[type, repo]
+
+    def fail(self, path: str, status: int | None, message: str = "", *, times: int | None = None, after: int = 0):
+        self.failures.append(Failure(path, status, message, times, after))
+
+    def _answer(self, request: Request) -> Response:
+        line = f"{request.method} {unquote(request.path)}"
+        self.requests.append(line)
+        for failure in self.failures:
+            if re.search(failure.path, line):
+                failure.after -= 1
+                if failure.after < 0 and failure.times != 0:
+                    failure.times = failure.times and failure.times - 1
+                    return self._fail(request, failure)
+        # Addresses of parts and of their end are signed, and what is public is read without a token
+        open_to_all = re.match(r"(GET|HEAD) |\w+ /lfs/\w+(/\d+)?$|POST .*/paths-info/", line)
+        if not open_to_all and request.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return refused(401, "Invalid credentials in Authorization header")
+        for path, serve in ROUTES.items():
+            if found := re.fullmatch(path, line):
+                return serve(self, request, **found.groupdict())
+        return refused(404, f"no such thing: {line}")
+
+    @staticmethod
+    def _fail(request: Request, failure: Failure) -> Response:
+        if failure.status is not None:
+            request.get_data()
+            return refused(failure.status, failure.message)
+        request.stream.read(1024)  # a part of what was sent
+        connection: socket.socket = request.environ["werkzeug.socket"]
+        connection.shutdown(socket.SHUT_RDWR)
+        return Response()
+
+    # What is served, by its path below
+
+    def who_am_i(self, request: Request) -> Response:
+        return answer({"name": USER, "type": "user", "orgs": [], "auth": {"type": "access_token"}})
+
+    def create(self, request: Request) -> Response:
+        asked = request.get_json()
+        repo, type = f"{asked['organization'] or USER}/{asked['name']}", asked.get("type", "model")
+        there = (type, repo) in self.repos
+        self.repos.setdefault((type, repo), {})
+        self.private.setdefault(repo, asked.get("visibility") == "private")
+        return answer({"url": f"{self.url}/{'datasets/' * (type == 'dataset')}{repo}"}, 409 if there else 200)
+
+    def check_yaml(self, request: Request) -> Response:
+        return answer({"errors": [], "warnings": []})
+
+    def preupload(self, request: Request, type: str, repo: str) -> Response:
+        there = self.repos[type, repo]
+        files = []
+        for file in request.get_json()["files"]:
+            mode = "lfs" if file["size"] >= self.lfs_from else "regular"
+            files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
+            if (content := there.get(file["path"])) is not None:
+                files[-1]["oid"] = sha256(content) if mode == "lfs" else git_oid(content)
+        return answer({"files": files})
+
+    def batch(self, request: Request, repo: str) -> Response:
+        objects = []
+        for wanted in request.get_json(force=True)["objects"]:
+            oid, size = wanted["oid"], wanted["size"]
+            objects.append({"oid": oid, "size": size})
+            if oid not in self.objects:
+                upload: dict[str, Any] = {"href": f"{self.url}/lfs/{oid}"}
+                if self.part_size:
+                    numbers = range(1, -(-size // self.part_size) + 1)
+                    upload["header"] = {f"{number:05}": f"{self.url}/lfs/{oid}/{number}" for number in numbers}
+                    upload["header"]["chunk_size"] = str(self.part_size)
+                objects[-1]["actions"] = {"upload": upload, "verify": {"href": f"{self.url}/lfs/{oid}/verify"}}
+        return answer({"transfer": "basic", "objects": objects})
+
+    def put(self, request: Request, oid: str) -> Response:
+        return self._keep(oid, request.get_data())
+
+    def put_part(self, request: Request, oid: str, part: str) -> Response:
+        self.parts.setdefault(oid, {})[int(part)] = request.get_data()
+        return Response(headers={"ETag": f"part-{part}"})
+
+    def complete(self, request: Request, oid: str) -> Response:
+        numbers = [part["partNumber"] for part in request.get_json(force=True)["parts"]]
+        return self._keep(oid, b"".join(self.parts[oid][number] for number in numbers))
+
+    def _keep(self, oid: str, content: bytes) -> Response:
+        if sha256(content) != oid:
+            return refused(400, "the content is not what was announced")
+        self.objects[oid] = content
+        return Response()
+
+    def verify(self, request: Request, oid: str) -> Response:
+        whole = len(self.objects.get(oid, b"")) == request.get_json()["size"]
+        return Response() if whole else refused(422, "not whole")
+
+    def commit(self, request: Request, type: str, repo: str) -> Response:
+        files = dict(self.repos[type, repo])  # all of a commit or nothing
+        for line in request.get_data().splitlines():
+            operation = json.loads(line)
+            key, value = operation["key"], operation["value"]
+            if key == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif key == "lfsFile":
+                if value["oid"] not in self.objects:
+                    return refused(400, f"{value['path']} was not uploaded")
+                files[value["path"]] = self.objects[value["oid"]]
+            elif key == "deletedFile":
+                del files[value["path"]]
+        self.repos[type, repo] = files
+        sha = self._sha(type, repo)
+        url = f"{self.url}/{'datasets/' * (type == 'dataset')}{repo}/commit/{sha}"
+        return answer({"success": True, "commitOid": sha, "commitUrl": url})
+
+    def info(self, request: Request, type: str, repo: str) -> Response:
+        if (type, repo) not in self.repos:
+            return refused(404, "Repository not found", "RepoNotFound")
+        siblings = [{"rfilename": path} for path in self.repos[type, repo]]
+        found = {"id": repo, "sha": self._sha(type, repo), "private": False, "tags": [], "siblings": siblings}
+        return answer({**found, "downloads": 0, "likes": 0, "disabled": False, "gated": False})
+
+    def tree(self, request: Request, type: str, repo: str, path: str | None = None) -> Response:
+        files, wanted = self.repos.get((type, repo), {}), path or ""
+        entries = [described(name, files[name]) for name in files if name.startswith(wanted and f"{wanted}/")]
+        folders = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents if parent.name}
+        entries += [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)]
+        if not request.args.get("recursive", "").lower().startswith("t"):
+            entries = [entry for entry in entries if str(PurePosixPath(entry["path"]).parent) == (wanted or ".")]
+        return answer(entries) if entries or not wanted else refused(404, "Entry not found", "EntryNotFound")
+
+    def paths_info(self, request: Request, type: str, repo: str) -> Response:
+        files, paths = self.repos[type, repo], request.form.getlist("paths") or request.get_json(silent=True)["paths"]
+        found = [described(path, files[path]) for path in paths if path in files]
+        folders = [path for path in paths if any(name.startswith(f"{path}/") for name in files)]
+        return answer(found + [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders])
+
+    def auth_check(self, request: Request, type: str, repo: str) -> Response:
+        good = request.headers.get("Authorization") == f"Bearer {TOKEN}"
+        return Response() if good else refused(401, "Invalid credentials in Authorization header")
+
+    def resolve(self, request: Request, repo: str, path: str, type: str | None = None) -> Response:
+        kind = "dataset" if type else "model"
+        content = self.repos.get((kind, repo), {}).get(path)
+        if content is None:
+            return refused(404, "Entry not found", "EntryNotFound")
+        headers = {"ETag": f'"{git_oid(content)}"', "X-Repo-Commit": self._sha(kind, repo)}
+        start, status = 0, 200
+        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", "")):
+            start, end = int(found[1]), min(int(found[2] or len(content) - 1), len(content) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+            content, status = content[start : end + 1], 206
+        return Response(content, status, headers, content_type="application/octet-stream")
+
+    def _sha(self, type: str, repo: str) -> str:
+        files = self.repos[type, repo]
+        return hashlib.sha1(repr(sorted((name, sha256(files[name])) for name in files)).encode()).hexdigest()
+
+
+ROUTES: dict[str, Callable[..., Response]] = {
+    r"GET /api/whoami-v2": Hub.who_am_i,
+    r"POST /api/repos/create": Hub.create,
+    r"POST /api/validate-yaml": Hub.check_yaml,
+    rf"POST {API}/preupload/main": Hub.preupload,
+    rf"POST /(?:datasets/)?{REPO}\.git/info/lfs/objects/batch": Hub.batch,
+    r"PUT /lfs/(?P<oid>\w{64})": Hub.put,
+    r"PUT /lfs/(?P<oid>\w{64})/(?P<part>\d+)": Hub.put_part,
+    r"POST /lfs/(?P<oid>\w{64})": Hub.complete,
+    r"POST /lfs/(?P<oid>\w{64})/verify": Hub.verify,
+    rf"POST {API}/commit/main": Hub.commit,
+    rf"GET {API}(?:/revision/\w+)?": Hub.info,
+    rf"GET {API}/auth-check(?:/write)?": Hub.auth_check,
+    rf"GET {API}/tree/\w+(?:/(?P<path>.+))?": Hub.tree,
+    rf"POST {API}/paths-info/\w+": Hub.paths_info,
+    rf"(?:GET|HEAD) /(?P<type>datasets/)?{REPO}/resolve/\w+/(?P<path>.+)": Hub.resolve,
+}
+
+
+def answer(content: Any, status: int = 200) -> Response:
+    return Response(json.dumps(content), status, content_type="application/json")
+
+
+def refused(status: int, message: str, code: str | None = None) -> Response:
+    headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
+    return Response(json.dumps({"error": message}), status, headers, content_type="application/json")
+
+
+def described(path: str, content: bytes) -> dict[str, Any]:
+    return {"type": "file", "path": path, "oid": git_oid(content), "size": len(content)}
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def git_oid(content: bytes) -> str:
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()

@@ -1,0 +1,202 @@
+"""Each command at tiny size, in this process: what it writes, and that the written file gives the same run again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_from_disk
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from prefopt_trl.cli.config_file import save_config
+from prefopt_trl.cli.parsing import parse
+from prefopt_trl.rankers.pairwise import PairwiseRanker
+from prefopt_trl.trainers.rso_trainer import RSOTrainer
+
+TRAINERS = ["rso", "slic", "pro", "listwise-dpo", "rrhf"]
+SAMPLING = "--num_candidates 4 --num_samples 2 --max_new_tokens 4 --temperature 1.0 --max_length 64"
+
+
+@pytest.fixture
+def function_ranker(tmp_path):
+    (tmp_path / "own_reward.py").write_text(
+        "def brevity(prompts, completions, **kwargs):\n    return [-len(text) for text in completions]\n"
+    )
+    return ["--ranker", "own_reward.brevity"]
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainers_save_a_model_and_their_configuration(name, training, run_in_process, tiny_llama_dir, capsys):
+    arguments = [*training, "--output_dir", "out", "--learning_rate", "1e-3"]
+    arguments += ["--delta", "1000"] if name == "slic" else []  # or no pair would be within the margin
+    run_in_process(name, arguments)
+    before, after = load_file(f"{tiny_llama_dir}/model.safetensors"), load_file("out/model.safetensors")
+    moved = max((after[key] - before[key]).abs().max().item() for key in before)
+    assert 1e-4 < moved <= 1.1e-3  # Adam's first step is the learning rate, for weights with a gradient
+    assert "The trained model is saved in out." in capsys.readouterr().out
+    AutoModelForCausalLM.from_pretrained("out")
+    again, _ = parse(name, ["--config", "out/config.yaml"])
+    assert again == parse(name, arguments)[0]
+
+
+def test_what_is_saved_is_the_local_model_before_anything_is_pushed(training, run_in_process, monkeypatch):
+    order = []
+    monkeypatch.setattr(RSOTrainer, "init_hf_repo", lambda self, token=None: None)
+    monkeypatch.setattr(
+        RSOTrainer,
+        "push_to_hub",
+        lambda self, **given: order.append((given["dataset_name"], Path("out/model.safetensors").exists())),
+    )
+    monkeypatch.setattr("prefopt_trl.trainers.base.check_repository", lambda args: None, raising=False)
+    run_in_process("rso", [*training, "--output_dir", "out", "--push_to_hub", "--hub_token", "hf_secret"])
+    assert order == [("pairs.jsonl", True)]
+    assert "hf_secret" not in Path("out/config.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", ["rso", "pro"])
+def test_prompts_alone_are_sampled_and_ranked(name, training, run_in_process, function_ranker):
+    sampling = [word for word in SAMPLING.split() if name == "rso" or word not in ("--temperature", "1.0")]
+    run_in_process(name, [*training, *function_ranker, *sampling, "--only_prompts", "--output_dir", "out"])
+    sampled = load_from_disk("out/sampled/train/pairs")
+    assert 0 < len(sampled) <= 6
+    if name == "rso":
+        assert all(row["chosen_reward"] == -len(row["chosen"]) for row in sampled)
+
+
+def test_training_goes_on_from_a_checkpoint(training, run_in_process):
+    longer = [word if word != "no" else "steps" for word in training]
+    longer = [*longer, "--save_steps", "1", "--output_dir", "out"]
+    longer[longer.index("--max_steps") + 1] = "2"
+    run_in_process("rso", longer)
+    whole = load_file("out/model.safetensors")
+    Path("out/model.safetensors").unlink()
+    run_in_process("rso", [*longer, "--resume_from_checkpoint", "out/checkpoint-1"])
+    resumed = load_file("out/model.safetensors")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_evaluation_takes_the_other_split(training, run_in_process, tmp_path):
+    (tmp_path / "both").mkdir()
+    lines = Path("pairs.jsonl").read_text().splitlines(keepends=True)
+    Path("both/train.jsonl").write_text("".join(lines[:4]))
+    Path("both/test.jsonl").write_text("".join(lines[4:]))
+    both = [word if word != "pairs.jsonl" else "both" for word in training]
+    run_in_process("rso", [*both, "--output_dir", "out", "--eval_strategy", "steps", "--save_strategy", "steps"])
+    history = json.loads(Path("out/checkpoint-1/trainer_state.json").read_text())["log_history"]
+    assert any("eval_loss" in entry for entry in history)
+
+
+def test_sft_learns_chosen_completions(training, run_in_process, tiny_llama_dir):
+    longer = list(training)
+    longer[longer.index("--max_steps") + 1] = "20"
+    run_in_process("sft", [*longer, "--learning_rate", "1e-2", "--output_dir", "out"])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+
+    def logp(folder, completion):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        prompt = tokenizer("Question 1?", return_tensors="pt")["input_ids"]
+        ids = tokenizer("Question 1?" + completion, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logps = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
+        return logps[prompt.shape[1] - 1 :].mean().item()
+
+    assert logp(tiny_llama_dir, " Yes 1.") < -5  # about the log of 1 / 300, for a random model
+    assert logp("out", " Yes 1.") > -2.5  # and of what it has not seen:
+    assert logp("out", " Yes 1.") > logp("out", " Not 1, no.") + 1
+
+
+def test_ranker_learns_the_answers_and_leaves_out_what_would_be_cut(training, run_in_process, capsys):
+    with open("pairs.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "Long " * 200, "chosen": " a", "rejected": " b"}) + "\n")
+    run_in_process("ranker", [*training, "--max_length", "300", "--output_dir", "out"])
+    assert "1 of 7 comparisons are left out: they exceed `max_length`=300 tokens." in capsys.readouterr().out
+    probabilities = PairwiseRanker("out").compare(["Question 1?"], [" Yes 1."], [" No."])
+    assert 0 < probabilities[0] < 1
+    with pytest.raises(ValueError, match="Every comparison exceeds `max_length`=20 tokens"):
+        run_in_process("ranker", [*training, "--max_length", "20", "--output_dir", "out"])
+
+
+def test_sample_makes_pairs_that_rso_trains_on(tiny, training, run_in_process, function_ranker, capsys):
+    arguments = [*tiny, *function_ranker, *SAMPLING.split(), "--output_dir", "sampled"]
+    run_in_process("sample", arguments)
+    pairs = load_from_disk("sampled/pairs")
+    assert all(row["chosen_reward"] == -len(row["chosen"]) for row in pairs)
+    assert parse("sample", ["--config", "sampled/config.yaml"])[0] == parse("sample", arguments)[0]
+
+    trained_on = [word if word != "pairs.jsonl" else "sampled" for word in training]
+    run_in_process("rso", [*trained_on, "--output_dir", "out"])  # the folder's card says which are the pairs
+    assert Path("out/model.safetensors").exists()
+    capsys.readouterr()
+
+    again = [word if word != "pairs.jsonl" else "sampled" for word in arguments]
+    again[again.index("sampled", again.index("--output_dir"))] = "again"
+    run_in_process("sample", [*again, "--dataset_config", "candidates", "--strategy", "top-k"])
+    candidates = load_from_disk("sampled/candidates")
+    assert load_from_disk("again/candidates")["completions"] == candidates["completions"]
+
+
+def test_sample_leaves_out_prompts_without_room(tiny, run_in_process, function_ranker, capsys):
+    arguments = [*tiny, *function_ranker, *SAMPLING.split(), "--output_dir", "sampled"]
+    with open("pairs.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "Long " * 40, "chosen": " a", "rejected": " b"}) + "\n")
+    run_in_process("sample", arguments)
+    assert "1 of 7 prompts are left out: with `max_new_tokens`=4 they would exceed `max_length`=64." in (
+        capsys.readouterr().out
+    )
+    assert len(load_from_disk("sampled/candidates")) == 6
+    with pytest.raises(ValueError, match="No prompt leaves room for `max_new_tokens`=4 within `max_length`=8"):
+        run_in_process(
+            "sample", [*tiny, *function_ranker, *SAMPLING.split(), "--max_length", "8", "--output_dir", "s"]
+        )
+
+
+def test_sample_pushes_what_is_finished(tiny, run_in_process, function_ranker, monkeypatch):
+    pushed = []
+
+    def push(folder, repo):
+        pushed.append((folder, repo, Path(folder, "pairs").is_dir()))
+
+    monkeypatch.setattr("prefopt_trl.cli.sample.push_preference_dataset", push)
+    arguments = [*tiny, *function_ranker, *SAMPLING.split(), "--output_dir", "sampled", "--hub_dataset_id", "me/pairs"]
+    run_in_process("sample", arguments)
+    assert pushed == [("sampled", "me/pairs", True)]
+
+
+def test_evaluate_writes_what_it_prints(tiny, run_in_process, function_ranker, tiny_llama_dir, capsys):
+    own = ["--reference", tiny_llama_dir, "--max_new_tokens", "4", "--output_dir", "out"]
+    run_in_process("evaluate", [*tiny, *function_ranker, *own])
+    results = json.loads(Path("out/evaluation.json").read_text())
+    assert results["num_prompts"] == 6
+    assert results["kl"] == {"mean": pytest.approx(0, abs=1e-5), "standard_error": pytest.approx(0, abs=1e-5)}
+    printed = capsys.readouterr().out
+    assert "KL from the reference (nats per completion)" in printed
+    assert Path("out/evaluation.md").read_text().split("\n\n")[1].strip() in printed
+
+
+def test_evaluate_needs_targets(tiny, run_in_process, function_ranker, tiny_llama_dir):
+    Path("prompts.jsonl").write_text('{"prompt": "Why?"}\n{"prompt": "How?"}\n')
+    arguments = [word if word != "pairs.jsonl" else "prompts.jsonl" for word in tiny]
+    arguments += [*function_ranker, "--reference", tiny_llama_dir, "--output_dir", "out"]
+    with pytest.raises(ValueError, match="prompts.jsonl must have at least 2 rows with columns `prompt`"):
+        run_in_process(
+            "evaluate", [*arguments, *function_ranker, "--reference", tiny_llama_dir, "--output_dir", "out"]
+        )
+
+
+def test_a_saved_configuration_has_no_tokens_in_it():
+    arguments = "--dataset_name d --model_name_or_path m --output_dir out --use_cpu --bf16 no --hub_token hf_secret"
+    init = ["--model_init_kwargs", '{"token": "hf_other", "use_cache": false}']
+    (own, args, model), _ = parse("rso", [*arguments.split(), *init])
+    text = save_config("out", own, args, model).read_text()
+    assert "hf_" not in text
+    assert "use_cache: false" in text
+
+
+def test_a_reward_model_is_known_by_its_class(training, run_in_process, tiny_llama_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    config = LlamaConfig.from_pretrained(tiny_llama_dir, num_labels=1)
+    LlamaForSequenceClassification(config).save_pretrained("reward")
+    tokenizer.save_pretrained("reward")
+    run_in_process("pro", [*training, "--ranker", "reward", "--output_dir", "out"])
+    assert Path("out/model.safetensors").exists()

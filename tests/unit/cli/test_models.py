@@ -1,0 +1,133 @@
+"""Adapters, quantised bases, tokenizers and rankers as they are named on the command line."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
+from trl import ModelConfig
+
+from prefopt_trl.cli.arguments import RankerArguments
+from prefopt_trl.cli.models import load_ranker, load_tokenizer, model_to_run, model_to_train
+from prefopt_trl.rankers import FunctionRanker, PairwiseRanker, RewardModelRanker
+from prefopt_trl.rankers.templates import resolve_template
+
+
+@pytest.fixture
+def adapter(tiny_llama_dir):
+    """Folder of an adapter of the tiny model whose weights are not those of a new one."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM"))
+    model.save_pretrained("adapter")
+    return "adapter"
+
+
+def arguments(**given):
+    return SimpleNamespace(model_init_kwargs=None, trust_remote_code=False, **given)
+
+
+def test_a_path_is_left_to_the_trainer_with_how_to_load_it(tiny_llama_dir):
+    args = arguments()
+    model = ModelConfig(tiny_llama_dir, dtype="bfloat16", attn_implementation="eager", use_peft=True, lora_r=3)
+    trained = model_to_train(model, args)
+    assert trained["model"] == tiny_llama_dir
+    assert args.model_init_kwargs == {"revision": "main", "attn_implementation": "eager", "dtype": "bfloat16"}
+    assert (trained["peft_config"].r, trained["quantization_config"]) == (3, None)
+
+
+def test_qlora_is_trls_quantisation(tiny_llama_dir):
+    model = ModelConfig(tiny_llama_dir, load_in_4bit=True, use_bnb_nested_quant=True, use_peft=True, dtype="bfloat16")
+    config = model_to_train(model, arguments())["quantization_config"]
+    assert (config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == (True, "nf4", True)
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_an_adapter_comes_on_its_base_ready_to_be_trained(adapter, tiny_llama_dir):
+    trained = model_to_train(ModelConfig(adapter, dtype="float32"), arguments())
+    assert isinstance(trained["model"], PeftModel)
+    trainable = [name for name, value in trained["model"].named_parameters() if value.requires_grad]
+    assert trainable and all("lora_" in name for name in trainable)
+    assert "peft_config" not in trained
+    assert len(trained["processing_class"]) == len(AutoTokenizer.from_pretrained(tiny_llama_dir))
+
+    ids = torch.tensor([[1, 5, 9]])
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    with torch.no_grad():
+        adapted = model_to_run(adapter, ModelConfig(), "cpu", False)(ids).logits
+        assert torch.allclose(trained["model"].eval()(ids).logits, adapted)
+        assert not torch.allclose(base(ids).logits, adapted, atol=1e-3)
+
+
+def test_a_frozen_copy_of_a_pretrained_adapter_is_the_reference(adapter, training, run_in_process):
+    own = [word if i == 0 or training[i - 1] != "--model_name_or_path" else adapter for i, word in enumerate(training)]
+    run_in_process("rso", [*own, "--output_dir", "out", "--save_strategy", "steps", "--logging_steps", "1"])
+    history = json.loads(Path("out/checkpoint-1/trainer_state.json").read_text())["log_history"]
+    # Against the base model the adapter would have rewards, and another loss than log 2
+    assert history[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_an_adapter_of_another_base_is_refused(adapter):
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained("other")
+    settings = json.loads(Path(adapter, "adapter_config.json").read_text())
+    Path(adapter, "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "other"}))
+    with pytest.raises(ValueError, match="The adapter adapter does not fit its base model other: .*size mismatch"):
+        model_to_run(adapter, ModelConfig(), "cpu", False)
+    Path(adapter, "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="The adapter adapter names no base model"):
+        model_to_run(adapter, ModelConfig(), "cpu", False)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(tiny_llama_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    AutoModelForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained("wrong")
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained("wrong")
+    with pytest.raises(ValueError, match=f"tokenizer of wrong has {size + 1} tokens, and its model embeds {size}"):
+        load_tokenizer("wrong", "main", False)
+
+
+def test_rankers_by_name(tiny_llama_dir, adapter):
+    def ranker(name):
+        return load_ranker(RankerArguments(ranker=name, ranker_batch_size=3, ranker_template="summary"))
+
+    assert load_ranker(RankerArguments()) is None
+    pairwise = ranker(tiny_llama_dir)
+    assert isinstance(pairwise, PairwiseRanker)
+    assert pairwise.ranking_model.batch_size == 3
+    assert pairwise.template("p", "a", "b") == resolve_template("summary")("p", "a", "b")
+    adapted = ranker(adapter)
+    assert isinstance(adapted, PairwiseRanker)
+    assert not isinstance(adapted.ranking_model.model, PeftModel)  # merged into its base
+    LlamaForSequenceClassification(LlamaConfig.from_pretrained(tiny_llama_dir, num_labels=1)).save_pretrained("reward")
+    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained("reward")
+    assert isinstance(ranker("reward"), RewardModelRanker)
+
+
+def test_a_function_is_found_beside_the_data(tmp_path):
+    (tmp_path / "my_reward.py").write_text(
+        "def length(prompts, completions):\n    return [1.0 for _ in completions]\n"
+    )
+    ranker = load_ranker(RankerArguments(ranker="my_reward.length"))
+    assert isinstance(ranker, FunctionRanker)
+    assert ranker.rewards(["a"], [["b", "c"]]) == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize("name", ["no_such_module.reward", "json.no_such_function"])
+def test_a_function_that_is_not_there_is_refused(name):
+    with pytest.raises(ValueError, match="is no folder, and no function that can be imported"):
+        load_ranker(RankerArguments(ranker=name))

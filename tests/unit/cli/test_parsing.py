@@ -1,0 +1,131 @@
+"""Arguments: the command line over the file over the defaults, launch options apart, and nothing unknown."""
+
+import os
+
+import pytest
+
+from prefopt_trl import RSOConfig
+from prefopt_trl.cli.parsing import parse
+
+BASE = [
+    "--dataset_name",
+    "pairs.jsonl",
+    "--model_name_or_path",
+    "m",
+    "--output_dir",
+    "out",
+    "--use_cpu",
+    "--bf16",
+    "no",
+]
+
+
+def write(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    return ["--config", "config.yaml"]
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
+    file = write(tmp_path, "gamma: 0.2\nnum_samples: 4\nlearning_rate: 5e-6\nonly_prompts: true\nranker: r\n")
+    (own, args, model), launching = parse("rso", [*BASE, *file, "--num_samples", "6"])
+    assert (own.dataset_name, model.model_name_or_path) == ("pairs.jsonl", "m")
+    assert (own.only_prompts, own.ranker) == (True, "r")
+    assert isinstance(args, RSOConfig)
+    assert (args.gamma, args.num_samples, args.learning_rate, args.pairing) == (0.2, 6, 5e-6, "first-round")
+    assert launching == []
+
+
+def test_launch_options_of_file_and_command_line_are_kept_apart(tmp_path):
+    text = "accelerate_config: zero3\nnum_processes: 8\nmulti_gpu: true\nuse_fsdp: false\n"
+    file = write(tmp_path, text)
+    _, launching = parse("rso", [*BASE, *file, "--num_processes", "2", "--accelerate_config=ddp"])
+    assert launching[:5] == ["--accelerate_config", "zero3", "--num_processes", "8", "--multi_gpu"]
+    assert launching[5:] == ["--num_processes", "2", "--accelerate_config", "ddp"]
+
+
+def test_config_may_be_written_with_an_equals_sign(tmp_path):
+    write(tmp_path, "gamma: 0.2\n")
+    (_, args, _), _ = parse("rso", [*BASE, "--config=config.yaml"])
+    assert args.gamma == 0.2
+
+
+def test_environment_variables_of_the_file_are_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFOPT_OF_A_TEST", "before")
+    parse("rso", [*BASE, *write(tmp_path, "env:\n  PREFOPT_OF_A_TEST: after\n")])
+    assert os.environ["PREFOPT_OF_A_TEST"] == "after"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lerning_rate", "1"], "unknown argument 'lerning_rate'. Did you mean 'learning_rate'?"),
+        (["--learning", "1"], "unknown argument 'learning'"),  # no abbreviations: another option may come
+        (["--num_procesess", "2"], "unknown argument 'num_procesess'. Did you mean 'num_processes'?"),
+        (["extra"], "unexpected argument 'extra'"),
+        (["--gamma", "-1"], "`gamma` (or `beta`) must be greater than 0 and finite, got -1.0"),
+        (["--gamma", "much"], "argument --gamma: invalid float value: 'much'"),
+        (["--strategy", "best"], "invalid choice: 'best'"),
+        (["--only_prompts"], "`only_prompts` needs a `ranker`"),
+        (["--config"], "--config needs a YAML file, and nothing is none"),
+        (["--config", "missing.yaml"], "--config needs a YAML file, and missing.yaml is none"),
+    ],
+)
+def test_bad_arguments_end_with_one_line_and_exit_code_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("rso", [*BASE, *arguments])
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("prefopt-trl rso: error: ")
+    assert message in last
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1\n", "unknown argument 'lerning_rate'. Did you mean 'learning_rate'?"),
+        ("- gamma\n- 1\n", "config.yaml must hold a YAML mapping"),
+        ("", "config.yaml must hold a YAML mapping"),
+        ("gamma: [1\n", "config.yaml is not YAML"),
+        ("gamma: -1.0\n", "`gamma` (or `beta`) must be greater than 0"),
+        ("num_samples: eight\n", "argument --num_samples/--num-samples: invalid int value: 'eight'"),
+        ("pairing: none at all\n", "`pairing` must be one of first-round, tournament, all"),
+        ("rejection_beta: [1, 2]\n", "a value in the file of --config is of the wrong type"),
+    ],
+)
+def test_bad_files_end_with_one_line_and_exit_code_2(text, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("rso", [*BASE, *write(tmp_path, text)])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_is_required_is_asked_for(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("rso", ["--use_cpu", "--bf16", "no"])
+    assert stop.value.code == 2
+    assert "the following arguments are required: --dataset_name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "`ranker` is missing"),
+        (["--ranker", "r", "--strategy", "best"], "invalid choice: 'best'"),
+        (["--ranker", "r", "--num_samples", "65"], "`num_samples`=65 must be at least 2"),
+        (["--ranker", "r", "--rejection_beta", "-1"], "`rejection_beta` must be at least 0"),
+        (["--ranker", "r", "--temperature", "0"], "`temperature` must be greater than 0"),
+        (["--ranker", "r", "--seed", "-3"], "`seed` must be at least 0, got -3"),
+    ],
+)
+def test_bad_arguments_of_sample(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("sample", ["--dataset_name", "d", "--model_name_or_path", "m", "--output_dir", "o", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_evaluate_is_not_launched_and_takes_no_launch_options(capsys):
+    arguments = ["--dataset_name", "d", "--model_name_or_path", "m", "--output_dir", "o", "--reference", "m"]
+    with pytest.raises(SystemExit):
+        parse("evaluate", [*arguments, "--ranker", "r", "--num_processes", "2"])
+    assert "unknown argument 'num_processes'" in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""Every recipe: the papers' numbers, written down here again, and a dry run with a tiny model in place of the 7B."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import load_from_disk
+from transformers import AutoTokenizer
+
+from prefopt_trl.cli.parsing import parse
+from prefopt_trl.data.tiny import tiny_llama
+
+FOLDER = Path(__file__).parents[3] / "examples" / "recipes" / "llama-7b"
+COMMANDS = {path.stem: path.stem.split("_")[0] for path in FOLDER.glob("*.yaml")}
+CPU = ["--use_cpu", "--bf16", "False"]
+
+# RSO section 5: "batch size 128 and learning rate 1e-5 with Adafactor", "64 response candidates", "sub-sample 8",
+# "beta = 0.5 and gamma = 0.05". PRO section 4.3: "512, 2, and 5e-6", "128" new tokens, "a total batch size of 112".
+RSO = {"batch": 128, "learning_rate": 1e-5, "optim": "adafactor"}
+PRO = {"batch": 112, "max_length": 512, "num_train_epochs": 2, "learning_rate": 5e-6, "sft_weight": 0.05}
+LORA = {"use_peft": True}
+EXPECTED = {
+    "sft": {"model_name_or_path": "huggyllama/llama-7b", "dataset_name": "Anthropic/hh-rlhf"},
+    "ranker": {"model_name_or_path": "huggyllama/llama-7b", "dataset_name": "Anthropic/hh-rlhf"},
+    "sample": {"num_candidates": 64, "num_samples": 8, "rejection_beta": 0.5, "strategy": "rso", "top_k": 0},
+    "rso_full_zero3": {**RSO, "gamma": 0.05, "loss_type": ["sigmoid"], "use_peft": False, "accelerate": "zero3"},
+    "rso_lora": {**RSO, "gamma": 0.05, **LORA, "learning_rate": 10 * 1e-5},
+    "rso_qlora": {"batch": 128, "gamma": 0.05, **LORA, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "slic_full_zero3": {**RSO, "delta": 1 / 0.05, "strategy": "sft", "num_samples": 8, "accelerate": "zero3"},
+    "pro_full_zero3": {**PRO, "temperature": "dynamic", "max_new_tokens": 128, "accelerate": "zero3"},
+    "pro_lora": {**PRO, **LORA, "learning_rate": 10 * 5e-6},
+}
+
+
+def test_the_recipes_are_those_of_the_table():
+    assert COMMANDS.keys() == EXPECTED.keys()
+
+
+@pytest.mark.parametrize("recipe", EXPECTED)
+def test_values_are_the_papers(recipe):
+    file = FOLDER / f"{recipe}.yaml"
+    training = COMMANDS[recipe] != "sample"
+    parsed, launching = parse(COMMANDS[recipe], ["--config", str(file), *(CPU if training else [])])
+    values = {name: value for part in parsed for name, value in vars(part).items()}
+    launched = dict(zip(launching[::2], launching[1::2], strict=True))
+    assert launched["--num_processes"] == "8"
+    values["accelerate"] = launched["--accelerate_config"]
+    if training:
+        values["batch"] = 8 * values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
+    for name, value in EXPECTED[recipe].items():
+        assert values[name] == (pytest.approx(value) if isinstance(value, float) else value), name
+    # What a user types first is at the top, and it is this file
+    assert f"    prefopt-trl {COMMANDS[recipe]} --config examples/recipes/llama-7b/{recipe}.yaml" in file.read_text()
+
+
+def test_recipes_hand_over_to_each_other():
+    read = {path.stem: yaml.safe_load(path.read_text()) for path in FOLDER.glob("*.yaml")}
+    made = {recipe["output_dir"] for recipe in read.values()}
+    assert len(made) == len(read)
+    for recipe in read.values():
+        for name in ("model_name_or_path", "dataset_name", "ranker"):
+            source = recipe.get(name, "huggyllama/llama-7b")
+            assert source in made or source in ("huggyllama/llama-7b", "Anthropic/hh-rlhf")
+
+
+@pytest.fixture
+def sampled(tiny, run_in_process, tmp_path):
+    """What `sample.yaml` makes, at tiny size."""
+    (tmp_path / "own.py").write_text(
+        "def brevity(prompts, completions):\n    return [float(-len(text)) for text in completions]\n"
+    )
+    small = "--num_candidates 12 --max_new_tokens 4 --dtype float32 --ranker own.brevity --output_dir sampled"
+    run_in_process("sample", ["--config", str(FOLDER / "sample.yaml"), *tiny, *small.split()])
+    return "sampled"
+
+
+def test_the_sampling_recipe_keeps_8_in_4_pairs(sampled):
+    statistics = json.loads(Path(sampled, "statistics.json").read_text())
+    assert statistics["num_candidates"] == 6 * 12
+    assert len(load_from_disk(f"{sampled}/pairs")) == 4 * (6 - statistics["num_skipped"]) > 0
+
+
+@pytest.mark.parametrize("recipe", ["rso_full_zero3", "rso_lora", "slic_full_zero3"])
+def test_recipes_on_sampled_data_run(recipe, sampled, tiny_llama_dir, run_in_process):
+    data = ["--dataset_name", sampled, "--ranker", "own.brevity"] if "slic" in recipe else ["--dataset_name", sampled]
+    dry_run(recipe, [*data, "--model_name_or_path", tiny_llama_dir], run_in_process)
+
+
+def test_the_recipe_in_4_bits_runs(sampled, tiny_llama_dir, run_in_process):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    tiny_llama(tokenizer, hidden_size=64, num_layers=1).save_pretrained("wide")  # 4 bits come in blocks of 64 weights
+    tokenizer.save_pretrained("wide")
+    dry_run("rso_qlora", ["--dataset_name", sampled, "--model_name_or_path", "wide"], run_in_process)
+
+
+@pytest.mark.parametrize("recipe", ["sft", "ranker", "pro_full_zero3", "pro_lora"])
+def test_recipes_on_comparisons_run(recipe, pairs, tiny_llama_dir, run_in_process):
+    Path("own.py").write_text("def brevity(prompts, completions):\n    return [-float(len(c)) for c in completions]\n")
+    data = ["--dataset_name", pairs, "--model_name_or_path", tiny_llama_dir]
+    dry_run(recipe, data + (["--ranker", "own.brevity"] if "pro" in recipe else []), run_in_process)
+
+
+def dry_run(recipe, arguments, run_in_process):
+    small = "--max_steps 1 --gradient_accumulation_steps 1 --per_device_train_batch_size 2 --dtype float32"
+    own = [*arguments, *CPU, *small.split(), "--output_dir", "out"]
+    run_in_process(COMMANDS[recipe], ["--config", str(FOLDER / f"{recipe}.yaml"), *own])
+    adapter = EXPECTED[recipe].get("use_peft", False)
+    assert Path("out", "adapter_model.safetensors" if adapter else "model.safetensors").exists()
+    state = json.loads(Path("out/checkpoint-1/trainer_state.json").read_text())
+    assert state["global_step"] == 1

@@ -1,0 +1,270 @@
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from prefopt_trl.data.hub import PushError, push_folder, push_in_background, reserve_repository
+from tests.hub_server import TOKEN, Hub
+
+REPO = "my-org/my-model"
+CARD = "---\nlibrary_name: transformers\n---\n\nA model.\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two large files of different content, a small one and a card, and a checkpoint that is not to be pushed."""
+    folder = tmp_path / "my outputs"
+    (folder / "checkpoint-1").mkdir(parents=True)
+    for number in (1, 2):
+        (folder / f"model-{number}.safetensors").write_bytes(bytes([number]) * 20_000 + bytes(range(256)))
+    (folder / "config.json").write_text("{}")
+    (folder / "README.md").write_text(CARD)
+    (folder / "checkpoint-1" / "optimizer.pt").write_bytes(b"state" * 5000)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def belonging(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in contents(folder).items() if not name.startswith("checkpoint-")}
+
+
+def push(folder: Path, **given: Any) -> str:
+    return push_folder(folder, REPO, exclude=["checkpoint-*"], commit_message="Upload", **given)
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "prefopt_trl.data.hub"]
+
+
+def run_command(message: str, hub: Hub) -> None:
+    """Run the command that an error ends with, as a user would in a shell."""
+    (line,) = re.findall(r"^    (hf .*)$", message, flags=re.MULTILINE)
+    hf, *arguments = shlex.split(line)
+    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    command = [str(Path(sys.executable).with_name(hf)), *arguments]
+    ended = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+
+
+# What arrives
+
+
+@pytest.mark.parametrize("part_size", [None, 7_000])
+def test_the_repository_has_the_files_of_the_folder(hub: Hub, folder: Path, part_size: int | None) -> None:
+    hub.part_size = part_size
+    assert push(folder) == f"{hub.url}/{REPO}"
+    assert hub.files(REPO) == belonging(folder)
+    parts = [line for line in hub.requests if re.match(r"PUT /lfs/\w{64}/\d", line)]
+    assert len(parts) == (0 if part_size is None else 6)  # 20,256 bytes are three parts
+
+
+def test_the_pipeline_of_xet_pushes_the_same(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.lfs_from = 100_000  # Xet's own storage is not part of the server: all is in the commit
+    push(folder)
+    assert hub.files(REPO) == belonging(folder)
+
+
+def test_it_is_said_to_be_saved_before_the_first_byte_leaves(
+    hub: Hub, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    written: list[tuple[str, list[str]]] = []
+
+    def write_card(repo_id: str) -> None:
+        written.append((repo_id, list(hub.requests)))
+        (folder / "README.md").write_text(CARD + repo_id)
+
+    hub.fail("POST /api/repos/create", 500)
+    with pytest.raises(PushError):
+        push_folder(folder, "my-model", write_card, commit_message="Upload")
+    assert said(caplog) == [f"Saved in {folder}. Pushing it to my-model."]
+    assert written == [("my-model", [])]
+
+    hub.failures.clear()
+    push_folder(folder, "my-model", write_card, commit_message="Upload")
+    assert [repo_id for repo_id, _ in written[1:]] == ["my-model", "someone/my-model"]  # whose it is, says the Hub
+    assert hub.files("someone/my-model")["README.md"] == (CARD + "someone/my-model").encode()
+    assert said(caplog)[-1] == f"Pushed to {hub.url}/someone/my-model."
+
+
+@pytest.mark.parametrize("private", [None, True, False])
+def test_privacy_is_the_callers(hub: Hub, folder: Path, private: bool | None) -> None:
+    push(folder, private=private)
+    assert hub.private == {REPO: bool(private)}
+
+
+# What fails
+
+FULL = "Private repository storage limit reached, please upgrade your plan to increase your private storage limit."
+TRIPPED = "Your storage patterns tripped our internal systems! Please contact us"
+LOGIN = "Log in with `hf auth login`, with a token that may write there."
+FAILURES = {
+    "refused token": (
+        ("POST /api/repos/create", 401, "Invalid credentials in Authorization header"),
+        f"the Hub refused the access token (401: Invalid credentials in Authorization header). {LOGIN}",
+    ),
+    "token that reads only": (
+        ("POST .*/preupload/", 403, "You do not have write access to this storage region"),
+        "the Hub refused the access token (403: You do not have write access to this storage region).",
+    ),
+    "lost connection": (("PUT /lfs/", None), "the connection to the Hub was lost, or none could be made (Remote"),
+    "lost at the end": (
+        ("POST .*/commit/", None),
+        "the connection to the Hub was lost, or none could be made (Remote",
+    ),
+    "full": (("POST .*/batch", 403, FULL), f"the Hub has no room for it (403: {FULL[:-1]}). Make room there"),
+    "asked to write": (("POST .*/commit/", 403, TRIPPED), f"the Hub has no room for it (403: {TRIPPED})."),
+    "too large": (("PUT /lfs/", 413, "Too large"), "the Hub has no room for it (413: Too large)."),
+    "no storage": (("POST .*/commit/", 507, "Insufficient storage"), "the Hub has no room for it (507: Insuff"),
+    "not paid": (("POST .*/preupload/", 402, "Payment required"), "the Hub has no room for it (402: Payment"),
+    "broken": (("PUT /lfs/", 500, "Internal error"), "the Hub has trouble of its own (500: Internal error)."),
+    "too many": (("POST .*/commit/", 429, "Slow down"), "the Hub asks to wait, after too many requests (429: Slow"),
+    "invalid": (("POST .*/commit/", 422, "No such tag"), "the Hub refused it (422: No such tag)."),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_is_one_clear_error_and_the_same_push_completes_later(hub: Hub, folder: Path, name: str) -> None:
+    failing, reason = FAILURES[name]
+    before = contents(folder)
+    hub.fail(*failing)
+    with pytest.raises(PushError) as error:
+        push(folder)
+    message = str(error.value)
+    assert message.startswith(f"{folder} was not pushed to {REPO}: {reason}")
+    assert f"the complete local copy is in {folder}. Push it later with\n" in message
+    assert f"\n    hf upload {REPO} '{folder}' --exclude 'checkpoint-*'\n" in message
+    assert contents(folder) == before
+    assert not hub.repos.get(("model", REPO))  # all or nothing
+
+    hub.failures.clear()
+    push(folder)
+    assert hub.files(REPO) == belonging(folder)
+
+
+def test_what_went_through_before_the_failure_is_not_sent_again(hub: Hub, folder: Path) -> None:
+    hub.fail("PUT /lfs/", 413, "Too large", after=1)
+    with pytest.raises(PushError):
+        push(folder)
+    assert len(hub.objects) == 1
+    hub.failures.clear()
+    hub.requests.clear()
+    push(folder)
+    assert len([line for line in hub.requests if line.startswith("PUT")]) == 1
+    assert hub.files(REPO) == belonging(folder)
+
+
+def test_the_command_of_the_error_pushes_the_rest(hub: Hub, folder: Path) -> None:
+    hub.fail("PUT /lfs/", 413, "Too large", after=1)
+    with pytest.raises(PushError) as error:
+        push(folder, private=True)
+    hub.failures.clear()
+    run_command(str(error.value), hub)
+    assert hub.files(REPO) == belonging(folder)
+    assert hub.private == {REPO: True}
+
+
+def test_the_command_has_every_option_of_the_push(hub: Hub, folder: Path) -> None:
+    hub.repos["dataset", REPO] = {"data/old.bin": b"old", "data/config.json": b"old", "kept.txt": b"kept"}
+    hub.fail("POST .*/commit/", 422, "No")
+    with pytest.raises(PushError) as error:
+        push_folder(
+            folder,
+            REPO,
+            commit_message="Upload",
+            repo_type="dataset",
+            path_in_repo="data",
+            include=["*.json", "*.pt"],
+            exclude=["checkpoint-*"],
+            delete=["*"],
+            revision="main",
+        )
+    hub.failures.clear()
+    run_command(str(error.value), hub)
+    assert hub.files(REPO, "dataset") == {"data/config.json": b"{}", "kept.txt": b"kept"}
+
+
+def test_xet_tells_a_refusal_as_a_lost_connection_and_we_do_not(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.fail("GET .*/xet-write-token/", 403, TRIPPED)
+    with pytest.raises(PushError, match=r"the Hub refused the access token \(403: .*; where the token may write,"):
+        push(folder)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "reason"),
+    [
+        ("HF_HUB_OFFLINE", True, "offline mode is on. Unset `HF_HUB_OFFLINE`."),
+        ("ENDPOINT", "http://127.0.0.1:9", "the connection to the Hub was lost, or none could be made (ConnectError"),
+    ],
+)
+def test_no_way_to_the_hub(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, setting: str, value: Any, reason: str
+) -> None:
+    monkeypatch.setattr(constants, setting, value)
+    with pytest.raises(PushError) as error:
+        push(folder)
+    assert f"was not pushed to {REPO}: {reason}" in str(error.value)
+
+
+def test_a_name_that_cannot_be(hub: Hub, folder: Path) -> None:
+    with pytest.raises(PushError, match="was not pushed to no/such/name: .*Repo id must be"):
+        push_folder(folder, "no/such/name", commit_message="Upload")
+
+
+# In the background
+
+
+def test_a_push_in_the_background_tells_of_its_failure(
+    hub: Hub, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.fail("POST .*/commit/", 507, "Insufficient storage", times=1)
+    pushes = [push_in_background(folder, REPO, exclude=["checkpoint-*"], commit_message="Upload") for _ in range(2)]
+    assert isinstance(pushes[0].exception(timeout=20), PushError)
+    assert pushes[1].result(timeout=20) == f"{hub.url}/{REPO}"
+    (told,) = [record for record in caplog.records if record.getMessage().startswith("The push 'Upload' failed")]
+    assert told.levelno == logging.WARNING
+    assert str(pushes[0].exception()) in told.getMessage()
+    assert hub.files(REPO) == belonging(folder)
+
+
+# Before anything is done
+
+
+def test_a_repository_is_made_and_has_its_whole_name(hub: Hub) -> None:
+    assert reserve_repository("my-model", private=True) == "someone/my-model"
+    assert hub.repos == {("model", "someone/my-model"): {}}
+    assert hub.private == {"someone/my-model": True}
+    assert reserve_repository("my-model") == "someone/my-model"  # it is there
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        [("POST /api/repos/create", 401, "Invalid credentials")],
+        [("POST /api/repos/create", 403, "No rights"), ("GET .*/auth-check/write", 403, "No rights")],  # it is there
+    ],
+)
+def test_a_repository_that_cannot_be_written_to_is_refused_before_anything(
+    hub: Hub, failing: list[tuple[str, int, str]]
+) -> None:
+    if len(failing) == 2:
+        hub.repos["model", REPO] = {}
+    for failure in failing:
+        hub.fail(*failure)
+    with pytest.raises(PushError) as error:
+        reserve_repository(REPO)
+    assert f"Nothing could be pushed to {REPO} later: the Hub refused the access token" in str(error.value)
+    assert "Nothing was sampled or trained yet." in str(error.value)

@@ -1,0 +1,105 @@
+"""Rows by name: what a file, a folder and a sampled dataset hold comes out, and transcripts are recognised."""
+
+import gzip
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from prefopt_trl.data.hh_rlhf import load_hh_rlhf
+from prefopt_trl.data.loading import load_rows
+
+PAIRS = [{"prompt": f"{i}?", "chosen": f" {i}.", "rejected": " no."} for i in range(4)]
+TRANSCRIPTS = [
+    {
+        "chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: So.",
+        "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: No.",
+    }
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_jsonl(path, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz", "pairs.json"])
+def test_a_file_is_read_whole_whatever_the_split(tmp_path, name):
+    assert load_rows(write_jsonl(tmp_path / name, PAIRS), split="test").to_list() == PAIRS
+
+
+def test_a_parquet_file(tmp_path):
+    Dataset.from_list(PAIRS).to_parquet(tmp_path / "pairs.parquet")
+    assert load_rows(str(tmp_path / "pairs.parquet")).to_list() == PAIRS
+
+
+def test_what_save_to_disk_wrote(tmp_path):
+    Dataset.from_list(PAIRS).save_to_disk(tmp_path / "one")
+    halves = DatasetDict({"train": Dataset.from_list(PAIRS[:3]), "test": Dataset.from_list(PAIRS[3:])})
+    halves.save_to_disk(tmp_path / "two")
+    assert load_rows(str(tmp_path / "one")).to_list() == PAIRS
+    assert load_rows(str(tmp_path / "two"), split="test").to_list() == PAIRS[3:]
+    with pytest.raises(ValueError, match="no split 'validation'; it has train, test"):
+        load_rows(str(tmp_path / "two"), split="validation")
+
+
+def test_a_folder_of_data_files_has_splits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the name of tmp_path has "test" in it, which `datasets` would take for a split
+    (tmp_path / "pairs").mkdir()
+    write_jsonl(tmp_path / "pairs" / "train.jsonl", PAIRS[:3])
+    write_jsonl(tmp_path / "pairs" / "test.jsonl", PAIRS[3:])
+    assert load_rows("pairs").to_list() == PAIRS[:3]
+    assert load_rows("pairs", split="test").to_list() == PAIRS[3:]
+
+
+def test_num_rows_takes_the_first(tmp_path):
+    file = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    assert load_rows(file, num_rows=3).to_list() == PAIRS[:3]
+    assert load_rows(file, num_rows=9).to_list() == PAIRS
+    with pytest.raises(ValueError, match="`num_rows` must be at least 1, got 0"):
+        load_rows(file, num_rows=0)
+
+
+def test_transcripts_are_split_at_the_last_assistant_turn(tmp_path):
+    rows = load_rows(write_jsonl(tmp_path / "hh.jsonl", TRANSCRIPTS))
+    prompt = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
+    assert rows.to_list() == [{"prompt": prompt, "chosen": " So.", "rejected": " No."}]
+
+
+def test_transcripts_beside_a_prompt_are_left_as_they_are(tmp_path):
+    rows = [{"prompt": "Go on:", **TRANSCRIPTS[0]}]
+    assert load_rows(write_jsonl(tmp_path / "own.jsonl", rows)).to_list() == rows
+
+
+def test_pairs_without_a_prompt_that_are_no_transcripts_are_left_as_they_are(tmp_path):
+    rows = [{"chosen": "Human: Hi", "rejected": "\n\nHuman: Hi"}]
+    assert load_rows(write_jsonl(tmp_path / "other.jsonl", rows)).to_list() == rows
+
+
+def test_real_transcripts_are_those_of_load_hh_rlhf(shared_dir):
+    folder = shared_dir / "data" / "hh_rlhf"
+    expected = load_hh_rlhf(folder, subset="harmless-base", split="test").to_list()
+    assert len(expected) == 2312
+    assert load_rows(str(folder / "harmless-base" / "test.jsonl.gz")).to_list() == expected
+    assert load_rows(str(folder), "harmless-base", "test", num_rows=2).to_list() == expected[:2]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("missing.jsonl", FileNotFoundError, "There is no file missing.jsonl"),
+        ("no-such-org/no-such-data", FileNotFoundError, "neither a local file or folder nor a dataset of the Hub"),
+        ("notes.txt", ValueError, "notes.txt is no file of .jsonl, .json, .parquet"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tmp_path, monkeypatch, name, error, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("Hello")
+    with pytest.raises(error, match=message):
+        load_rows(name)

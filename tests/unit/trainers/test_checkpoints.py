@@ -1,0 +1,190 @@
+"""What a run starts from must belong together."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOTrainer
+
+from prefopt_trl import ListwiseDPOTrainer, PROConfig, PROTrainer, RRHFTrainer, RSOConfig, RSOTrainer, SLiCTrainer
+from prefopt_trl.trainers.checkpoints import (
+    GLOBAL_BATCH,
+    SETTINGS_FILE,
+    check_adapter,
+    check_settings,
+    save_settings,
+    training_settings,
+)
+
+PAIRS = Dataset.from_dict(
+    {
+        "prompt": ["The capital of France is", "Why?", "Mix", "The quick brown", "Tell me", "A", "The dog", "Bread"],
+        "chosen": [" Paris", " Because.", " the flour", " fox", " how", " dog", " sleeps", " and salt"],
+        "rejected": [" bread.", " No.", " it", " dog and dog", " nothing at all", " b", " waits", "!"],
+    }
+)
+
+
+def warnings(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "prefopt_trl.trainers.checkpoints"]
+
+
+# Settings in, error out
+
+
+def test_the_settings_are_those_that_decide_what_is_trained(config):
+    settings = training_settings("RSO", config(RSOConfig, loss_type="hinge-norm", gamma=0.1, max_length=64))
+    assert settings["method"] == "RSO"
+    assert settings["loss_type"] == ["hinge"] and settings["gamma"] == 0.1 and settings["max_length"] == 64
+    assert settings["optim"] == "adamw_torch_fused" and settings["lr_scheduler_type"] == "linear"
+    assert {"seed", "learning_rate", "rejection_beta", "sampling", "sync_ref_model"} <= settings.keys()
+    assert not {"output_dir", "logging_steps", "save_steps", "eval_steps", "hub_token", "report_to"} & settings.keys()
+    assert not {"bf16", "share_prefix", "log_completions", "dataset_num_proc"} & settings.keys()
+    assert json.loads(json.dumps(settings)) == settings
+    assert {"bootstrap_parts", "sft_weight"} <= training_settings("PRO", config(PROConfig)).keys()
+
+
+@pytest.mark.parametrize(("per_device", "accumulation"), [(8, 1), (4, 2), (2, 4)])
+def test_the_batch_size_is_that_of_a_step_of_the_optimiser(per_device, accumulation, config):
+    args = config(RSOConfig, per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation)
+    assert training_settings("RSO", args)[GLOBAL_BATCH] == 8
+
+
+def test_other_settings_are_refused_and_each_is_named(tmp_path):
+    saved = {"method": "RSO", GLOBAL_BATCH: 16, "learning_rate": 1e-5, "seed": 42, "loss_type": ["sigmoid"]}
+    save_settings(tmp_path, saved)
+    check_settings(tmp_path, dict(saved))
+    with pytest.raises(ValueError) as error:
+        check_settings(tmp_path, {**saved, GLOBAL_BATCH: 32, "learning_rate": 2e-5, "loss_type": ["hinge"]})
+    message = str(error.value)
+    assert f"`{GLOBAL_BATCH}` was 16 and is 32" in message
+    assert "`learning_rate` was 1e-05 and is 2e-05" in message and "seed" not in message
+    assert "`loss_type` was ['sigmoid'] and is ['hinge']" in message
+    assert message.startswith(f"{tmp_path} was") and "give the checkpoint as `model` of a new run" in message
+
+
+def test_settings_that_only_one_version_knows_are_not_compared(tmp_path):
+    save_settings(tmp_path, {"seed": 1, "of_an_older_version": 2})
+    check_settings(tmp_path, {"seed": 1, "of_a_newer_version": 3})
+
+
+@pytest.mark.parametrize("longer", [{"max_steps": 20}, {"num_train_epochs": 3.0}])
+def test_another_length_is_said(longer, tmp_path, caplog):
+    saved = {"max_steps": 10, "num_train_epochs": 1.0}
+    save_settings(tmp_path, saved)
+    check_settings(tmp_path, {**saved, **longer})
+    ((name, value),) = longer.items()
+    (said,) = warnings(caplog)
+    assert f"`{name}` was {saved[name]} and is {value}. Its learning rate goes on along the schedule of the" in said
+
+
+# Trainers
+
+
+def as_rankings(pairs: Dataset) -> Dataset:
+    completions = [[row["chosen"], row["rejected"], " maybe"] for row in pairs]
+    return Dataset.from_dict(
+        {"prompt": pairs["prompt"], "completions": completions, "rewards": [[1.0, 0.0, -0.5]] * len(pairs)}
+    )
+
+
+RUN = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_strategy": "steps"}
+RUN["save_steps"] = 1
+
+
+def train(make, trainer_class, dataset, output_dir: Path, resume=None, **given):
+    trainer = make(trainer_class, dataset, output_dir=output_dir, **{**RUN, **given})
+    trainer.train(resume_from_checkpoint=resume)
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize("trainer_class", [RSOTrainer, SLiCTrainer, PROTrainer, ListwiseDPOTrainer, RRHFTrainer])
+@pytest.mark.parametrize("step", [1, 3])  # in the first epoch and in the second
+def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(trainer_class, step, make, tmp_path):
+    dataset = as_rankings(PAIRS) if trainer_class.learns_from == "rankings" else PAIRS
+    whole = train(make, trainer_class, dataset, tmp_path / "whole")
+    assert len(set(whole)) == 4
+    checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+    assert json.loads((checkpoint / SETTINGS_FILE).read_text())["method"] == trainer_class._name
+    # The same batch, in two parts
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    resumed = train(make, trainer_class, dataset, tmp_path / "resumed", str(checkpoint), **parts)
+    assert resumed[:step] == whole[:step]  # read from the checkpoint
+    assert resumed[step:] == pytest.approx(whole[step:], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("which", ["path", "latest"])
+def test_a_checkpoint_of_other_settings_is_refused_before_it_is_loaded(which, make, tmp_path):
+    train(make, RSOTrainer, PAIRS, tmp_path, max_steps=1)
+    resume = str(tmp_path / "checkpoint-1") if which == "path" else True
+    with pytest.raises(
+        ValueError, match=r"checkpoint-1 was .*`gamma` was 0.05 and is 0.5; .*`learning_rate` was 0.01"
+    ):
+        train(make, RSOTrainer, PAIRS, tmp_path, resume, gamma=0.5, learning_rate=0.1)
+    with pytest.raises(ValueError, match="`method` was 'RSO' and is 'SLiC'"):
+        train(make, SLiCTrainer, PAIRS, tmp_path, resume)
+
+
+def test_a_checkpoint_of_trl_resumes_and_it_is_said(make, tmp_path, caplog):
+    losses = {}
+    for name, trainer_class in {"rso": RSOTrainer, "dpo": DPOTrainer}.items():
+        losses[name] = train(make, trainer_class, PAIRS, tmp_path / name, beta=0.05)
+    assert not warnings(caplog)
+    resumed = train(make, RSOTrainer, PAIRS, tmp_path / "on", str(tmp_path / "dpo" / "checkpoint-2"), beta=0.05)
+    assert resumed == pytest.approx(losses["rso"], abs=1e-4) == losses["dpo"]
+    (said,) = warnings(caplog)
+    assert "checkpoint-2 has no training_settings.json" in said
+    assert (tmp_path / "on" / "checkpoint-3" / SETTINGS_FILE).exists()
+
+
+def test_a_longer_run_goes_on(make, tmp_path, caplog):
+    constant = {"lr_scheduler_type": "constant"}  # which has no length
+    whole = train(make, RSOTrainer, PAIRS, tmp_path / "whole", **constant)
+    train(make, RSOTrainer, PAIRS, tmp_path / "short", max_steps=2, **constant)
+    longer = train(make, RSOTrainer, PAIRS, tmp_path / "long", str(tmp_path / "short" / "checkpoint-2"), **constant)
+    assert longer == pytest.approx(whole, abs=1e-6)
+    assert "`max_steps` was 2 and is 4" in warnings(caplog)[0]
+
+
+# Models
+
+
+def peft_model(folder: Path, base: str, trained_on: str | None) -> PeftModel:
+    config = LoraConfig(target_modules=["q_proj"], r=2)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": trained_on}))
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder), is_trainable=True)
+
+
+@pytest.mark.parametrize("trained_on", ["{base}", "{base}/", "elsewhere/{name}", "org/{name}", "", None])
+def test_an_adapter_of_the_same_base_passes(trained_on, policy_dir, tmp_path):
+    name = Path(policy_dir).name
+    if trained_on is not None:
+        trained_on = trained_on.format(base=policy_dir, name=name)
+    check_adapter(peft_model(tmp_path, policy_dir, trained_on))
+
+
+def test_an_adapter_of_another_base_is_refused(policy_dir, make, tmp_path):
+    model = peft_model(tmp_path / "adapter", policy_dir, "huggyllama/llama-7b")
+    message = f"The adapter 'default' was trained on huggyllama/llama-7b, .* is {policy_dir}. Load it on its own base"
+    with pytest.raises(ValueError, match=message) as error:
+        make(RSOTrainer, PAIRS, model=model)
+    exec(str(error.value).split("say so: `")[1].removesuffix("`."), {"model": model})  # the remedy
+    make(RSOTrainer, PAIRS, model=model)
+
+
+@pytest.mark.parametrize("how", ["path", "object"])
+def test_a_tokenizer_of_another_vocabulary_is_refused_before_anything_is_sampled(how, make, policy_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(policy_dir)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<more>", "<and more>"])
+    model = policy_dir if how == "path" else AutoModelForCausalLM.from_pretrained(policy_dir)
+    args = RSOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    message = rf"token ids up to {size + 1}, and the model embeddings for {size} tokens only.*resize_token_embeddings"
+    with pytest.raises(ValueError, match=message):
+        RSOTrainer(model, args=args, train_dataset=PAIRS, processing_class=tokenizer)
+    assert list(tmp_path.iterdir()) == []

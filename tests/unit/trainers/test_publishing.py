@@ -1,0 +1,439 @@
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import DPOTrainer
+
+from prefopt_trl import FunctionRanker, PROTrainer, RSOTrainer, SLiCTrainer
+from prefopt_trl.data.hub import PushError
+from tests.hub_server import TOKEN, Hub
+
+REPO = "my-org/my-model"
+PROMPTS = Dataset.from_dict({"prompt": ["The sky is", "Why?"]})
+PAIRS = Dataset.from_dict({"prompt": ["Hi", "Ho"], "chosen": [" blue", " wet"], "rejected": [" green", " no"]})
+SAMPLING = {"num_candidates": 8, "num_samples": 4, "max_new_tokens": 5, "rejection_beta": 5.0}
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+def brevity(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:
+    return [-float(len(completion)) for completion in completions]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def of_the_model(folder: Path) -> dict[str, bytes]:
+    apart = ("checkpoint-", "_pushed/", "sampled/", "training_args.bin")
+    return {name: content for name, content in contents(folder).items() if not name.startswith(apart)}
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "prefopt_trl.data.hub"]
+
+
+def section(card: str, title: str) -> str:
+    return card.split(f"\n{title}\n")[1].split("\n## ")[0]
+
+
+# What is pushed, and that it loads
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_pushed_model_loads_by_its_card(hub: Hub, make: Any, tmp_path: Path, capsys: Any, lora: bool) -> None:
+    folder = tmp_path / "rso"
+    trainer = make(
+        RSOTrainer,
+        PROMPTS,
+        ranker=FunctionRanker(brevity),
+        peft_config=LoraConfig(init_lora_weights=False) if lora else None,
+        output_dir=folder,
+        hub_model_id=REPO,
+        hub_token=TOKEN,
+        save_strategy="steps",
+        save_steps=1,
+        **SAMPLING,
+    )
+    trainer.train()
+    assert trainer.push_to_hub() == f"{hub.url}/{REPO}"
+    pushed = hub.files(REPO)
+    assert pushed == of_the_model(folder)
+    assert (folder / "sampled" / "train" / "pairs").exists() and (folder / "checkpoint-1").exists()
+    assert not any(TOKEN.encode() in content for content in pushed.values())
+
+    (snippet,) = re.findall(r"```python\n(.*?)```", pushed["README.md"].decode(), flags=re.DOTALL)
+    namespace: dict[str, Any] = {}
+    exec(snippet.replace("max_new_tokens=64", "max_new_tokens=2"), namespace)
+    assert capsys.readouterr().out
+    with torch.no_grad():
+        expected = trainer.model.eval()(IDS).logits
+        torch.testing.assert_close(namespace["model"](IDS).logits, expected)
+        base = AutoModelForCausalLM.from_pretrained(trainer.model.config.name_or_path)
+        assert not torch.allclose(base(IDS).logits, expected)
+
+
+def test_it_is_said_to_be_saved_and_is_before_a_push_that_fails_and_then_succeeds(
+    hub: Hub, make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make(SLiCTrainer, PAIRS, output_dir=tmp_path / "slic", hub_model_id=REPO)
+    trainer.train()
+    hub.fail("PUT /lfs/", None)
+    with pytest.raises(PushError) as error:
+        trainer.push_to_hub()
+    assert said(caplog) == [f"Saved in {tmp_path / 'slic'}. Pushing it to {REPO}."]
+    assert "the connection to the Hub was lost" in str(error.value)
+    assert f"hf upload {REPO} {tmp_path / 'slic'} --exclude '_*' --exclude 'checkpoint-*'" in str(error.value)
+    saved = AutoModelForCausalLM.from_pretrained(str(tmp_path / "slic"))
+    torch.testing.assert_close(saved.state_dict(), trainer.model.state_dict())
+    assert not hub.files(REPO)
+
+    hub.failures.clear()
+    trainer.push_to_hub()
+    assert hub.files(REPO) == of_the_model(tmp_path / "slic")
+
+
+def test_nothing_is_asked_of_the_hub_before_all_is_saved(
+    hub: Hub, make: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A sharded model is saved by all processes together: the main one must not fail before it."""
+    trainer = make(SLiCTrainer, PAIRS, output_dir=tmp_path / "slic", hub_model_id=REPO)
+    asked: list[list[str]] = []
+    save_model = type(trainer).save_model
+
+    def save(self: Any, *args: Any, **kwargs: Any) -> None:
+        save_model(self, *args, **kwargs)
+        asked.append(list(hub.requests))
+
+    monkeypatch.setattr(type(trainer), "save_model", save)
+    hub.fail("POST /api/repos/create", 401, "Invalid credentials")
+    with pytest.raises(PushError, match="the Hub refused the access token"):
+        trainer.push_to_hub()
+    assert asked == [[]]
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= contents(tmp_path / "slic").keys()
+
+
+def test_a_push_that_does_not_block(hub: Hub, make: Any, tmp_path: Path) -> None:
+    trainer = make(SLiCTrainer, PAIRS, output_dir=tmp_path / "my-slic")
+    assert trainer.push_to_hub(blocking=False).result(timeout=20) == f"{hub.url}/someone/my-slic"
+    assert hub.files("someone/my-slic") == of_the_model(tmp_path / "my-slic")
+
+
+# Before and during training
+
+
+@pytest.mark.parametrize("given", ["refused", "reads only"])
+def test_a_token_that_may_not_write_is_told_before_anything_is_sampled(
+    hub: Hub, make: Any, tmp_path: Path, given: str
+) -> None:
+    if given == "refused":
+        hub.fail("POST /api/repos/create", 401, "Invalid credentials")
+    else:
+        hub.repos["model", REPO] = {}
+        hub.fail("GET .*/auth-check/write", 403, "You may only read")
+    with pytest.raises(PushError) as error:
+        make(
+            RSOTrainer,
+            PROMPTS,
+            ranker=FunctionRanker(brevity),
+            output_dir=tmp_path / "rso",
+            push_to_hub=True,
+            hub_model_id=REPO,
+            **SAMPLING,
+        )
+    assert f"Nothing could be pushed to {REPO} later: the Hub refused the access token" in str(error.value)
+    assert "Nothing was sampled or trained yet." in str(error.value)
+    assert not (tmp_path / "rso").exists()
+
+
+class _Slow(TrainerCallback):
+    """Waits for the push of a checkpoint, which training is too short for."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            self.trainer.push_in_progress.wait_until_done()
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_a_checkpoint_that_is_not_pushed_is_told_and_training_goes_on(
+    hub: Hub, make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, strategy: str
+) -> None:
+    folder, waiting = tmp_path / "rso", _Slow()
+    trainer = make(
+        RSOTrainer,
+        PROMPTS,
+        ranker=FunctionRanker(brevity),
+        output_dir=folder,
+        callbacks=[waiting],
+        push_to_hub=True,
+        hub_model_id=REPO,
+        hub_strategy=strategy,
+        hub_token=TOKEN,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=None if strategy == "all_checkpoints" else 1,
+        max_steps=2,
+        **SAMPLING,
+    )
+    waiting.trainer = trainer
+    hub.fail("POST .*/commit/", 507, "Insufficient storage", times=1)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    (told,) = [record for record in caplog.records if "and the run goes on" in record.getMessage()]
+    assert told.levelno == logging.WARNING
+    latest = folder / "_pushed"
+    assert told.getMessage().startswith(
+        f"The push 'Training in progress, checkpoint-1' failed, and the run goes on. {latest} was not pushed to "
+        f"{REPO}: the Hub has no room for it (507: Insufficient storage)."
+    )
+    assert f"\n    hf upload {REPO} {latest}\n" in told.getMessage()
+
+    pushed = hub.files(REPO)
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= pushed.keys()
+    torch_state = {name for name in pushed if name.endswith("optimizer.pt")}
+    checkpoints = {
+        "every_save": [],
+        "checkpoint": ["last-checkpoint"],
+        "all_checkpoints": ["checkpoint-1", "checkpoint-2"],
+    }
+    assert torch_state == {f"{name}/optimizer.pt" for name in checkpoints[strategy]}
+    assert not [name for name in pushed if "sampled" in name or "training_args" in name]
+    assert not any(TOKEN.encode() in content for content in pushed.values())
+    assert pushed["model.safetensors"] == (folder / "checkpoint-2" / "model.safetensors").read_bytes()
+
+
+def test_hub_strategy_end_pushes_nothing_during_training(hub: Hub, make: Any) -> None:
+    trainer = make(
+        SLiCTrainer,
+        PAIRS,
+        push_to_hub=True,
+        hub_model_id=REPO,
+        hub_strategy="end",
+        save_strategy="steps",
+        save_steps=1,
+    )
+    trainer.train()
+    assert hub.files(REPO) == {}
+
+
+# The card
+
+
+def test_the_card_says_how_the_data_were_sampled(make: Any, tmp_path: Path) -> None:
+    trainer = make(RSOTrainer, PROMPTS, ranker=FunctionRanker(brevity), seed=3, gamma=0.25, **SAMPLING)
+    trainer.train()
+    trainer.create_model_card(model_name="My model", dataset_name="my-org/my-prompts", tags="extra")
+    card = ModelCard.load(tmp_path / "README.md")
+    statistics = json.loads((tmp_path / "sampled" / "train" / "statistics.json").read_text())
+    data = section(card.text, "## Training data")
+    assert "Dataset: `my-org/my-prompts`." in data
+    assert f"{statistics['num_pairs']} pairs from 2 of 2 prompts." in data
+    assert f"| acceptance rate of the first round of rejection | {statistics['acceptance_rate']:.3f} |" in data
+    for setting, value in {"beta": "5.0", "num_candidates": "8", "num_samples": "4", "strategy": '"rso"'}.items():
+        assert f"| `{setting}` | `{value}` |" in data
+    assert '| `class` | `"FunctionRanker"` |' in section(data, "### Ranker")
+    hyperparameters = section(card.text, "## Hyperparameters")
+    for setting, value in {"gamma": "0.25", "learning_rate": "0.001", "seed": "3", "steps": "1"}.items():
+        assert f"| `{setting}` | `{value}` |" in hyperparameters
+    assert "| `batch size, over all processes` | `7` |" in hyperparameters
+    assert "A copy of the model as it was before training." in section(card.text, "## Reference model")
+    assert card.data.model_name == "My model" and card.data.datasets == "my-org/my-prompts"
+    assert {"trl", "prefopt-trl", "rso", "dpo", "extra"} <= set(card.data.tags)
+    assert trainer._paper["citation"] in card.text and "vonwerra2020trl" in card.text
+    assert "https://huggingface.co/papers/2309.06657" in card.text
+
+
+def test_a_dataset_that_was_sampled_before_this_run(make: Any, tmp_path: Path) -> None:
+    made = make(RSOTrainer, PROMPTS, ranker=FunctionRanker(brevity), output_dir=tmp_path / "first", **SAMPLING)
+    sampled = tmp_path / "first" / "sampled" / "train"
+    here = make(RSOTrainer, Dataset.load_from_disk(str(sampled / "pairs")), output_dir=tmp_path / "second")
+    here.create_model_card()
+    assert f"Sampled before training. {len(made.train_dataset)} pairs from 2 of 2" in card_of(tmp_path / "second")
+
+
+def card_of(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "dataset", "given", "data", "reference"),
+    [
+        (SLiCTrainer, PAIRS, {}, "Preference pairs that were given.", "None: SLiC needs none."),
+        (PROTrainer, PAIRS, {}, "Rankings that were given.", "None: PRO needs none."),
+        (PROTrainer, PAIRS, {"ranker": FunctionRanker(brevity)}, "given, scored by the ranker.", "None: PRO needs"),
+        (
+            RSOTrainer,
+            PROMPTS,
+            {"ranker": FunctionRanker(brevity), "sampling": "online", "remove_unused_columns": False, **SAMPLING},
+            "sampled from the reference model during training",
+            "A copy of the model",
+        ),
+        (
+            RSOTrainer,
+            PAIRS,
+            {"peft_config": LoraConfig()},
+            "pairs that were given",
+            "The base model, without the adapter",
+        ),
+    ],
+)
+def test_data_ranker_and_reference_model(
+    make: Any, tmp_path: Path, trainer_class: Any, dataset: Dataset, given: Any, data: str, reference: str
+) -> None:
+    trainer = make(trainer_class, dataset, **given)
+    trainer.create_model_card()
+    text = card_of(tmp_path)
+    assert data in section(text, "## Training data")
+    assert ("### Ranker" in text) == ("ranker" in given)
+    assert reference in section(text, "## Reference model")
+
+
+def test_other_reference_models(make: Any, policy_dir: str, tmp_path: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(policy_dir)
+    make(RSOTrainer, PAIRS, ref_model=reference).create_model_card()
+    assert f"A model of its own: `{Path(policy_dir).name}`." in card_of(tmp_path)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(policy_dir), LoraConfig(task_type="CAUSAL_LM", r=3))
+    make(RSOTrainer, PAIRS, model=adapted).create_model_card()
+    assert "The base model with a frozen copy of the adapter" in card_of(tmp_path)
+    assert "| `adapter.r` | `3` |" in card_of(tmp_path)
+
+
+def test_names_are_not_read_as_markdown_and_no_folder_is_told(make: Any, policy_dir: str, tmp_path: Path) -> None:
+    trainer = make(SLiCTrainer, PAIRS)
+    trainer.create_model_card(model_name="a\n# b <script> `c`", dataset_name="my|data\n\n# Title")
+    text = card_of(tmp_path)
+    assert ModelCard(text).data.model_name == "a\n# b <script> `c`"
+    headings = [line for line in ModelCard(text).text.splitlines() if line.startswith("# ")]
+    assert headings == ["# `` a # b <script> `c` ``"]
+    assert "Dataset: `my\\|data  # Title`." in text
+    assert f"`{Path(policy_dir).name}`, trained with SLiC" in text and policy_dir not in text
+
+
+def test_the_card_keeps_what_trl_knows(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tags of jobs and trackers, and links to these, are TRL's."""
+    badge = '[<img src="https://example.org/badge.svg" alt="Visualize"/>](https://example.org/run)'
+
+    def write(self: Any, *args: Any) -> None:
+        ModelCard(f"---\ntags: [hf_jobs, slic]\nbase_model: my-org/base\n---\n\n# Card\n\n{badge} \n").save(
+            tmp_path / "README.md"
+        )
+
+    monkeypatch.setattr(DPOTrainer, "create_model_card", write)
+    make(SLiCTrainer, PAIRS).create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.tags == ["hf_jobs", "slic"] and card.data.base_model == "my-org/base"
+    assert badge in section(card.text, "## Hyperparameters")
+
+
+# What a user sees
+
+USERS_SCRIPT = """\
+from datasets import Dataset
+from prefopt_trl import SLiCConfig, SLiCTrainer
+
+pairs = Dataset.from_dict({"prompt": ["Hi", "Ho"], "chosen": [" blue", " wet"], "rejected": [" green", " no"]})
+args = SLiCConfig("outputs/slic", hub_model_id="my-org/my-model", max_steps=1, use_cpu=True, bf16=False)
+trainer = SLiCTrainer("my-sft-model", args=args, train_dataset=pairs)
+trainer.train()
+trainer.push_to_hub()
+"""
+
+
+@pytest.mark.slow
+def test_a_push_that_fails_halfway_and_then_succeeds(hub: Hub, policy_dir: str, tmp_path: Path) -> None:
+    """The transcript in docs/hub.md: run with `-s` to print it. The client really waits and tries again."""
+    (tmp_path / "my-sft-model").symlink_to(policy_dir)
+    (tmp_path / "train.py").write_text(USERS_SCRIPT)
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "CI": "1"}
+    settings |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+    def run(command: str) -> subprocess.CompletedProcess[str]:
+        ended = subprocess.run(
+            command, shell=True, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True, timeout=240
+        )
+        print(f"$ {command}\n{ended.stdout}{ended.stderr}")
+        return ended
+
+    hub.lfs_from = 5_000  # the tokenizer is a large file too
+    hub.fail("PUT /lfs/", None, after=1)
+    failed = run("python train.py")
+    assert failed.returncode == 1
+    assert "Saved in outputs/slic. Pushing it to my-org/my-model." in failed.stderr
+    assert "outputs/slic was not pushed to my-org/my-model: the connection to the Hub was lost" in failed.stderr
+    assert len(hub.objects) == 1 and hub.files(REPO) == {}
+
+    hub.failures.clear()
+    hub.requests.clear()
+    (command,) = re.findall(r"^    (hf upload .*)$", failed.stderr, flags=re.MULTILINE)
+    succeeded = run(command)
+    assert succeeded.returncode == 0 and f"{hub.url}/{REPO}" in succeeded.stdout
+    assert len([line for line in hub.requests if line.startswith("PUT /lfs/")]) == 1  # the other one is there
+    assert hub.files(REPO) == of_the_model(tmp_path / "outputs" / "slic")
+
+
+# Several processes
+
+SCRIPT = """
+import sys, time
+from datasets import Dataset
+from prefopt_trl import SLiCConfig, SLiCTrainer
+model, folder, push_to_hub = sys.argv[1:]
+pairs = Dataset.from_dict({"prompt": ["Hi", "Ho"], "chosen": [" blue", " wet"], "rejected": [" green", " no"]})
+args = SLiCConfig(folder, use_cpu=True, bf16=False, max_steps=1, report_to="none",
+                  save_strategy="steps" if push_to_hub == "early" else "no", save_steps=1,
+                  push_to_hub=push_to_hub == "early", hub_model_id="my-org/my-model")
+trainer = SLiCTrainer(model, args=args, train_dataset=pairs)
+assert args.world_size == 2
+trainer.train()
+url = trainer.push_to_hub()
+print(f"process {args.process_index}: {url}", flush=True)
+"""
+
+
+def launch(hub: Hub, model_dir: str, folder: Path, early: bool) -> tuple[subprocess.CompletedProcess[str], float]:
+    script = folder.with_suffix(".py")
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "CI": "1"}
+    started = time.monotonic()
+    ended = subprocess.run(
+        [*command, model_dir, str(folder), "early" if early else "late"],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    return ended, time.monotonic() - started
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_of_two_processes_the_main_one_pushes(hub: Hub, policy_dir: str, tmp_path: Path) -> None:
+    ended, _ = launch(hub, policy_dir, tmp_path / "slic", early=True)
+    assert ended.returncode == 0, ended.stderr
+    assert f"process 0: {hub.url}/{REPO}" in ended.stdout and "process 1: None" in ended.stdout
+    assert len([line for line in hub.requests if "/preupload/" in line]) == 2  # of the checkpoint, and at the end
+    assert hub.files(REPO) == of_the_model(tmp_path / "slic")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("early", [True, False])
+def test_of_two_processes_none_hangs_when_a_push_fails(hub: Hub, policy_dir: str, tmp_path: Path, early: bool) -> None:
+    hub.fail("POST /api/repos/create", 401, "Invalid credentials")
+    ended, seconds = launch(hub, policy_dir, tmp_path / "slic", early)
+    assert ended.returncode != 0 and seconds < 120
+    assert "the Hub refused the access token (401: Invalid credentials)" in ended.stderr
+    assert ("process 1: None" in ended.stdout) is not early  # refused early on both, late on the main one alone
+    assert (tmp_path / "slic" / "model.safetensors").exists() is not early

@@ -1,0 +1,263 @@
+"""What TensorBoard, trackio and Weights & Biases are given, read back from what they wrote."""
+
+import html
+import json
+import re
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import trackio
+import wandb
+from datasets import Dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
+from trackio.sqlite_storage import SQLiteStorage
+from wandb.proto.wandb_internal_pb2 import Record
+
+from prefopt_trl import FunctionRanker, ListwiseDPOTrainer, PROConfig, PROTrainer, RSOConfig, RSOTrainer
+from prefopt_trl.trainers.tables import LogPreferencesCallback, escape_markdown, first_examples, table_of
+
+PROMPTS = Dataset.from_dict({"prompt": ["The capital of France is", "Why?", "Mix"]})
+SAMPLING = {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6, "strategy": "sft"}
+
+
+def brevity(completions, **kwargs):
+    return [-len(completion) for completion in completions]
+
+
+# The table
+
+
+def test_pairs_are_rows_with_their_rewards():
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r", "chosen_reward": 2.0, "rejected_reward": -1.0}
+    columns, rows = table_of([{**pair, "label_probability": 0.75, "source": "x"}])
+    assert columns == ["prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "label_probability"]
+    assert rows == [["p", "c", "r", 2.0, -1.0, 0.75]]
+
+
+def test_conversations_are_one_text():
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("So.", "Because."))
+    assert table_of([{"prompt": prompt, "chosen": chosen, "rejected": rejected}]) == (
+        ["prompt", "chosen", "rejected"],
+        [["system: Be brief.\nuser: Why?", "assistant: So.", "assistant: Because."]],
+    )
+    # The prompt may be part of the completions
+    assert table_of([{"chosen": prompt, "rejected": prompt}])[0] == ["chosen", "rejected"]
+
+
+def test_rankings_are_rows_best_first():
+    ranking = {"prompt": "p", "completions": ["a", "b", "c"], "rewards": [0, 2, 1]}
+    assert table_of([ranking, {**ranking, "prompt": "q"}]) == (
+        ["prompt", "completion", "reward", "rank"],
+        [[prompt, *row] for prompt in "pq" for row in (["b", 2.0, 1], ["c", 1.0, 2], ["a", 0.0, 3])],
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<script>alert(1)</script><img src=x onerror=alert(1)>",
+        "a | b || `code` ``` *bold* _it_ __init__ [link](http://x.y) ![i](j) # h\\ \\| & &lt; &#60;",
+        "# no heading\n- no list\n\n1. nor this\n| no | row |\n| --- | --- |\n> quote\r\n    code\u2028line",
+        "ünï — 漢字 🙂 \x02\x03 0_0",
+    ],
+)
+def test_tensorboard_shows_a_text_as_it_is(text):
+    """Its own renderer: one cell, in which nothing is Markdown or HTML."""
+    page = markdown_to_safe_html(f"| head | next |\n| --- | --- |\n| {escape_markdown(text)} | 1 |")
+    (cell,) = re.findall(r"<td>(.*?)</td>\s*<td>1</td>", page, flags=re.DOTALL)
+    assert len(re.findall("<tr>", page)) == 2 and not set(re.findall(r"<(\w+)", cell)) - {"br"}
+    shown = html.unescape(re.sub("<br ?/?>", "\n", cell))
+    shown = re.sub("[\x02\x03\ufffd]", "", shown)  # no HTML has these
+    expected = re.sub("[\x02\x03]", "", text)
+    assert [line.split() for line in shown.split("\n")] == [line.split() for line in expected.splitlines()]
+
+
+def test_a_dataset_of_tokens_has_no_examples():
+    assert first_examples(Dataset.from_dict({"prompt_ids": [[1]], "chosen_ids": [[2]], "rejected_ids": [[3]]})) is None
+    pairs = Dataset.from_dict({"prompt": ["p"] * 9, "chosen": ["c"] * 9, "rejected": ["r"] * 9})
+    assert len(first_examples(pairs)) == len(first_examples(pairs.to_iterable_dataset())) == 8
+
+
+# Trackers
+
+
+def of_tensorboard(folder: Path) -> tuple[dict[str, dict[int, float]], list[tuple[int, str]]]:
+    (events,) = folder.rglob("events.out.tfevents*")
+    written = EventAccumulator(str(events)).Reload()
+    scalars = {tag: {event.step: event.value for event in written.Scalars(tag)} for tag in written.Tags()["scalars"]}
+    texts = written.Tensors("train/completions/text_summary")
+    return scalars, [(event.step, event.tensor_proto.string_val[0].decode()) for event in texts]
+
+
+def cells(markdown: str) -> list[list[str]]:
+    return [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in markdown.splitlines()[2:]]
+
+
+def of_wandb(folder: Path) -> list[dict]:
+    """What was logged: the records of its file, which is a log in LevelDB's format."""
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    data, position, record, logged = file.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            items = Record.FromString(record).history.item
+            logged.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+            record = b""
+    return [entry for entry in logged if entry]
+
+
+def keep_trackio_in(folder: Path, monkeypatch) -> None:
+    """Its folder is read from the environment when it is imported."""
+    before = trackio.utils.TRACKIO_DIR
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "trackio":
+            for attribute, value in list(vars(module).items()):
+                if isinstance(value, Path) and value.is_relative_to(before):
+                    monkeypatch.setattr(module, attribute, folder / value.relative_to(before))
+
+
+@pytest.fixture
+def trackers(tmp_path: Path, monkeypatch) -> Iterator[Path]:
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    keep_trackio_in(tmp_path / "trackio", monkeypatch)
+    yield tmp_path
+    wandb.finish()
+
+
+def test_every_tracker_receives_metrics_and_the_sampled_table(trackers, make):
+    trainer = make(
+        RSOTrainer,
+        PROMPTS,
+        ranker=FunctionRanker(brevity),
+        report_to=["tensorboard", "trackio", "wandb"],
+        log_completions=True,
+        project="ours",
+        run_name="one",
+        max_steps=2,
+        **SAMPLING,
+    )
+    trainer.train()
+    wandb.finish()
+
+    sampled = list(Dataset.load_from_disk(str(trackers / "sampled" / "train" / "pairs")).take(8))
+    assert len(sampled) == 6
+    columns = ["prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "label_probability"]
+    rows = [[0, *(row[name] for name in columns)] for row in sampled]
+    assert all(row[4] == -len(row[2]) and row[5] == -len(row[3]) for row in rows)
+
+    scalars, texts = of_tensorboard(trackers)
+    ((step, markdown),) = texts
+    assert step == 0 and len(markdown.splitlines()) == 2 + 6
+    assert cells(markdown) == [[escape_markdown(str(cell)) for cell in row] for row in rows]
+
+    of_trackio = SQLiteStorage.get_logs("ours", "one")
+    (table,) = [entry["completions"]["_value"] for entry in of_trackio if "completions" in entry]
+    assert table == [dict(zip(["step", *columns], row, strict=True)) for row in rows]
+
+    logged = of_wandb(trackers)
+    (entry,) = [entry for entry in logged if any(name.startswith("completions") for name in entry)]
+    assert entry["train/global_step"] == 0
+    (file,) = trackers.glob("wandb/offline-run-*/files/media/table/completions*.table.json")
+    written = json.loads(file.read_text())
+    assert written["columns"] == ["step", *columns] and written["data"] == rows
+
+    ours = {"loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "entropy"}
+    for log in trainer.state.log_history[:2]:
+        assert ours <= log.keys()
+        for name in ours:
+            expected = pytest.approx(log[name], rel=1e-6)
+            assert scalars[f"train/{name}"][log["step"]] == expected
+            for entries in (of_trackio, logged):
+                (found,) = [
+                    entry
+                    for entry in entries
+                    if entry.get("train/global_step") == log["step"] and f"train/{name}" in entry
+                ]
+                assert found[f"train/{name}"] == expected
+
+
+# Batches that are sampled while training
+
+
+class Brevity(FunctionRanker):
+    """Knows the reward of each completion as a table writes it, with the token that ends it."""
+
+    def __init__(self) -> None:
+        super().__init__(brevity)
+        self.seen: dict[str, float] = {}
+
+    def rewards(self, prompts, completions):
+        rewards = super().rewards(prompts, completions)
+        for row, of_row in zip(completions, rewards, strict=True):
+            self.seen |= {
+                escape_markdown(text + "</s>"): float(reward) for text, reward in zip(row, of_row, strict=True)
+            }
+        return rewards
+
+
+WRITTEN_PROMPTS = {escape_markdown("<s>" + prompt) for prompt in PROMPTS["prompt"]}
+
+
+def test_online_pairs_are_those_of_each_logged_batch(make, tmp_path):
+    ranker = Brevity()
+    online = {"sampling": "online", "per_device_train_batch_size": 1, "max_steps": 2}
+    given = {"ranker": ranker, "report_to": "tensorboard", "log_completions": True}
+    make(RSOTrainer, PROMPTS, **given, **SAMPLING, **online).train()
+    _, texts = of_tensorboard(tmp_path)
+    assert [step for step, _ in texts] == [1, 2]
+    prompts = []
+    for step, markdown in texts:
+        rows = cells(markdown)
+        assert len(rows) == 2 and {row[0] for row in rows} == {str(step)}
+        prompts.append({row[1] for row in rows})
+        assert all(ranker.seen[row[2]] >= ranker.seen[row[3]] for row in rows)
+        assert len({row[2] for row in rows} | {row[3] for row in rows}) == 4
+    assert all(len(of_batch) == 1 for of_batch in prompts) and prompts[0] != prompts[1]
+    assert prompts[0] | prompts[1] < WRITTEN_PROMPTS
+
+
+@pytest.mark.parametrize("how", ["online", "bootstrap"])
+def test_rankings_sampled_while_training_have_the_rankers_rewards(how, make, tmp_path):
+    ranker = Brevity()
+    given = {"ranker": ranker, "report_to": "tensorboard", "log_completions": True}
+    if how == "online":
+        given |= {"sampling": "online", **SAMPLING, "pairing": "ranking", "per_device_train_batch_size": 3}
+        trainer = make(ListwiseDPOTrainer, PROMPTS, **given)
+    else:  # the data's completions have the best rewards, so that none is dealt to another (PRO, footnote 6)
+        rankings = PROMPTS.add_column("completions", [["", "."]] * 3)
+        trainer = make(PROTrainer, rankings, **given, bootstrap_parts=1, max_new_tokens=6)
+    trainer.train()
+    _, ((step, markdown),) = of_tensorboard(tmp_path)
+    rows = cells(markdown)
+    num_completions = 4 if how == "online" else 3
+    assert step == 1 and len(rows) == 3 * num_completions
+    assert {row[1] for row in rows} == WRITTEN_PROMPTS
+    assert [int(row[4]) for row in rows] == list(range(1, num_completions + 1)) * 3
+    assert [float(html.unescape(row[3])) for row in rows] == [ranker.seen[row[2]] for row in rows]
+    own = [row for row in rows if row[2] not in {escape_markdown(text) for text in ("</s>", ".</s>")}]
+    assert len(own) == (12 if how == "online" else 3)
+
+
+def test_other_processes_log_nothing(monkeypatch):
+    monkeypatch.setattr("prefopt_trl.trainers.tables.table_of", lambda examples: pytest.fail("a table was made"))
+    callback = LogPreferencesCallback(SimpleNamespace(), [{"prompt": "p", "chosen": "c", "rejected": "r"}])
+    callback.on_train_begin(SimpleNamespace(), SimpleNamespace(is_world_process_zero=False), SimpleNamespace())
+
+
+@pytest.mark.parametrize("config_class", [RSOConfig, PROConfig])
+@pytest.mark.parametrize("report_to", ["none", "mlflow"])
+def test_a_table_that_nobody_shows_is_refused(config_class, report_to, config):
+    with pytest.raises(ValueError, match="`log_completions` has no effect .*none of tensorboard, trackio, wandb"):
+        config(config_class, log_completions=True, report_to=report_to)
