@@ -62,5 +62,5 @@ def table() -> str:
     lines = [head, ["---"] * len(head)]
     for cell in cells("ddp"):
         found = [results.get((engine, str(cell))) for engine in ENGINES]
-        lines.append([str(cell), *("" if one is None else f"{one[0]:.0e}, {one[1]:.0f} s" for one in found)])
+        lines.append([str(cell), *("not run" if one is None else f"{one[0]:.0e}, {one[1]:.0f} s" for one in found)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
