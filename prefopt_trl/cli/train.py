@@ -11,6 +11,7 @@ from prefopt_trl.cli.arguments import PreferenceArguments, TrainingData
 from prefopt_trl.cli.config_file import save_config
 from prefopt_trl.cli.models import load_ranker, model_to_train
 from prefopt_trl.data.loading import load_rows
+from prefopt_trl.data.tokenization import tokenize_completions
 from prefopt_trl.sampling.prompts import tokenize_prompts
 from prefopt_trl.trainers.base import PreferenceTrainer
 from prefopt_trl.trainers.base_config import PreferenceConfig
@@ -31,13 +32,16 @@ def run(own: PreferenceArguments, args: PreferenceConfig, model: ModelConfig) ->
     save_arguments(own, args, model)
     trained = model_to_train(model, args)
     splits = load_splits(own, args)
+    trainer_class = TRAINERS[type(args)]
     for name, rows in splits.items():
         if rows is not None and own.only_prompts:
             rows = rows.remove_columns([column for column in rows.column_names if column in COMPLETIONS])
         if rows is not None and not COMPLETIONS & set(rows.column_names):
             rows = prompts_that_fit(rows, trained["processing_class"], args.max_length, args.max_new_tokens)
+        elif rows is not None and own.ranker is not None and trainer_class.learns_from == "rankings":
+            rows = completions_that_fit(rows, trained["processing_class"], args.max_length)
         splits[name] = rows
-    train_and_save(TRAINERS[type(args)](args=args, ranker=load_ranker(own), **splits, **trained), own)
+    train_and_save(trainer_class(args=args, ranker=load_ranker(own), **splits, **trained), own)
 
 
 def save_arguments(own: Any, args: Any, model: ModelConfig) -> None:
@@ -76,6 +80,34 @@ def prompts_that_fit(
         PartialState().print(
             f"{len(rows) - len(fitting):,} of {len(rows):,} prompts are left out: with `max_new_tokens`="
             f"{max_new_tokens} they would exceed `max_length`={max_length}."
+        )
+    return rows.select(fitting)
+
+
+def completions_that_fit(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Dataset:
+    """The rows that training would not cut, so that the ranker reads no more than is learnt; the others are counted.
+
+    Rows with `rewards`, which the ranker does not read, are all kept.
+
+    Raises:
+        ValueError: if none fits.
+    """
+    if max_length is None or "rewards" in rows.column_names:
+        return rows
+    pairs = "completions" not in rows.column_names
+
+    def fits(row: dict[str, Any]) -> bool:
+        completions = [row["chosen"], row["rejected"]] if pairs else row["completions"]
+        prompt_ids, completion_ids = tokenize_completions(tokenizer, row["prompt"], completions)
+        return len(prompt_ids) + max(map(len, completion_ids)) <= max_length
+
+    fitting = [index for index, row in enumerate(rows) if fits(row)]
+    if not fitting:
+        raise ValueError(f"Every row has a completion that `max_length`={max_length} would cut. Raise it.")
+    if len(fitting) < len(rows):
+        PartialState().print(
+            f"{len(rows) - len(fitting):,} of {len(rows):,} rows are left out: they exceed `max_length`={max_length} "
+            "tokens, and the ranker would read what is not learnt."
         )
     return rows.select(fitting)
 

@@ -1,5 +1,6 @@
 """The dataset card of a sampled dataset, and its way to the Hub."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from datasets import Dataset
 from huggingface_hub import DatasetCardData
 
+from prefopt_trl.data.fingerprints import dataset_fingerprint
 from prefopt_trl.data.hub import push_folder
 from prefopt_trl.data.markdown import name, settings_table, table
 from prefopt_trl.sampling.statistics import QUANTILES, SamplingStatistics
@@ -16,7 +18,7 @@ PUSHED = ["README.md", "manifest.json", "statistics.json", "statistics.png"]
 # Not every Arrow file: `Dataset.map` leaves caches beside the data
 PUSHED += [f"{folder}/{files}" for folder in ("candidates", "pairs") for files in ("data-*.arrow", "*.json")]
 
-CONFIGS = [
+CONFIGS: list[dict[str, Any]] = [
     {"config_name": "pairs", "data_files": "pairs/data-*.arrow", "default": True},
     {"config_name": "candidates", "data_files": "candidates/data-*.arrow"},
 ]
@@ -66,7 +68,12 @@ def dataset_card(settings: dict[str, Any], statistics: SamplingStatistics, datas
     """
     made, strategy = statistics.made, settings["strategy"]
     tags = ["trl", "prefopt-trl", "preference", strategy, settings["pairing"]]
-    metadata = DatasetCardData(configs=CONFIGS, tags=tags, pretty_name=f"Sampled preferences ({made})")
+    # `load_dataset` finds a folder in its cache by these lines, and not by what is in the folder: without the
+    # fingerprint, one that was made anew in the same place would be read as it was before
+    content = [settings, statistics.as_dict(), dataset_fingerprint(dataset)]
+    fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    configs = [{**config, "description": f"Fingerprint {fingerprint}"} for config in CONFIGS]
+    metadata = DatasetCardData(configs=configs, tags=tags, pretty_name=f"Sampled preferences ({made})")
     trainer = "RSOTrainer" if made == "pairs" else "PROTrainer"
     relatives = "or TRL's `DPOTrainer`" if made == "pairs" else "and other trainers on rankings"
     quantiles = [[name, *(f"{value:.4g}" for value in row)] for name, row in statistics.reward_quantiles.items()]

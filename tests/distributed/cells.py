@@ -47,6 +47,7 @@ def cells(engine: str) -> list[Cell]:
             for weights in ("full", "lora")
             for share_prefix in (True, False)
         ),
+        *(Cell(trainer, options={"gradient_accumulation_steps": 2}) for trainer in ("RSO", "PRO")),
         Cell("RSO", "adapter"),
         # Without a reference model, which full fine-tunes have otherwise
         Cell("RSO", options={"precompute_ref_log_probs": True}),

@@ -54,13 +54,13 @@ def make(cell: Cell, engine: str, folder: Path, output_dir: Path, arguments: dic
     GradientState._reset_state()
     num_processes = 1 if engine == "alone" else 2
     # What is sampled online depends on the prompts of a batch: one process has those of two, one after the other
-    per_device = GLOBAL_BATCH // 2 if cell.data == "online" else GLOBAL_BATCH // num_processes
+    online_alone = cell.data == "online" and engine == "alone"
+    accumulation = 2 if online_alone else cell.options.get("gradient_accumulation_steps", 1)
     config_class = getattr(prefopt_trl, f"{cell.trainer}Config")
     args = config_class(
         str(output_dir),
-        per_device_train_batch_size=per_device,
+        per_device_train_batch_size=GLOBAL_BATCH // num_processes // accumulation,
         per_device_eval_batch_size=GLOBAL_BATCH // num_processes,
-        gradient_accumulation_steps=GLOBAL_BATCH // num_processes // per_device,
         max_steps=NUM_STEPS,
         save_steps=1,
         logging_steps=1,
@@ -71,7 +71,7 @@ def make(cell: Cell, engine: str, folder: Path, output_dir: Path, arguments: dic
         optim="paged_adamw_8bit" if cell.weights == "qlora" else "adamw_torch",
         **arguments,
         **SAMPLING[cell.data],
-        **cell.options,
+        **{"gradient_accumulation_steps": accumulation, **cell.options},
     )
     model: Any = str(folder / "policy")
     others: dict[str, Any] = {}

@@ -1,6 +1,7 @@
 """Each command at tiny size, in this process: what it writes, and that the written file gives the same run again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from prefopt_trl.cli.config_file import save_config
 from prefopt_trl.cli.parsing import parse
+from prefopt_trl.data.loading import load_rows
 from prefopt_trl.rankers.pairwise import PairwiseRanker
 from prefopt_trl.trainers.rso_trainer import RSOTrainer
 
@@ -200,3 +202,28 @@ def test_a_reward_model_is_known_by_its_class(training, run_in_process, tiny_lla
     tokenizer.save_pretrained("reward")
     run_in_process("pro", [*training, "--ranker", "reward", "--output_dir", "out"])
     assert Path("out/model.safetensors").exists()
+
+
+def test_completions_for_a_ranker_are_left_out_where_training_would_cut_them(
+    training, run_in_process, function_ranker, capsys
+):
+    with open("pairs.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "Short?", "chosen": " a", "rejected": " b" * 400}) + "\n")
+    arguments = [*training, *function_ranker, "--output_dir", "out"]
+    run_in_process("pro", [*arguments, "--max_length", "300"])
+    assert "1 of 7 rows are left out: they exceed `max_length`=300 tokens" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="Every row has a completion that `max_length`=8 would cut"):
+        run_in_process("pro", [*arguments, "--max_length", "8"])
+    run_in_process("slic", [*arguments, "--max_length", "300"])  # on pairs, which no ranker reads
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_pairs_sampled_anew_in_the_same_folder_are_the_ones_that_are_read(tiny, run_in_process, function_ranker):
+    arguments = [*tiny, *function_ranker, *SAMPLING.split(), "--output_dir", "sampled"]
+    read = []
+    for seed in ("1", "2"):
+        shutil.rmtree("sampled", ignore_errors=True)
+        run_in_process("sample", [*arguments, "--seed", seed])
+        read.append(load_rows("sampled").to_list())
+        assert read[-1] == load_from_disk("sampled/pairs").to_list()
+    assert read[0] != read[1]

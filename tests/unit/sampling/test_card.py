@@ -101,12 +101,26 @@ def test_the_metadata_are_what_the_hub_reads() -> None:
     text = dataset_card(SETTINGS, STATISTICS, PAIRS)
     metadata = DatasetCard(text).data
     assert metadata.tags == ["trl", "prefopt-trl", "preference", "rso", "first-round"]
+    description = metadata.configs[0]["description"]
     assert metadata.configs == [
-        {"config_name": "pairs", "data_files": "pairs/data-*.arrow", "default": True},
-        {"config_name": "candidates", "data_files": "candidates/data-*.arrow"},
+        {"config_name": "pairs", "data_files": "pairs/data-*.arrow", "default": True, "description": description},
+        {"config_name": "candidates", "data_files": "candidates/data-*.arrow", "description": description},
     ]
     _, front, _ = text.split("---\n", 2)
     assert yaml.safe_load(front) == metadata.to_dict()
+
+
+def test_each_dataset_has_a_fingerprint_of_its_own() -> None:
+    # By which `load_dataset` tells it from another one in the same folder
+    other_pairs = PAIRS.map(lambda row: {"chosen_reward": row["chosen_reward"] + 1})
+    cards = [
+        dataset_card(SETTINGS, STATISTICS, PAIRS),
+        dataset_card({**SETTINGS, "seed": 99}, STATISTICS, PAIRS),
+        dataset_card(SETTINGS, STATISTICS, other_pairs),
+    ]
+    fingerprints = [DatasetCard(card).data.configs[0]["description"] for card in cards]
+    assert len(set(fingerprints)) == 3
+    assert fingerprints[0] == DatasetCard(dataset_card(SETTINGS, STATISTICS, PAIRS)).data.configs[0]["description"]
 
 
 def test_the_numbers_are_those_of_the_statistics() -> None:
