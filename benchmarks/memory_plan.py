@@ -103,11 +103,13 @@ def ddp(size: Sizes, config: LlamaConfig, gpus: int) -> States:
 def fsdp2(size: Sizes, config: LlamaConfig, gpus: int) -> States:
     """Own formula. A share of float32 weights, gradients and AdamW's two states, and of a bfloat16 reference model.
 
-    Gathered are two decoder layers and the gradients of one in bfloat16, and the LM head in float32.
+    Gathered are two decoder layers and the gradients of one in bfloat16, and the LM head in float32; and the reference
+    model as a whole, which TRL's `prepare_fsdp` shards as one unit and not by layers.
     """
     gathered = 3 * 2 * size.decoder_layer + 4 * config.vocab_size * config.hidden_size
     share = size.model / gpus
-    return States(4 * share, 4 * share, 8 * share, gathered, 2 * share)
+    whole_reference = 2 * size.model if gpus > 1 else 0
+    return States(4 * share, 4 * share, 8 * share, gathered, 2 * share + whole_reference)
 
 
 def zero3(size: Sizes, config: LlamaConfig, gpus: int, optimizer_bytes: int = 12) -> States:

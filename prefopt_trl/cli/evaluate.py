@@ -41,12 +41,14 @@ def run(own: EvaluateConfig, model: ModelConfig) -> None:
         max_new_tokens=own.max_new_tokens,
         seed=own.seed,
     )
+    win_rate = measured["ranker_win_rate"]
+    wins = f"{win_rate.mean * len(rows):g} of {len(rows)} prompts"  # a tie counts half
     report = table(
         ["", "mean ± standard error"],
         [
-            ["reward by the ranker, against the target (nats)", with_error(measured["ranker_reward"])],
-            ["win rate against the target", as_percentage(measured["ranker_win_rate"])],
-            ["KL from the reference (nats per completion)", with_error(measured["kl"])],
+            ["reward by the ranker, against the target (nats)", with_error(measured["ranker_reward"], ".3g")],
+            ["win rate against the target", f"{as_percentage(win_rate)} ({wins})"],
+            ["KL from the reference (nats per completion)", with_error(measured["kl"], ".3g")],
         ],
     )
     results = {"policy": path, "num_prompts": len(rows), **{name: asdict(value) for name, value in measured.items()}}

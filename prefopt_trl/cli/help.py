@@ -83,7 +83,7 @@ def command_help(name: str) -> str:
         textwrap.fill(f"{command.summary[0].upper()}{command.summary[1:]}.", width),
         textwrap.fill(
             "Options are given on the command line or in the YAML file of `--config`; the command line wins. A bool "
-            "is set by its name, and unset by `--no_NAME` or `--NAME False`.",
+            "is set by its name, and unset by `--NAME False`.",
             width,
         ),
         *([textwrap.fill(LAUNCHING, width)] if command.launched else []),

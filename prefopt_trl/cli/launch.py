@@ -4,7 +4,7 @@ import os
 import subprocess
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from transformers import TrainingArguments
 import prefopt_trl
 from prefopt_trl.cli.checks import check_arguments
 from prefopt_trl.cli.commands import COMMANDS
-from prefopt_trl.cli.parsing import fail, parse
+from prefopt_trl.cli.parsing import fail, launch_options, parse
+from prefopt_trl.cli.run import main
 
 MODULE = "prefopt_trl.cli.run"  # what each process runs
 
@@ -37,19 +38,19 @@ def start(name: str, arguments: Sequence[str]) -> None:
     Raises:
         SystemExit: with exit code 2 for arguments that cannot work, or with that of a process that failed.
     """
-    with _devices_left_alone() if COMMANDS[name].launched else nullcontext():
-        parsed, launch_options = parse(name, arguments)
+    if not COMMANDS[name].launched:
+        main(name, arguments)
+        return
+    options, given = launch_options(name, arguments)
     try:
+        # First, as transformers would only say that this machine has no GPU
+        ddp_backend = getattr(given, "ddp_backend", None)
+        launch_arguments = launching(options, [name, *arguments], given.use_cpu, ddp_backend)
+        with _devices_left_alone():
+            parsed, _ = parse(name, arguments)
         check_arguments(*parsed)
-        if COMMANDS[name].launched:
-            use_cpu = any(getattr(part, "use_cpu", False) for part in parsed)
-            backends = [part.ddp_backend for part in parsed if hasattr(part, "ddp_backend")]
-            launch_arguments = launching(launch_options, [name, *arguments], use_cpu, *backends)
     except (ValueError, FileNotFoundError) as error:
         fail(name, error)
-    if not COMMANDS[name].launched:
-        COMMANDS[name].run(*parsed)
-        return
     try:
         launch_command(launch_arguments)
     except subprocess.CalledProcessError as error:
@@ -97,7 +98,7 @@ def launching(
         given.dynamo_backend = given.dynamo_backend or "no"
     name = config_file.stem if config_file is not None else "accelerate"
     if engine == DistributedType.DEEPSPEED:
-        _check_deepspeed(on_cpu, told, ddp_backend)
+        _check_deepspeed(f"{name} is to start {num_processes} process(es)", on_cpu, told, ddp_backend)
     elif engine == DistributedType.FSDP and on_cpu:
         raise ValueError("on the CPU accelerate ignores the settings of FSDP. Use a GPU, or leave the config out.")
     elif on_cpu and num_processes > 1 and given.mpirun_hostfile is None:
@@ -172,16 +173,20 @@ def _engine(given: Namespace, config: Any) -> DistributedType | None:
     return None if given.multi_gpu else getattr(config, "distributed_type", None)
 
 
-def _check_deepspeed(on_cpu: bool, told: bool, ddp_backend: str | None) -> None:
+def _check_deepspeed(start: str, on_cpu: bool, told: bool, ddp_backend: str | None) -> None:
+    on_the_cpu = (
+        "To try DeepSpeed on the CPU, set DS_ACCELERATOR=cpu in the environment and pass `--use_cpu False "
+        "--bf16 False --ddp_backend gloo --num_processes 2`."
+    )
     if find_spec("deepspeed") is None:
         raise ValueError("DeepSpeed is not installed. Run `pip install 'prefopt-trl[deepspeed]'`.")
     if told:
-        raise ValueError("with `use_cpu` or `--cpu` there is no DeepSpeed. Leave the one or the other out.")
-    if on_cpu and (os.environ.get("DS_ACCELERATOR") != "cpu" or ddp_backend != "gloo"):
         raise ValueError(
-            "this torch finds no GPU for DeepSpeed. To try it on the CPU, set DS_ACCELERATOR=cpu in the environment "
-            "and pass `--ddp_backend gloo --bf16 False`."
+            f"{start} of DeepSpeed, and with `use_cpu` or `--cpu` there is no DeepSpeed. Leave the one or the other "
+            f"out. {on_the_cpu}"
         )
+    if on_cpu and (os.environ.get("DS_ACCELERATOR") != "cpu" or ddp_backend != "gloo"):
+        raise ValueError(f"{start}, and this torch finds no GPU for DeepSpeed. {on_the_cpu}")
 
 
 def _exit_code(returncode: int) -> int:

@@ -11,7 +11,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; see `prefopt-trl --help`."""
     from prefopt_trl.cli.commands import COMMANDS
 
-    name, *rest = sys.argv[1:] if arguments is None else arguments or [""]
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if name in COMMANDS:
         if {"--help", "-h"} & set(rest):
             from prefopt_trl.cli.help import command_help
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="compare DPO, SFT-sampled pairs and RSO on a small text world whose true reward is known",
         description="Train an SFT policy and a pairwise ranker on the controlled task, then train the policy on the "
         "given comparisons (direct), pairs of its own samples (sft-sample-rank) and rejection-sampled pairs (RSO), "
-        "and compare them. Needs no network and no GPU, and takes about five minutes on two cores.",
+        "and compare them. Needs no network and no GPU, and takes about six minutes on two cores.",
     )
     quickstart.add_argument(
         "--output_dir", default="outputs/quickstart", help="folder for the report and the RSO model"

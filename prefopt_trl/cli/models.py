@@ -1,12 +1,18 @@
 """Models, adapters and rankers as the command line names them."""
 
 import importlib
-import os
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    PeftConfig,
+    PeftModel,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,10 +24,18 @@ from transformers.utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prefopt_trl.cli.arguments import RankerArguments
+from prefopt_trl.cli.checks import is_function, look_beside_the_data, not_importable, other_base
+from prefopt_trl.data.processes import process_state
 from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.rankers.function import FunctionRanker
 from prefopt_trl.rankers.pairwise import PairwiseRanker
 from prefopt_trl.rankers.pointwise import RewardModelRanker
+
+# How adapters of rankers are loaded, by their task
+ADAPTED: dict[Any, tuple[Any, dict[str, Any]]] = {
+    "SEQ_CLS": (AutoPeftModelForSequenceClassification, {"num_labels": 1}),
+    "SEQ_2_SEQ_LM": (AutoPeftModelForSeq2SeqLM, {}),
+}
 
 
 def model_to_train(model: ModelConfig, args: Any) -> dict[str, Any]:
@@ -31,11 +45,12 @@ def model_to_train(model: ModelConfig, args: Any) -> dict[str, Any]:
     as the reference model. For another path `args.model_init_kwargs` get what the model's arguments say.
 
     Raises:
-        ValueError: if an adapter does not fit its base, or the tokenizer its model.
+        ValueError: if there is no such model, an adapter does not fit its base, or the tokenizer its model.
     """
     path: Any = model.model_name_or_path
     init = {**_init_kwargs(model), **(args.model_init_kwargs or {})}
-    tokenizer = load_tokenizer(path, model.model_revision, args.trust_remote_code)
+    with named("model_name_or_path", path):
+        tokenizer = load_tokenizer(path, model.model_revision, args.trust_remote_code)
     if find_adapter_config_file(path, revision=model.model_revision) is not None:
         args.model_init_kwargs = None
         adapted = load_adapter(path, model, {**init, "trust_remote_code": args.trust_remote_code}, is_trainable=True)
@@ -53,13 +68,16 @@ def model_to_run(path: str, model: ModelConfig, device: Any, trust_remote_code: 
     """Load a policy to sample from, with its adapter if it is one, onto a device.
 
     Raises:
-        ValueError: if an adapter does not fit its base.
+        ValueError: if there is no such model, or an adapter does not fit its base.
     """
     init = {**_init_kwargs(model), "trust_remote_code": trust_remote_code}
     if find_adapter_config_file(path, revision=model.model_revision) is not None:
         loaded = load_adapter(path, model, init, is_trainable=False)
     else:
-        config = AutoConfig.from_pretrained(path, revision=model.model_revision, trust_remote_code=trust_remote_code)
+        with named("model_name_or_path" if path == model.model_name_or_path else "reference", path):
+            config = AutoConfig.from_pretrained(
+                path, revision=model.model_revision, trust_remote_code=trust_remote_code
+            )
         auto_class: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         loaded = auto_class.from_pretrained(path, quantization_config=get_quantization_config(model), **init)
     return (loaded if getattr(loaded, "is_quantized", False) else loaded.to(device)).eval()
@@ -86,7 +104,10 @@ def load_adapter(path: str, model: ModelConfig, init: dict[str, Any], is_trainab
     if not base:
         raise ValueError(f"The adapter {path} names no base model. Add `base_model_name_or_path` to its config.")
     init = {**init, "revision": config.revision or "main", "quantization_config": get_quantization_config(model)}
-    on_base = AutoModelForCausalLM.from_pretrained(base, **init)
+    try:
+        on_base = AutoModelForCausalLM.from_pretrained(base, **init)
+    except OSError as error:
+        raise other_base(path, base) from error
     try:
         return PeftModel.from_pretrained(on_base, path, revision=model.model_revision, is_trainable=is_trainable)
     except (RuntimeError, ValueError) as error:
@@ -100,7 +121,7 @@ def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> 
     """Load the tokenizer of a model, or of an adapter's base where the adapter has none.
 
     Raises:
-        ValueError: if it has token ids for which the model has no embedding.
+        ValueError: if it has token ids for which the model has no embedding, or a folder has none.
     """
     source = path
     if find_adapter_config_file(path, revision=revision) is not None:
@@ -111,7 +132,17 @@ def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source == path:
         options["revision"] = revision
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        if source != path:
+            raise other_base(path, source) from error
+        if not Path(path).is_dir():
+            raise
+        raise ValueError(
+            f"{path} has no tokenizer that can be loaded ({_in_short(error)}). Save the model's there, with "
+            "`save_pretrained`."
+        ) from error
     if model_path is not None:
         config = AutoConfig.from_pretrained(path, **options).get_text_config()
         if len(tokenizer) > config.vocab_size:
@@ -126,18 +157,39 @@ def load_ranker(arguments: RankerArguments) -> Ranker | None:
     """Load the ranker that is named: a model by the class its configuration names, or a function by its path.
 
     Raises:
-        ValueError: if a function cannot be imported.
+        ValueError: if there is no such model, or a function cannot be imported.
     """
     name = arguments.ranker
     if name is None:
         return None
-    if not os.path.exists(name) and "/" not in name and "." in name:
+    if is_function(name):
         return FunctionRanker(_import_function(name))
+    with named("ranker", name):
+        return _ranking_model(name, arguments)
+
+
+@contextmanager
+def named(argument: str, name: str) -> Iterator[None]:
+    """While entered, a model that cannot be read is told by its argument and name, which transformers may omit."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"`{argument}`={name!r} is no local folder with a model in it, and no model of the Hub that can be read "
+            f"now ({_in_short(error)})."
+        ) from error
+
+
+def _ranking_model(name: str, arguments: RankerArguments) -> Ranker:
     options: dict[str, Any] = {"batch_size": arguments.ranker_batch_size}
     if find_adapter_config_file(name) is not None:
-        merged = AutoPeftModelForCausalLM.from_pretrained(name).merge_and_unload()
+        task = PeftConfig.from_pretrained(name).task_type
+        auto_class, loading = ADAPTED.get(task, (AutoPeftModelForCausalLM, {}))
+        model = auto_class.from_pretrained(name, **loading).merge_and_unload().to(process_state().device)
         tokenizer = load_tokenizer(name, None, trust_remote_code=False)
-        return PairwiseRanker(merged, tokenizer, template=arguments.ranker_template, **options)
+        if task == "SEQ_CLS":
+            return RewardModelRanker(model, tokenizer, **options)
+        return PairwiseRanker(model, tokenizer, template=arguments.ranker_template, **options)
     architectures = AutoConfig.from_pretrained(name).architectures or []
     if any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
         return RewardModelRanker(name, **options)
@@ -146,15 +198,15 @@ def load_ranker(arguments: RankerArguments) -> Ranker | None:
 
 def _import_function(path: str) -> Any:
     module, _, name = path.rpartition(".")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as TRL's GRPO command, for a function in a file beside the data
+    look_beside_the_data()
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"`ranker`={path!r} is no folder, and no function that can be imported ({error}). Give a folder, a Hub id "
-            "with its organisation, or `package.module.function`."
-        ) from error
+        raise not_importable(path, error) from error
+
+
+def _in_short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".")
 
 
 def _init_kwargs(model: ModelConfig) -> dict[str, Any]:

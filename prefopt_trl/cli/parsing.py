@@ -1,7 +1,10 @@
 """Arguments of a command, from the command line and from `--config`, into its dataclasses; nothing unknown passes."""
 
+import os
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,6 +35,41 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[list[Any], list[str]]:
     Raises:
         SystemExit: with exit code 2, after one line that says what is wrong.
     """
+    with _failing(name):
+        parser, words, _, launching = _read(name, arguments)
+        *parsed, _ = parser.parse_args_and_config(words, return_remaining_strings=True)
+        return parsed, launching
+
+
+def launch_options(name: str, arguments: Sequence[str]) -> tuple[list[str], Namespace]:
+    """The options of `accelerate launch`, and the command's own arguments before its dataclasses check them.
+
+    Raises:
+        SystemExit: as [`parse`].
+    """
+    with _failing(name):
+        _, _, given, launching = _read(name, arguments)
+        return launching, given
+
+
+def fail(name: str, message: object, code: int = 2) -> NoReturn:
+    """End as a wrong argument ends: with one line, and exit code 2."""
+    print(f"prefopt-trl {name}: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+@contextmanager
+def _failing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, ImportError) as error:  # an engine without its package is the second
+        fail(name, error)
+    except TypeError as error:  # the values of a file meet the configurations' checks as they are
+        fail(name, f"a value in the file of --config is of the wrong type: {error}")
+
+
+def _read(name: str, arguments: Sequence[str]) -> tuple[TrlParser, list[str], Namespace, list[str]]:
+    """The parser, its words, what it makes of them, and the options that are not its own."""
     command = COMMANDS[name]
     dataclasses = command.dataclasses()
     parser = TrlParser(
@@ -40,25 +78,24 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[list[Any], list[str]]:
         usage=f"prefopt-trl {name} [--config FILE.yaml] [--OPTION VALUE ...], or --help for all options",
         allow_abbrev=False,
     )
+    types = {field.name: field.type for dataclass in dataclasses for field in fields(dataclass)}
+    for action in parser._actions:  # what TRL's parser wants a value for, and users write as a flag
+        if action.dest == "resume_from_checkpoint":
+            action.nargs, action.const, action.type = "?", True, _checkpoint
+        elif types.get(action.dest) == bool | None and action.nargs is None:
+            action.nargs, action.const = "?", True
     words = [part for word in arguments for part in _split(word)]
-    try:
-        config, given = _read_config(words)
-        others = [option.removeprefix("--") for option in parser.set_defaults_with_config(**config)[::2]]
-        launching = [*_as_options({key: config[key] for key in others}), *parser.parse_known_args(given)[1]]
-        known = {field.name for dataclass in dataclasses for field in fields(dataclass)} | {"config"}
-        _refuse_unknown(launching, known, _launch_options() if command.launched else set())
-        *parsed, _ = parser.parse_args_and_config(words, return_remaining_strings=True)
-        return parsed, launching
-    except (ValueError, ImportError) as error:  # an engine without its package is the second
-        fail(name, error)
-    except TypeError as error:  # the values of a file meet the configurations' checks as they are
-        fail(name, f"a value in the file of --config is of the wrong type: {error}")
+    config, own_words = _read_config(words)
+    others = [option.removeprefix("--") for option in parser.set_defaults_with_config(**config)[::2]]
+    given, unknown = parser.parse_known_args(own_words)
+    launching = [*_as_options({key: config[key] for key in others}), *unknown]
+    _refuse_unknown(launching, types, _launch_options() if command.launched else set())
+    return parser, words, given, launching
 
 
-def fail(name: str, message: object) -> NoReturn:
-    """End as a wrong argument ends: with one line, and exit code 2."""
-    print(f"prefopt-trl {name}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def _checkpoint(word: str) -> str | bool:
+    """A path, or whether to go on from the latest."""
+    return {"true": True, "false": False}.get(word.lower(), word)
 
 
 def _split(word: str) -> list[str]:
@@ -66,7 +103,7 @@ def _split(word: str) -> list[str]:
 
 
 def _read_config(words: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The mapping of the file of `--config`, without its environment variables, and the other words."""
+    """The mapping of the file of `--config`, without its environment variables, which are set, and the other words."""
     if "--config" not in words:
         return {}, words
     place = words.index("--config")
@@ -79,7 +116,9 @@ def _read_config(words: list[str]) -> tuple[dict[str, Any], list[str]]:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a YAML mapping, `name: value` on each line, and holds {config!r:.80}.")
-    config.pop("env", None)
+    env = config.pop("env", None)
+    if isinstance(env, dict):  # TRL's parser refuses anything else
+        os.environ.update({key: str(value) for key, value in env.items()})
     return config, words[:place] + words[place + 2 :]
 
 
@@ -96,12 +135,14 @@ def _launch_options() -> set[str]:
     }
 
 
-def _refuse_unknown(words: list[str], known: set[str], launch_options: set[str]) -> None:
+def _refuse_unknown(words: list[str], types: dict[str, Any], launch_options: set[str]) -> None:
     for place, word in enumerate(words):
         key = word.removeprefix("--").split("=")[0].replace("-", "_")
         if not word.startswith("--") and place == 0:
             raise ValueError(f"unexpected argument {word!r}: options have names, such as --dataset_name {word}.")
         if word.startswith("--") and key not in launch_options:
-            nearest = get_close_matches(key, [*known, *launch_options], n=1)
+            nearest = get_close_matches(key, [*types, "config", *launch_options], n=1)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            if types.get(key.removeprefix("no_")) in (bool, bool | None):
+                hint = f" Did you mean `--{key.removeprefix('no_')} False`?"
             raise ValueError(f"unknown argument {key!r}.{hint} See --help.")

@@ -1,22 +1,83 @@
 """What each process of a launched command runs: `python -m prefopt_trl.cli.run COMMAND ...`."""
 
+import ctypes
+import linecache
+import os
+import signal
 import sys
+import time
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from prefopt_trl.cli.checks import check_arguments
+import prefopt_trl
+from prefopt_trl.cli.checks import check_arguments, checkpoints
 from prefopt_trl.cli.commands import COMMANDS
+from prefopt_trl.cli.config_file import launched_with
 from prefopt_trl.cli.parsing import fail, parse
+from prefopt_trl.data.hub import PushError
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+SECONDS_FOR_OTHERS = 10  # in which the launcher ends a process whose main one has failed
 
 
-def run(name: str, arguments: Sequence[str]) -> None:
-    """Run a command in this process; options of `accelerate launch` among its arguments were the launcher's."""
-    parsed, _ = parse(name, arguments)
+def main(name: str, arguments: Sequence[str]) -> None:
+    """Run a command in this process; options of `accelerate launch` among its arguments were the launcher's.
+
+    What our own checks refuse ends with one line, on the main process, and exit code 2; a failed push with 1. With
+    `log_level=debug`, and for any other exception, there is a traceback.
+    """
+    parsed, launching = parse(name, arguments)
+    launched_with(launching)
     try:
-        check_arguments(*parsed)
-    except ValueError as error:
-        fail(name, error)
+        run(name, *parsed)
+    except (ValueError, FileNotFoundError, PushError) as error:
+        if any(getattr(part, "log_level", None) == "debug" for part in parsed) or not _is_ours(error):
+            raise
+        if not _is_main_process():
+            time.sleep(SECONDS_FOR_OTHERS)  # it speaks only where the main process has nothing to say
+        fail(name, error, code=1 if isinstance(error, PushError) else 2)
+
+
+def run(name: str, *parsed: Any) -> None:
+    """Check the arguments of a command, and run it.
+
+    Raises:
+        ValueError, FileNotFoundError: for arguments that cannot work.
+    """
+    check_arguments(*parsed)
+    for part in parsed:
+        if getattr(part, "resume_from_checkpoint", True) or not _is_main_process():
+            continue
+        if earlier := checkpoints(part.output_dir):
+            print(
+                f"{part.output_dir} has checkpoints of an earlier run ({', '.join(earlier)}), and this one writes "
+                "over those of the same step. `--resume_from_checkpoint` goes on from the last one instead."
+            )
     COMMANDS[name].run(*parsed)
 
 
+def end_with_parent() -> None:
+    """Have Linux end this process when the one that started it is gone, as it cannot pass `kill -9` on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a line of this package has raised it on purpose."""
+    if isinstance(error, PushError):
+        return True
+    where, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    file = where.f_code.co_filename
+    in_package = Path(file).is_relative_to(Path(prefopt_trl.__file__).parent)
+    return in_package and linecache.getline(file, line).lstrip().startswith("raise ")
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 if __name__ == "__main__":
-    run(sys.argv[1], sys.argv[2:])
+    end_with_parent()
+    main(sys.argv[1], sys.argv[2:])

@@ -8,7 +8,7 @@ from trl import ModelConfig
 
 from prefopt_trl.cli.arguments import SampleConfig
 from prefopt_trl.cli.config_file import save_config
-from prefopt_trl.cli.models import load_ranker, load_tokenizer, model_to_run
+from prefopt_trl.cli.models import load_ranker, load_tokenizer, model_to_run, named
 from prefopt_trl.cli.train import prompts_that_fit
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.data.processes import process_state
@@ -21,7 +21,9 @@ def run(own: SampleConfig, model: ModelConfig) -> None:
     state = PartialState(cpu=True) if own.use_cpu else process_state()
     path: Any = model.model_name_or_path
     rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_split, own.num_rows)
-    tokenizer = load_tokenizer(path, model.model_revision, own.trust_remote_code)
+    with named("model_name_or_path", path):
+        tokenizer = load_tokenizer(path, model.model_revision, own.trust_remote_code)
+    ranker = load_ranker(own)
     given = "completions" in rows.column_names
     if not given:
         rows = prompts_that_fit(rows.select_columns(["prompt"]), tokenizer, own.max_length, own.max_new_tokens)
@@ -32,7 +34,7 @@ def run(own: SampleConfig, model: ModelConfig) -> None:
         rows,
         policy,
         tokenizer,
-        load_ranker(own),
+        ranker,
         output_dir=own.output_dir,
         max_length=own.max_length,
         **own.selection_options(),

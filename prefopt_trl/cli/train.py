@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from prefopt_trl.cli.arguments import PreferenceArguments, TrainingData
-from prefopt_trl.cli.config_file import save_config
+from prefopt_trl.cli.config_file import config_text, write_config
 from prefopt_trl.cli.models import load_ranker, model_to_train
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.data.tokenization import tokenize_completions
@@ -29,7 +29,7 @@ COMPLETIONS = {"chosen", "rejected", "completions", "rewards"}
 
 def run(own: PreferenceArguments, args: PreferenceConfig, model: ModelConfig) -> None:
     """Train, and save the result in `args.output_dir`."""
-    save_arguments(own, args, model)
+    config = config_text(own, args, model)  # as given: what follows changes `args`
     trained = model_to_train(model, args)
     splits = load_splits(own, args)
     trainer_class = TRAINERS[type(args)]
@@ -41,13 +41,7 @@ def run(own: PreferenceArguments, args: PreferenceConfig, model: ModelConfig) ->
         elif rows is not None and own.ranker is not None and trainer_class.learns_from == "rankings":
             rows = completions_that_fit(rows, trained["processing_class"], args.max_length)
         splits[name] = rows
-    train_and_save(trainer_class(args=args, ranker=load_ranker(own), **splits, **trained), own)
-
-
-def save_arguments(own: Any, args: Any, model: ModelConfig) -> None:
-    """Write the configuration beside the result, on the main process."""
-    if PartialState().is_main_process:
-        save_config(args.output_dir, own, args, model)
+    train_and_save(trainer_class(args=args, ranker=load_ranker(own), **splits, **trained), own, config)
 
 
 def load_splits(own: TrainingData, args: Any) -> dict[str, Any]:
@@ -112,9 +106,11 @@ def completions_that_fit(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_
     return rows.select(fitting)
 
 
-def train_and_save(trainer: Any, own: TrainingData) -> None:
-    """Train, save, and only then push if `push_to_hub` says so."""
+def train_and_save(trainer: Any, own: TrainingData, config: str) -> None:
+    """Write the configuration, train, save, and only then push if `push_to_hub` says so."""
     args = trainer.args
+    if trainer.accelerator.is_main_process:
+        write_config(args.output_dir, config)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(_internal_call=True)  # it would push by itself, before we have said what is saved
     trainer.accelerator.print(f"The trained model is saved in {args.output_dir}.")

@@ -101,19 +101,35 @@ def push_folder(
         )
     except Exception as error:  # whatever the Hub, the network, the login or the disk raise
         logger.debug("The push failed", exc_info=True)
-        command = ["hf", "upload", repo_id, str(folder), *([path_in_repo] if path_in_repo else [])]
-        command += ["--repo-type", repo_type] if repo_type != "model" else []
-        command += ["--private"] if private else []
-        command += ["--revision", revision] if revision else []
-        for option, patterns in {"--include": include, "--exclude": exclude, "--delete": delete}.items():
-            command += [word for pattern in patterns for word in (option, pattern)]
+        command = _command(repo_id, folder, path_in_repo, repo_type, private, revision, include, exclude, delete)
         raise PushError(
             f"{folder} was not pushed to {repo_id}: {_reason(error)}\n"
             f"Nothing is lost: the complete local copy is in {folder}. Push it later with\n\n"
-            f"    {shlex.join(command)}\n"
+            f"    {command}\n"
         ) from None  # the reason says it, in one line for a hundred
     logger.warning("Pushed to %s.", repo)
     return str(repo)
+
+
+def _command(
+    repo_id: str,
+    folder: str | Path,
+    path_in_repo: str | None,
+    repo_type: str,
+    private: bool | None,
+    revision: str | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    delete: Sequence[str],
+) -> str:
+    """What does the same in a shell as [`push_folder`]."""
+    command = ["hf", "upload", repo_id, str(folder), *([path_in_repo] if path_in_repo else [])]
+    command += ["--repo-type", repo_type] if repo_type != "model" else []
+    command += ["--private"] if private else []
+    command += ["--revision", revision] if revision else []
+    for option, patterns in {"--include": include, "--exclude": exclude, "--delete": delete}.items():
+        command += [word for pattern in patterns for word in (option, pattern)]
+    return shlex.join(command)
 
 
 def push_in_background(*args: Any, commit_message: str, **kwargs: Any) -> Future[str]:
@@ -132,22 +148,36 @@ def push_in_background(*args: Any, commit_message: str, **kwargs: Any) -> Future
     return push
 
 
-def reserve_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+def reserve_repository(
+    repo_id: str,
+    folder: str | Path,
+    *,
+    exclude: Sequence[str] = (),
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+) -> str:
     """Make the repository of a model where there is none, and see that it may be written to.
 
     Args:
         repo_id (`str`):
             Repository, such as `"my-org/my-model"`.
+        folder (`str` or `Path`):
+            Folder that the model will be in.
+        exclude (`Sequence[str]`, *optional*):
+            Patterns of its files that will not be sent.
         private (`bool`, *optional*):
             Whether a repository made here is private.
         token (`str`, *optional*):
             Access token. By default the one you are logged in with.
+        revision (`str`, *optional*):
+            Branch that it will be sent to.
 
     Returns:
         `str`: its whole name, with the organisation or user.
 
     Raises:
-        PushError: if it can be neither made nor written to.
+        PushError: if it can be neither made nor written to, with the command that pushes the folder once it can.
     """
     try:
         api = HfApi(token=token)
@@ -156,8 +186,9 @@ def reserve_repository(repo_id: str, *, private: bool | None = None, token: str 
     except Exception as error:
         raise PushError(
             f"Nothing could be pushed to {repo_id} later: {_reason(error)}\n"
-            "Nothing was sampled or trained yet. Mend it, or leave out `push_to_hub` and call "
-            "`trainer.push_to_hub()` after training."
+            "Nothing was sampled or trained yet. Mend it, or leave out `push_to_hub`, and after training call "
+            "`trainer.push_to_hub()` or run\n\n"
+            f"    {_command(repo_id, folder, None, 'model', private, revision, (), exclude, ())}\n"
         ) from None
     return repo.repo_id
 

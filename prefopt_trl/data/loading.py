@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 
 from prefopt_trl.data.formats import check_columns
 from prefopt_trl.data.hh_rlhf import HUMAN_TURN, SUBSETS, _split_rows, load_hh_rlhf
 
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `load_dataset` reads them as
+
+
+SAMPLED = ("pairs", "candidates")  # what `build_preference_dataset` writes, each for `load_from_disk`
 
 
 def load_rows(name: str, config: str | None = None, split: str = "train", num_rows: int | None = None) -> Dataset:
@@ -25,7 +28,7 @@ def load_rows(name: str, config: str | None = None, split: str = "train", num_ro
             `"harmless-base"`.
         split (`str`, *optional*, defaults to `"train"`):
             Split. A file, and a folder with one dataset that `save_to_disk` wrote, have no splits: they are read
-            whole, whatever this says.
+            whole, whatever this says. A sampled dataset is all `"train"`, of which `"train[:90%]"` is a part.
         num_rows (`int`, *optional*):
             The first so many rows only.
 
@@ -55,20 +58,46 @@ def load_rows(name: str, config: str | None = None, split: str = "train", num_ro
     return dataset if num_rows is None else dataset.select(range(min(num_rows, len(dataset))))
 
 
+def check_name(name: str) -> None:
+    """Refuse the name of a dataset that can only be a path, and has nothing at it.
+
+    Raises:
+        FileNotFoundError: naming it.
+    """
+    path = Path(name)
+    if is_lost(name) or (not path.exists() and path.suffix in (*FILES, ".gz")):
+        raise FileNotFoundError(
+            f"There is no file {name}, and no folder. Check the path, which is relative to the current folder."
+        )
+
+
+def is_lost(name: str) -> bool:
+    """Whether a name can only be a path, not an id on the Hub, and there is nothing at it."""
+    path = Path(name)
+    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return not path.exists() and (looks_like_a_path or ("/" in name and path.parent.is_dir()))
+
+
 def _load(name: str, config: str | None, split: str) -> Dataset:
+    check_name(name)
     path = Path(name)
     if path.is_file():
         suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
         if suffix not in FILES:
             raise ValueError(f"{name} is no file of {', '.join(FILES)} (or .jsonl.gz, .json.gz). Convert it to one.")
         return load_dataset(FILES[suffix], data_files=name, split="train")
+    if (path / "manifest.json").is_file() and (path / "pairs" / "state.json").is_file():
+        # Not by the folder's card: the files that are read are to say where the rows came from
+        if config not in (None, *SAMPLED):
+            raise ValueError(f"{name} has no configuration {config!r}; it has {' and '.join(SAMPLED)}.")
+        sampled = load_from_disk(str(path / (config or "pairs")))
+        parts = ReadInstruction.from_spec(split).to_absolute({"train": len(sampled)})
+        return sampled.select([row for part in parts for row in range(part.from_, part.to)])
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = load_from_disk(name)
         if isinstance(saved, DatasetDict) and split not in saved:
             raise ValueError(f"{name} has no split {split!r}; it has {', '.join(saved)}. Choose one of them.")
         return saved[split] if isinstance(saved, DatasetDict) else saved
-    if not path.is_dir() and path.suffix in (*FILES, ".gz"):
-        raise FileNotFoundError(f"There is no file {name}. Check the path, which is relative to the current folder.")
     try:
         return load_dataset(name, config, split=split)
     except OSError as error:

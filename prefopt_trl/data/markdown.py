@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -33,6 +34,11 @@ def code(text: str) -> str:
 def name(text: str) -> str:
     """Write a name as code, with what JSON escapes in it escaped."""
     return code(json.dumps(text, ensure_ascii=False)[1:-1])  # without the quotes
+
+
+def public_name(source: str) -> str:
+    """A name on the Hub as it is, and of a folder or file of this machine the last part alone."""
+    return Path(source).name if Path(source).exists() else source
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -1,8 +1,6 @@
 """The processes of a run: how many there are, and which one this is."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from accelerate import PartialState
@@ -23,19 +21,3 @@ def process_state() -> PartialState:
             "set `use_cpu=True` in the trainer's configuration."
         )
     return state
-
-
-@contextmanager
-def whole_on_every_process() -> Iterator[None]:
-    """Load models whole on each process, also where FSDP's `cpu_ram_efficient_loading` is on.
-
-    With it `from_pretrained` reads the weights on one process of a machine and leaves the others empty, to be filled
-    when the model is sharded. A model that samples or ranks is not sharded, and would stay empty.
-    """
-    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-    before = os.environ.pop(name, None)
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ[name] = before

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.rankers.base import Ranker
-from prefopt_trl.sampling.generation import sample_candidates
+from prefopt_trl.sampling.generation import Candidates, sample_candidates
 from prefopt_trl.sampling.prompts import tokenize_prompts
 from prefopt_trl.shared_prefix.scoring import completion_logps
 
@@ -76,6 +76,7 @@ def evaluate_policy(
         prompt_ids,
         num_completions=1,
         seed=seed,
+        keep_logps=True,  # and with them the tokens that were drawn
         progress=False,
         max_new_tokens=max_new_tokens,
         temperature=1.0,
@@ -87,7 +88,7 @@ def evaluate_policy(
     measured: dict[str, Any] = {
         "ranker_reward": rewards,
         "ranker_win_rate": _wins(rewards),
-        "kl": _log_ratios(policy, reference, tokenizer, prompts, prompt_ids, sampled),
+        "kl": _log_ratios(policy, reference, prompt_ids, sampled),
     }
     if true_reward is not None:
         measured["true_reward"] = np.array(true_reward(prompts=prompts, completions=completions))
@@ -104,16 +105,11 @@ def _wins(advantages: np.ndarray) -> np.ndarray:
 def _log_ratios(
     policy: PreTrainedModel,
     reference: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
     prompt_ids: list[list[int]],
-    sampled: list[Any],
+    sampled: list[Candidates],
 ) -> np.ndarray:
-    """log policy - log reference of each sample, its EOS token included where it ended by itself."""
-    rows = []
-    for text, prompt, candidates in zip(prompts, prompt_ids, sampled, strict=True):
-        completion = tokenizer(text + candidates.texts[0])["input_ids"][len(prompt) :]
-        rows.append((prompt, completion + [tokenizer.eos_token_id] * candidates.finished[0]))
+    """log policy - log reference of the tokens of each sample, its EOS token included where it ended by itself."""
+    rows = [(prompt, candidates.sampled[0].ids) for prompt, candidates in zip(prompt_ids, sampled, strict=True)]
     batches = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
     return np.concatenate([_log_ratios_of_batch(policy, reference, batch) for batch in batches])
 

@@ -21,9 +21,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
-def with_error(estimate: Estimate, digits: int = 2) -> str:
-    """`mean ± standard error`."""
-    return f"{estimate.mean:.{digits}f} ± {estimate.standard_error:.{digits}f}"
+def with_error(estimate: Estimate, form: str = ".2f") -> str:
+    """`mean ± standard error`, each in a form of Python's `format`."""
+    return f"{estimate.mean:{form}} ± {estimate.standard_error:{form}}"
 
 
 def as_percentage(estimate: Estimate) -> str:

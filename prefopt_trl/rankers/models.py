@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.fingerprints import model_fingerprint, tokenizer_fingerprint
-from prefopt_trl.data.processes import process_state, whole_on_every_process
+from prefopt_trl.data.processes import process_state
 from prefopt_trl.data.tokenization import check_vocabulary
 from prefopt_trl.shared_prefix.continuation import (
     RowsAfterPrefix,
@@ -65,7 +65,9 @@ class RankingModel:
         source = model if isinstance(model, str) else model.config.name_or_path
         if tokenizer is None and not source:
             raise ValueError("`tokenizer` is missing, and the model was not loaded from anywhere. Pass its tokenizer.")
-        self.model: PreTrainedModel = _load(auto_class, model) if isinstance(model, str) else model
+        self.model: PreTrainedModel = (
+            auto_class.from_pretrained(model).to(process_state().device) if isinstance(model, str) else model
+        )
         self.tokenizer = AutoTokenizer.from_pretrained(source) if tokenizer is None else tokenizer
         check_vocabulary(self.tokenizer, self.model)
         self.batch_size = batch_size
@@ -160,8 +162,3 @@ class RankingModel:
             "batch_size": self.batch_size,  # rounding differs with what shares a batch
             "share_prefix": self.share_prefix,
         }
-
-
-def _load(auto_class: Any, path: str) -> PreTrainedModel:
-    with whole_on_every_process():
-        return auto_class.from_pretrained(path).to(process_state().device)

@@ -5,9 +5,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from prefopt_trl.data.hub import push_folder
-from prefopt_trl.data.markdown import name, settings_table
+from prefopt_trl.data.markdown import name, public_name, settings_table
 from prefopt_trl.rankers.models import RankingModel
 
 
@@ -77,34 +78,64 @@ class PublishedModel:
         return push_folder(folder, repo_id, write_card, commit_message="Upload ranker", private=private, token=token)
 
     def _write_card(self, folder: Path, source: str) -> None:
-        kind, model = type(self).__name__, self.ranking_model.model
-        is_adapter = isinstance(model, PeftModel)
-        base_model = model.config.name_or_path or ""
-        is_local = Path(base_model).exists()
-        data = ModelCardData(
-            library_name="peft" if is_adapter else "transformers",
-            base_model=None if is_local else base_model,
-            tags=["trl", "prefopt-trl", "ranker", "reward-model"],
-        )
-        arguments = "".join(f", {argument}={value}" for argument, value in self.arguments().items())
-        if is_adapter:
-            use = f"""from peft import {self.peft_class}
+        card = ranker_card(type(self), self.ranking_model.model, source, self.arguments(), self.settings())
+        card.save(folder / "README.md")
+
+
+def ranker_card(
+    ranker_class: type[PublishedModel],
+    model: PreTrainedModel | PeftModel,
+    source: str,
+    arguments: dict[str, str],
+    settings: dict[str, Any],
+    dataset_name: str | None = None,
+) -> ModelCard:
+    """Write the card of a ranker's model.
+
+    Args:
+        ranker_class (`type`):
+            [`PairwiseRanker`] or [`RewardModelRanker`].
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Its model, or adapter.
+        source (`str`):
+            What the model is loaded from: its repository, or its folder.
+        arguments (`dict[str, str]`):
+            Further arguments that make the ranker, as Python writes them.
+        settings (`dict`):
+            What the card has in its table.
+        dataset_name (`str`, *optional*):
+            What the model was trained on: dataset on the Hub, or a folder or file, whose name alone is told.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: with its metadata in YAML first.
+    """
+    kind, is_adapter = ranker_class.__name__, isinstance(model, PeftModel)
+    base_model = model.config.name_or_path or ""
+    data = ModelCardData(
+        library_name="peft" if is_adapter else "transformers",
+        base_model=None if Path(base_model).exists() else base_model,
+        datasets=None if dataset_name is None or Path(dataset_name).exists() else dataset_name,
+        tags=["trl", "prefopt-trl", "ranker", "reward-model"],
+    )
+    written = "".join(f", {argument}={value}" for argument, value in arguments.items())
+    if is_adapter:
+        use = f"""from peft import {ranker_class.peft_class}
 from transformers import AutoTokenizer
 from prefopt_trl import {kind}
 
 source = {source!r}
-model = {self.peft_class}.from_pretrained(source{self.peft_options})
-ranker = {kind}(model, AutoTokenizer.from_pretrained(source){arguments})"""
-        else:
-            use = f"""from prefopt_trl import {kind}
+model = {ranker_class.peft_class}.from_pretrained(source{ranker_class.peft_options})
+ranker = {kind}(model, AutoTokenizer.from_pretrained(source){written})"""
+    else:
+        use = f"""from prefopt_trl import {kind}
 
-ranker = {kind}({source!r}{arguments})"""
-        shown = Path(base_model).name if is_local else base_model  # no folders of this machine
-        trained_from = f" Its model was loaded from {name(shown)}." if base_model else ""
-        text = f"""# Ranker
+ranker = {kind}({source!r}{written})"""
+    trained_from = f" Its model was loaded from {name(public_name(base_model))}." if base_model else ""
+    trained_on = f" It was trained on {name(public_name(dataset_name))}." if dataset_name else ""
+    text = f"""# Ranker
 
 A `{kind}` of prefopt-trl: it says which of two completions of a prompt is
-preferred, and gives each a reward.{trained_from}
+preferred, and gives each a reward.{trained_from}{trained_on}
 
 ## Use
 
@@ -115,8 +146,6 @@ ranker.compare(["What is 2 + 2?"], ["It is 4."], ["It is 5."])
 
 ## Settings
 
-Fingerprints are shortened.
-
-{settings_table(self.settings())}
+{settings_table(settings)}
 """
-        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

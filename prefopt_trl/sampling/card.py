@@ -94,7 +94,7 @@ def dataset_card(settings: dict[str, Any], statistics: SamplingStatistics, datas
 from datasets import load_dataset
 from prefopt_trl import {trainer}
 
-{made} = load_dataset("this/repository", "pairs", split="train")  # or this folder
+{made} = load_dataset("this/repository", "pairs", split="train")  # of this folder: load_from_disk("pairs")
 trainer = {trainer}(model, train_dataset={made})  # {relatives}
 ```
 

@@ -30,7 +30,6 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id, use_a
 
 from prefopt_trl.data.collators import DataCollatorForRanking
 from prefopt_trl.data.formats import columns_of
-from prefopt_trl.data.processes import whole_on_every_process
 from prefopt_trl.data.rankings import pairs_to_rankings, tokenize_rankings, warn_of_full_prompts
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
@@ -40,7 +39,13 @@ from prefopt_trl.trainers.base_config import PreferenceConfig
 from prefopt_trl.trainers.checkpoints import Resumable, check_model
 from prefopt_trl.trainers.completions import ScoredCompletions, by_prompt, columns_of_rows, ranking_metrics
 from prefopt_trl.trainers.model_card import TrainingData
-from prefopt_trl.trainers.preferences import check_prompts, check_text, with_completions, with_sampled_logps
+from prefopt_trl.trainers.preferences import (
+    are_prompts,
+    check_prompts,
+    check_text,
+    with_completions,
+    with_sampled_logps,
+)
 from prefopt_trl.trainers.publishing import Published, check_repository
 from prefopt_trl.trainers.tables import LogPreferencesCallback, first_examples
 
@@ -125,6 +130,8 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
         # Not by name: a split for evaluation may be called "train" too
         self._online_prompts = train_dataset if args.sampling == "online" else None
         samples_while_training = args.sampling == "online" or keeps_ranker
+        is_sampled = isinstance(given, Dataset) and are_prompts(given.column_names, self.learns_from)
+        self.samples = samples_while_training or is_sampled
         uses_ranker = samples_while_training or train_dataset is not given
         self.training_data = TrainingData.of(train_dataset, ranker if uses_ranker else None)
         self.reference_given = None if ref_model is None else get_config_model_id(ref_model.config)
@@ -232,8 +239,7 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
                 kwargs["quantization_config"] = quantization_config
             if args.distributed_state.distributed_type != DistributedType.NO:
                 kwargs["device_map"] = None  # not over the devices of all the processes, which each have a policy
-            with whole_on_every_process():
-                policy = create_model_from_path(policy, **kwargs)
+            policy = create_model_from_path(policy, **kwargs)
         if getattr(policy, "hf_device_map", None) is None and not getattr(policy, "is_quantized", False):
             policy = policy.to(args.device)
         return policy

@@ -25,6 +25,8 @@ from prefopt_trl.sampling.prompts import check_unused_columns, tokenize_prompts
 
 logger = logging.getLogger(__name__)
 
+SHARD_ROWS = 32  # sampled together, from a stream of their own, so that samples do not depend on the processes
+
 
 class Bootstrap(TrainerCallback):
     """The parts of a dataset of rankings, and what the policy has sampled for their prompts in this epoch.
@@ -72,7 +74,9 @@ class Bootstrap(TrainerCallback):
         self.dataset, self.tokenizer, self.ranker = dataset, tokenizer, ranker
         self.folder, self.seed, self.generation = Path(folder), seed, generation
         # As they will be read back: what a run that is resumed must have in common with the interrupted one
-        settings = {"bootstrap_parts": num_parts, "seed": seed, **generation, "ranker": ranker.settings()}
+        with gathered(model_of(ranker)):
+            ranker_settings = ranker.settings()
+        settings = {"bootstrap_parts": num_parts, "seed": seed, **generation, "ranker": ranker_settings}
         self.settings = json.loads(json.dumps(settings))
         order = np.random.default_rng(seed).permutation(len(dataset))
         self.parts = np.array_split(order, num_parts)
@@ -122,13 +126,15 @@ class Bootstrap(TrainerCallback):
                 "with the `output_dir` of the run that was interrupted, or from a checkpoint before that part."
             )
         if saved[0] is None:
-            # Each process samples as many prompts as the others, as ZeRO-3 needs it; some are sampled twice
+            shards = np.split(self.parts[part], range(SHARD_ROWS, len(self.parts[part]), SHARD_ROWS))
+            # Each process samples as many as the others, as weights need it that cannot be gathered; some twice
             rank, world = accelerator.process_index, accelerator.num_processes
-            own = np.resize(self.parts[part], -(-len(self.parts[part]) // world) * world)[rank::world]
+            own = np.resize(np.arange(len(shards)), -(-len(shards) // world) * world)[rank::world].tolist()
             with gathered(model, model_of(self.ranker)):
-                extended = self._sample_rows(own, model, [self.seed, self.epoch, part, rank])
-            sampled = gather_object(extended)
-            saved[0] = list({ranking["row"]: ranking for ranking in sampled}.values())
+                extended = [self._sample_rows(shards[n], model, [self.seed, self.epoch, part, n]) for n in own]
+            sampled = gather_object([ranking for shard in extended for ranking in shard])
+            by_row = {ranking["row"]: ranking for ranking in sampled}
+            saved[0] = [by_row[row] for row in self.parts[part].tolist()]
             if accelerator.is_main_process:
                 self._write(file, {"global_step": global_step, "settings": self.settings, "rankings": saved[0]})
         for ranking in saved[0] or []:

@@ -6,11 +6,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from prefopt_trl.data.fingerprints import dataset_fingerprint
 from prefopt_trl.data.tokenization import check_vocabulary
+from prefopt_trl.trainers.rso_config import LOSS_NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +60,33 @@ NOT_DECIDING = {
     "share_prefix",
     "trust_remote_code",
 }
+# In force only where the trainer samples what it learns from, and where `sync_ref_model` is on
+SAMPLING = {
+    "max_new_tokens",
+    "num_candidates",
+    "num_samples",
+    "pairing",
+    "rejection_beta",
+    "sampling_temperature",
+    "strategy",
+    "temperature",
+    "top_k",
+    "top_p",
+}
+SYNCHRONISING = {"ref_model_mixup_alpha", "ref_model_sync_steps"}
+# Of an adapter's config, what does not decide how it is trained
+NOT_OF_THE_ADAPTER = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "task_type",
+}
+TRAINING_DATA = "training_data"
+# Computed anew when a run resumes, so that the last digits may differ, or in Python objects
+NOT_FINGERPRINTED = {"image", "images", "ref_chosen_logps", "ref_rejected_logps"}
+RSO_NAMES = {of_trl: of_rso for of_rso, of_trl in LOSS_NAMES.items()}
 # A run may be made longer; its learning rate then follows the schedule of the new length
 LENGTHS = ["num_train_epochs", "max_steps"]
 GLOBAL_BATCH = "per_device_train_batch_size * gradient_accumulation_steps * processes"
@@ -66,30 +97,41 @@ class Resumable:
 
     args: Any
     state: Any
+    model: Any
+    train_dataset: Any
+    samples: bool  # what it learns from, before training or during it
     _name: str  # of the method
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As [`~transformers.Trainer`] does.
 
         Raises:
-            ValueError: for a checkpoint that was trained with other settings, naming them.
+            ValueError: for a checkpoint that was trained with other settings, another adapter or other data, or longer
+                than this run, naming them.
         """
+        self._set_signature_columns_if_needed()  # type: ignore[attr-defined]  # TRL's
+        self._training_data = data_fingerprint(self.train_dataset, set(self._signature_columns))  # type: ignore[attr-defined]
         checkpoint: Any = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
         if checkpoint:
-            check_settings(checkpoint, training_settings(self._name, self.args))
+            check_settings(checkpoint, self._settings())
+            check_length(checkpoint, self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]  # transformers'
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.args.should_save:  # first, so that they are there when the checkpoint is pushed
             trainer: Any = self
             folder = Path(trainer._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_settings(folder, training_settings(self._name, self.args))
+            save_settings(folder, self._settings())
         super()._save_checkpoint(model, trial)  # type: ignore[misc]  # TRL's
 
+    def _settings(self) -> dict[str, Any]:
+        settings = training_settings(self._name, self.args, self.samples) | adapter_settings(self.model)
+        return settings | ({TRAINING_DATA: self._training_data} if self._training_data else {})
 
-def training_settings(method: str, args: TrainingArguments) -> dict[str, Any]:
+
+def training_settings(method: str, args: TrainingArguments, samples: bool = True) -> dict[str, Any]:
     """The settings that decide what is trained: loss, data order, optimiser, schedule, lengths and sampling.
 
     Args:
@@ -97,19 +139,65 @@ def training_settings(method: str, args: TrainingArguments) -> dict[str, Any]:
             Name of the method, such as `"RSO"`.
         args ([`~transformers.TrainingArguments`]):
             Configuration of the trainer.
+        samples (`bool`, *optional*, defaults to `True`):
+            Whether the trainer samples what it learns from. Else the options of sampling are left out.
 
     Returns:
-        `dict`: as it would be read back from JSON. The batch size is that of a step of the optimiser on all processes.
+        `dict`: as it would be read back from JSON, without what is not in force. The batch size is that of a step of
+            the optimiser on all processes.
     """
     general = {field.name for field in fields(TrainingArguments)}
     names = {field.name for field in fields(args)} - general - NOT_DECIDING | DECIDING
     values = args.to_dict()
+    if not samples:
+        # PRO has a `temperature` of its own, in its loss
+        names -= SAMPLING - ({"temperature"} if "sampling_temperature" in names else set())
+    if not values["sync_ref_model"]:
+        names -= SYNCHRONISING
     settings = {
         "method": method,
         GLOBAL_BATCH: args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         **{name: values[name] for name in sorted(names & values.keys())},
     }
     return json.loads(json.dumps(settings, default=str))
+
+
+def adapter_settings(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    """The config of the adapter that is trained, as it would be read back from JSON.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model that is trained.
+
+    Returns:
+        `dict`: values by `"peft_config.<name>"`, as far as they decide what is trained. Without an adapter
+        `"peft_config.peft_type"`, which is None, is the only one.
+    """
+    config = model.active_peft_config.to_dict() if isinstance(model, PeftModel) else {"peft_type": None}
+    settings = {
+        f"peft_config.{name}": sorted(value) if isinstance(value, set) else value
+        for name, value in config.items()
+        if name not in NOT_OF_THE_ADAPTER and isinstance(value, str | int | float | list | tuple | set | dict | None)
+    }
+    return json.loads(json.dumps(settings, default=str))
+
+
+def data_fingerprint(dataset: Any, columns: set[str]) -> str | None:
+    """Fingerprint the training data as the model is given them, on any number of processes and in any folder.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or any other):
+            Prepared training data.
+        columns (`set[str]`):
+            Those that training reads. Images and log-probabilities of the reference model are left out.
+
+    Returns:
+        `str` or `None`: None for a stream.
+    """
+    if not isinstance(dataset, Dataset):
+        return None
+    names = [name for name in dataset.column_names if name in columns - NOT_FINGERPRINTED]
+    return dataset_fingerprint(dataset.select_columns(names).with_format(None))
 
 
 def save_settings(checkpoint: str | Path, settings: dict[str, Any]) -> None:
@@ -146,13 +234,21 @@ def check_settings(checkpoint: str | Path, settings: dict[str, Any]) -> None:
     saved = json.loads(file.read_text(encoding="utf-8"))
     # Only what both have: another version may know of more
     changed = [name for name in saved if name in settings and saved[name] != settings[name]]
-    described = [f"`{name}` was {saved[name]!r} and is {settings[name]!r}" for name in changed if name not in LENGTHS]
+    method = settings.get("method", "")
+
+    def describe(name: str) -> str:
+        if name == TRAINING_DATA:
+            return "the training data are others"
+        before, now = (as_written(method, name, values[name]) for values in (saved, settings))
+        return f"`{name}` was {before!r} and is {now!r}"
+
+    described = [describe(name) for name in changed if name not in LENGTHS]
     if described:
         raise ValueError(
             f"{checkpoint} was trained with other settings: {'; '.join(described)}. Resume with those that it had. To "
             "train on with new ones, give the checkpoint as `model` of a new run, without `resume_from_checkpoint`."
         )
-    lengths = [f"`{name}` was {saved[name]!r} and is {settings[name]!r}" for name in changed]
+    lengths = list(map(describe, changed))
     if lengths:
         logger.warning(
             "%s is resumed for another length: %s. Its learning rate goes on along the schedule of the new length.",
@@ -161,8 +257,43 @@ def check_settings(checkpoint: str | Path, settings: dict[str, Any]) -> None:
         )
 
 
+def as_written(method: str, name: str, value: Any) -> Any:
+    """A setting by the name that the user has for its value: RSO's losses, which its configuration calls as TRL."""
+    if (method, name) != ("RSO", "loss_type"):
+        return value
+    losses = [RSO_NAMES.get(loss, loss) for loss in value]
+    return losses[0] if len(losses) == 1 else losses
+
+
+def check_length(checkpoint: str | Path, args: TrainingArguments) -> None:
+    """Refuse to resume a checkpoint beyond the end of this run, which would train nothing and save it as its result.
+
+    One of the very end passes: a finished run may be started again.
+
+    Args:
+        checkpoint (`str` or `Path`):
+            Folder of the checkpoint. One without `trainer_state.json` passes.
+        args ([`~transformers.TrainingArguments`]):
+            Of the run that resumes.
+
+    Raises:
+        ValueError: naming the steps, or epochs, of both.
+    """
+    file = Path(checkpoint) / TRAINER_STATE_NAME
+    if not file.exists():
+        return
+    state = json.loads(file.read_text(encoding="utf-8"))
+    name, done = ("max_steps", state["global_step"]) if args.max_steps > 0 else ("num_train_epochs", state["epoch"])
+    end = getattr(args, name)
+    if done > end:
+        raise ValueError(
+            f"{checkpoint} was trained for {done} {name.split('_')[-1]} already, and this run ends before, at "
+            f"`{name}`={end}. Raise it, or resume an earlier checkpoint."
+        )
+
+
 def check_model(model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, args: Any) -> None:
-    """Refuse, before anything is sampled or loaded, a model with another one's tokenizer or adapter.
+    """Refuse, before anything is sampled, a model with another one's tokenizer; warn of an adapter of another.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -173,7 +304,7 @@ def check_model(model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedT
             Configuration of the trainer.
 
     Raises:
-        ValueError: as [`check_vocabulary`] and [`check_adapter`].
+        ValueError: as [`check_vocabulary`].
     """
     if isinstance(model, str):
         revision = (args.model_init_kwargs or {}).get("revision")
@@ -186,25 +317,27 @@ def check_model(model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedT
 
 
 def check_adapter(model: PeftModel) -> None:
-    """Refuse an adapter that was trained on another base model than the one it is on.
+    """Warn of an adapter that says that it was trained on another base model than the one it is on.
 
-    Names are compared by their last part, so that a model of the Hub and a folder with a copy of it are the same.
+    Names are compared by their last part, so that a model of the Hub and a folder with a copy of it are the same. An
+    adapter of other shapes does not load at all.
 
     Args:
         model ([`~peft.PeftModel`]):
             Base model with adapters. A base or an adapter that does not say where it comes from passes.
-
-    Raises:
-        ValueError: naming both.
     """
     base = str(getattr(model.get_base_model().config, "_name_or_path", None) or "")
     for name, adapter in model.peft_config.items():
         trained_on = str(adapter.base_model_name_or_path or "")
         if base and trained_on and _last_part(base) != _last_part(trained_on):
-            raise ValueError(
-                f"The adapter {name!r} was trained on {trained_on}, and the model it is on is {base}. Load it on its "
-                "own base model, with `AutoPeftModelForCausalLM.from_pretrained(adapter, is_trainable=True)`. If the "
-                f"two are the same, say so: `model.peft_config[{name!r}].base_model_name_or_path = {base!r}`."
+            # Not refused: the same weights may stand under another name
+            logger.warning(
+                "The adapter %r was trained on %s, and the model it is on is %s. If these are not the same weights, "
+                "load it on its own base, with `AutoPeftModelForCausalLM.from_pretrained(adapter, "
+                "is_trainable=True)`.",
+                name,
+                trained_on,
+                base,
             )
 
 

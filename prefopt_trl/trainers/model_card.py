@@ -12,9 +12,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from transformers import ProcessorMixin
 
-from prefopt_trl.data.markdown import code, name, settings_table, table
+from prefopt_trl.data.markdown import code, name, public_name, settings_table, table
+from prefopt_trl.data.weights import gathered, model_of
 from prefopt_trl.sampling.card import counts_table, how_sampled, read_sampled
 from prefopt_trl.trainers.base_config import PreferenceConfig, RankingConfig
+from prefopt_trl.trainers.checkpoints import as_written
 
 # Beside those of the method itself
 HYPERPARAMETERS = [
@@ -30,6 +32,9 @@ HYPERPARAMETERS = [
     "bf16",
     "fp16",
 ]
+# What bitsandbytes' configuration has beside the settings of the other precision
+OF_8_BIT = ("_", "load_in_8bit", "llm_int8_", "bnb_4bit_quant_storage")
+OF_4_BIT = ("_", "load_in_4bit", "bnb_4bit_")
 LIBRARIES = ["prefopt-trl", "trl", "transformers", "peft", "torch", "datasets", "tokenizers"]
 
 TRL_CITATION = """@software{vonwerra2020trl,
@@ -49,21 +54,24 @@ class TrainingData:
     Attributes:
         folder (`str` or `None`):
             Where [`build_preference_dataset`] has saved them.
-        ranker (`Ranker` or `None`):
-            The ranker that scored them, or that samples and scores during training.
+        ranker (`dict` or `None`):
+            Settings of the ranker that scored them, or that scores samples during training, where no folder has them.
     """
 
     folder: str | None = None
-    ranker: Any = None
+    ranker: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, dataset: Any, ranker: Any) -> "TrainingData":
-        """Read off its files where a dataset was saved."""
+        """Read off its files where a dataset was saved; else take the ranker's settings. Call it on all processes."""
         folder = None
         for file in dataset.cache_files[:1] if isinstance(dataset, Dataset) else []:
             pairs = Path(file["filename"]).parent
             folder = str(pairs.parent) if pairs.name == "pairs" and read_sampled(pairs.parent) else None
-        return cls(folder, ranker)
+        if folder is not None or ranker is None:
+            return cls(folder)
+        with gathered(model_of(ranker)):
+            return cls(None, ranker.settings())
 
 
 def model_card(
@@ -83,7 +91,7 @@ def model_card(
         repo_id (`str`):
             What the model is loaded from: its repository, or its folder.
         dataset_name (`str`, *optional*):
-            Dataset repository on the Hub.
+            Dataset repository on the Hub, or a folder or file, whose name alone is told.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: with its metadata in YAML first.
@@ -91,12 +99,12 @@ def model_card(
     paper, model = trainer._paper, trainer.accelerator.unwrap_model(trainer.model)
     data = ModelCardData(
         base_model=trl_card.data.get("base_model"),
-        datasets=dataset_name,
+        datasets=None if dataset_name is None or Path(dataset_name).exists() else dataset_name,
         library_name="peft" if isinstance(model, PeftModel) else "transformers",
         model_name=model_name,
         tags=trl_card.data.get("tags"),
     )
-    base_model = _public(model.config.name_or_path)
+    base_model = public_name(model.config.name_or_path)
     link = f"https://huggingface.co/papers/{paper['id']}"
     trackers = "\n".join(line for line in trl_card.text.splitlines() if line.startswith("[<img "))
     text = f"""# {code(model_name)}
@@ -145,11 +153,6 @@ TRL:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
-def _public(model: str) -> str:
-    """A model's name on the Hub, or that of its folder, without the way to it on this machine."""
-    return Path(model).name if Path(model).exists() else model
-
-
 def _use(trainer: Any, model: Any, repo_id: str) -> str:
     """A snippet that loads the model and generates."""
     processor = trainer.processing_class
@@ -181,7 +184,7 @@ def _training_data(trainer: Any, dataset_name: str | None) -> str:
     """Where the data came from, how they were sampled, and the ranker."""
     data, args = trainer.training_data, trainer.args
     sampled = read_sampled(data.folder) if data.folder else None
-    named = f"Dataset: {code(dataset_name)}.\n\n" if dataset_name else ""
+    named = f"Dataset: {code(public_name(dataset_name))}.\n\n" if dataset_name else ""
     ranker = None
     if sampled:
         settings, statistics = sampled
@@ -198,7 +201,7 @@ def _training_data(trainer: Any, dataset_name: str | None) -> str:
         text = "Completions that were given, scored by the ranker."
     else:
         text = f"{'Preference pairs' if trainer.learns_from == 'pairs' else 'Rankings'} that were given."
-    ranker = data.ranker.settings() if ranker is None and data.ranker is not None else ranker
+    ranker = data.ranker if ranker is None else ranker
     return named + text + (f"\n\n### Ranker\n\n{settings_table(ranker)}" if ranker else "")
 
 
@@ -208,18 +211,30 @@ def _hyperparameters(trainer: Any, model: Any) -> dict[str, Any]:
     sampling = {"strategy", "num_samples", "pairing", "sampling_temperature"}
     own = {field for config in methods for field in vars(config).get("__annotations__", {})} - sampling
     chosen = {field: getattr(args, field) for field in [*sorted(own), *HYPERPARAMETERS]}
-    shown = {field: value for field, value in chosen.items() if value is not None}
+    shown = {field: as_written(trainer._name, field, value) for field, value in chosen.items() if value is not None}
     shown["batch size, over all processes"] = (
         args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     )
     shown["steps"] = trainer.state.global_step
     if isinstance(model, PeftModel):
-        config = model.peft_config["default"].to_dict()
+        config = {**model.peft_config["default"].to_dict(), "target_modules": _target_modules(model)}
         names = ["peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save"]
         shown["adapter"] = {field: config[field] for field in names if config.get(field) is not None}
     if (quantization := getattr(model.config, "quantization_config", None)) is not None:
-        shown["quantisation"] = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        unused = OF_8_BIT if settings.get("load_in_4bit") else OF_4_BIT
+        shown["quantisation"] = {key: value for key, value in settings.items() if not key.startswith(unused)}
     return json.loads(json.dumps(shown, default=_plain))
+
+
+def _target_modules(model: PeftModel) -> Any:
+    """What PEFT writes down; "all-linear", which it spells out layer by layer, by the last parts of the names."""
+    asked: Any = model.peft_config["default"].to_dict().get("target_modules")
+    if not asked or isinstance(asked, str):
+        return asked
+    parts = {module.rpartition(".")[2] for module in asked}
+    modules = [module for module, _ in model.get_base_model().named_modules() if module.rpartition(".")[2] in parts]
+    return parts if len(modules) == len(asked) else asked
 
 
 def _plain(value: Any) -> Any:
@@ -234,7 +249,7 @@ def _reference_model(trainer: Any, model: Any) -> str:
     if trainer.args.sync_ref_model:
         return "A copy of the model that followed it during training (`sync_ref_model`)."
     if trainer.reference_given:
-        return f"A model of its own: {name(_public(trainer.reference_given))}."
+        return f"A model of its own: {name(public_name(trainer.reference_given))}."
     if isinstance(model, PeftModel):
         if "ref" in model.peft_config:
             return "The base model with a frozen copy of the adapter as it was before training."

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import columns_of, number_rows
 from prefopt_trl.data.rankings import pairs_to_rankings
-from prefopt_trl.data.weights import gathered, model_of
-from prefopt_trl.rankers.base import Ranker, check_rewards
+from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.sampling.prompts import check_prompts_fit, check_unused_columns, tokenize_prompts
 from prefopt_trl.trainers.base_config import PreferenceConfig
+from prefopt_trl.trainers.scoring import score_or_read
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def with_completions(
         ValueError: where completions, rewards or a ranker are missing.
     """
     columns = {name: columns_of(dataset, name) for name, dataset in splits.items() if dataset is not None}
-    to_sample = [name for name in columns if _are_prompts(columns[name], learns_from)]
+    to_sample = [name for name in columns if are_prompts(columns[name], learns_from)]
     if to_sample and ranker is None:
         missing = "`chosen` and `rejected` completions" if learns_from == "pairs" else "`completions`"
         raise ValueError(
@@ -75,7 +75,7 @@ def with_completions(
     uses_ranker = bool(to_sample) or keeps_ranker
     for name in columns:
         if name not in to_sample and learns_from == "rankings":
-            made[name], scored = score_completions(splits[name], name, columns[name], ranker)
+            made[name], scored = score_completions(splits[name], name, columns[name], ranker, str(args.output_dir))
             uses_ranker |= scored
     of_training = set(columns.get("train", []))
     if ranker is not None and not uses_ranker and {"chosen", "rewards"} & of_training:
@@ -91,16 +91,16 @@ def with_completions(
     return made
 
 
-def _are_prompts(columns: list[str], learns_from: str) -> bool:
+def are_prompts(columns: list[str], learns_from: str) -> bool:
     """Whether a dataset with these columns is to be sampled."""
     completions = {"chosen", "rejected"} if learns_from == "pairs" else {"chosen", "rejected", "completions"}
-    are_prompts = "prompt" in columns and not completions & set(columns)
-    if are_prompts and learns_from == "rankings" and "rewards" in columns:
+    are_to_sample = "prompt" in columns and not completions & set(columns)
+    if are_to_sample and learns_from == "rankings" and "rewards" in columns:
         raise ValueError(
             "A dataset has `rewards` and no `completions` that they belong to. Rename the column that has them with "
             "`dataset.rename_column(old, new)`, or remove `rewards` to sample completions."
         )
-    return are_prompts
+    return are_to_sample
 
 
 def check_text(dataset: Dataset | IterableDataset | None, name: str) -> None:
@@ -159,7 +159,7 @@ def sample_preferences(
 
 
 def score_completions(
-    dataset: Dataset | IterableDataset, name: str, columns: list[str], ranker: Ranker | None
+    dataset: Dataset | IterableDataset, name: str, columns: list[str], ranker: Ranker | None, output_dir: str
 ) -> tuple[Dataset | IterableDataset, bool]:
     """Give pairs and completions without rewards those of the ranker; pairs may do without one.
 
@@ -192,10 +192,7 @@ def score_completions(
             name,
             ", ".join(sorted(others)),
         )
-    prompts, completions = list(dataset["prompt"]), list(dataset["completions"])
-    with gathered(model_of(ranker)):
-        rewards = check_rewards(ranker.score(prompts, completions), prompts, completions, type(ranker).__name__)
-    return dataset.add_column("rewards", [row.tolist() for row in rewards]), True
+    return dataset.add_column("rewards", score_or_read(dataset, name, ranker, output_dir)), True
 
 
 def check_prompts(

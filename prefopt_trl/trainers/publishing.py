@@ -16,7 +16,7 @@ from prefopt_trl.data.hub import PushError, push_folder, push_in_background, res
 from prefopt_trl.trainers.model_card import TrainingData, model_card
 
 # Of `output_dir`: checkpoints, what was sampled (a dataset of its own), and pickled arguments, which hold the token
-NOT_PUSHED = ["_*", "checkpoint-*", "sampled/*", "bootstrap/*", "precomputed/*", "*training_args.bin"]
+NOT_PUSHED = ["_*", "checkpoint-*", "sampled/*", "scored/*", "bootstrap*/*", "precomputed/*", "*training_args.bin"]
 LATEST = "_pushed"  # folder in `output_dir` for the model of the latest checkpoint that is pushed
 # Of a checkpoint, all that is the model
 MODEL_FILES = [
@@ -26,6 +26,11 @@ MODEL_FILES = [
     "*.safetensors",
     "*.safetensors.index.json",
 ]
+
+
+def not_pushed(args: Any) -> list[str]:
+    """Patterns of what stays in `output_dir`; the trackers' logs too, where they have tables of prompts."""
+    return [*NOT_PUSHED, "runs/*"] if getattr(args, "log_completions", False) else NOT_PUSHED
 
 
 def check_repository(args: Any) -> None:
@@ -41,7 +46,14 @@ def check_repository(args: Any) -> None:
     failure: list[str | None] = [None]
     if args.process_index == 0:
         try:
-            reserve_repository(_repository(args), private=args.hub_private_repo, token=args.hub_token)
+            reserve_repository(
+                _repository(args),
+                args.output_dir,
+                exclude=not_pushed(args),
+                private=args.hub_private_repo,
+                token=args.hub_token,
+                revision=args.hub_revision,
+            )
         except PushError as error:
             failure = [str(error)]
     if args.world_size > 1:
@@ -133,7 +145,7 @@ class Published:
             trainer.hub_model_id or _repository(self.args),
             write_card,
             commit_message=commit_message or "End of training",
-            exclude=NOT_PUSHED,
+            exclude=not_pushed(self.args),
             private=self.args.hub_private_repo if private is None else private,
             token=token or self.args.hub_token,
             revision=revision or self.args.hub_revision,

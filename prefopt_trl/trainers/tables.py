@@ -70,7 +70,7 @@ class LogPreferencesCallback(TrainerCallback):
             trackio.log({"completions": trackio.Table(columns=columns, data=rows), **step})
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):  # which logs a text as one
-                cells = [[escape_markdown(str(cell)) for cell in row] for row in rows]
+                cells = [[_cell(value) for value in row] for row in rows]
                 callback.on_log(args, state, control, logs={"completions": table(columns, cells)})
 
 
@@ -154,8 +154,15 @@ def _text(value: Any) -> str:
     return "\n".join(f"{message['role']}: {message.get('content', '')}" for message in value)
 
 
+def _cell(value: str | float) -> str:
+    """Markdown of a text, or of a number: a reward or a probability with four significant digits."""
+    if isinstance(value, str):
+        return escape_markdown(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def escape_markdown(text: str) -> str:
-    """Write a text so that neither Markdown nor HTML reads anything in it, on one line.
+    """Write a text so that neither Markdown nor HTML reads anything in it, on one line without the empty ones around.
 
     Example:
 
@@ -164,4 +171,5 @@ def escape_markdown(text: str) -> str:
     '&#60;b&#62; &#124; &#42;no&#42;'
     ```
     """
-    return "<br>".join(re.sub(r"[^\w\s]|_", lambda found: f"&#{ord(found[0])};", line) for line in text.splitlines())
+    lines = text.strip().splitlines()
+    return "<br>".join(re.sub(r"[^\w\s]|_", lambda found: f"&#{ord(found[0])};", line) for line in lines)

@@ -16,8 +16,9 @@ class Cell:
         trainer (`str`):
             One of [`TRAINERS`].
         weights (`str`):
-            `"full"`, `"lora"` (a fresh adapter, whose reference is the base model), `"adapter"` (a trained one, whose
-            reference is a frozen copy of it) or `"qlora"` (nf4, double quantisation, `paged_adamw_8bit`).
+            `"full"`, `"tied"` (full, with the weights of the embedding in the head), `"lora"` (a fresh adapter, whose
+            reference is the base model), `"adapter"` (a trained one, whose reference is a frozen copy of it) or
+            `"qlora"` (nf4, double quantisation, `paged_adamw_8bit`).
         data (`str`):
             `"given"` completions; `"scored"` ones, to which a ranker gives rewards first; or prompts that are sampled
             `"offline"` or `"online"`. `"bootstrap"` adds samples to given completions.
@@ -49,6 +50,7 @@ def cells(engine: str) -> list[Cell]:
         ),
         *(Cell(trainer, options={"gradient_accumulation_steps": 2}) for trainer in ("RSO", "PRO")),
         Cell("RSO", "adapter"),
+        *(Cell("RSO", "tied", data) for data in ("given", "offline", "online")),
         # Without a reference model, which full fine-tunes have otherwise
         Cell("RSO", options={"precompute_ref_log_probs": True}),
         Cell("RSO", data="offline", options={"reference_logps": "sampled"}),
@@ -56,5 +58,7 @@ def cells(engine: str) -> list[Cell]:
         *(Cell(trainer, weights, "online") for trainer in ("RSO", "ListwiseDPO") for weights in ("full", "lora")),
         *(Cell("PRO", weights, "bootstrap") for weights in ("full", "lora")),
         Cell("PRO", data="scored"),
+        *(Cell(trainer, options={"eval_strategy": "steps", "eval_steps": 1}) for trainer in ("RSO", "PRO")),
         *(Cell(trainer, "qlora") for trainer in TRAINERS if engine in ("alone", "ddp")),
+        *(Cell("RSO", "qlora", data) for data in ("offline", "online") if engine in ("alone", "ddp")),
     ]

@@ -17,8 +17,9 @@ def engines(tiny_llama_dir: str, tmp_path_factory: pytest.TempPathFactory) -> En
     config = LlamaConfig.from_pretrained(tiny_llama_dir)
     config.hidden_size, config.intermediate_size, config.head_dim = 64, 128, 16  # 4-bit weights come in blocks of 64
     with torch.random.fork_rng():
-        for seed, name in enumerate(("policy", "ranker")):
+        for seed, name in enumerate(("policy", "ranker", "tied")):
             torch.manual_seed(seed)
+            config.tie_word_embeddings = name == "tied"
             model = LlamaForCausalLM(config)
             for parameter in model.parameters():
                 if parameter.dim() > 1:

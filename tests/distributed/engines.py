@@ -28,7 +28,7 @@ class Engines:
         """What each process of an engine has written down."""
         self.run(engine)
         ranks = range(1 if engine == "alone" else 2)
-        return [json.loads(Path(self.folder, f"{engine}-{rank}.json").read_text()) for rank in ranks]
+        return [json.loads(Path(self.folder, f"{engine}-{rank}.records").read_text()) for rank in ranks]
 
     def run(self, engine: str, **environment: str) -> None:
         """Run the worker to its end.

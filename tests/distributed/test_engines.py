@@ -29,12 +29,12 @@ MATRIX = [pytest.param(engine, cell, id=f"{engine}, {cell}") for engine in ENGIN
 def test_losses_are_those_of_one_process(engine: str, cell: Cell, engines: Engines) -> None:
     alone = engines.records("alone")[0][str(cell)]
     assert alone["world_size"] == 1
-    if cell.data == "bootstrap":  # processes draw from streams of their own: DDP is what the others are compared with
-        alone = engines.records("ddp")[0][str(cell)]
     for records in engines.records(engine):
         record = records[str(cell)]
         assert record["world_size"] == 2
         assert WRAPPERS[engine] in record["wrapper"]
+        assert record["spread"] == (engine in ("fsdp2", "zero3"))
+        assert record["shards"] == (4 if cell.data == "offline" else 0)  # of 8 prompts, each sampled by one process
         assert record["stage"] == {"zero2": 2, "zero3": 3}.get(engine)
         assert len(record["losses"]) == 3 and len(set(record["losses"])) == 3
         assert record["losses"] == pytest.approx(alone["losses"], rel=TOLERANCE)
@@ -43,6 +43,8 @@ def test_losses_are_those_of_one_process(engine: str, cell: Cell, engines: Engin
         if cell.data == "given":
             assert record["eval_loss"] == pytest.approx(alone["eval_loss"], rel=TOLERANCE)
         assert record["holds_reference_model"] == alone["holds_reference_model"]
+        # TRL shards a reference model as one unit: docs/scaling.md counts on it
+        assert record["reference_units"] == (engine == "fsdp2" and record["holds_reference_model"])
         assert record["resumed_losses"] == pytest.approx(record["losses"], rel=TOLERANCE)
     pairs = zip(record["losses"], alone["losses"], strict=True)
     results[engine, str(cell)] = max(abs(one - other) / abs(other) for one, other in pairs), record["seconds"]
@@ -51,17 +53,16 @@ def test_losses_are_those_of_one_process(engine: str, cell: Cell, engines: Engin
 @pytest.mark.parametrize(("engine", "cell"), MATRIX)
 def test_what_is_saved_loads_without_the_engine(engine: str, cell: Cell, engines: Engines) -> None:
     engines.records(engine)
-    other = "ddp" if cell.data == "bootstrap" else "alone"
-    engines.records(other)
+    engines.records("alone")
     name = str(cell).replace(", ", "-")
-    expected = token_logps(engines, other, name, "saved")
-    before = token_logps(engines, None, name, "policy")
+    expected = token_logps(engines, "alone", name, "saved")
+    before = token_logps(engines, None, name, "tied" if cell.weights == "tied" else "policy")
     assert (expected - before).abs().max() > 0.01  # training has moved it
     for folder in ("saved", "checkpoint-3"):
         torch.testing.assert_close(token_logps(engines, engine, name, folder), expected, rtol=1e-3, atol=1e-3)
-    if cell.weights != "full":
+    if cell.weights in ("lora", "qlora", "adapter"):
         file = "adapter_model.safetensors"
-        saved, alone = (load_file(engines.folder / one / name / "saved" / file) for one in (engine, other))
+        saved, alone = (load_file(engines.folder / one / name / "saved" / file) for one in (engine, "alone"))
         assert saved.keys() == alone.keys() and all(saved[key].shape == alone[key].shape for key in alone)
 
 
@@ -83,13 +84,11 @@ def token_logps(engines: Engines, engine: str | None, name: str, folder: str) ->
 
 
 def test_only_full_fine_tunes_with_a_reference_hold_a_second_model(engines: Engines) -> None:
-    holding = [name for name, record in engines.records("alone")[0].items() if record["holds_reference_model"]]
-    assert sorted(holding) == sorted(
-        f"{trainer}, full, {data}"
-        for trainer in ("RSO", "ListwiseDPO")
-        for data in ("given", "given, not shared", "offline", "online")
-        if (trainer, data) != ("ListwiseDPO", "offline")
-    )
+    for cell in cells("alone"):
+        has_reference = cell.trainer in ("RSO", "ListwiseDPO") and cell.weights in ("full", "tied")
+        computed = not {"precompute_ref_log_probs", "reference_logps"} & cell.options.keys()
+        holds = engines.records("alone")[0][str(cell)]["holds_reference_model"]
+        assert holds == (has_reference and computed), str(cell)
 
 
 def test_a_hang_says_which_process_waits_where(engines: Engines) -> None:

@@ -1,5 +1,7 @@
 """The training of one cell, in each process of an engine."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,14 @@ from accelerate.state import AcceleratorState, GradientState
 from cells import Cell
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import prefopt_trl
 from prefopt_trl import PairwiseRanker
+from prefopt_trl.sampling import pipeline
+from prefopt_trl.sampling.shards import Shards
 
 PROMPTS = ["The capital of France is", "Why?", "Mix", "The quick brown", "Tell me", "A", "The dog", "What is"]
 WORDS = ["blue", "green and yellow", "wet", "seven of them", "a very long completion, it seems", "bb", "no", "dddd"]
@@ -29,13 +35,18 @@ SAMPLING: dict[str, dict[str, Any]] = {
 def train(cell: Cell, engine: str, folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     """Train, save, evaluate, and train once more from the first checkpoint; what was seen on the way."""
     output_dir = Path(folder, engine, str(cell).replace(", ", "-"))
-    trainer = make(cell, engine, folder, output_dir, arguments)
+    shards = []
+    with count_shards(shards):
+        trainer = make(cell, engine, folder, output_dir, arguments)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     record = {
         "world_size": trainer.accelerator.num_processes,
         "wrapper": [base.__name__ for base in type(trainer.model_wrapped).__mro__],
         "stage": trainer.model_wrapped.zero_optimization_stage() if engine in ("zero2", "zero3") else None,
+        "spread": is_spread(trainer.model),
+        "reference_units": num_units(trainer.ref_model),
+        "shards": len(shards),
         "losses": [log["loss"] for log in logs],
         "grad_norms": [log["grad_norm"] for log in logs],
         "holds_reference_model": trainer.ref_model is not None,
@@ -47,6 +58,34 @@ def train(cell: Cell, engine: str, folder: Path, arguments: dict[str, Any]) -> d
     trainer.train(resume_from_checkpoint=str(output_dir / "checkpoint-1"))
     record["resumed_losses"] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     return record
+
+
+@contextmanager
+def count_shards(made: list[int]) -> Iterator[None]:
+    """Sample before training in shards of one prompt, so that each process has some, and write down which it makes."""
+    make_shard, pipeline.SHARD_COMPLETIONS = Shards.make, 1
+
+    def make_and_count(self: Shards, shard: int) -> None:
+        made.append(shard)
+        make_shard(self, shard)
+
+    Shards.make = make_and_count  # type: ignore[method-assign]
+    yield
+    Shards.make = make_shard  # type: ignore[method-assign]
+
+
+def num_units(model: torch.nn.Module | None) -> int:
+    """Parts of a model whose weights FSDP2 gathers together."""
+    return 0 if model is None else sum(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def is_spread(model: torch.nn.Module) -> bool:
+    """Whether this process holds a part of each weight only."""
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return all(
+        getattr(parameter, "ds_id", None) is not None and not parameter.numel() for parameter in model.parameters()
+    )
 
 
 def make(cell: Cell, engine: str, folder: Path, output_dir: Path, arguments: dict[str, Any]) -> Any:
@@ -73,7 +112,7 @@ def make(cell: Cell, engine: str, folder: Path, output_dir: Path, arguments: dic
         **SAMPLING[cell.data],
         **{"gradient_accumulation_steps": accumulation, **cell.options},
     )
-    model: Any = str(folder / "policy")
+    model: Any = str(folder / ("tied" if cell.weights == "tied" else "policy"))
     others: dict[str, Any] = {}
     if cell.weights == "adapter":
         base = AutoModelForCausalLM.from_pretrained(model)

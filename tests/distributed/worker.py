@@ -24,7 +24,7 @@ DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 
 def main(engine: str, folder: Path) -> None:
-    arguments = set_up(engine)
+    arguments = set_up(engine, folder)
     rank = int(os.environ.get("RANK", "0"))
     if engine == "stuck":
         watched("a cell that hangs", engine, rank, folder, lambda: hang(rank))
@@ -38,7 +38,7 @@ def main(engine: str, folder: Path) -> None:
         started = time.perf_counter()
         record = watched(str(cell), engine, rank, folder, lambda: train(cell, engine, folder, arguments))  # noqa: B023
         records[str(cell)] = {**record, "seconds": time.perf_counter() - started}
-        Path(folder, f"{engine}-{rank}.json").write_text(json.dumps(records, indent=2))
+        Path(folder, f"{engine}-{rank}.records").write_text(json.dumps(records, indent=2))
 
 
 def watched(name: str, engine: str, rank: int, folder: Path, run: Any) -> Any:
@@ -65,14 +65,19 @@ def hang(rank: int) -> None:
     time.sleep(600)
 
 
-def set_up(engine: str) -> dict[str, Any]:
+def set_up(engine: str, folder: Path) -> dict[str, Any]:
     """Set what `accelerate launch` sets for the engine's file in `ds_configs/`; return arguments of every config."""
     arguments: dict[str, Any] = {"bf16": False}  # in float32 losses can be compared to 1e-3
     if engine in ("zero2", "zero3"):
+        config = json.loads((DS_CONFIGS / f"{engine}.json").read_text())
+        if engine == "zero3":  # weights as small as these would be left whole
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        file = folder / f"{engine}.json"
+        file.write_text(json.dumps(config))
         os.environ |= {
             "DS_ACCELERATOR": "cpu",
             "ACCELERATE_USE_DEEPSPEED": "true",
-            "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(DS_CONFIGS / f"{engine}.json"),
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file),
             "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
             "ACCELERATE_MIXED_PRECISION": "no",
         }

@@ -41,10 +41,16 @@ def test_one_process_trains_and_saves(typed, tmp_path):
     assert all((first[key] == second[key]).all() for key in first)
 
 
-def test_a_failing_process_gives_its_exit_code_and_one_traceback(typed):
-    done = typed(["rso", "--use_cpu", "--output_dir", "out", "--dataset_name", "missing.jsonl"])
+def test_a_failing_process_gives_its_exit_code_and_one_line(typed, tmp_path):
+    (tmp_path / "own.py").write_text("")
+    wrong = ["rso", "--use_cpu", "--output_dir", "out", "--ranker", "own.reward"]
+    done = typed(wrong)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("prefopt-trl rso: error: ")
+    assert "Traceback" not in done.stderr
+    done = typed([*wrong, "--log_level", "debug"])
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("FileNotFoundError: There is no file missing.jsonl")
+    assert "Traceback" in done.stderr
     assert "CalledProcessError" not in done.stderr
 
 

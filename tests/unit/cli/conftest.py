@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from prefopt_trl.cli.parsing import parse
 from prefopt_trl.cli.run import run
 
 
@@ -34,4 +35,5 @@ def training(tiny) -> list[str]:
 
 @pytest.fixture
 def run_in_process():
-    return run
+    """Run a command, with its exceptions as they are raised."""
+    return lambda name, arguments: run(name, *parse(name, arguments)[0])

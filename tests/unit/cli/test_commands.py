@@ -10,7 +10,7 @@ from datasets import load_from_disk
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from prefopt_trl.cli.config_file import save_config
+from prefopt_trl.cli.config_file import launched_with, save_config
 from prefopt_trl.cli.parsing import parse
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.rankers.pairwise import PairwiseRanker
@@ -78,6 +78,36 @@ def test_training_goes_on_from_a_checkpoint(training, run_in_process):
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+def test_a_second_run_says_what_is_there_and_goes_on_from_the_latest_checkpoint(training, run_in_process, capsys):
+    stepping = [word if word != "no" else "steps" for word in training] + ["--save_steps", "1", "--output_dir", "out"]
+    run_in_process("rso", stepping)
+    assert "earlier run" not in capsys.readouterr().out
+    run_in_process("rso", stepping)
+    assert "out has checkpoints of an earlier run (checkpoint-1), and this one writes over" in capsys.readouterr().out
+    longer = list(stepping)
+    longer[longer.index("--max_steps") + 1] = "2"
+    run_in_process("rso", [*longer, "--resume_from_checkpoint"])
+    assert "earlier run" not in capsys.readouterr().out
+    assert Path("out/checkpoint-2").is_dir()
+    again = parse("rso", ["--config", "out/config.yaml"])[0]
+    assert again[1].resume_from_checkpoint is None  # of this run alone: there, or elsewhere, the next one starts anew
+    assert again[1].max_steps == 2
+
+
+@pytest.mark.parametrize("name", ["pro", "ranker"])
+def test_a_start_that_fails_leaves_the_configuration_of_the_run_that_is_there(name, training, run_in_process):
+    Path("out").mkdir()
+    Path("out/config.yaml").write_text("of: the run before\n")
+    with pytest.raises(ValueError, match="`completions`|lacks the columns chosen"):
+        run_in_process(name, [*training, "--dataset_name", prompts_alone(), "--output_dir", "out"])
+    assert Path("out/config.yaml").read_text() == "of: the run before\n"
+
+
+def prompts_alone():
+    Path("prompts.jsonl").write_text('{"prompt": "Why?", "completion": "So."}\n')
+    return "prompts.jsonl"
+
+
 def test_evaluation_takes_the_other_split(training, run_in_process, tmp_path):
     (tmp_path / "both").mkdir()
     lines = Path("pairs.jsonl").read_text().splitlines(keepends=True)
@@ -127,8 +157,9 @@ def test_sample_makes_pairs_that_rso_trains_on(tiny, training, run_in_process, f
     assert parse("sample", ["--config", "sampled/config.yaml"])[0] == parse("sample", arguments)[0]
 
     trained_on = [word if word != "pairs.jsonl" else "sampled" for word in training]
-    run_in_process("rso", [*trained_on, "--output_dir", "out"])  # the folder's card says which are the pairs
+    run_in_process("rso", [*trained_on, "--output_dir", "out", "--save_strategy", "steps"])  # with a card
     assert Path("out/model.safetensors").exists()
+    assert "Sampled before training" in Path("out/README.md").read_text()
     capsys.readouterr()
 
     again = [word if word != "pairs.jsonl" else "sampled" for word in arguments]
@@ -193,6 +224,25 @@ def test_a_saved_configuration_has_no_tokens_in_it():
     text = save_config("out", own, args, model).read_text()
     assert "hf_" not in text
     assert "use_cache: false" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("rso", "--pad_token <pad> --num_processes 1 --accelerate_config ddp --multi_gpu"),
+        ("sft", "--eos_token </s> --num_processes=1"),
+    ],
+)
+def test_a_saved_configuration_is_the_same_run_again(name, given, tiny, tmp_path):
+    parsed, launching = parse(name, [*tiny, "--output_dir", "out", "--bf16", "False", *given.split()])
+    launched_with(launching)
+    file = save_config("saved", *parsed)
+    again, options = parse(name, ["--config", str(file)])
+    assert again == parsed
+    launched_with(options)
+    assert save_config("again", *again).read_text() == file.read_text()
+    launched_with([])
+    assert "num_processes" not in save_config("alone", *parsed).read_text()
 
 
 def test_a_reward_model_is_known_by_its_class(training, run_in_process, tiny_llama_dir):

@@ -11,6 +11,7 @@ from trl import TrlParser
 from prefopt_trl.cli.commands import COMMANDS
 from prefopt_trl.cli.help import REQUIRED, command_help, fields
 from prefopt_trl.cli.main import main
+from prefopt_trl.cli.parsing import parse
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -68,6 +69,15 @@ def test_help_is_fast_and_imports_no_torch():
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert time.perf_counter() - started < 2
     assert "--rejection_beta float (default: 0.5)" in done.stdout
+
+
+def test_a_bool_is_set_and_unset_as_the_help_says():
+    assert "set by its name, and unset by `--NAME False`." in " ".join(command_help("rso").split())
+    given = ["--dataset_name", "d", "--model_name_or_path", "m", "--output_dir", "o", "--use_cpu", "--bf16", "False"]
+    for name in ("hub_private_repo", "share_prefix", "activation_offloading", "use_peft"):  # of four dataclasses
+        for words, expected in [([f"--{name}"], True), ([f"--{name}", "False"], False)]:
+            parts, _ = parse("rso", [*given, *words])
+            assert [getattr(part, name) for part in parts if hasattr(part, name)] == [expected]
 
 
 @pytest.mark.parametrize("arguments", [["slic", "--help"], ["slic", "--delta", "5", "-h"]])

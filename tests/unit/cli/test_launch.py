@@ -97,6 +97,9 @@ def test_the_last_config_wins(gpus):
         (0, "--accelerate_config zero9", False, "neither a file nor one of ddp, fsdp2, zero2, zero3, zero3_offload"),
         (0, "--accelerate_config", False, "--accelerate_config needs a value"),
         (0, "--accelerate_config zero3", False, "this torch finds no GPU for DeepSpeed.*DS_ACCELERATOR=cpu"),
+        (0, "--accelerate_config zero3 --num_processes 8", False, r"zero3 is to start 8 process.*finds no GPU"),
+        (0, "--accelerate_config zero3", True, "DS_ACCELERATOR=cpu .* --bf16 False --ddp_backend gloo"),
+        (0, "--accelerate_config zero3", True, "pass `--use_cpu False"),
         (0, "--use_deepspeed", False, "this torch finds no GPU for DeepSpeed"),
         (1, "--accelerate_config zero3", True, "with `use_cpu` or `--cpu` there is no DeepSpeed"),
         (1, "--accelerate_config zero2 --cpu", False, "with `use_cpu` or `--cpu` there is no DeepSpeed"),
@@ -130,8 +133,16 @@ def test_deepspeed_runs_on_the_cpu_where_it_is_told_to(gpus, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert launching("--accelerate_config zero3 --num_processes 2", ddp_backend="gloo").num_processes == 2
     assert launching("--accelerate_config zero3", ddp_backend="gloo").num_processes == 1
-    with pytest.raises(ValueError, match="pass `--ddp_backend gloo"):  # its processes would not know of each other
+    with pytest.raises(ValueError, match="--ddp_backend gloo"):  # its processes would not know of each other
         launching("--accelerate_config zero3 --num_processes 2")
+
+
+def test_a_recipe_for_8_gpus_is_refused_for_its_config_not_for_its_dtype(gpus, capsys):
+    recipe = Path(__file__).parents[3] / "examples" / "recipes" / "llama-7b" / "rso_full_zero3.yaml"
+    with pytest.raises(SystemExit) as stop:
+        main(["rso", "--config", str(recipe)])
+    assert stop.value.code == 2
+    assert "error: zero3 is to start 8 process(es), and this torch finds no GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

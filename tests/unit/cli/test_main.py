@@ -21,6 +21,14 @@ def test_help_names_the_commands_and_does_not_import_torch():
     assert named - {"command"} == set(commands.split())
 
 
+def test_the_command_alone_asks_for_another(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prefopt-trl"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "the following arguments are required: command" in capsys.readouterr().err
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])

@@ -13,6 +13,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from trl import ModelConfig
 
@@ -101,6 +103,34 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(tiny_llam
         load_tokenizer("wrong", "main", False)
 
 
+def test_a_folder_without_a_tokenizer_is_named(tiny_llama_dir):
+    AutoModelForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained("bare")
+    with pytest.raises(ValueError, match="bare has no tokenizer that can be loaded .* Save the model's there"):
+        model_to_train(ModelConfig("bare"), arguments())
+
+
+def test_a_base_that_cannot_be_read_is_named_with_its_adapter(adapter):
+    settings = json.loads(Path(adapter, "adapter_config.json").read_text())
+    Path(adapter, "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "no/base"}))
+    message = "the adapter adapter names its base 'no/base', .* in adapter/adapter_config.json"
+    with pytest.raises(ValueError, match=message):
+        model_to_train(ModelConfig(adapter), arguments())
+    with pytest.raises(ValueError, match=message):
+        model_to_run(adapter, ModelConfig(adapter), "cpu", False)
+
+
+def test_what_is_neither_here_nor_on_the_hub_is_named_with_its_argument():
+    named = "is no local folder with a model in it, and no model of the Hub that can be read now"
+    with pytest.raises(ValueError, match=f"`model_name_or_path`='no/model' {named}"):
+        model_to_train(ModelConfig("no/model"), arguments())
+    with pytest.raises(ValueError, match=f"`model_name_or_path`='no/model' {named}"):
+        model_to_run("no/model", ModelConfig("no/model"), "cpu", False)
+    with pytest.raises(ValueError, match=f"`reference`='no/model' {named}"):
+        model_to_run("no/model", ModelConfig(), "cpu", False)
+    with pytest.raises(ValueError, match=f"`ranker`='no/model' {named}"):
+        load_ranker(RankerArguments(ranker="no/model"))
+
+
 def test_rankers_by_name(tiny_llama_dir, adapter):
     def ranker(name):
         return load_ranker(RankerArguments(ranker=name, ranker_batch_size=3, ranker_template="summary"))
@@ -131,3 +161,27 @@ def test_a_function_is_found_beside_the_data(tmp_path):
 def test_a_function_that_is_not_there_is_refused(name):
     with pytest.raises(ValueError, match="is no folder, and no function that can be imported"):
         load_ranker(RankerArguments(ranker=name))
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "SEQ_2_SEQ_LM"])
+def test_an_adapter_of_a_ranker_is_loaded_by_its_task_onto_the_device(task, tiny_llama_dir, tmp_path, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    if task == "SEQ_CLS":
+        config = LlamaConfig.from_pretrained(tiny_llama_dir, num_labels=1)
+        base, expected = LlamaForSequenceClassification(config), RewardModelRanker
+    else:
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+        config = T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, **sizes)
+        base, expected = T5ForConditionalGeneration(config), PairwiseRanker
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    modules = ["q_proj"] if task == "SEQ_CLS" else ["q"]
+    loaded = type(base).from_pretrained(tmp_path / "base")
+    get_peft_model(loaded, LoraConfig(task_type=task, target_modules=modules)).save_pretrained(
+        str(tmp_path / "adapter")
+    )
+    moved = []
+    monkeypatch.setattr(type(base), "to", lambda self, device: moved.append(device) or self)
+    ranker = load_ranker(RankerArguments(ranker=str(tmp_path / "adapter")))
+    assert type(ranker) is expected and type(ranker.ranking_model.model) is type(base)
+    assert torch.device("cpu") in moved

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from prefopt_trl import RSOConfig
-from prefopt_trl.cli.parsing import parse
+from prefopt_trl.cli.parsing import launch_options, parse
 
 BASE = [
     "--dataset_name",
@@ -49,9 +49,10 @@ def test_config_may_be_written_with_an_equals_sign(tmp_path):
     assert args.gamma == 0.2
 
 
-def test_environment_variables_of_the_file_are_set(tmp_path, monkeypatch):
+@pytest.mark.parametrize("read", [parse, launch_options])
+def test_environment_variables_of_the_file_are_set(read, tmp_path, monkeypatch):
     monkeypatch.setenv("PREFOPT_OF_A_TEST", "before")
-    parse("rso", [*BASE, *write(tmp_path, "env:\n  PREFOPT_OF_A_TEST: after\n")])
+    read("rso", [*BASE, *write(tmp_path, "env:\n  PREFOPT_OF_A_TEST: after\n")])
     assert os.environ["PREFOPT_OF_A_TEST"] == "after"
 
 
@@ -60,6 +61,7 @@ def test_environment_variables_of_the_file_are_set(tmp_path, monkeypatch):
     [
         (["--lerning_rate", "1"], "unknown argument 'lerning_rate'. Did you mean 'learning_rate'?"),
         (["--learning", "1"], "unknown argument 'learning'"),  # no abbreviations: another option may come
+        (["--no_activation_offloading"], "Did you mean `--activation_offloading False`?"),
         (["--num_procesess", "2"], "unknown argument 'num_procesess'. Did you mean 'num_processes'?"),
         (["extra"], "unexpected argument 'extra'"),
         (["--gamma", "-1"], "`gamma` (or `beta`) must be greater than 0 and finite, got -1.0"),
@@ -77,6 +79,29 @@ def test_bad_arguments_end_with_one_line_and_exit_code_2(arguments, message, cap
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("prefopt-trl rso: error: ")
     assert message in last
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], None),
+        (["--resume_from_checkpoint"], True),
+        (["--resume_from_checkpoint", "--gamma", "0.1"], True),
+        (["--resume_from_checkpoint", "true"], True),
+        (["--resume_from_checkpoint", "True"], True),
+        (["--resume_from_checkpoint", "False"], False),
+        (["--resume_from_checkpoint", "out/checkpoint-4"], "out/checkpoint-4"),
+    ],
+)
+def test_a_run_goes_on_from_the_latest_checkpoint_or_from_one(words, expected):
+    (_, args, _), _ = parse("rso", [*BASE, *words])
+    assert args.resume_from_checkpoint == expected
+
+
+@pytest.mark.parametrize("text", ["true", "'true'"])
+def test_the_latest_checkpoint_in_a_file(text, tmp_path):
+    (_, args, _), _ = parse("rso", [*BASE, *write(tmp_path, f"resume_from_checkpoint: {text}\n")])
+    assert args.resume_from_checkpoint is True
 
 
 @pytest.mark.parametrize(

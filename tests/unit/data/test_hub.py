@@ -244,10 +244,10 @@ def test_a_push_in_the_background_tells_of_its_failure(
 
 
 def test_a_repository_is_made_and_has_its_whole_name(hub: Hub) -> None:
-    assert reserve_repository("my-model", private=True) == "someone/my-model"
+    assert reserve_repository("my-model", "outputs", private=True) == "someone/my-model"
     assert hub.repos == {("model", "someone/my-model"): {}}
     assert hub.private == {"someone/my-model": True}
-    assert reserve_repository("my-model") == "someone/my-model"  # it is there
+    assert reserve_repository("my-model", "outputs") == "someone/my-model"  # it is there
 
 
 @pytest.mark.parametrize(
@@ -265,6 +265,9 @@ def test_a_repository_that_cannot_be_written_to_is_refused_before_anything(
     for failure in failing:
         hub.fail(*failure)
     with pytest.raises(PushError) as error:
-        reserve_repository(REPO)
+        reserve_repository(REPO, "my outputs", exclude=["checkpoint-*"], private=True, revision="next")
     assert f"Nothing could be pushed to {REPO} later: the Hub refused the access token" in str(error.value)
     assert "Nothing was sampled or trained yet." in str(error.value)
+    assert "or leave out `push_to_hub`, and after training call `trainer.push_to_hub()` or run" in str(error.value)
+    command = f"hf upload {REPO} 'my outputs' --private --revision next --exclude 'checkpoint-*'"
+    assert f"\n\n    {command}\n" in str(error.value)

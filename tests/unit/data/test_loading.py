@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -56,6 +57,32 @@ def test_a_folder_of_data_files_has_splits(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "pairs" / "test.jsonl", PAIRS[3:])
     assert load_rows("pairs").to_list() == PAIRS[:3]
     assert load_rows("pairs", split="test").to_list() == PAIRS[3:]
+
+
+@pytest.fixture
+def sampled(tmp_path):
+    """As `build_preference_dataset` leaves a folder, but for its card."""
+    Dataset.from_list(PAIRS).save_to_disk(tmp_path / "sampled" / "pairs")
+    Dataset.from_list([{"prompt": "0?", "completions": ["a", "b"]}]).save_to_disk(tmp_path / "sampled" / "candidates")
+    (tmp_path / "sampled" / "manifest.json").write_text("{}")
+    return str(tmp_path / "sampled")
+
+
+def test_a_sampled_folder_is_read_from_its_own_files(sampled, tmp_path):
+    pairs = load_rows(sampled)
+    assert pairs.to_list() == PAIRS
+    # By which a model's card finds out how they were sampled
+    assert {Path(file["filename"]).parent for file in pairs.cache_files} == {tmp_path / "sampled" / "pairs"}
+    assert load_rows(sampled, "candidates").column_names == ["prompt", "completions"]
+
+
+def test_a_sampled_folder_has_parts_of_a_training_split(sampled):
+    assert load_rows(sampled, split="train[:75%]").to_list() == PAIRS[:3]
+    assert load_rows(sampled, split="train[75%:]").to_list() == PAIRS[3:]
+    with pytest.raises(ValueError, match='Unknown split "test"'):
+        load_rows(sampled, split="test")
+    with pytest.raises(ValueError, match="sampled has no configuration 'rankings'; it has pairs and candidates"):
+        load_rows(sampled, "rankings")
 
 
 def test_num_rows_takes_the_first(tmp_path):

@@ -61,3 +61,19 @@ def test_wins_count_ties_as_half(tiny_llama_dir, tokenizer):
     assert result["ranker_win_rate"].mean == 0.25
     assert result["true_win_rate"].mean == 0.5
     assert result["true_reward"] == Estimate(0.0, 0.0)
+
+
+def test_kl_is_that_of_the_tokens_drawn(tiny_llama_dir, tokenizer):
+    # Many of a random model's tokens are parts of a character, which a text does not keep
+    policy, reference = load(tiny_llama_dir), load(tiny_llama_dir)
+    generator = torch.Generator().manual_seed(0)
+    for model in (policy, reference):
+        model.lm_head.weight.data.normal_(0, 0.3, generator=generator)
+    ids = tokenizer("The fox", return_tensors="pt")["input_ids"]
+    logps, ref_logps = (model(ids).logits[0, -1].detach().double().log_softmax(-1) for model in (policy, reference))
+    exact = (logps.exp() * (logps - ref_logps)).sum().item()
+    kl = evaluate_policy(
+        policy, reference, tokenizer, FunctionRanker(length), ["The fox"] * 2000, ["a"] * 2000, max_new_tokens=1
+    )["kl"]
+    assert exact > 0.1
+    assert abs(kl.mean - exact) < 5 * kl.standard_error < 0.5 * exact  # by chance wrong once in a million

@@ -14,7 +14,9 @@ from prefopt_trl.trainers.checkpoints import (
     GLOBAL_BATCH,
     SETTINGS_FILE,
     check_adapter,
+    check_length,
     check_settings,
+    data_fingerprint,
     save_settings,
     training_settings,
 )
@@ -62,8 +64,40 @@ def test_other_settings_are_refused_and_each_is_named(tmp_path):
     message = str(error.value)
     assert f"`{GLOBAL_BATCH}` was 16 and is 32" in message
     assert "`learning_rate` was 1e-05 and is 2e-05" in message and "seed" not in message
-    assert "`loss_type` was ['sigmoid'] and is ['hinge']" in message
+    assert "`loss_type` was 'sigmoid-norm' and is 'hinge-norm'" in message  # as they are given
     assert message.startswith(f"{tmp_path} was") and "give the checkpoint as `model` of a new run" in message
+
+
+def test_losses_that_are_not_rsos_have_trls_names(tmp_path):
+    save_settings(tmp_path, {"method": "RSO", "loss_type": ["sigmoid", "ipo"]})
+    with pytest.raises(ValueError, match=r"`loss_type` was \['sigmoid-norm', 'ipo'\] and is 'ipo'"):
+        check_settings(tmp_path, {"method": "RSO", "loss_type": ["ipo"]})
+
+
+@pytest.mark.parametrize(
+    ("state", "given", "refused"),
+    [
+        ({"global_step": 40, "epoch": 2.0}, {"max_steps": 8}, "for 40 steps already, .* at `max_steps`=8. Raise it"),
+        ({"global_step": 40, "epoch": 2.0}, {"max_steps": 40}, None),  # the run was finished
+        ({"global_step": 40, "epoch": 2.0}, {"max_steps": 41, "num_train_epochs": 1.0}, None),  # steps decide
+        (
+            {"global_step": 40, "epoch": 2.5},
+            {"max_steps": -1, "num_train_epochs": 2.0},
+            "2.5 epochs .* at `num_train_",
+        ),
+        ({"global_step": 40, "epoch": 2.0}, {"max_steps": -1, "num_train_epochs": 2.0}, None),
+        (None, {"max_steps": 8}, None),
+    ],
+)
+def test_a_checkpoint_beyond_the_end_of_the_run_is_refused(state, given, refused, config, tmp_path):
+    if state is not None:
+        (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    args = config(RSOConfig, **given)
+    if refused is None:
+        check_length(tmp_path, args)
+    else:
+        with pytest.raises(ValueError, match=f"{tmp_path} was trained .*{refused}"):
+            check_length(tmp_path, args)
 
 
 def test_settings_that_only_one_version_knows_are_not_compared(tmp_path):
@@ -79,6 +113,29 @@ def test_another_length_is_said(longer, tmp_path, caplog):
     ((name, value),) = longer.items()
     (said,) = warnings(caplog)
     assert f"`{name}` was {saved[name]} and is {value}. Its learning rate goes on along the schedule of the" in said
+
+
+def test_what_is_not_in_force_is_no_setting(config):
+    given = training_settings("RSO", config(RSOConfig), samples=False)
+    assert not {"max_new_tokens", "num_candidates", "top_p", "temperature", "pairing"} & given.keys()
+    assert not {"ref_model_mixup_alpha", "ref_model_sync_steps"} & given.keys()
+    assert {"sync_ref_model", "sampling", "gamma"} <= given.keys()
+    sampled = training_settings("RSO", config(RSOConfig, sync_ref_model=True))
+    assert {"max_new_tokens", "temperature", "ref_model_mixup_alpha", "ref_model_sync_steps"} <= sampled.keys()
+    of_pro = training_settings("PRO", config(PROConfig), samples=False)
+    assert of_pro["temperature"] == "dynamic" and "sampling_temperature" not in of_pro  # of the loss
+
+
+def test_the_fingerprint_of_data_is_of_what_training_reads():
+    columns = {"prompt_ids": [[1, 2], [3]], "rewards": [[0.5], [1.0]]}
+
+    def fingerprint(**others):
+        return data_fingerprint(Dataset.from_dict({**columns, **others}), {*columns, "image", "ref_chosen_logps"})
+
+    assert fingerprint() == fingerprint(source=["a", "b"]) == fingerprint(ref_chosen_logps=[0.1, 0.2])
+    assert fingerprint() != fingerprint(rewards=[[0.5], [1.5]])
+    assert fingerprint() != fingerprint(prompt_ids=[[3], [1, 2]])
+    assert data_fingerprint(Dataset.from_dict(columns).to_iterable_dataset(), set(columns)) is None
 
 
 # Trainers
@@ -128,6 +185,33 @@ def test_a_checkpoint_of_other_settings_is_refused_before_it_is_loaded(which, ma
         train(make, SLiCTrainer, PAIRS, tmp_path, resume)
 
 
+def test_another_adapter_is_refused(make, tmp_path):
+    def adapter(**given):
+        return LoraConfig(**{"r": 2, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj"], **given})
+
+    train(make, RSOTrainer, PAIRS, tmp_path, max_steps=1, peft_config=adapter())
+    settings = json.loads((tmp_path / "checkpoint-1" / SETTINGS_FILE).read_text())
+    assert settings["peft_config.target_modules"] == ["q_proj", "v_proj"]
+    assert settings["peft_config.peft_type"] == "LORA"
+    with pytest.raises(ValueError, match="`peft_config.lora_alpha` was 8 and is 512") as error:
+        train(make, RSOTrainer, PAIRS, tmp_path, True, max_steps=1, peft_config=adapter(lora_alpha=512))
+    assert "peft_config.r`" not in str(error.value) and "training data" not in str(error.value)
+    with pytest.raises(ValueError, match="`peft_config.peft_type` was 'LORA' and is None"):
+        train(make, RSOTrainer, PAIRS, tmp_path, True, max_steps=1)
+    same = adapter(target_modules=["q_proj", "v_proj"])
+    train(make, RSOTrainer, PAIRS, tmp_path, True, max_steps=2, peft_config=same, num_candidates=9)  # not sampled
+
+
+@pytest.mark.parametrize("trainer_class", [RSOTrainer, PROTrainer])
+def test_other_data_are_refused(trainer_class, make, tmp_path):
+    dataset = as_rankings(PAIRS) if trainer_class is PROTrainer else PAIRS
+    train(make, trainer_class, dataset, tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match="was trained with other settings: the training data are others. Resume"):
+        train(make, trainer_class, dataset.select(range(7, -1, -1)), tmp_path, True, max_steps=2)
+    dataset.save_to_disk(tmp_path / "copy")
+    train(make, trainer_class, Dataset.load_from_disk(tmp_path / "copy"), tmp_path, True, max_steps=2)
+
+
 def test_a_checkpoint_of_trl_resumes_and_it_is_said(make, tmp_path, caplog):
     losses = {}
     for name, trainer_class in {"rso": RSOTrainer, "dpo": DPOTrainer}.items():
@@ -149,6 +233,12 @@ def test_a_longer_run_goes_on(make, tmp_path, caplog):
     assert "`max_steps` was 2 and is 4" in warnings(caplog)[0]
 
 
+def test_nothing_is_saved_over_by_a_run_that_ends_before_its_checkpoint(make, tmp_path):
+    train(make, RSOTrainer, PAIRS, tmp_path, max_steps=2)
+    with pytest.raises(ValueError, match="checkpoint-2 was trained for 2 steps already, .* at `max_steps`=1"):
+        train(make, RSOTrainer, PAIRS, tmp_path, True, max_steps=1)
+
+
 # Models
 
 
@@ -161,20 +251,18 @@ def peft_model(folder: Path, base: str, trained_on: str | None) -> PeftModel:
 
 
 @pytest.mark.parametrize("trained_on", ["{base}", "{base}/", "elsewhere/{name}", "org/{name}", "", None])
-def test_an_adapter_of_the_same_base_passes(trained_on, policy_dir, tmp_path):
+def test_an_adapter_of_the_same_base_passes(trained_on, policy_dir, tmp_path, caplog):
     name = Path(policy_dir).name
     if trained_on is not None:
         trained_on = trained_on.format(base=policy_dir, name=name)
     check_adapter(peft_model(tmp_path, policy_dir, trained_on))
+    assert not caplog.records
 
 
-def test_an_adapter_of_another_base_is_refused(policy_dir, make, tmp_path):
-    model = peft_model(tmp_path / "adapter", policy_dir, "huggyllama/llama-7b")
-    message = f"The adapter 'default' was trained on huggyllama/llama-7b, .* is {policy_dir}. Load it on its own base"
-    with pytest.raises(ValueError, match=message) as error:
-        make(RSOTrainer, PAIRS, model=model)
-    exec(str(error.value).split("say so: `")[1].removesuffix("`."), {"model": model})  # the remedy
-    make(RSOTrainer, PAIRS, model=model)
+def test_an_adapter_of_another_base_is_warned_of(policy_dir, make, tmp_path, caplog):
+    make(RSOTrainer, PAIRS, model=peft_model(tmp_path / "adapter", policy_dir, "huggyllama/llama-7b"))
+    (message,) = [record.getMessage() for record in caplog.records if "adapter" in record.getMessage()]
+    assert f"'default' was trained on huggyllama/llama-7b, and the model it is on is {policy_dir}." in message
 
 
 @pytest.mark.parametrize("how", ["path", "object"])

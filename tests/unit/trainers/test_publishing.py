@@ -1,3 +1,4 @@
+import gc
 import json
 import logging
 import os
@@ -5,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import DPOTrainer
 
 from prefopt_trl import FunctionRanker, PROTrainer, RSOTrainer, SLiCTrainer
@@ -154,6 +156,7 @@ def test_a_token_that_may_not_write_is_told_before_anything_is_sampled(
         )
     assert f"Nothing could be pushed to {REPO} later: the Hub refused the access token" in str(error.value)
     assert "Nothing was sampled or trained yet." in str(error.value)
+    assert f"\n    hf upload {REPO} {tmp_path / 'rso'} --exclude '_*' --exclude 'checkpoint-*'" in str(error.value)
     assert not (tmp_path / "rso").exists()
 
 
@@ -228,6 +231,32 @@ def test_hub_strategy_end_pushes_nothing_during_training(hub: Hub, make: Any) ->
 
 
 # The card
+
+
+@pytest.mark.parametrize("log_completions", [False, True])
+def test_prompts_are_not_pushed_with_a_model(log_completions: bool, hub: Hub, make: Any, tmp_path: Path) -> None:
+    given = {"bootstrap_parts": 1, "max_new_tokens": 4, "log_completions": log_completions, "report_to": "tensorboard"}
+    prompts = {"prompt": ["Only between us: why?"], "completions": [[" So", " no."]], "rewards": [[1.0, 0.0]]}
+    for _ in range(2):  # the second run puts the parts of the first aside
+        trainer = make(
+            PROTrainer, Dataset.from_dict(prompts), ranker=FunctionRanker(brevity), hub_model_id=REPO, **given
+        )
+        trainer.train()
+    trainer.push_to_hub()
+    kept = [file for file in tmp_path.rglob("*") if file.is_file() and b"Only between us" in file.read_bytes()]
+    names = {file.relative_to(tmp_path).parts[0] for file in kept}
+    assert {"bootstrap", "bootstrap-1"} <= names and ("runs" in names) == log_completions
+    assert not [name for name, content in hub.files(REPO).items() if b"Only between us" in content]
+
+
+def test_a_ranker_that_has_scored_is_let_go_and_the_card_has_its_settings(make: Any, tmp_path: Path) -> None:
+    ranker = FunctionRanker(brevity)
+    settings, held = ranker.settings(), weakref.ref(ranker)
+    trainer = make(PROTrainer, PAIRS, ranker=ranker)
+    del ranker
+    gc.collect()
+    assert held() is None
+    assert trainer.training_data.ranker == settings
 
 
 def test_the_card_says_how_the_data_were_sampled(make: Any, tmp_path: Path) -> None:
@@ -307,6 +336,63 @@ def test_other_reference_models(make: Any, policy_dir: str, tmp_path: Path) -> N
     make(RSOTrainer, PAIRS, model=adapted).create_model_card()
     assert "The base model with a frozen copy of the adapter" in card_of(tmp_path)
     assert "| `adapter.r` | `3` |" in card_of(tmp_path)
+
+
+def test_the_loss_has_the_papers_name(make: Any, tmp_path: Path) -> None:
+    make(RSOTrainer, PAIRS, loss_type="hinge-norm").create_model_card()
+    assert '| `loss_type` | `"hinge-norm"` |' in card_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "shown"),
+    [
+        ("all-linear", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        (["v_proj", "mlp.up_proj"], ["mlp.up_proj", "v_proj"]),
+        (["model.layers.0.self_attn.q_proj"], ["model.layers.0.self_attn.q_proj"]),  # not those of the other layer
+        (".*layers.1.*proj", ".*layers.1.*proj"),
+    ],
+)
+def test_the_card_names_an_adapters_modules_in_few_words(make: Any, tmp_path: Path, asked: Any, shown: Any) -> None:
+    make(RSOTrainer, PAIRS, peft_config=LoraConfig(target_modules=asked)).create_model_card()
+    assert f"| `adapter.target_modules` | `{json.dumps(shown)}` |" in card_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "shown"),
+    [
+        (
+            BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype="bfloat16",
+            ),
+            {
+                "bnb_4bit_compute_dtype": "bfloat16",
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+                "load_in_4bit": True,
+                "quant_method": "bitsandbytes",
+            },
+        ),
+        ({"quant_method": "gptq", "bits": 4}, {"bits": 4, "quant_method": "gptq"}),
+    ],
+)
+def test_the_card_has_the_settings_of_the_quantisation_that_is_used(
+    make: Any, tmp_path: Path, quantization: Any, shown: dict[str, Any]
+) -> None:
+    trainer = make(SLiCTrainer, PAIRS)
+    trainer.model.config.quantization_config = quantization
+    trainer.create_model_card()
+    rows = [line for line in card_of(tmp_path).splitlines() if line.startswith("| `quantisation")]
+    assert rows == [f"| `quantisation.{name}` | `{json.dumps(value)}` |" for name, value in shown.items()]
+
+
+def test_a_dataset_of_this_machine_is_told_by_its_name_alone(make: Any, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").touch()
+    make(SLiCTrainer, PAIRS).create_model_card(dataset_name=str(tmp_path / "pairs.jsonl"))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "Dataset: `pairs.jsonl`." in card.text and card.data.datasets is None
 
 
 def test_names_are_not_read_as_markdown_and_no_folder_is_told(make: Any, policy_dir: str, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 from trackio.sqlite_storage import SQLiteStorage
+from transformers.integrations import TensorBoardCallback
 from wandb.proto.wandb_internal_pb2 import Record
 
 from prefopt_trl import FunctionRanker, ListwiseDPOTrainer, PROConfig, PROTrainer, RSOConfig, RSOTrainer
@@ -61,6 +62,7 @@ def test_rankings_are_rows_best_first():
 @pytest.mark.parametrize(
     "text",
     [
+        "\n\nHuman: Why?\n\nAssistant: ",
         "<script>alert(1)</script><img src=x onerror=alert(1)>",
         "a | b || `code` ``` *bold* _it_ __init__ [link](http://x.y) ![i](j) # h\\ \\| & &lt; &#60;",
         "# no heading\n- no list\n\n1. nor this\n| no | row |\n| --- | --- |\n> quote\r\n    code\u2028line",
@@ -75,7 +77,22 @@ def test_tensorboard_shows_a_text_as_it_is(text):
     shown = html.unescape(re.sub("<br ?/?>", "\n", cell))
     shown = re.sub("[\x02\x03\ufffd]", "", shown)  # no HTML has these
     expected = re.sub("[\x02\x03]", "", text)
-    assert [line.split() for line in shown.split("\n")] == [line.split() for line in expected.splitlines()]
+    lines = expected.strip().splitlines()  # without empty ones at either end
+    assert [line.split() for line in shown.split("\n")] == [line.split() for line in lines]
+
+
+def test_tensorboard_shows_numbers_in_few_digits(monkeypatch):
+    logged = []
+    monkeypatch.setattr(TensorBoardCallback, "on_log", lambda self, *_, logs: logged.append(logs["completions"]))
+    trainer = SimpleNamespace(
+        callback_handler=SimpleNamespace(callbacks=[TensorBoardCallback.__new__(TensorBoardCallback)])
+    )
+    pair = {"prompt": "\n\np", "chosen": "1.50000", "rejected": "r", "chosen_reward": 0.46000120043754721}
+    pair |= {"rejected_reward": -12.0, "label_probability": 0.99999}
+    callback = LogPreferencesCallback(trainer, [pair])
+    state = SimpleNamespace(is_world_process_zero=True, global_step=12345)
+    callback.on_train_begin(SimpleNamespace(report_to=["tensorboard"]), state, SimpleNamespace())
+    assert cells(logged[0]) == [["12345", "p", escape_markdown("1.50000"), "r", "0.46", "-12", "1"]]
 
 
 def test_a_dataset_of_tokens_has_no_examples():
@@ -160,7 +177,9 @@ def test_every_tracker_receives_metrics_and_the_sampled_table(trackers, make):
     scalars, texts = of_tensorboard(trackers)
     ((step, markdown),) = texts
     assert step == 0 and len(markdown.splitlines()) == 2 + 6
-    assert cells(markdown) == [[escape_markdown(str(cell)) for cell in row] for row in rows]
+    assert cells(markdown) == [
+        ["0", *map(escape_markdown, row[1:4]), *(f"{number:.4g}" for number in row[4:])] for row in rows
+    ]
 
     of_trackio = SQLiteStorage.get_logs("ours", "one")
     (table,) = [entry["completions"]["_value"] for entry in of_trackio if "completions" in entry]

@@ -95,6 +95,17 @@ def make(trainer_class, model_dir, tmp_path, **given):
             ["self"],
             f"PreferenceTrainer._set_signature_columns_if_needed in {BASE}",
         ),
+        # Of transformers' Trainer
+        (DPOTrainer._save_checkpoint, ["self", "model", "trial"], "Resumable in trainers/checkpoints.py"),
+        (DPOTrainer._get_output_dir, ["self", "trial"], "Resumable in trainers/checkpoints.py"),
+        (DPOTrainer._push_from_checkpoint, ["self", "checkpoint_folder"], "Published in trainers/publishing.py"),
+        (DPOTrainer._finish_current_push, ["self"], "Published in trainers/publishing.py"),
+        (DPOTrainer.save_model, ["self", "output_dir", "_internal_call"], "Published in trainers/publishing.py"),
+        (
+            DPOTrainer.create_model_card,
+            ["self", "model_name", "dataset_name", "tags"],
+            "Published in trainers/publishing.py",
+        ),
     ],
 )
 def test_the_signatures_we_override_or_call(function, expected, where):

@@ -1,0 +1,78 @@
+"""What the commands write about their results: model cards, and the table of an evaluation."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from prefopt_trl.data.hub import PushError
+from prefopt_trl.rankers import PairwiseRanker
+from prefopt_trl.rankers.templates import TEMPLATES
+
+REPO = "my-org/my-model"
+LORA = ["--use_peft", "--lora_target_modules", "all-linear"]
+
+
+def pushed(hub: Any) -> dict[str, bytes]:
+    files = hub.files(REPO)
+    assert {"README.md", "tokenizer.json"} <= files.keys()
+    assert not [name for name in files if "checkpoint-" in name or "training_args" in name]  # which has the token
+    return files
+
+
+def test_an_sft_model_has_a_card_that_names_its_base_and_data(training, run_in_process, tiny_llama_dir):
+    run_in_process("sft", [*training, "--output_dir", "outputs/sft"])
+    card = ModelCard.load("outputs/sft/README.md")
+    assert f"This model is `{Path(tiny_llama_dir).name}`, fine-tuned on `pairs.jsonl`." in card.text
+    assert "# Model Card for sft" in card.text and "model='outputs/sft'" in card.text
+    assert "None" not in card.text and tiny_llama_dir not in card.text
+    assert card.data.get("datasets") is None and card.data.get("base_model") is None  # they are not on the Hub
+
+
+def test_an_sft_model_is_pushed_with_its_card(hub, training, run_in_process):
+    run_in_process("sft", [*training, "--output_dir", "sft", "--push_to_hub", "--hub_model_id", REPO])
+    text = pushed(hub)["README.md"].decode()
+    assert "fine-tuned on `pairs.jsonl`." in text and f'model="{REPO}"' in text and "None" not in text
+
+
+@pytest.mark.parametrize("options", [[], LORA])
+def test_a_ranker_has_a_card_that_makes_it(options, training, run_in_process, tiny_llama_dir):
+    run_in_process("ranker", [*training, *options, "--ranker_template", "summary", "--output_dir", "ranker"])
+    card = ModelCard.load("ranker/README.md")
+    assert f"Its model was loaded from `{Path(tiny_llama_dir).name}`. It was trained on `pairs.jsonl`." in card.text
+    assert "| `steps` | `1` |" in card.text and '| `template` | `"summary"` |' in card.text
+    assert {"prefopt-trl", "ranker"} <= set(card.data.tags)
+    assert card.data.library_name == ("peft" if options else "transformers")
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    namespace: dict[str, Any] = {}
+    exec(snippet, namespace)
+    assert isinstance(namespace["ranker"], PairwiseRanker)
+    assert namespace["ranker"].template is TEMPLATES["summary"]
+
+
+def test_a_ranker_is_pushed_with_its_card(hub, training, run_in_process):
+    steps = [word if word != "no" else "steps" for word in training]  # a checkpoint has the card too
+    run_in_process("ranker", [*steps, "--output_dir", "ranker", "--push_to_hub", "--hub_model_id", REPO])
+    assert f"ranker = PairwiseRanker('{REPO}', template='dialogue')" in pushed(hub)["README.md"].decode()
+    assert Path("ranker/README.md").read_bytes() == pushed(hub)["README.md"]
+
+
+@pytest.mark.parametrize("name", ["sft", "ranker", "rso"])
+def test_a_token_that_may_not_write_is_refused_with_a_command(name, hub, training, run_in_process):
+    hub.fail("POST /api/repos/create", 401, "Invalid credentials")
+    with pytest.raises(PushError, match=f"leave out `push_to_hub`.*\n\n    hf upload {REPO} out --exclude '_.'"):
+        run_in_process(name, [*training, "--output_dir", "out", "--push_to_hub", "--hub_model_id", REPO])
+
+
+def test_an_evaluation_shows_small_numbers_and_counts(tiny, run_in_process, tiny_llama_dir, tmp_path):
+    rewards = "[-0.0005 if not 'Yes' in text and not 'No' in text else 0.0 for text in completions]"
+    (tmp_path / "tiny_reward.py").write_text(f"def rewards(prompts, completions, **kwargs):\n    return {rewards}\n")
+    own = ["--ranker", "tiny_reward.rewards", "--reference", tiny_llama_dir, "--max_new_tokens", "4"]
+    run_in_process("evaluate", [*tiny, *own, "--output_dir", "out"])
+    assert json.loads(Path("out/evaluation.json").read_text())["ranker_reward"]["mean"] == pytest.approx(-0.0005)
+    written = Path("out/evaluation.md").read_text()
+    assert re.search(r"\| reward by the ranker[^|]*\| +-0\.0005 ± 0 \|", written)
+    assert re.search(r"\| win rate against the target +\| +0% ± 0% \(0 of 6 prompts\) \|", written)
