@@ -20,13 +20,17 @@ def test_each_module_is_in_the_mode_it_was_in():
     assert [module.training for module in model.modules()] == before
 
 
-def test_a_gradient_passes_through_4_bit_layers_afterwards():
+@pytest.mark.parametrize("trained_before", [False, True])  # a model is loaded in evaluation mode
+def test_a_gradient_passes_through_4_bit_layers_afterwards(trained_before):
     layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
     inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     layer(inputs).sum().backward()
     expected, inputs.grad = inputs.grad, None
-    with evaluating(nn.Sequential(nn.Dropout(), layer)), torch.no_grad():
+    model = nn.Sequential(nn.Dropout(), layer).train(trained_before)
+    with evaluating(model), torch.no_grad():
         layer(inputs.detach())
+    assert layer.training == trained_before
+    model.train()
     layer(inputs).sum().backward()
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(inputs.grad, expected)
