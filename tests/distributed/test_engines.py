@@ -57,7 +57,7 @@ def test_what_is_saved_loads_without_the_engine(engine: str, cell: Cell, engines
     name = str(cell).replace(", ", "-")
     expected = token_logps(engines, "alone", name, "saved")
     before = token_logps(engines, None, name, "tied" if cell.weights == "tied" else "policy")
-    assert (expected - before).abs().max() > 0.01  # training has moved it
+    assert (expected - before).abs().max() > 5e-3  # training has moved it
     for folder in ("saved", "checkpoint-3"):
         torch.testing.assert_close(token_logps(engines, engine, name, folder), expected, rtol=1e-3, atol=1e-3)
     if cell.weights in ("lora", "qlora", "adapter"):
