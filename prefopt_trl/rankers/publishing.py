@@ -1,5 +1,6 @@
 """A ranker's model as a folder, and its way to the Hub."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,20 @@ from prefopt_trl.data.markdown import name, public_name, settings_table
 from prefopt_trl.rankers.models import RankingModel
 
 
-class PublishedModel:
+class PublishedModel(ABC):
     """What rankers that hold a model have: `save_pretrained` and `push_to_hub`."""
 
     ranking_model: RankingModel
     peft_class: str  # of an adapter for such a model,
     peft_options: str = ""  # and what it is loaded with
 
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """Those of the ranker."""
 
+    @abstractmethod
     def arguments(self) -> dict[str, str]:
         """The arguments that make this ranker out of its model, as Python writes them."""
-        raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Save the model (or its adapter), its tokenizer, and a card that says how to make the ranker of them.
