@@ -80,7 +80,7 @@ def load_hh_rlhf(
     else:
         names = SUBSETS if subset is None else (subset,)
         raw = {f"{path_or_repo}/{name} ({split})": _read_hub(str(path_or_repo), name, split) for name in names}
-    return concatenate_datasets([_split_rows(dataset, where, conversational) for where, dataset in raw.items()])
+    return concatenate_datasets([split_transcripts(dataset, where, conversational) for where, dataset in raw.items()])
 
 
 def _find_files(folder: Path, subset: str | None, split: str) -> list[Path]:
@@ -114,7 +114,7 @@ def _read_hub(repo: str, subset: str, split: str) -> Dataset:
         ) from error
 
 
-def _split_rows(dataset: Dataset, where: str, conversational: bool) -> Dataset:
+def split_transcripts(dataset: Dataset, where: str, conversational: bool) -> Dataset:
     check_columns(dataset, ["chosen", "rejected"], where)
     kept: list[int] = []
     malformed: list[int] = []

@@ -5,7 +5,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 
 from prefopt_trl.data.formats import check_columns
-from prefopt_trl.data.hh_rlhf import HUMAN_TURN, SUBSETS, _split_rows, load_hh_rlhf
+from prefopt_trl.data.hh_rlhf import HUMAN_TURN, SUBSETS, load_hh_rlhf, split_transcripts
 
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `load_dataset` reads them as
 
@@ -54,7 +54,7 @@ def load_rows(name: str, config: str | None = None, split: str = "train", num_ro
         dataset = _load(name, config, split)
         check_columns(dataset, [], name)
         if _are_transcripts(dataset):
-            dataset = _split_rows(dataset, name, conversational=False)
+            dataset = split_transcripts(dataset, name, conversational=False)
     return dataset if num_rows is None else dataset.select(range(min(num_rows, len(dataset))))
 
 
