@@ -1,9 +1,10 @@
 """Prompts computed once inside TRL's own trainers.
 
 TRL's trainers call `model(input_ids, attention_mask, labels=..., fused_lm_head=True)` on padded rows and read
-per-token values from the output. [`add_shared_prefix`] changes the model's forward in that case alone: rows are
-packed, run, and unpacked to the layout TRL expects. So every loss, metric and reference path of TRL keeps working as
-it is. Rows that are not TRL's pairs say whose prompt they have in `group_ids`.
+per-token values from the output. Trainers with a loss of this package pass `label_statistics=True` instead, and get
+[`LabelStatistics`]. [`add_shared_prefix`] changes the model's forward in these two cases alone: rows are packed, run,
+and unpacked. So every loss, metric and reference path of TRL keeps working. Rows that are not TRL's pairs say whose
+prompt they have in `group_ids`.
 """
 
 import functools
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from prefopt_trl.shared_prefix.label_statistics import label_statistics
 from prefopt_trl.shared_prefix.packing import pack_rows, pair_groups
 from prefopt_trl.shared_prefix.scoring import is_right_padded
 from prefopt_trl.shared_prefix.support import log_reason, packed_inputs, reason_not_to_share
@@ -24,25 +26,25 @@ SETTINGS = {"use_cache", "fused_lm_head"}
 
 
 def add_shared_prefix(model: PreTrainedModel) -> None:
-    """Make a model with TRL's fused LM head compute each prompt of a preference batch once.
+    """Make a model compute each prompt of a preference batch once.
 
-    Changes `model.forward` for calls with `fused_lm_head=True` on pairs (chosen rows, then rejected rows), or on any
-    rows with `group_ids` (`torch.LongTensor` of shape `(num_rows,)`, as in [`pack_rows`]); all other calls, `generate`
-    among them, are as before. Sharing is exact: where it would not be, rows are run as they come, and one logged line
-    says why (see [`reason_not_to_share`]).
+    Changes `model.forward` for calls with `fused_lm_head=True`, if TRL has added its fused head, and for calls with
+    `label_statistics=True`, which return [`LabelStatistics`]. The first are on pairs (chosen rows, then rejected rows)
+    unless `group_ids` (`torch.LongTensor` of shape `(num_rows,)`, see [`pack_rows`]) says otherwise. The second share
+    prompts only with `group_ids`. All other calls, such as those of `generate`, are unchanged. Sharing is exact: if it
+    would not be, each row is run by itself, and one logged line says why (see [`reason_not_to_share`]).
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Causal language model on which [`~trl.trainer.utils.add_fused_lm_head`] has been called; a model that
-            already shares is left as it is.
+            Causal language model. A model that already shares is left as it is.
 
     Example:
 
     ```python
-    add_fused_lm_head(model)
     add_shared_prefix(model)
     labels = input_ids.masked_fill(completion_mask == 0, -100)
-    log_probs = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True).log_probs
+    rows = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    log_probs = model(**rows, group_ids=group_ids, label_statistics=True).log_probs
     ```
     """
     if getattr(model.forward, "shares_prefix", False):
@@ -52,15 +54,21 @@ def add_shared_prefix(model: PreTrainedModel) -> None:
     # Keep the original signature: `generate` and `Trainer` look at it
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        fused_forward = types.MethodType(bound_forward.__func__, self)  # of this model: it may be a copy of the first
-        group_ids = kwargs.pop("group_ids", None)
-        if not kwargs.get("fused_lm_head") or not _can_share(self, fused_forward, args, kwargs, group_ids):
-            return fused_forward(*args, **kwargs)
+        compute: Callable[..., Any] = types.MethodType(bound_forward.__func__, self)  # it may be a copy of the first
+        own_forward, group_ids = compute, kwargs.pop("group_ids", None)
+        if kwargs.pop("label_statistics", False):
+            compute = functools.partial(label_statistics, self, own_forward)
+            shares = group_ids is not None
+        else:
+            shares = kwargs.get("fused_lm_head", False)
+        if not shares or not _can_share(self, own_forward, args, kwargs, group_ids):
+            return compute(*args, **kwargs)
         input_ids, attention_mask, labels = kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"]
         if group_ids is None:
             group_ids = pair_groups(len(input_ids), input_ids.device)
         packed = pack_rows(input_ids, attention_mask, labels, group_ids)
-        outputs = fused_forward(**packed_inputs(self, packed), shift_labels=packed.shift_labels, fused_lm_head=True)
+        asked = {name: kwargs[name] for name in ("fused_lm_head",) if name in kwargs}
+        outputs = compute(**packed_inputs(self, packed), shift_labels=packed.shift_labels, **asked)
         # Without `loss`: it counts a token that two completions share once
         return type(outputs)(**{name: packed.unpack(value) for name, value in outputs.items() if name != "loss"})
 

@@ -34,10 +34,8 @@ from prefopt_trl.data.rankings import pairs_to_rankings, tokenize_rankings, warn
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
 from prefopt_trl.shared_prefix.forward import add_shared_prefix
-from prefopt_trl.shared_prefix.packing import IGNORE_INDEX, pair_groups
 from prefopt_trl.trainers.base_config import PreferenceConfig
 from prefopt_trl.trainers.checkpoints import Resumable, check_model
-from prefopt_trl.trainers.completions import ScoredCompletions, by_prompt, columns_of_rows, ranking_metrics
 from prefopt_trl.trainers.model_card import TrainingData
 from prefopt_trl.trainers.preferences import (
     are_prompts,
@@ -47,6 +45,7 @@ from prefopt_trl.trainers.preferences import (
     with_sampled_logps,
 )
 from prefopt_trl.trainers.publishing import Published, check_repository
+from prefopt_trl.trainers.reference import adding_reference_adapter, check_policy, copy_adapter, frozen_copy
 from prefopt_trl.trainers.tables import LogPreferencesCallback, first_examples
 
 logger = logging.getLogger(__name__)
@@ -62,6 +61,8 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
     config_class: type[PreferenceConfig]
     learns_from: str = "pairs"  # or "rankings"
     has_reference: bool = True  # where False, no second model is loaded or held
+    has_own_loss: bool = False  # in place of TRL's losses on pairs
+    _has_reference_adapter: bool = False
     args: Any  # an instance of `config_class`
 
     def __init__(
@@ -85,6 +86,7 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
         peft_config: PeftConfig | None = None,
         ranker: Ranker | None = None,
     ) -> None:
+        check_policy(model, ref_model, peft_config, self.has_reference)
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
             args = self.config_class(f"{model_id.split('/')[-1]}-{self._name}")
@@ -136,29 +138,55 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
         self.training_data = TrainingData.of(train_dataset, ranker if uses_ranker else None)
         self.reference_given = None if ref_model is None else get_config_model_id(ref_model.config)
         examples = first_examples(train_dataset) if args.log_completions and not samples_while_training else None
+        # TRL loads no reference model where its log-probabilities are precomputed, but for FSDP
+        precomputes = args.precompute_ref_log_probs and os.environ.get("ACCELERATE_USE_FSDP") != "true"
+        copies = self.has_reference and ref_model is None and peft_config is None and not precomputes
+        if copies := copies and isinstance(model, PreTrainedModel):
+            ref_model = frozen_copy(model)
+        elif isinstance(ref_model, PeftModel):
+            ref_model = ref_model.get_base_model()  # with the adapter in its layers, and a head that TRL can fuse
         construct = super().__init__ if self.has_reference else partial(_init_without_reference_model(model), self)
-        construct(
-            model=model,
-            ref_model=ref_model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with adding_reference_adapter(model):
+            construct(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        if copies and args.precompute_ref_log_probs:
+            self.ref_model = None  # as TRL lets go of one that it has loaded
         if not self.has_reference and isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")  # TRL's copy of a pretrained adapter
-        self._share_prefixes()
+        self._set_up_models()
         self._install_collator(tokenizer, ranker, given=data_collator is not None)
         self._set_up(tokenizer, ranker)
         self._preferences_log = LogPreferencesCallback(self, examples) if args.log_completions else None
         if self._preferences_log is not None:
             self.add_callback(self._preferences_log)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # It cuts what it gathers to the number of examples, and an example of ours or of TRL's has several rows of
+        # logits. May go once `DPOTrainer` gathers both rows of a pair.
+        self.gather_function = self._gather_rows
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _gather_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Gather losses, one per example, or rows of logits, without those of examples that fill up the last batch."""
+        if values.dim() == 1:
+            return self.accelerator.gather_for_metrics(values)
+        rows, state = self.accelerator.gather(values), self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        pairs = torch.arange(len(rows) // 2, device=rows.device).view(self.accelerator.num_processes, 1, -1)
+        return rows[(pairs < state.remainder).expand(-1, 2, -1).flatten()]  # chosen rows and rejected rows of each
 
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         if self._preferences_log is not None:
@@ -290,7 +318,7 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if getattr(self.args, "reference_logps", "computed") == "sampled":
             return with_sampled_logps(dataset, name, self.args.max_length)
-        self._share_prefixes()  # called by DPOTrainer.__init__, before ours ends
+        self._set_up_models()  # called by DPOTrainer.__init__, before ours ends
         if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset) and not dataset.cache_files:
             # TRL's main process hands the values over in a file beside the dataset's own, and a dataset in memory has
             # none that the others see. May go once `DPOTrainer` tells them the file.
@@ -300,79 +328,6 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
             self.accelerator.wait_for_everyone()
             dataset = Dataset.load_from_disk(folder)
         return super()._precompute_ref_logps(dataset, name, batch_size)
-
-    def _share_prefixes(self) -> None:
-        if not self.args.share_prefix:
-            return
-        for wrapped in (self.model, self.ref_model):
-            if wrapped is not None:
-                model: Any = self.accelerator.unwrap_model(wrapped)
-                if isinstance(model, PeftModel):
-                    model = model.get_base_model()
-                add_shared_prefix(model)
-
-
-class CompletionTrainer(PreferenceTrainer):
-    """A trainer with a loss of its own over all the completions of a prompt, in place of TRL's over pairs.
-
-    Subclasses write [`loss_per_prompt`] and [`scores`].
-    """
-
-    num_compared: int | None = None  # completions of a prompt that are ranked; further ones only have a likelihood
-
-    def loss_per_prompt(self, completions: ScoredCompletions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of each prompt, and the parts of it that are logged; each of shape `(batch_size,)`."""
-        raise NotImplementedError
-
-    def scores(self, completions: ScoredCompletions) -> torch.Tensor:
-        """What the method takes as the policy's own reward of each completion, shape `(batch_size, n)`."""
-        raise NotImplementedError
-
-    def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool) -> Any:
-        completion_mask = inputs["completion_mask"]
-        group_ids = inputs.get("group_ids")
-        if group_ids is None:  # TRL's pairs: chosen rows, then rejected rows
-            group_ids = pair_groups(len(completion_mask), completion_mask.device)
-        model_inputs: dict[str, Any] = {name: value for name, value in inputs.items() if name not in OWN_INPUTS}
-        model_inputs["use_cache"] = False
-        if self.aux_loss_enabled:
-            model_inputs["output_router_logits"] = True
-        labels = inputs["input_ids"].masked_fill(completion_mask == 0, IGNORE_INDEX)
-        groups = {"group_ids": group_ids} if self.args.share_prefix else {}
-        outputs = model(**model_inputs, **groups, labels=labels, fused_lm_head=True)
-
-        asked = completion_mask[:, 1:].bool()
-        row_rewards = inputs.get("rewards")
-        if row_rewards is None:
-            row_rewards = (torch.arange(len(group_ids), device=group_ids.device) < len(group_ids) // 2).float()
-        completions = ScoredCompletions(
-            logps=by_prompt(_of_tokens(outputs.log_probs, asked).sum(dim=1), group_ids),
-            num_tokens=by_prompt(asked.sum(dim=1), group_ids),
-            mask=by_prompt(torch.ones_like(group_ids, dtype=torch.bool), group_ids),
-            rewards=by_prompt(row_rewards, group_ids),
-            ref_logps=by_prompt(self._ref_logps(inputs, groups), group_ids) if self.has_reference else None,
-        )
-        losses, parts = self.loss_per_prompt(completions)
-        loss = losses.mean()
-        everyone = torch.tensor(len(losses), device=losses.device)
-        metrics = {f"loss/{name}": (part.sum(), everyone) for name, part in parts.items()}
-        if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
-            metrics["aux_loss"] = (outputs.aux_loss, torch.ones_like(outputs.aux_loss))
-        with torch.no_grad():
-            ranked = completions.first(self.num_compared)
-            metrics |= ranking_metrics(self.scores(ranked), ranked)
-            metrics |= _token_metrics(outputs, asked, columns_of_rows(group_ids), self.num_compared)
-        self._record(metrics, inputs["attention_mask"])
-        if not return_outputs:
-            return loss
-        with torch.no_grad():  # the fused head builds no logits
-            return loss, model(**model_inputs)
-
-    def _ref_logps(self, inputs: dict[str, torch.Tensor], groups: dict[str, torch.Tensor]) -> torch.Tensor:
-        rows = {name: value for name, value in inputs.items() if name not in OWN_INPUTS or name == "completion_mask"}
-        # TRL hands the rows back in two halves
-        return torch.cat(self.compute_ref_log_probs(self.ref_model or self.model, {**rows, **groups}))
 
     def _record(self, metrics: dict[str, tuple[torch.Tensor, torch.Tensor]], attention_mask: torch.Tensor) -> None:
         """Log sums over counts, over all processes; the names, and so what is gathered, are the same on each."""
@@ -388,31 +343,18 @@ class CompletionTrainer(PreferenceTrainer):
             self._total_train_tokens += int(num_tokens[0]) // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
-
-# What a batch has beside the model's own inputs
-OWN_INPUTS = {"completion_mask", "group_ids", "rewards"}
-
-
-def _of_tokens(per_token: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-    """The values of the rows' own tokens: prompt-learning adapters put virtual ones before them."""
-    return per_token[:, -asked.shape[1] :]
-
-
-def _token_metrics(
-    outputs: Any, asked: torch.Tensor, columns: torch.Tensor, num_compared: int | None
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """TRL's metrics over the tokens of completions; those of the best completions are the chosen ones."""
-    best = asked & (columns == 0)[:, None]
-    others = asked & (columns > 0)[:, None]
-    if num_compared is not None:
-        others &= (columns < num_compared)[:, None]
-    mean_logits = _of_tokens(outputs.mean_logits, asked)
-    return {
-        "entropy": ((_of_tokens(outputs.entropy, asked) * asked).sum(), asked.sum()),
-        "mean_token_accuracy": ((_of_tokens(outputs.is_top1, asked) & best).sum(), best.sum()),
-        "logits/chosen": ((mean_logits * best).sum(), best.sum()),
-        "logits/rejected": ((mean_logits * others).sum(), others.sum()),
-    }
+    def _set_up_models(self) -> None:
+        """Complete TRL's copy of a trained adapter, once, and have the models compute each prompt once."""
+        if self.has_reference and not self._has_reference_adapter and isinstance(self.model, PeftModel):
+            self._has_reference_adapter = "ref" in self.model.peft_config
+            if self._has_reference_adapter:
+                copy_adapter(self.model)
+        for wrapped in (self.model, self.ref_model):
+            if wrapped is not None and (self.args.share_prefix or self.has_own_loss):
+                model: Any = self.accelerator.unwrap_model(wrapped)
+                if isinstance(model, PeftModel):
+                    model = model.get_base_model()
+                add_shared_prefix(model)
 
 
 class _EpochOfSampling(TrainerCallback):

@@ -304,14 +304,18 @@ def check_model(model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedT
             Configuration of the trainer.
 
     Raises:
-        ValueError: as [`check_vocabulary`].
+        ValueError: for an encoder-decoder, and as [`check_vocabulary`].
     """
+    config: Any = None if isinstance(model, str) else model.config
     if isinstance(model, str):
         revision = (args.model_init_kwargs or {}).get("revision")
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
-        check_vocabulary(tokenizer, config)
-        return
-    check_vocabulary(tokenizer, model)
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"`model` is an encoder-decoder ({config.model_type}), which TRL's trainers do not train. Sample from it "
+            "with `build_preference_dataset`, and train a causal language model on the pairs."
+        )
+    check_vocabulary(tokenizer, config if isinstance(model, str) else model)
     if isinstance(model, PeftModel):
         check_adapter(model)
 

@@ -1,9 +1,14 @@
-"""The completions of a batch under the policy: one row per prompt, one column per completion; and their metrics."""
+"""Trainers with a loss over all completions of a prompt: one row per prompt, one column per completion."""
 
+import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from prefopt_trl.shared_prefix.packing import IGNORE_INDEX, pair_groups
+from prefopt_trl.trainers.base import PreferenceTrainer
 
 
 @dataclass(frozen=True)
@@ -141,4 +146,101 @@ def ranking_metrics(scores: Tensor, completions: ScoredCompletions) -> dict[str,
         "ranking/top1": (top1.sum(), ordered.sum()),
         "logps/chosen": (completions.logps[:, 0].sum(), everyone),
         "logps/rejected": (of_others(completions.logps).sum(), everyone),
+    }
+
+
+class CompletionTrainer(PreferenceTrainer):
+    """A trainer with a loss over all completions of a prompt, in place of TRL's over pairs.
+
+    Subclasses write [`loss_per_prompt`] and [`scores`].
+    """
+
+    has_own_loss = True
+    num_compared: int | None = None  # completions of a prompt that are ranked; further ones only have a likelihood
+
+    def loss_per_prompt(self, completions: ScoredCompletions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of each prompt, and the parts of it that are logged; each of shape `(batch_size,)`."""
+        raise NotImplementedError
+
+    def scores(self, completions: ScoredCompletions) -> torch.Tensor:
+        """What the method takes as the policy's own reward of each completion, shape `(batch_size, n)`."""
+        raise NotImplementedError
+
+    def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool) -> Any:
+        completion_mask = inputs["completion_mask"]
+        group_ids = inputs.get("group_ids")
+        if group_ids is None:  # TRL's pairs: chosen rows, then rejected rows
+            group_ids = pair_groups(len(completion_mask), completion_mask.device)
+        model_inputs: dict[str, Any] = {name: value for name, value in inputs.items() if name not in OWN_INPUTS}
+        model_inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            model_inputs["output_router_logits"] = True
+        labels = inputs["input_ids"].masked_fill(completion_mask == 0, IGNORE_INDEX)
+        asking: dict[str, Any] = {"labels": labels, "label_statistics": True}
+        if self.args.share_prefix:
+            asking["group_ids"] = group_ids
+        outputs = model(**model_inputs, **asking)
+
+        asked = completion_mask[:, 1:].bool()
+        row_rewards = inputs.get("rewards")
+        if row_rewards is None:
+            row_rewards = (torch.arange(len(group_ids), device=group_ids.device) < len(group_ids) // 2).float()
+        completions = ScoredCompletions(
+            logps=by_prompt(_of_tokens(outputs.log_probs, asked).sum(dim=1), group_ids),
+            num_tokens=by_prompt(asked.sum(dim=1), group_ids),
+            mask=by_prompt(torch.ones_like(group_ids, dtype=torch.bool), group_ids),
+            rewards=by_prompt(row_rewards, group_ids),
+            ref_logps=by_prompt(self._ref_logps(model_inputs | asking, asked), group_ids)
+            if self.has_reference
+            else None,
+        )
+        losses, parts = self.loss_per_prompt(completions)
+        loss = losses.mean()
+        everyone = torch.tensor(len(losses), device=losses.device)
+        metrics = {f"loss/{name}": (part.sum(), everyone) for name, part in parts.items()}
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+            metrics["aux_loss"] = (outputs.aux_loss, torch.ones_like(outputs.aux_loss))
+        with torch.no_grad():
+            ranked = completions.first(self.num_compared)
+            metrics |= ranking_metrics(self.scores(ranked), ranked)
+            metrics |= _token_metrics(outputs, asked, columns_of_rows(group_ids), self.num_compared)
+        self._record(metrics, inputs["attention_mask"])
+        if not return_outputs:
+            return loss
+        with torch.no_grad():  # `label_statistics` builds no logits
+            return loss, model(**model_inputs)
+
+    def _ref_logps(self, inputs: dict[str, Any], asked: Tensor) -> Tensor:
+        """Log-probabilities of each row under the reference model, in nats, summed over tokens."""
+        model = self.model if self.ref_model is None else self.ref_model
+        as_reference = self._reference_adapter() if self.ref_model is None else contextlib.nullcontext()
+        inputs = {name: value for name, value in inputs.items() if name != "output_router_logits"}
+        with torch.no_grad(), as_reference, self.accelerator.autocast():
+            return _of_tokens(model(**inputs).log_probs, asked).sum(dim=1)
+
+
+# What a batch has beside the model's own inputs
+OWN_INPUTS = {"completion_mask", "group_ids", "rewards"}
+
+
+def _of_tokens(per_token: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """The values of the rows' own tokens: prompt-learning adapters put virtual ones before them."""
+    return per_token[:, -asked.shape[1] :]
+
+
+def _token_metrics(
+    outputs: Any, asked: torch.Tensor, columns: torch.Tensor, num_compared: int | None
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """TRL's metrics over the tokens of completions; those of the best completions are the chosen ones."""
+    best = asked & (columns == 0)[:, None]
+    others = asked & (columns > 0)[:, None]
+    if num_compared is not None:
+        others &= (columns < num_compared)[:, None]
+    mean_logits = _of_tokens(outputs.mean_logits, asked)
+    return {
+        "entropy": ((_of_tokens(outputs.entropy, asked) * asked).sum(), asked.sum()),
+        "mean_token_accuracy": ((_of_tokens(outputs.is_top1, asked) & best).sum(), best.sum()),
+        "logits/chosen": ((mean_logits * best).sum(), best.sum()),
+        "logits/rejected": ((mean_logits * others).sum(), others.sum()),
     }

@@ -132,11 +132,6 @@ def sample_preferences(
             f"The {name} dataset is an `IterableDataset` of prompts, and sampling needs to know how many there are. "
             "Pass a `Dataset`, such as `Dataset.from_list(list(dataset.take(1000)))`, or stream completions."
         )
-    if policy.config.is_encoder_decoder:
-        raise ValueError(
-            f"The policy is an encoder-decoder ({type(policy).__name__}), which TRL's trainers do not train. Sample "
-            "from it with `build_preference_dataset`, and train a causal language model on the pairs."
-        )
     given = "completions" in dataset.column_names
     others = set(dataset.column_names) - {"prompt", "completions", "rewards", "finished"}
     if others and not given:

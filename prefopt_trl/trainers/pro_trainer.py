@@ -12,9 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from prefopt_trl import losses
 from prefopt_trl.data.formats import number_rows
 from prefopt_trl.rankers.base import Ranker
-from prefopt_trl.trainers.base import CompletionTrainer
 from prefopt_trl.trainers.bootstrap import Bootstrap, PartSampler
-from prefopt_trl.trainers.completions import ScoredCompletions
+from prefopt_trl.trainers.completions import CompletionTrainer, ScoredCompletions
 from prefopt_trl.trainers.pro_config import PROConfig
 
 

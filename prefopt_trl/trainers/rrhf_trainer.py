@@ -5,8 +5,7 @@ import textwrap
 import torch
 
 from prefopt_trl import losses
-from prefopt_trl.trainers.base import CompletionTrainer
-from prefopt_trl.trainers.completions import ScoredCompletions
+from prefopt_trl.trainers.completions import CompletionTrainer, ScoredCompletions
 from prefopt_trl.trainers.rrhf_config import RRHFConfig
 
 

@@ -91,6 +91,7 @@ class RSOConfig(PreferenceConfig):
                 "one of them. (The beta of RSO's Algorithm 1 is `rejection_beta`.)"
             )
         gamma = self.gamma if self.gamma is not None else self.beta
+        self.gamma_is_default = gamma is None  # no field: it is said by the trainer, and not saved
         self.gamma = self.beta = 0.05 if gamma is None else gamma
         if not isinstance(self.gamma, int | float) or not 0 < self.gamma < math.inf:
             raise ValueError(

@@ -1,9 +1,13 @@
 """Statistical Rejection Sampling Optimization (RSO): pairs from an estimate of the optimal policy, then its loss."""
 
+import logging
 import textwrap
+from typing import Any
 
 from prefopt_trl.trainers.base import PreferenceTrainer
 from prefopt_trl.trainers.rso_config import RSOConfig
+
+logger = logging.getLogger(__name__)
 
 
 class RSOTrainer(PreferenceTrainer):
@@ -12,7 +16,7 @@ class RSOTrainer(PreferenceTrainer):
 
     A drop-in for [`~trl.DPOTrainer`]: on pairs it gives the same losses and metrics, faster, because a prompt is
     computed once for both completions. The two losses *are* TRL's `"sigmoid"` and `"hinge"`, run by TRL's code with
-    `beta = gamma`.
+    `beta = gamma`. One default differs: `gamma` is 0.05, as in the paper, and `DPOConfig`'s `beta` is 0.1.
 
     On prompts alone, given a `ranker`, it first builds the pairs of RSO section 5 with the policy as it is before
     training: 64 candidates per prompt, 8 kept by statistical rejection sampling, 4 random pairs of them labelled by
@@ -66,3 +70,10 @@ class RSOTrainer(PreferenceTrainer):
                 url       = {https://arxiv.org/abs/2309.06657},
             }"""),
     }
+
+    def _set_up(self, *args: Any) -> None:
+        if self.args.gamma_is_default and self.args.process_index == 0:
+            logger.warning(
+                "`gamma` is not set and is 0.05, as in the RSO paper. `DPOTrainer` calls it `beta` and has 0.1 as its "
+                "default. Set either name to choose."
+            )

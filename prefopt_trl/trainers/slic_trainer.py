@@ -8,8 +8,7 @@ from datasets import Dataset, IterableDataset
 
 from prefopt_trl import losses
 from prefopt_trl.data.formats import columns_of
-from prefopt_trl.trainers.base import CompletionTrainer
-from prefopt_trl.trainers.completions import ScoredCompletions
+from prefopt_trl.trainers.completions import CompletionTrainer, ScoredCompletions
 from prefopt_trl.trainers.slic_config import SLiCConfig
 
 

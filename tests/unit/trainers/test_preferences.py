@@ -257,17 +257,18 @@ def test_an_encoder_decoder_is_refused_before_anything_is_sampled(
     AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "t5")
     tokenizer.save_pretrained(tmp_path / "t5")
     length = Length()
-    with pytest.raises(
-        ValueError, match=r"The policy is an encoder-decoder \(T5ForConditionalGeneration\).*Sample from"
-    ):
-        make(
-            trainer_class,
-            dataset(PROMPTS),
-            model=AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "t5"),
-            ranker=FunctionRanker(length),
-            output_dir=tmp_path / "out",
-            **SAMPLING,
-        )
+    path = str(tmp_path / "t5")
+    for model in (path, AutoModelForSeq2SeqLM.from_pretrained(path)):
+        for data in (PROMPTS, PAIRS):
+            with pytest.raises(ValueError, match=r"`model` is an encoder-decoder \(t5\).*Sample from"):
+                make(
+                    trainer_class,
+                    dataset(data),
+                    model=model,
+                    ranker=FunctionRanker(length),
+                    output_dir=tmp_path / "out",
+                    **SAMPLING,
+                )
     assert length.calls == [] and not (tmp_path / "out" / "sampled").exists()
 
 

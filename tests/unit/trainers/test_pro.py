@@ -218,3 +218,16 @@ def test_compute_metrics_gets_the_logits(rankings, make, by_hand):
         expected = by_hand.model(torch.from_numpy(ids)).logits
     assert logits.shape == (6, ids.shape[1], 300)
     torch.testing.assert_close(torch.from_numpy(logits)[:, :4].double(), expected[:, :4], rtol=1e-3, atol=1e-4)
+
+
+def test_compute_metrics_gets_every_completion_of_the_last_batch(rankings, make):
+    received = []
+
+    def compute_metrics(prediction):
+        received.append(prediction)
+        return {}
+
+    data = rankings.select([1, 2, 1])  # of 3, 4 and 3 completions
+    trainer = make(PROTrainer, data, eval_dataset=data, compute_metrics=compute_metrics, per_device_eval_batch_size=2)
+    trainer.evaluate()
+    assert len(received[0].predictions) == len(received[0].label_ids) == 10

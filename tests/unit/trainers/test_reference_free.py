@@ -118,7 +118,9 @@ def test_one_model_is_loaded_and_held(how, trainer_class, make, models, policy_d
 def test_with_a_reference_model_the_same_counts_show_two(how, copies, trainer_class, make, models, policy_dir):
     trainer, counts = train_and_evaluate(make, trainer_class, models, **given_as(how, policy_dir))
     own = sum(parameter.numel() for parameter in trainer.model.parameters())
-    assert models.num_loaded == copies and models.held_when_loading[0] == 0
+    # The reference of an instance is a copy, also of weights that have changed since they were loaded
+    is_copied = how == "instance" and trainer_class is ListwiseDPOTrainer
+    assert models.num_loaded == copies - is_copied and models.held_when_loading[0] == 0
     assert counts == [copies * own] * 3
 
 

@@ -1,14 +1,19 @@
 """Which model is the reference, proved by its log-probabilities in every step of a training."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
 
-from prefopt_trl import ListwiseDPOTrainer, RSOTrainer
+from prefopt_trl import FunctionRanker, ListwiseDPOTrainer, RSOTrainer
 
 PAIRS = {
     "prompt": ["The capital of France is", "Why?", "Mix", "The quick brown"],
@@ -96,3 +101,213 @@ def test_the_reference_stays_what_it_is(how, trainer_class, make, policy_dir, ti
     if how == "pretrained adapter":  # the base model would be another reference
         base = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float64)
         assert (summed_logps(base, seen[0][0]) - summed_logps(expected, seen[0][0])).abs().mean() > 1
+
+
+# How an object comes to have other weights than those that its name stands for. Each changes them by nats.
+
+
+def fine_tuned(policy_dir: str, tmp_path: Path) -> Any:
+    """In memory, by TRL's `SFTTrainer`, which leaves a forward on the model that is bound to it."""
+    args = SFTConfig(
+        str(tmp_path / "sft"), max_steps=2, learning_rate=0.05, use_cpu=True, bf16=False, report_to="none"
+    )
+    trainer = SFTTrainer(policy_dir, args=args, train_dataset=Dataset.from_dict({"text": PAIRS["chosen"]}))
+    trainer.train()
+    return trainer.model
+
+
+def with_noise(policy_dir: str, tmp_path: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(policy_dir)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=generator) / 10
+    return model
+
+
+def merged(policy_dir: str, tmp_path: Path) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(policy_dir)
+    return get_peft_model(base, lora(init_lora_weights=False)).merge_and_unload().requires_grad_(True)
+
+
+def resized(policy_dir: str, tmp_path: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(policy_dir)
+    torch.manual_seed(0)  # of the rows that are added
+    model.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
+    return model
+
+
+def with_loaded_adapter(policy_dir: str, tmp_path: Path) -> Any:
+    """With transformers' own `load_adapter`, which is no `PeftModel`."""
+    torch.manual_seed(0)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(policy_dir), lora(init_lora_weights=False)).save_pretrained(
+        tmp_path / "adapter"
+    )
+    model = AutoModelForCausalLM.from_pretrained(policy_dir)
+    model.load_adapter(str(tmp_path / "adapter"), is_trainable=True)
+    return model
+
+
+CHANGES: list[Callable[[str, Path], Any]] = [fine_tuned, with_noise, merged, resized, with_loaded_adapter]
+SAMPLING = {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 4}
+DATA_PATHS: dict[str, dict[str, Any]] = {
+    "given": {},
+    "offline": SAMPLING,
+    "online": {**SAMPLING, "sampling": "online"},
+    "sampled log-probabilities": {**SAMPLING, "reference_logps": "sampled"},
+    "precomputed": {"precompute_ref_log_probs": True},
+}
+
+
+def assert_starts_at_its_reference(make, trainer_class, how="given", rel=1e-6, **given) -> None:
+    """Where policy and reference are equal, sigmoid-norm is ln 2 and a ranking of two too, and rewards are 0."""
+    data = DATA[trainer_class]
+    if how not in ("given", "precomputed"):
+        data = Dataset.from_dict({"prompt": PAIRS["prompt"]})
+        given["ranker"] = FunctionRanker(lambda prompts, completions, **_: [float(len(text)) for text in completions])
+    pairing = {} if trainer_class is RSOTrainer else {"num_samples": 2}  # n = 2, whose loss is ln 2
+    options = {**DATA_PATHS[how], **(pairing if DATA_PATHS[how] else {})}
+    evaluated = data if how == "sampled log-probabilities" else DATA[trainer_class]
+    trainer = make(trainer_class, data, eval_dataset=evaluated, learning_rate=0.0, **options, **given)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    for found in (log, {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}):
+        assert found["loss"] == pytest.approx(math.log(2), rel=rel)
+        assert found["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+        assert found["rewards/rejected"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("how", DATA_PATHS)
+@pytest.mark.parametrize("changed", CHANGES)
+def test_an_object_is_its_own_reference(changed, how, make, policy_dir, tmp_path):
+    model = changed(policy_dir, tmp_path)
+    assert_starts_at_its_reference(make, RSOTrainer, how, rel=1e-4, model=model)  # padded and packed sums differ
+    if how in ("given", "online"):
+        assert_starts_at_its_reference(make, ListwiseDPOTrainer, how, rel=1e-4, model=model)
+
+
+def test_the_copy_does_not_move_with_the_policy(make, policy_dir, tmp_path):
+    """Nor its plain forward, which a model that was trained before would lend it."""
+    model = fine_tuned(policy_dir, tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(ids).logits.detach()
+    trainer = make(RSOTrainer, DATA[RSOTrainer], model=model, max_steps=2, learning_rate=0.05)
+    trainer.train()
+    assert (model(ids).logits - before).abs().max() > 0.1
+    torch.testing.assert_close(trainer.ref_model(ids).logits, before)
+    assert not any(parameter.requires_grad for parameter in trainer.ref_model.parameters())
+
+
+def test_hinge_norm_begins_at_one(make, policy_dir, tmp_path):
+    trainer = make(RSOTrainer, DATA[RSOTrainer], model=with_noise(policy_dir, tmp_path), loss_type="hinge-norm")
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(1, rel=1e-4)
+
+
+ADAPTERS: dict[str, Any] = {
+    "LoRA, embeddings": lambda: lora_on(["embed_tokens", "q_proj"]),
+    "LoRA, tokens": lambda: lora_on(["q_proj"], trainable_token_indices=[5, 6, 7]),
+    "LoRA, saved modules": lambda: lora_on(["q_proj"], modules_to_save=["norm"]),
+    "DoRA": lambda: lora_on(["q_proj"], use_dora=True),
+    "LoRA, parameters": lambda: LoraConfig(
+        target_modules=[], target_parameters=["q_proj.weight"], task_type="CAUSAL_LM"
+    ),
+    "PiSSA": lambda: lora_on(["q_proj"], init_lora_weights="pissa"),
+    "IA3": lambda: peft.IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    ),
+    "LoKr": lambda: peft.LoKrConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "LoHa": lambda: peft.LoHaConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "AdaLoRA": lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, task_type="CAUSAL_LM"),
+    "VeRA": lambda: peft.VeraConfig(target_modules=["q_proj"], r=4, task_type="CAUSAL_LM"),
+    "OFT": lambda: peft.OFTConfig(target_modules=["q_proj"], oft_block_size=8, task_type="CAUSAL_LM"),
+    "BOFT": lambda: peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=8, task_type="CAUSAL_LM"),
+    "HRA": lambda: peft.HRAConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "MiSS": lambda: peft.MissConfig(target_modules=["q_proj"], r=8, task_type="CAUSAL_LM"),
+    "VB-LoRA": lambda: peft.VBLoRAConfig(target_modules=["q_proj"], vector_length=8, num_vectors=4),
+    "RandLoRA": lambda: peft.RandLoraConfig(target_modules=["q_proj"], r=8, task_type="CAUSAL_LM"),
+    "FourierFT": lambda: peft.FourierFTConfig(target_modules=["q_proj"], n_frequency=8, task_type="CAUSAL_LM"),
+    "trainable tokens": lambda: peft.TrainableTokensConfig(token_indices=[5, 6, 7], task_type="CAUSAL_LM"),
+    "layer norms": lambda: peft.LNTuningConfig(target_modules=["norm"], task_type="CAUSAL_LM"),
+    "prompt tuning": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "prefix tuning": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "P-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="CAUSAL_LM"),
+}
+
+
+def lora_on(modules: list[str], **given: Any) -> LoraConfig:
+    return LoraConfig(target_modules=modules, r=4, task_type="CAUSAL_LM", **given)
+
+
+def trained(policy_dir: str, adapter: str) -> PeftModel:
+    """An adapter whose weights have moved far from those that it begins with."""
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(policy_dir), ADAPTERS[adapter]())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) / 4
+    return model
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_trained_adapter_of_any_type_is_its_own_reference(adapter, make, policy_dir):
+    model = trained(policy_dir, adapter)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        before = model.eval()(ids).logits
+        with model.disable_adapter():
+            assert (model(ids).logits - before[:, -4:]).abs().max() > 0.01  # without it, it would be another reference
+    # transformers checkpoints activations without the virtual keys of prefix tuning, which fails in TRL as well
+    options = {"activation_checkpointing": False} if adapter == "prefix tuning" else {}
+    assert_starts_at_its_reference(make, RSOTrainer, rel=1e-4, model=model, **options)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(ids).logits, before)  # nor has the copy changed the policy
+
+
+def test_an_adapter_that_is_trained_twice_has_a_new_reference(make, policy_dir):
+    model = trained(policy_dir, "LoRA, embeddings")
+    make(RSOTrainer, DATA[RSOTrainer], model=model, max_steps=2, learning_rate=0.05).train()
+    with pytest.raises(ValueError, match=r"Call `model.delete_adapter\('ref'\)`"):
+        make(RSOTrainer, DATA[RSOTrainer], model=model)
+    model.delete_adapter("ref")
+    assert_starts_at_its_reference(make, RSOTrainer, rel=1e-4, model=model)
+
+
+def test_an_adapter_may_be_the_reference_model(make, policy_dir, adapter_dir):
+    def load() -> PeftModel:
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy_dir), str(adapter_dir))
+
+    model = load().merge_and_unload().requires_grad_(True)
+    assert_starts_at_its_reference(make, RSOTrainer, rel=1e-4, model=model, ref_model=load())
+
+
+def test_an_init_that_changes_the_base_is_refused_as_a_fresh_adapter(make):
+    with pytest.raises(ValueError, match="`init_lora_weights='pissa'` changes the base weights.*get_peft_model"):
+        make(RSOTrainer, DATA[RSOTrainer], peft_config=lora(init_lora_weights="pissa"))
+
+
+PROMPTS = Dataset.from_dict({"prompt": PAIRS["prompt"]})
+
+
+@pytest.mark.parametrize("trainer_class", [RSOTrainer, ListwiseDPOTrainer])
+def test_what_cannot_be_trained_is_refused_before_sampling(trainer_class, make, policy_dir, adapter_dir, tmp_path):
+    asked = []
+    ranker = FunctionRanker(lambda prompts, completions, **_: asked.append(prompts))
+    base = AutoModelForCausalLM.from_pretrained(policy_dir)
+    for name, given, message in [
+        ("untrainable adapter", PeftModel.from_pretrained(base, str(adapter_dir)), "Load the adapter with `is_trai"),
+        ("merged", lambda: merged(policy_dir, tmp_path).requires_grad_(False), "Call `model.requires_grad_"),
+        ("named", lambda: named_adapter(policy_dir, adapter_dir), "active adapter of `model` is 'sft'"),
+        ("folder", str(adapter_dir), "is an adapter. Load it on its base"),
+        ("nothing", "./no/such/model", "There is no folder"),
+    ]:
+        model = given() if not isinstance(given, str | PeftModel) else given
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            make(trainer_class, PROMPTS, model=model, ranker=ranker, **SAMPLING)
+        assert not asked, name
+    with pytest.raises(TypeError, match="`ref_model` is the path .* Load it"):
+        make(trainer_class, PROMPTS, ref_model=str(adapter_dir), ranker=ranker, **SAMPLING)
+
+
+def named_adapter(policy_dir: str, adapter_dir: Path) -> PeftModel:
+    base = AutoModelForCausalLM.from_pretrained(policy_dir)
+    return PeftModel.from_pretrained(base, str(adapter_dir), adapter_name="sft", is_trainable=True)

@@ -294,7 +294,7 @@ def test_evaluation_sets_keep_their_names(pairs, prompts, policy_dir, tmp_path):
 
 def test_a_ranker_without_use_is_said(pairs, policy_dir, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
-        RSOTrainer(policy_dir, args=config(tmp_path), train_dataset=pairs, ranker=FunctionRanker(brevity))
+        RSOTrainer(policy_dir, args=config(tmp_path, gamma=0.05), train_dataset=pairs, ranker=FunctionRanker(brevity))
     assert messages(caplog) == [
         "`ranker` is not used: the datasets already have ranked completions. To have them scored, remove the column "
         "`rewards`, or give pairs to a trainer on rankings."
@@ -415,7 +415,8 @@ def test_pairs_whose_prompt_fills_max_length_are_left_out_and_counted(pairs, pol
     fits = [length < max_length for length in lengths]
     assert sum(fits) == 2
     with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
-        trainer = RSOTrainer(policy_dir, args=config(tmp_path, max_length=max_length), train_dataset=pairs)
+        args = config(tmp_path, max_length=max_length, gamma=0.05)
+        trainer = RSOTrainer(policy_dir, args=args, train_dataset=pairs)
     assert trainer.train_dataset["prompt"] == [text for text, fit in zip(PAIRS["prompt"], fits, strict=True) if fit]
     assert len(messages(caplog)) == 1
     expected = (
@@ -526,19 +527,33 @@ def test_the_patched_model_generates_and_saves_like_any_other(fine_tuning, bf16,
     torch.testing.assert_close(logps[0], logps[1], atol=1e-4, rtol=0)
 
 
-def test_compute_metrics_gets_the_logits_trl_gives(pairs, policy_dir, tmp_path):
-    results = []
+@pytest.mark.parametrize("num_pairs", [4, 3])
+def test_compute_metrics_gets_both_rows_of_every_pair(num_pairs, pairs, policy_dir, tmp_path):
+    """TRL's own loses rows of the last batch, which is cut to the number of its pairs."""
+    received = {}
     for trainer_class, config_class in ((DPOTrainer, DPOConfig), (RSOTrainer, RSOConfig)):
         trainer = trainer_class(
             policy_dir,
-            args=config_class(**init_arguments(config(tmp_path, beta=0.1))),
+            args=config_class(**init_arguments(config(tmp_path, beta=0.1, per_device_eval_batch_size=2))),
             train_dataset=pairs,
-            eval_dataset=pairs,
-            compute_metrics=lambda prediction: {"mean_logit": float(prediction.predictions.mean())},
+            eval_dataset=pairs.select(range(num_pairs)),
+            compute_metrics=lambda prediction, name=trainer_class: (
+                received.update({name: prediction}) or {"seen": 1.0}
+            ),
         )
-        results.append(trainer.evaluate())
-    assert results[1]["eval_mean_logit"] == pytest.approx(results[0]["eval_mean_logit"], abs=1e-5)
-    assert results[1].keys() == results[0].keys()
+        received[trainer_class, "loss"] = trainer.evaluate()["eval_loss"]
+    ours, theirs = received[RSOTrainer], received[DPOTrainer]
+    assert len(ours.predictions) == len(ours.label_ids) == 2 * num_pairs
+    assert len(theirs.predictions) == 2 * num_pairs - num_pairs % 2
+    torch.testing.assert_close(ours.predictions[: len(theirs.predictions)], theirs.predictions)
+    assert received[RSOTrainer, "loss"] == pytest.approx(received[DPOTrainer, "loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize(("given", "is_said"), [({}, True), ({"gamma": 0.05}, False), ({"beta": 0.1}, False)])
+def test_a_temperature_that_is_not_dpos_is_said(given, is_said, pairs, policy_dir, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+        RSOTrainer(policy_dir, args=config(tmp_path, **given), train_dataset=pairs)
+    assert any("`gamma` is not set and is 0.05" in message for message in messages(caplog)) == is_said
 
 
 def test_the_model_card_is_rsos(pairs, policy_dir, tmp_path):

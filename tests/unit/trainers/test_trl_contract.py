@@ -24,6 +24,7 @@ from prefopt_trl.trainers.base import PreferenceTrainer
 from prefopt_trl.trainers.rso_config import TRL_LOSSES
 
 BASE = "prefopt_trl/trainers/base.py"
+COMPLETIONS = "prefopt_trl/trainers/completions.py"
 FORWARD = "prefopt_trl/shared_prefix/forward.py"
 CONFIG = "prefopt_trl/trainers/rso_config.py"
 
@@ -82,12 +83,7 @@ def make(trainer_class, model_dir, tmp_path, **given):
         (
             DPOTrainer._compute_loss,
             ["self", "model", "inputs", "return_outputs"],
-            f"CompletionTrainer._compute_loss in {BASE}",
-        ),
-        (
-            DPOTrainer.compute_ref_log_probs,
-            ["self", "model", "inputs"],
-            f"CompletionTrainer._ref_logps in {BASE}",
+            f"CompletionTrainer._compute_loss in {COMPLETIONS}",
         ),
         (utils.use_adapter, ["model", "adapter_name"], f"PreferenceTrainer._reference_adapter in {BASE}"),
         (
@@ -287,12 +283,7 @@ def test_the_names_of_the_losses():
 
 # What `CompletionTrainer` and the trainers without a reference model rely on
 
-ROWS = {  # of five completions of two prompts: an odd number
-    "input_ids": torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0], [10, 11, 12, 0], [10, 13, 14, 15], [10, 16, 17, 18]]),
-    "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]),
-    "completion_mask": torch.tensor([[0, 0, 1, 1], [0, 0, 1, 0], [0, 1, 1, 0], [0, 1, 1, 1], [0, 1, 1, 1]]),
-}
-COMPLETION_TRAINER = f"CompletionTrainer in {BASE}"
+COMPLETION_TRAINER = f"CompletionTrainer in {COMPLETIONS}"
 
 
 @pytest.mark.parametrize(
@@ -330,41 +321,6 @@ def test_a_reference_model_may_be_none(tiny_llama_dir, tmp_path, monkeypatch):
     except (AttributeError, TypeError) as error:
         require(False, f"DPOTrainer.__init__ fails with a reference model that is None ({error})", COMPLETION_TRAINER)
     require(found is None, "`ref_model` is not what was loaded", f"_no_reference_model in {BASE}")
-
-
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5])
-def test_reference_log_probs_come_in_two_chunks_in_the_order_of_the_rows(num_rows, tiny_llama_dir, tmp_path):
-    trainer = make(DPOTrainer, tiny_llama_dir, tmp_path)
-    rows = {name: value[:num_rows] for name, value in ROWS.items()}
-    chunks = trainer.compute_ref_log_probs(trainer.ref_model, rows)
-    with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)(input_ids=rows["input_ids"]).logits
-    per_token = logits[:, :-1].log_softmax(-1).gather(2, rows["input_ids"][:, 1:, None]).squeeze(2)
-    expected = (per_token * rows["completion_mask"][:, 1:]).sum(dim=1)
-    found = torch.cat(chunks)
-    require(
-        found.shape == expected.shape and torch.allclose(found, expected, atol=1e-4),
-        f"torch.cat(compute_ref_log_probs(...)) of {num_rows} rows is {found.tolist()}, was {expected.tolist()}",
-        f"CompletionTrainer._ref_logps in {BASE}",
-    )
-
-
-def test_reference_log_probs_hand_other_inputs_to_the_model(tiny_llama_dir, tmp_path):
-    trainer = make(DPOTrainer, tiny_llama_dir, tmp_path)
-    received = {}
-
-    def model(**kwargs):
-        received.update(kwargs)
-        return trainer.ref_model(**{name: value for name, value in kwargs.items() if name != "group_ids"})
-
-    group_ids = torch.tensor([0, 0, 1, 1, 1])
-    trainer.compute_ref_log_probs(model, {**ROWS, "group_ids": group_ids})
-    require(
-        received.get("group_ids") is group_ids and "completion_mask" not in received,
-        f"compute_ref_log_probs calls the model with {sorted(received)}; `group_ids` is handed on, `completion_mask` "
-        "is not",
-        f"CompletionTrainer._ref_logps in {BASE}",
-    )
 
 
 def test_where_the_metrics_are_kept(tiny_llama_dir, tmp_path):
@@ -428,20 +384,19 @@ def test_the_auxiliary_loss_of_experts(given, coefficient, tiny_llama_dir, tmp_p
     require(
         found == expected,
         f"`aux_loss_enabled` and `router_aux_loss_coef` are {found} for {given}, were {expected}",
-        f"CompletionTrainer._compute_loss in {BASE}",
+        f"CompletionTrainer._compute_loss in {COMPLETIONS}",
     )
-    labels = ROWS["input_ids"].masked_fill(ROWS["completion_mask"] == 0, -100)
     outputs = trainer.model(
-        input_ids=ROWS["input_ids"],
-        attention_mask=ROWS["attention_mask"],
-        labels=labels,
+        input_ids=IDS,
+        attention_mask=MASK,
+        labels=LABELS,
         output_router_logits=True,
         fused_lm_head=True,
     )
     require(
         getattr(outputs, "aux_loss", None) is not None and outputs.aux_loss.dim() == 0,
         "with `output_router_logits=True` the fused forward has no scalar `aux_loss`",
-        f"CompletionTrainer._compute_loss in {BASE}",
+        f"CompletionTrainer._compute_loss in {COMPLETIONS}",
     )
 
 

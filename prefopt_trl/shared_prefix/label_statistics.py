@@ -1,0 +1,279 @@
+"""Log-probabilities of labels under a causal language model, without its logits.
+
+The head is applied to all labeled positions and a part of the vocabulary at a time, so the memory does not grow with
+the vocabulary. Sums over the vocabulary are in float32, and the backward pass computes each part again.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from prefopt_trl.shared_prefix.modes import evaluating
+from prefopt_trl.shared_prefix.packing import IGNORE_INDEX
+from prefopt_trl.shared_prefix.support import PROBE_TOLERANCE
+
+logger = logging.getLogger(__name__)
+
+LOGITS_AT_ONCE = 2**25  # 128 MiB in float32
+
+_exact: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class LabelStatistics(ModelOutput):
+    """What a language model says of labels. Every per-token field is zero where the label is `-100`.
+
+    Attributes:
+        log_probs (`torch.Tensor` of shape `(batch_size, length)`):
+            Log-probability of each label in nats, with gradient. Float32, or float64 for a float64 model, as are all
+            fields but `is_top1`.
+        entropy, mean_logits (`torch.Tensor` of shape `(batch_size, length)`):
+            Entropy of the distribution in nats, and its mean logit. Without gradient.
+        is_top1 (`torch.BoolTensor` of shape `(batch_size, length)`):
+            Whether no other token is more likely than the label.
+        aux_loss (`torch.Tensor`, *optional*):
+            Load-balancing loss of a mixture of experts, if it was asked for with `output_router_logits=True`.
+    """
+
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+def label_statistics(
+    model: PreTrainedModel,
+    forward: Callable[..., Any],
+    labels: torch.Tensor | None = None,
+    shift_labels: torch.Tensor | None = None,
+    **inputs: Any,
+) -> LabelStatistics:
+    """Run a model without its head, and apply the head to the positions that have a label.
+
+    Call it inside the forward of the outermost module, so that DDP, FSDP2 and ZeRO-3 know of it. A probe compares the
+    result with the model's own logits, once. If they differ, because the model does more to its logits than is known
+    here, all logits are computed, and one logged line says so.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model.
+        forward (`Callable`):
+            Its own forward, which returns `.logits`.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+            Labels aligned with the input; `-100` where none is asked for.
+        shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            In place of `labels`, the label that each position predicts.
+        **inputs:
+            Arguments of the model's forward.
+
+    Returns:
+        [`LabelStatistics`] of length `sequence_length - 1`, or `sequence_length` for `shift_labels`.
+    """
+    if model not in _exact:
+        _exact[model] = _head_is_exact(model, forward)
+    return _statistics(model, None if _exact[model] else forward, labels, shift_labels, inputs)
+
+
+def _statistics(
+    model: PreTrainedModel,
+    forward: Callable[..., Any] | None,
+    labels: torch.Tensor | None,
+    shift_labels: torch.Tensor | None,
+    inputs: dict[str, Any],
+) -> LabelStatistics:
+    """With the head applied to hidden states, or from the logits that `forward` returns."""
+    run: Any = model.base_model if forward is None else forward
+    outputs = run(**{**inputs, "use_cache": False})
+    states: torch.Tensor = outputs.last_hidden_state if forward is None else outputs.logits
+    if shift_labels is None:
+        states, shift_labels = states[:, :-1], cast(torch.Tensor, labels)[:, 1:]
+    asked = shift_labels != IGNORE_INDEX
+    values = (
+        _apply_head(model, states, shift_labels, asked) if forward is None else _of_logits(states, shift_labels, asked)
+    )
+    # `masked_scatter` keeps the graph where no label is asked for, as every process needs a backward pass
+    statistics = LabelStatistics(
+        *(value.new_zeros(asked.shape).masked_scatter(asked.to(value.device), value) for value in values)
+    )
+    if inputs.get("output_router_logits"):
+        statistics.aux_loss = _router_loss(model, outputs.router_logits, inputs.get("attention_mask"))
+    return statistics
+
+
+def _apply_head(
+    model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, asked: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    head: Any = model.get_output_embeddings()
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if isinstance(weight, DTensor):  # sharded by FSDP2
+        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    hidden, labels = (value[asked].to(weight.device) for value in (hidden, labels))  # of a model on several devices
+    with _gathered(weight, bias):
+        return cast(tuple[torch.Tensor, ...], _ChunkedHead.apply(hidden, weight, bias, labels, *_scaling(model)))
+
+
+def _of_logits(logits: torch.Tensor, labels: torch.Tensor, asked: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    log_probs = logits[asked].to(_at_least_float32(logits.dtype)).log_softmax(dim=1)
+    of_label = log_probs.gather(1, labels[asked][:, None]).squeeze(1)
+    others = log_probs.detach()
+    mean_logits = logits[asked].detach().to(others.dtype).mean(dim=1)
+    return of_label, -(others.exp() * others).sum(dim=1), mean_logits, of_label >= others.amax(dim=1)
+
+
+def _head_is_exact(model: PreTrainedModel, forward: Callable[..., Any]) -> bool:
+    """Whether log-probabilities of a few random tokens are those of the model's own logits, up to rounding."""
+    vocab_size = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocab_size, (2, 8), generator=torch.Generator().manual_seed(0)).to(model.device)
+    with evaluating(model), torch.no_grad():
+        ours = _statistics(model, None, ids, None, {"input_ids": ids}).log_probs
+        theirs = _statistics(model, forward, ids, None, {"input_ids": ids}).log_probs
+    difference = (cast(torch.Tensor, ours) - cast(torch.Tensor, theirs)).abs().mean().item()
+    computed_in = torch.get_autocast_dtype(ids.device.type) if torch.is_autocast_enabled(ids.device.type) else None
+    if difference <= PROBE_TOLERANCE[computed_in or model.dtype]:
+        return True
+    logger.warning(
+        "All logits of %s are computed for its log-probabilities, which takes more memory: those of its head alone "
+        "differ by %.1e nats in a probe.",
+        model.config.model_type,
+        difference,
+    )
+    return False
+
+
+def _scaling(model: PreTrainedModel) -> tuple[float, float | None]:
+    """What the head's products are multiplied by, and their soft cap: models name these differently."""
+    config: Any = model.config.get_text_config()
+    names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+    scale = next((value for name in names if (value := getattr(config, name, None)) is not None), 1.0)
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def _router_loss(model: PreTrainedModel, router_logits: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config: Any = model.config.get_text_config()
+    return cast(
+        torch.Tensor,
+        load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask),
+    )
+
+
+def _gathered(*parameters: torch.Tensor | None) -> AbstractContextManager[Any]:
+    """While entered, the parameters are whole: ZeRO-3 gathers those of a module that runs, and the head does not."""
+    partitioned: list[Any] = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    to_gather = [parameter for parameter in partitioned if parameter.ds_status.name != "AVAILABLE"]
+    if not to_gather:
+        return nullcontext()
+    import deepspeed
+
+    return cast(AbstractContextManager[Any], deepspeed.zero.GatheredParameters(to_gather))
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """The fields of [`LabelStatistics`] for `n` positions: hidden states `(n, size)`, head `(vocab_size, size)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, ...]:
+        device = hidden.device.type
+        mixed = torch.is_autocast_enabled(device)
+        ctx.dtype = torch.get_autocast_dtype(device) if mixed else hidden.dtype  # of the products
+        ctx.scale, ctx.softcap = scale, softcap
+        greatest = hidden.new_full((len(hidden),), -torch.inf, dtype=_at_least_float32(hidden.dtype))
+        total, weighted, summed, of_label = (torch.zeros_like(greatest) for _ in range(4))
+        for part in _parts(len(hidden), len(weight)):
+            logits = _logits(ctx, hidden, weight, bias, part)
+            before, greatest = greatest, torch.maximum(greatest, logits.amax(dim=1))
+            here, place = _labels_in(part, labels)
+            of_label = torch.where(here, logits.gather(1, place).squeeze(1), of_label)
+            summed += logits.sum(dim=1)
+            # The softmax so far, relative to the greatest logit so far
+            shrunk = (before - greatest).exp()
+            exponentials = (logits - greatest[:, None]).exp_()
+            total = total * shrunk + exponentials.sum(dim=1)
+            weighted = weighted * shrunk + exponentials.mul_(logits).sum(dim=1)
+        log_total = greatest + total.log()
+        ctx.save_for_backward(hidden, weight, bias, labels, log_total)
+        values = of_label - log_total, log_total - weighted / total, summed / len(weight), of_label >= greatest
+        ctx.mark_non_differentiable(*values[1:])
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, labels, log_total = ctx.saved_tensors
+        of_hidden = torch.zeros_like(hidden, dtype=log_total.dtype) if ctx.needs_input_grad[0] else None
+        with _gathered(weight, bias):
+            of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+            of_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
+            for part in _parts(len(hidden), len(weight)):
+                logits = _logits(ctx, hidden, weight, bias, part)
+                bend = ctx.scale if ctx.softcap is None else ctx.scale * (1 - (logits / ctx.softcap).square_())
+                # d log p(label) / d logits = 1 at the label, minus the probabilities
+                of_logits = logits.sub_(log_total[:, None]).exp_().neg_()
+                here, place = _labels_in(part, labels)
+                of_logits.scatter_add_(1, place, here[:, None].to(of_logits.dtype))
+                of_logits.mul_(gradients[0][:, None]).mul_(bend)
+                if of_bias is not None:
+                    of_bias[part] = of_logits.sum(dim=0)
+                products = of_logits.to(ctx.dtype)
+                if of_hidden is not None:
+                    _add_product(of_hidden, products, weight[part].to(ctx.dtype))
+                if of_weight is not None:
+                    of_weight[part] = products.T @ hidden.to(ctx.dtype)
+        return None if of_hidden is None else of_hidden.to(hidden.dtype), of_weight, of_bias, None, None, None
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _parts(num_positions: int, vocab_size: int) -> list[slice]:
+    """Parts of the vocabulary, each as large as the logits that are held at once allow."""
+    size = max(LOGITS_AT_ONCE // max(num_positions, 1), 1)
+    return [slice(start, min(start + size, vocab_size)) for start in range(0, vocab_size, size)]
+
+
+def _logits(
+    ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, part: slice
+) -> torch.Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):  # `ctx.dtype` is what it would choose
+        logits = hidden.to(ctx.dtype) @ weight[part].to(ctx.dtype).T
+        if bias is not None:
+            logits += bias[part].to(ctx.dtype)
+    logits = logits.to(_at_least_float32(ctx.dtype))
+    if ctx.scale != 1:
+        logits *= ctx.scale
+    return logits if ctx.softcap is None else logits.div_(ctx.softcap).tanh_().mul_(ctx.softcap)
+
+
+def _labels_in(part: slice, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether each label is in this part of the vocabulary, and its place there, shape `(n, 1)`."""
+    place = labels - part.start
+    size = part.stop - part.start
+    return (place >= 0) & (place < size), place.clamp(0, size - 1)[:, None]
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add a matrix product to a total in float32, without rounding the product to half precision."""
+    if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
+        total += torch.mm(left, right, out_dtype=torch.float32)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))

@@ -1,0 +1,163 @@
+"""The reference model: the weights that the policy had when it was given to the trainer.
+
+TRL loads it again by the name in the policy's config, which is another model once the weights have changed, and copies
+a trained adapter by a pattern of names that some PEFT types do not follow. A path is loaded twice, as TRL does.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import add_hook_to_module
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
+
+from prefopt_trl.data.loading import is_lost
+
+# They move a part of the base weights into the adapter, so without it the base is another model
+SPLITTING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def check_policy(model: Any, ref_model: Any, peft_config: PeftConfig | None, has_reference: bool) -> None:
+    """Refuse, before anything is sampled, a policy that could not be trained, or that has no reference model.
+
+    Args:
+        model, ref_model, peft_config:
+            The trainer's.
+        has_reference (`bool`):
+            Whether the trainer has a reference model.
+
+    Raises:
+        TypeError: for a `ref_model` that is not a model.
+        ValueError: saying how to load or wrap the model.
+    """
+    if isinstance(ref_model, str):
+        raise TypeError(
+            f"`ref_model` is the path {ref_model!r}. Load it, with `AutoModelForCausalLM.from_pretrained` or, for an "
+            "adapter, `AutoPeftModelForCausalLM.from_pretrained`."
+        )
+    init = getattr(peft_config, "init_lora_weights", None)
+    if has_reference and isinstance(init, str) and init.startswith(SPLITTING_INITS):
+        raise ValueError(
+            f"`init_lora_weights={init!r}` changes the base weights, so the model without the adapter is not the "
+            "reference model. Call `get_peft_model(model, peft_config)` and pass the result as `model`, without "
+            "`peft_config`: the reference is then a frozen copy of its adapter."
+        )
+    if isinstance(model, str):
+        if is_lost(model):
+            raise FileNotFoundError(f"There is no folder {model!r} for `model`. Check the path.")
+        if Path(model, "adapter_config.json").is_file() and not Path(model, "config.json").is_file():
+            raise ValueError(
+                f"`model`={model!r} is an adapter. Load it on its base, with "
+                "`AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True)`, and pass the result."
+            )
+        return
+    if isinstance(model, PeftModel) and model.active_adapters != ["default"]:
+        raise ValueError(
+            f"The active adapter of `model` is {', '.join(model.active_adapters)!r}, and TRL trains the one named "
+            "'default'. Load it with `PeftModel.from_pretrained(base, path, is_trainable=True)`, without "
+            "`adapter_name`."
+        )
+    if isinstance(model, PeftModel) and "ref" in model.peft_config and ref_model is None:
+        raise ValueError(
+            "`model` has an adapter named 'ref', as an earlier trainer leaves one, and TRL adds another of that name. "
+            "Call `model.delete_adapter('ref')`."
+        )
+    if peft_config is None and not any(parameter.requires_grad for parameter in model.parameters()):
+        remedy = "Call `model.requires_grad_(True)`, or pass `peft_config`."
+        if isinstance(model, PeftModel):
+            remedy = "Load the adapter with `is_trainable=True`."
+        raise ValueError(f"No parameter of `model` requires a gradient, so nothing would be trained. {remedy}")
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model with the weights, adapters and hooks it has now, in evaluation mode.
+
+    The memory is that of one more copy of the weights. What trainers have patched onto the forward of the model stays
+    behind, as it is bound to the weights of the original.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model, also one that DeepSpeed ZeRO-3 has partitioned.
+
+    Returns:
+        [`~transformers.PreTrainedModel`] without parameters that require a gradient.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        copied = _copy_of_partitioned(model)
+    else:
+        copied = copy.deepcopy(model)
+        hook = vars(copied).pop("_hf_hook", None)  # of a model on several devices: it wraps the forward, too
+        for name in ("forward", "_old_forward", "_original_forward"):
+            vars(copied).pop(name, None)
+        if hook is not None:
+            add_hook_to_module(copied, hook)
+    return copied.eval().requires_grad_(False)
+
+
+def _copy_of_partitioned(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a second model, which transformers partitions alike, and copy the weights one by one."""
+    import deepspeed
+
+    copied: PreTrainedModel = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    for target, source in zip(copied.parameters(), model.parameters(), strict=True):
+        with deepspeed.zero.GatheredParameters([target, source], modifier_rank=0):
+            if torch.distributed.get_rank() == 0:
+                target.data.copy_(source.data)
+    for buffer, value in zip(copied.buffers(), model.buffers(), strict=True):
+        buffer.data = value.data.clone()
+    return copied
+
+
+@contextlib.contextmanager
+def adding_reference_adapter(model: Any) -> Iterator[None]:
+    """While entered, TRL can add the adapter "ref" with the config of "default".
+
+    An initialization such as PiSSA would change the base weights a second time; what "ref" begins with does not
+    matter, as it is copied over. And it is not trained, or AdaLoRA would refuse it.
+    """
+    config: Any = model.peft_config["default"] if isinstance(model, PeftModel) else None
+    changes: dict[str, Any] = {}
+    if config is not None and not config.is_prompt_learning:  # whose encoders have fewer parts in inference
+        changes["inference_mode"] = True
+        if isinstance(getattr(config, "init_lora_weights", None), str):
+            changes["init_lora_weights"] = True
+    before = {name: getattr(config, name) for name in changes}
+    try:
+        for name, value in changes.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def copy_adapter(model: PeftModel) -> None:
+    """Copy every parameter and buffer of the adapter "default" to "ref", which TRL has made and partly copied.
+
+    TRL copies those with ".default." in their name, and the entries of a `ParameterDict` end with it. It may go once
+    `DPOTrainer.__init__` copies these too.
+
+    Raises:
+        ValueError: naming the parameters that "ref" lacks.
+    """
+    values = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    missing = []
+    for name, value in values.items():
+        parts = name.split(".")
+        if "default" in parts:
+            target = values.get(".".join("ref" if part == "default" else part for part in parts))
+            if target is None or target.shape != value.shape:
+                missing.append(name)
+            elif target is not value:
+                target.data.copy_(value.data)
+    if missing:
+        kind = model.peft_config["default"].peft_type
+        raise ValueError(
+            f"No frozen copy of the {getattr(kind, 'value', kind)} adapter can be made as the reference model: "
+            f"{', '.join(missing[:3])} cannot be copied. Pass a `ref_model`, or merge the adapter with "
+            "`model.merge_and_unload()` and train a new one with `peft_config`."
+        )

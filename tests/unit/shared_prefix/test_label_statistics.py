@@ -1,0 +1,158 @@
+"""Log-probabilities from hidden states, against the logits in float64; and the models whose heads do more."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from prefopt_trl.shared_prefix import label_statistics as module
+from prefopt_trl.shared_prefix.forward import add_shared_prefix
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "pad_token_id": 0,
+}
+MODELS: dict[str, Any] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "tied": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)),
+    "soft cap": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=0.5)),
+    "scale": lambda: Cohere2ForCausalLM(Cohere2Config(**SHAPE, logit_scale=0.25)),
+    "divisor": lambda: GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=4.0)),
+    "bias": lambda: GPTJForCausalLM(
+        GPTJConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64)
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vocabulary of 61 in parts of 7 or so."""
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 80)
+
+
+def large(name: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A model whose logits differ by whole nats, with a bias in the head where it has one."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3)
+    model = model.to(dtype).eval()
+    add_shared_prefix(model)
+    return model
+
+
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(1, 61, (3, 8), generator=torch.Generator().manual_seed(1))
+    return ids, ids.masked_fill(torch.rand(3, 8, generator=torch.Generator().manual_seed(2)) < 0.4, -100)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_values_and_gradients_are_those_of_the_logits(name, caplog):
+    model = large(name)
+    ids, labels = rows()
+    mask = torch.ones_like(ids)
+    found = model(input_ids=ids, attention_mask=mask, labels=labels, label_statistics=True)
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    asked, targets = labels[:, 1:] != -100, labels[:, 1:].clamp(min=0)
+    log_probs = logits.log_softmax(-1)
+    expected = log_probs.gather(2, targets[..., None])[..., 0].masked_fill(~asked, 0)
+    torch.testing.assert_close(found.log_probs, expected, rtol=1e-7, atol=1e-7)  # gpt-j has a part in float32
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    torch.testing.assert_close(found.entropy, entropy.masked_fill(~asked, 0).detach(), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(found.mean_logits, logits.mean(-1).masked_fill(~asked, 0).detach())
+    assert torch.equal(found.is_top1, (logits.argmax(-1) == targets) & asked)
+    assert not found.entropy.requires_grad and not found.mean_logits.requires_grad
+
+    weights = torch.rand(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ours = torch.autograd.grad((found.log_probs * weights).sum(), parameters, allow_unused=True)
+    theirs = torch.autograd.grad((expected * weights).sum(), parameters, allow_unused=True)
+    assert max(gradient.abs().max() for gradient in theirs if gradient is not None) > 0.1
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert not [record for record in caplog.records if "All logits" in record.getMessage()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_are_in_float32(dtype):
+    """Of logits that are rounded to `dtype`, as the model's own head rounds them, nothing more is lost."""
+    model = large("llama", dtype)
+    ids, labels = rows()
+    found = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, label_statistics=True).log_probs
+    logits = model(input_ids=ids).logits[:, :-1].double()
+    expected = logits.log_softmax(-1).gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected.masked_fill(labels[:, 1:] == -100, 0), rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_computes_the_products_in_its_precision():
+    model = large("llama", torch.float32)
+    ids, labels = rows()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, label_statistics=True)
+        logits = model(input_ids=ids).logits[:, :-1]
+    found.log_probs.sum().backward()
+    expected = logits.double().log_softmax(-1).gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    assert logits.dtype == torch.bfloat16 and found.log_probs.dtype == torch.float32
+    torch.testing.assert_close(
+        found.log_probs.double(), expected.masked_fill(labels[:, 1:] == -100, 0), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_head_that_does_more_is_found_out_and_its_logits_are_read(caplog):
+    """A multiplier by a name that nothing here knows."""
+    model = large("llama")
+    head = model.lm_head
+    model.__class__ = type("Scaled", (type(model),), {})
+    original = model.forward
+
+    def scaled(*args, **kwargs):
+        outputs = original(*args, **kwargs)
+        if "logits" in outputs:
+            outputs.logits = outputs.logits * 3
+        return outputs
+
+    ids, labels = rows()
+    found = module.label_statistics(model, scaled, labels, input_ids=ids)
+    expected = (3 * head(model.base_model(input_ids=ids).last_hidden_state))[:, :-1].log_softmax(-1)
+    expected = expected.gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0].masked_fill(labels[:, 1:] == -100, 0)
+    torch.testing.assert_close(found.log_probs, expected)
+    module.label_statistics(model, scaled, labels, input_ids=ids)
+    assert [record.getMessage()[:45] for record in caplog.records] == ["All logits of llama are computed for its log-"]
+
+
+def test_rows_without_labels_still_have_a_backward_pass():
+    model = large("llama")
+    ids, _ = rows()
+    found = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids * 0 - 100, label_statistics=True)
+    found.log_probs.sum().backward()
+    assert found.log_probs.abs().sum() == 0 and model.lm_head.weight.grad.abs().sum() == 0
+
+
+def test_the_load_balancing_loss_is_the_models_own():
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2))
+    add_shared_prefix(model)
+    ids, labels = rows()
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "output_router_logits": True}
+    ours = model(**given, labels=labels, label_statistics=True).aux_loss
+    torch.testing.assert_close(ours, model(**given).aux_loss)
