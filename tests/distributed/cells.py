@@ -17,7 +17,8 @@ class Cell:
             One of [`TRAINERS`].
         weights (`str`):
             `"full"`, `"tied"` (full, with the weights of the embedding in the head), `"lora"` (a fresh adapter, whose
-            reference is the base model), `"adapter"` (a trained one, whose reference is a frozen copy of it) or
+            reference is the base model), `"adapter"` (a trained one, whose reference is a frozen copy of it),
+            `"object"` (full, of weights that have changed since they were loaded, whose reference is a copy) or
             `"qlora"` (nf4, double quantisation, `paged_adamw_8bit`).
         data (`str`):
             `"given"` completions; `"scored"` ones, to which a ranker gives rewards first; or prompts that are sampled
@@ -50,6 +51,7 @@ def cells(engine: str) -> list[Cell]:
         ),
         *(Cell(trainer, options={"gradient_accumulation_steps": 2}) for trainer in ("RSO", "PRO")),
         Cell("RSO", "adapter"),
+        *(Cell(trainer, "object") for trainer in ("RSO", "ListwiseDPO")),
         *(Cell("RSO", "tied", data) for data in ("given", "offline", "online")),
         # Without a reference model, which full fine-tunes have otherwise
         Cell("RSO", options={"precompute_ref_log_probs": True}),

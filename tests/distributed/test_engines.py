@@ -4,6 +4,8 @@ Two processes with gloo on CPU. Three ways of starting them look right and train
 so the number of processes and the wrapper of the model are looked at, too.
 """
 
+import math
+
 import pytest
 import torch
 from cells import ENGINES, Cell, cells
@@ -38,6 +40,8 @@ def test_losses_are_those_of_one_process(engine: str, cell: Cell, engines: Engin
         assert record["stage"] == {"zero2": 2, "zero3": 3}.get(engine)
         assert len(record["losses"]) == 3 and len(set(record["losses"])) == 3
         assert record["losses"] == pytest.approx(alone["losses"], rel=TOLERANCE)
+        if cell.weights == "object":  # it begins at its own reference: ln 2 for a pair, ln 3! for a ranking of three
+            assert record["losses"][0] == pytest.approx(math.log(2 if cell.trainer == "RSO" else 6), rel=1e-4)
         in_bfloat16 = cell.weights == "qlora"  # TRL's choice for adapters of quantised models: 8 bits of precision
         assert record["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-2 if in_bfloat16 else TOLERANCE)
         if cell.data == "given":
@@ -85,7 +89,7 @@ def token_logps(engines: Engines, engine: str | None, name: str, folder: str) ->
 
 def test_only_full_fine_tunes_with_a_reference_hold_a_second_model(engines: Engines) -> None:
     for cell in cells("alone"):
-        has_reference = cell.trainer in ("RSO", "ListwiseDPO") and cell.weights in ("full", "tied")
+        has_reference = cell.trainer in ("RSO", "ListwiseDPO") and cell.weights in ("full", "tied", "object")
         computed = not {"precompute_ref_log_probs", "reference_logps"} & cell.options.keys()
         holds = engines.records("alone")[0][str(cell)]["holds_reference_model"]
         assert holds == (has_reference and computed), str(cell)

@@ -1,7 +1,7 @@
 """The training of one cell, in each process of an engine."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,12 @@ def make(cell: Cell, engine: str, folder: Path, output_dir: Path, arguments: dic
     if cell.weights == "adapter":
         base = AutoModelForCausalLM.from_pretrained(model)
         model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
+    if cell.weights == "object":
+        with torch.no_grad():
+            model = AutoModelForCausalLM.from_pretrained(model)
+            for parameter in model.parameters():
+                with gathered_to_change(parameter):
+                    parameter *= 1.25
     if cell.weights in ("lora", "qlora"):
         torch.manual_seed(1)  # of the adapter's own weights
         others["peft_config"] = LoraConfig(task_type="CAUSAL_LM")
@@ -133,6 +139,15 @@ def make(cell: Cell, engine: str, folder: Path, output_dir: Path, arguments: dic
         others["eval_dataset"] = examples(cell)
     trainer_class = getattr(prefopt_trl, f"{cell.trainer}Trainer")
     return trainer_class(model, args=args, train_dataset=examples(cell), **others)
+
+
+def gathered_to_change(parameter: torch.nn.Parameter) -> Any:
+    """While entered, a parameter that ZeRO-3 partitioned as it was loaded is whole on the process that changes it."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
 def examples(cell: Cell) -> Dataset:
