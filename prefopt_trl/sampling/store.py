@@ -268,10 +268,16 @@ class SampleStore:
             ) from error
 
     def _manifest(self) -> dict[str, Any] | None:
+        file = self.folder / "manifest.json"
         try:
-            return json.loads((self.folder / "manifest.json").read_bytes())
+            manifest = json.loads(file.read_bytes())
         except FileNotFoundError:
             return None
+        except ValueError:  # no JSON
+            manifest = None
+        if not isinstance(manifest, dict) or not {"finished", "settings"} <= manifest.keys():
+            raise ValueError(f"{file} is not the manifest of a sampled dataset. Choose another `output_dir`.")
+        return manifest
 
     def _holds_results(self) -> bool:
         shards = self.shards.glob("*.jsonl")

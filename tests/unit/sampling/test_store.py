@@ -337,3 +337,12 @@ def test_what_cannot_be_written_leaves_what_was_there(folder: Path, monkeypatch:
             "space), the same call goes on from there"
         )
         assert {name: (folder / name).read_bytes() for name in names(folder)} == before
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"version": 1}'])
+def test_a_manifest_of_something_else_is_refused(folder: Path, content: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match="manifest.json is not the manifest of a sampled dataset. Choose another"):
+        SampleStore(folder).finished(SETTINGS)
+    assert (folder / "manifest.json").read_text() == content
