@@ -6,13 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import (
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForSeq2SeqLM,
-    AutoPeftModelForSequenceClassification,
-    PeftConfig,
-    PeftModel,
-)
+from peft import PeftConfig, PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,17 +19,11 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prefopt_trl.cli.arguments import RankerArguments
 from prefopt_trl.cli.checks import is_function, look_beside_the_data, not_importable, other_base
-from prefopt_trl.data.processes import process_state
 from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.rankers.function import FunctionRanker
+from prefopt_trl.rankers.models import is_reward_model
 from prefopt_trl.rankers.pairwise import PairwiseRanker
 from prefopt_trl.rankers.pointwise import RewardModelRanker
-
-# How adapters of rankers are loaded, by their task
-ADAPTED: dict[Any, tuple[Any, dict[str, Any]]] = {
-    "SEQ_CLS": (AutoPeftModelForSequenceClassification, {"num_labels": 1}),
-    "SEQ_2_SEQ_LM": (AutoPeftModelForSeq2SeqLM, {}),
-}
 
 
 def model_to_train(model: ModelConfig, args: Any) -> dict[str, Any]:
@@ -165,7 +153,9 @@ def load_ranker(arguments: RankerArguments) -> Ranker | None:
     if is_function(name):
         return FunctionRanker(_import_function(name))
     with named("ranker", name):
-        return _ranking_model(name, arguments)
+        if is_reward_model(name):
+            return RewardModelRanker(name, batch_size=arguments.ranker_batch_size)
+        return PairwiseRanker(name, template=arguments.ranker_template, batch_size=arguments.ranker_batch_size)
 
 
 @contextmanager
@@ -178,22 +168,6 @@ def named(argument: str, name: str) -> Iterator[None]:
             f"`{argument}`={name!r} is no local folder with a model in it, and no model of the Hub that can be read "
             f"now ({_in_short(error)})."
         ) from error
-
-
-def _ranking_model(name: str, arguments: RankerArguments) -> Ranker:
-    options: dict[str, Any] = {"batch_size": arguments.ranker_batch_size}
-    if find_adapter_config_file(name) is not None:
-        task = PeftConfig.from_pretrained(name).task_type
-        auto_class, loading = ADAPTED.get(task, (AutoPeftModelForCausalLM, {}))
-        model = auto_class.from_pretrained(name, **loading).merge_and_unload().to(process_state().device)
-        tokenizer = load_tokenizer(name, None, trust_remote_code=False)
-        if task == "SEQ_CLS":
-            return RewardModelRanker(model, tokenizer, **options)
-        return PairwiseRanker(model, tokenizer, template=arguments.ranker_template, **options)
-    architectures = AutoConfig.from_pretrained(name).architectures or []
-    if any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
-        return RewardModelRanker(name, **options)
-    return PairwiseRanker(name, template=arguments.ranker_template, **options)
 
 
 def _import_function(path: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -42,7 +43,12 @@ def model_fingerprint(model: nn.Module) -> str:
     ```
     """
     digest = hashlib.sha256(_settings_of(model).encode())
+    # What stands idle behind a trained copy: a new classification head's is random in every process
+    copied = [part for part in model.modules() if isinstance(part, ModulesToSaveWrapper) and not part.disable_adapters]
+    idle = {id(parameter) for part in copied for parameter in part.original_module.parameters()}
     for name, parameter in model.named_parameters():
+        if id(parameter) in idle:
+            continue
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, len(flat) // ELEMENTS_PER_PARAMETER)].cpu()

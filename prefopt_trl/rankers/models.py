@@ -1,12 +1,24 @@
 """How a ranker runs many texts through its model: what they share once, little padding, nothing left changed."""
 
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import torch
+from peft import PeftConfig, PeftModel
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import find_adapter_config_file
 
 from prefopt_trl.data.fingerprints import model_fingerprint, tokenizer_fingerprint
 from prefopt_trl.data.processes import process_state
@@ -24,15 +36,61 @@ from prefopt_trl.shared_prefix.modes import evaluating
 # Texts share a beginning where that leaves at most so much of their tokens: attention in one piece is faster per token
 WORTH_SHARING = 0.8
 
+TOKENIZER = "tokenizer_config.json"
+
+
+def is_reward_model(path: str) -> bool:
+    """Whether a folder or Hub id is a sequence classification model, or an adapter for one."""
+    if find_adapter_config_file(path) is not None:
+        return PeftConfig.from_pretrained(path).task_type == "SEQ_CLS"
+    architectures = AutoConfig.from_pretrained(path).architectures or []
+    return any(name.endswith("ForSequenceClassification") for name in architectures)
+
+
+def load_model(path: str, auto_class: Any) -> Any:
+    """Load the model, or the adapter on its base model, of a folder or Hub id.
+
+    Raises:
+        ValueError: if there is nothing to load, or a reward model where a language model is wanted.
+    """
+    try:
+        is_adapter = find_adapter_config_file(path) is not None
+        if auto_class is None:
+            if is_reward_model(path):
+                raise ValueError(f"`model`={path!r} is a reward model. Give it to `RewardModelRanker`.")
+            base = PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter else path
+            is_encoder_decoder = AutoConfig.from_pretrained(base).is_encoder_decoder
+            auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+        if not is_adapter:
+            return auto_class.from_pretrained(path)
+        options = {"num_labels": 1} if auto_class is AutoModelForSequenceClassification else {}
+        return getattr(peft, auto_class.__name__.replace("Auto", "AutoPeft")).from_pretrained(path, **options)
+    except OSError as error:
+        raise ValueError(
+            f"`model`={path!r} is no local folder with a model in it, and no model of the Hub that can be read now "
+            f"({error})."
+        ) from error
+
+
+def num_positions(model: PreTrainedModel | PeftModel) -> int | None:
+    """Most tokens that a model has positions for, or None where it has no limit."""
+    for name, module in model.named_modules():
+        # RoBERTa and its relatives count positions from the one behind their padding's
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    number = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return number if number and number > 0 else None  # XLNet has -1
+
 
 class RankingModel:
     """A model with its tokenizer, batch size and length limit.
 
     Args:
-        auto_class (`type`):
-            Class that loads the model, such as [`~transformers.AutoModelForCausalLM`].
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            Model, or its folder or Hub id: then it is loaded, onto the accelerator if there is one.
+        auto_class (`type` or `None`):
+            Class that loads the model. None loads a language model: causal or encoder-decoder, as its config says.
+        model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
+            Model, or the folder or Hub id of one or of an adapter: then it is loaded, onto the accelerator if there is
+            one.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             By default it is loaded from where the model came from.
         batch_size (`int`):
@@ -50,7 +108,7 @@ class RankingModel:
     def __init__(
         self,
         auto_class: Any,
-        model: str | PreTrainedModel,
+        model: str | Path | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
         batch_size: int,
         max_length: int | None,
@@ -62,18 +120,18 @@ class RankingModel:
             raise ValueError(f"`share_prefix` is {share_prefix!r}. Give True or False.")
         if max_length is not None and max_length < 1:
             raise ValueError(f"`max_length` is {max_length}. Give 1 or more, or None for the model's own limit.")
-        source = model if isinstance(model, str) else model.config.name_or_path
+        source: Any = str(model) if isinstance(model, str | Path) else model.config.name_or_path
         if tokenizer is None and not source:
             raise ValueError("`tokenizer` is missing, and the model was not loaded from anywhere. Pass its tokenizer.")
-        self.model: PreTrainedModel = (
-            auto_class.from_pretrained(model).to(process_state().device) if isinstance(model, str) else model
-        )
+        is_path = isinstance(model, str | Path)
+        self.model: Any = load_model(source, auto_class).to(process_state().device) if is_path else model
+        if isinstance(self.model, PeftModel) and Path(source).is_dir() and not Path(source, TOKENIZER).is_file():
+            source = self.model.config.name_or_path  # an adapter without a tokenizer has its base's
         self.tokenizer = AutoTokenizer.from_pretrained(source) if tokenizer is None else tokenizer
         check_vocabulary(self.tokenizer, self.model)
         self.batch_size = batch_size
         if max_length is None:
-            num_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-            max_length = min(filter(None, [self.tokenizer.model_max_length, num_positions]))
+            max_length = min(filter(None, [self.tokenizer.model_max_length, num_positions(self.model)]))
         self.max_length = max_length
         self.share_prefix = share_prefix
 

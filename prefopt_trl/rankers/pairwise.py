@@ -6,18 +6,13 @@ import logging
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.fingerprints import function_fingerprint
 from prefopt_trl.data.formats import Completion, Prompt, check_columns, completion_text, prompt_text
@@ -48,9 +43,9 @@ class PairwiseRanker(PublishedModel, Ranker):
     its decoder. Nothing is shared there: each token of an encoder sees all others.
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            Causal language model or encoder-decoder, or its folder or Hub id: then it is loaded, onto the accelerator
-            if there is one.
+        model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
+            Causal language model or encoder-decoder, or the folder or Hub id of one or of an adapter: then it is
+            loaded, onto the accelerator if there is one.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             By default it is loaded from where the model came from.
         template (`str` or `Callable`, *optional*, defaults to `"dialogue"`):
@@ -67,7 +62,8 @@ class PairwiseRanker(PublishedModel, Ranker):
             Chooses the baselines of `score`, together with the prompt and its completions and nothing else.
 
     Raises:
-        ValueError: if the template's name is unknown, a number is out of range, or no tokenizer can be found.
+        ValueError: if the template's name is unknown, a number is out of range, no model or tokenizer can be found,
+            or the model is a reward model.
 
     Example:
 
@@ -80,11 +76,9 @@ class PairwiseRanker(PublishedModel, Ranker):
     ```
     """
 
-    peft_class = "AutoPeftModelForCausalLM"
-
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | Path | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         template: str | Template = "dialogue",
@@ -94,13 +88,10 @@ class PairwiseRanker(PublishedModel, Ranker):
         seed: int = 0,
     ) -> None:
         self.template = resolve_template(template)
-        config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
-        self.answers_in_decoder = config.is_encoder_decoder
-        auto_class = AutoModelForSeq2SeqLM if self.answers_in_decoder else AutoModelForCausalLM
+        self.ranking_model = RankingModel(None, model, tokenizer, batch_size, max_length, share_prefix)
+        self.answers_in_decoder = self.ranking_model.model.config.is_encoder_decoder
         if self.answers_in_decoder:
-            share_prefix = False
-        self.ranking_model = RankingModel(auto_class, model, tokenizer, batch_size, max_length, share_prefix)
-        if self.answers_in_decoder:
+            self.ranking_model.share_prefix = False
             with_a, with_b = self.ranking_model.token_ids(list(ANSWERS))
             self.decoder_answers = split_answers(with_a, with_b, "The decoder")
         self.seed = seed
@@ -108,20 +99,12 @@ class PairwiseRanker(PublishedModel, Ranker):
     def compare(
         self, prompts: Sequence[Prompt], first: Sequence[Completion], second: Sequence[Completion]
     ) -> np.ndarray:
-        """Say how probable it is that the first completion is preferred to the second.
+        """Return P(first preferred), averaged over both orders, as [`Ranker.compare`] describes.
 
-        Args:
-            prompts (`Sequence` of length `n`):
-                Prompts.
-            first (`Sequence` of length `n`):
-                One completion per prompt.
-            second (`Sequence` of length `n`):
-                Another completion per prompt. For equal texts the answer is 0.5, and the model is not asked.
-
-        Returns:
-            `np.ndarray` of shape `(n,)`, float64 in [0, 1]: P(first preferred), averaged over both orders.
+        For equal texts it is 0.5, and the model is not asked.
 
         Raises:
+            TypeError: for a single text or conversation in place of a list of them.
             ValueError: naming the row whose completions exceed `max_length` by themselves, or whose template does not
                 end where an answer is a token of its own.
         """
@@ -137,20 +120,12 @@ class PairwiseRanker(PublishedModel, Ranker):
     ) -> list[np.ndarray]:
         """Give each completion the logit of its probability to be preferred to a baseline (RSO eq. 9).
 
-        Args:
-            prompts (`Sequence` of length `n`):
-                Prompts.
-            completions (`Sequence` of length `n`):
-                For each prompt, its completions.
-            baselines (`Sequence` of length `n`, *optional*):
-                For each prompt, the completion whose reward is 0. By default one of its completions, drawn at random.
-
-        Returns:
-            `list[np.ndarray]` of length `n`: for each prompt, the rewards of its completions in nats, float64, within
-            13.8 of 0: probabilities are clamped to [1e-6, 1 - 1e-6], and one logged line says how many were.
+        Arguments and shapes are those of [`Ranker.score`]. The default baseline is one of the prompt's completions,
+        drawn at random. Rewards are in nats and within 13.8 of 0: probabilities are clamped to [1e-6, 1 - 1e-6], and
+        one logged line says how many were.
 
         Raises:
-            ValueError: as `compare`, and for a prompt without completions to draw a baseline from.
+            TypeError, ValueError: as `compare`, and for a prompt without completions to draw a baseline from.
         """
         check_lengths(prompts, completions=completions)
         if baselines is None:
@@ -312,7 +287,7 @@ def pairwise_ranker_dataset(pairs: Dataset, template: str | Template = "dialogue
 
     Raises:
         TypeError: if `pairs` is not a [`~datasets.Dataset`].
-        ValueError: if `pairs` is empty or lacks a column.
+        ValueError: if `pairs` is empty or lacks a column, or a cell is None (naming its row).
 
     Example:
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +16,8 @@ from prefopt_trl.rankers.publishing import PublishedModel
 
 logger = logging.getLogger(__name__)
 
+SENSITIVE_TO_PADDING = {"nystromformer", "xlnet", "yoso"}  # a row's reward would depend on the length of the others
+
 
 class RewardModelRanker(PublishedModel, PointwiseRanker):
     """A sequence classification model with one label, whose output is the reward of a completion.
@@ -23,10 +26,10 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
     through the chat template. `compare` and `score` are those of [`PointwiseRanker`].
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            Sequence classification model, or its folder or Hub id: then it is loaded, onto the accelerator if there
-            is one. The model finds the last token of a row by its config's `pad_token_id`; where that is missing it is
-            set to the tokenizer's padding token or EOS, as `RewardTrainer` does.
+        model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
+            Sequence classification model, or the folder or Hub id of one or of an adapter: then it is loaded, onto the
+            accelerator if there is one. The model finds the last token of a row by its config's `pad_token_id`; where
+            that is missing it is set to the tokenizer's padding token or EOS, as `RewardTrainer` does.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             By default it is loaded from where the model came from.
         batch_size (`int`, *optional*, defaults to `32`):
@@ -52,12 +55,9 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
     ```
     """
 
-    peft_class = "AutoPeftModelForSequenceClassification"
-    peft_options = ", num_labels=1"
-
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | Path | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         batch_size: int = 32,
@@ -81,16 +81,7 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
         self.pad_token_id = text_config.pad_token_id
 
     def rewards(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[np.ndarray]:
-        """Run the model once on each distinct text.
-
-        Args:
-            prompts (`Sequence` of length `n`):
-                Prompts.
-            completions (`Sequence` of length `n`):
-                For each prompt, its completions.
-
-        Returns:
-            `list[np.ndarray]` of length `n`: for each prompt, the rewards of its completions, float64.
+        """Return the rewards of each prompt's completions in float64, running the model once on each distinct text.
 
         Raises:
             ValueError: naming the row of a completion that exceeds `max_length` by itself, or of a conversational
@@ -113,8 +104,7 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
                     token_ids[-1] = self._cut_prompt(token_ids[-1], row, prompts[row])
                     num_cut += 1
             groups: list[Hashable] = [rows[index] for index in batch]
-            prepared = self.ranking_model.rows(token_ids, groups, self.pad_token_id, reads_head=True)
-            return prepared.head_logits(self.ranking_model.model)[:, 0]
+            return self._head(token_ids, groups)
 
         values = self.ranking_model.run([len(text) for text in texts], rows, evaluate, "Scoring completions")
         if num_cut:
@@ -125,13 +115,34 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
         rewards = dict(zip(texts, values, strict=True))
         return [np.array([rewards[text] for text in row_texts]) for row_texts in written]
 
+    def _head(self, token_ids: list[list[int]], groups: list[Hashable]) -> torch.Tensor:
+        """Run the model on a batch and return its rewards, shape `(batch_size,)`."""
+        model = self.ranking_model.model
+        parts: list[Any] = [None] * len(token_ids)  # rows of one part share a forward pass
+        if model.config.is_encoder_decoder:  # T5 and BART refuse rows with different numbers of EOS
+            parts = [ids.count(model.config.eos_token_id) for ids in token_ids]
+        elif model.config.model_type in SENSITIVE_TO_PADDING:
+            parts = list(map(len, token_ids))
+        rewards = torch.empty(len(token_ids), device=model.device)
+        for part in set(parts):
+            rows = [row for row, key in enumerate(parts) if key == part]
+            prepared = self.ranking_model.rows(
+                [token_ids[row] for row in rows], [groups[row] for row in rows], self.pad_token_id, reads_head=True
+            )
+            rewards[rows] = prepared.head_logits(model)[:, 0].to(rewards.dtype)
+        return rewards
+
     def settings(self) -> dict[str, Any]:
         """Describe the ranker: the model's class, fingerprints of its weights and tokenizer, and its numbers.
 
         Returns:
             `dict`: serialisable as JSON, and different whenever the results may be.
         """
-        return {"class": type(self).__name__, **self.ranking_model.settings(), "pad_token_id": self.pad_token_id}
+        return {
+            "class": type(self).__name__,
+            **self.ranking_model.settings(),
+            "pad_token_id": self.pad_token_id,
+        }
 
     def arguments(self) -> dict[str, str]:
         return {"max_length": str(self.ranking_model.max_length)}

@@ -17,8 +17,6 @@ class PublishedModel(ABC):
     """What rankers that hold a model have: `save_pretrained` and `push_to_hub`."""
 
     ranking_model: RankingModel
-    peft_class: str  # of an adapter for such a model,
-    peft_options: str = ""  # and what it is loaded with
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -120,18 +118,6 @@ def ranker_card(
         tags=["trl", "prefopt-trl", "ranker", "reward-model"],
     )
     written = "".join(f", {argument}={value}" for argument, value in arguments.items())
-    if is_adapter:
-        use = f"""from peft import {ranker_class.peft_class}
-from transformers import AutoTokenizer
-from prefopt_trl import {kind}
-
-source = {source!r}
-model = {ranker_class.peft_class}.from_pretrained(source{ranker_class.peft_options})
-ranker = {kind}(model, AutoTokenizer.from_pretrained(source){written})"""
-    else:
-        use = f"""from prefopt_trl import {kind}
-
-ranker = {kind}({source!r}{written})"""
     trained_from = f" Its model was loaded from {name(public_name(base_model))}." if base_model else ""
     trained_on = f" It was trained on {name(public_name(dataset_name))}." if dataset_name else ""
     text = f"""# Ranker
@@ -142,7 +128,9 @@ preferred, and gives each a reward.{trained_from}{trained_on}
 ## Use
 
 ```python
-{use}
+from prefopt_trl import {kind}
+
+ranker = {kind}({source!r}{written})
 ranker.compare(["What is 2 + 2?"], ["It is 4."], ["It is 5."])
 ```
 

@@ -142,7 +142,7 @@ def test_rankers_by_name(tiny_llama_dir, adapter):
     assert pairwise.template("p", "a", "b") == resolve_template("summary")("p", "a", "b")
     adapted = ranker(adapter)
     assert isinstance(adapted, PairwiseRanker)
-    assert not isinstance(adapted.ranking_model.model, PeftModel)  # merged into its base
+    assert isinstance(adapted.ranking_model.model, PeftModel)
     LlamaForSequenceClassification(LlamaConfig.from_pretrained(tiny_llama_dir, num_labels=1)).save_pretrained("reward")
     AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained("reward")
     assert isinstance(ranker("reward"), RewardModelRanker)
@@ -181,7 +181,7 @@ def test_an_adapter_of_a_ranker_is_loaded_by_its_task_onto_the_device(task, tiny
         str(tmp_path / "adapter")
     )
     moved = []
-    monkeypatch.setattr(type(base), "to", lambda self, device: moved.append(device) or self)
+    monkeypatch.setattr(PeftModel, "to", lambda self, device: moved.append(device) or self)
     ranker = load_ranker(RankerArguments(ranker=str(tmp_path / "adapter")))
-    assert type(ranker) is expected and type(ranker.ranking_model.model) is type(base)
+    assert type(ranker) is expected and type(ranker.ranking_model.model.get_base_model()) is type(base)
     assert torch.device("cpu") in moved

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BartConfig,
     BloomConfig,
@@ -29,6 +31,7 @@ from prefopt_trl.rankers.templates import ANSWER_CUE, dialogue, summary
 
 PROMPTS = ["What is the capital of France?", "Bake bread.", "Tell me how to bake bread, and then wait for the dog."]
 FIRST = ["Paris.", "Mix the flour, the water and the salt.", "No."]
+TINY = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SECOND = ["The dog sleeps on, and on.", "Wait.", "The quick brown fox jumps over it."]
 
 
@@ -137,25 +140,10 @@ def test_no_rows_give_no_probabilities_and_no_rewards(model, tokenizer):
     "config",
     [
         GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=300),
-        OPTConfig(
-            hidden_size=16,
-            ffn_dim=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            vocab_size=300,
-            word_embed_proj_dim=16,
-        ),
+        OPTConfig(**TINY, ffn_dim=32, word_embed_proj_dim=32),
         BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=300),
         MptConfig(d_model=16, n_layers=2, n_heads=2, vocab_size=300),
-        MistralConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            vocab_size=300,
-            sliding_window=8,
-        ),
+        MistralConfig(**TINY, intermediate_size=32, num_key_value_heads=2, sliding_window=8),
         MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=300, state_size=4),
     ],
     ids=lambda config: config.model_type,
@@ -225,23 +213,8 @@ def test_sharing_changes_no_comparison(model, tokenizer, batch_size):
     "config",
     [
         GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=300),
-        OPTConfig(
-            hidden_size=32,
-            ffn_dim=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            vocab_size=300,
-            word_embed_proj_dim=32,
-        ),
-        Gemma2Config(
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            vocab_size=300,
-        ),
+        OPTConfig(**TINY, ffn_dim=32, word_embed_proj_dim=32),
+        Gemma2Config(**TINY, intermediate_size=32, num_key_value_heads=1, head_dim=16),
     ],
     ids=lambda config: config.model_type,
 )
@@ -744,3 +717,21 @@ def test_a_model_trained_by_trl_on_a_simple_rule_ranks_by_it(tiny_llama_dir, tmp
     assert ranker.compare(prompts, bad, good).max() < 0.2
     assert all(row[0] > 1 > row[1] for row in ranker.score(prompts, [[good[0], bad[0]]] * 20, baselines=bad))
     assert ranker.settings()["weights"] != untrained.settings()["weights"]
+
+
+def test_a_folder_with_an_adapter_loads_its_base(model, tokenizer, tiny_llama_dir, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    adapter = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    adapter.save_pretrained(tmp_path)
+    expected, loaded = PairwiseRanker(adapter, tokenizer), PairwiseRanker(tmp_path)
+    np.testing.assert_array_equal(loaded.compare(PROMPTS, FIRST, SECOND), expected.compare(PROMPTS, FIRST, SECOND))
+    assert loaded.settings() == expected.settings()
+
+
+def test_a_model_that_is_not_there_or_a_reward_model_is_refused(tiny_llama_dir, tmp_path):
+    with pytest.raises(ValueError, match="`model`='no/model' is no local folder with a model in it, and no model of"):
+        PairwiseRanker("no/model")
+    reward_model = AutoModelForSequenceClassification.from_pretrained(tiny_llama_dir, num_labels=1)
+    reward_model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a reward model. Give it to `RewardModelRanker`."):
+        PairwiseRanker(tmp_path)

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
     BertConfig,
     DebertaV2Config,
     DistilBertConfig,
@@ -19,9 +20,12 @@ from transformers import (
     LlamaForSequenceClassification,
     MistralConfig,
     ModernBertConfig,
+    NystromformerConfig,
     OPTConfig,
     Qwen3Config,
     RobertaConfig,
+    T5Config,
+    XLNetConfig,
 )
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from trl import RewardConfig, RewardTrainer
@@ -34,6 +38,9 @@ COMPLETIONS = [
     [" Paris.", " The dog", " The capital of France is Paris, and no other town is."],
     [" Mix the flour.", ""],
 ]
+TINY = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_labels": 1}
+TINY |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+TINY_XLNET = {"vocab_size": 300, "d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 32, "num_labels": 1}
 
 
 def as_messages(role: str, text: str) -> list[dict[str, str]]:
@@ -139,32 +146,14 @@ def with_large_weights(config):
 
 
 def reward_models():
-    llama_like = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_labels": 1,
-        "pad_token_id": 0,
-    }
+    llama_like = {**TINY, "num_key_value_heads": 2, "pad_token_id": 0}
     return [
         LlamaConfig(**llama_like),
         Qwen3Config(**llama_like, head_dim=8),
         Gemma2Config(**llama_like, head_dim=8),
         GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, num_labels=1, pad_token_id=0),
         MistralConfig(**llama_like, sliding_window=512),
-        OPTConfig(
-            vocab_size=300,
-            hidden_size=32,
-            ffn_dim=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            word_embed_proj_dim=32,
-            num_labels=1,
-            pad_token_id=0,
-        ),
+        OPTConfig(**TINY, ffn_dim=32, word_embed_proj_dim=32, pad_token_id=0),
     ]
 
 
@@ -272,50 +261,12 @@ def test_a_prompt_is_computed_once(model, tokenizer):
 @pytest.mark.parametrize(
     "config",
     [
-        BertConfig(
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_labels=1,
-        ),
-        DebertaV2Config(
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            relative_attention=True,
-            pos_att_type=["p2c", "c2p"],
-            num_labels=1,
-        ),
+        BertConfig(**TINY),
+        DebertaV2Config(**TINY, relative_attention=True, pos_att_type=["p2c", "c2p"]),
         DistilBertConfig(vocab_size=300, dim=32, hidden_dim=32, n_layers=2, n_heads=2, num_labels=1),
-        RobertaConfig(
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_labels=1,
-        ),
-        ModernBertConfig(
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_labels=1,
-        ),
-        ElectraConfig(
-            vocab_size=300,
-            embedding_size=32,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_labels=1,
-        ),
+        RobertaConfig(**TINY),
+        ModernBertConfig(**TINY),
+        ElectraConfig(**TINY, embedding_size=32),
     ],
     ids=lambda config: config.model_type,
 )
@@ -332,6 +283,44 @@ def test_an_encoder_sees_the_whole_text_and_shares_nothing(tokenizer, caplog, co
     assert np.ptp(rewards[0]) > 1e-3
     ranker.score(PROMPTS, COMPLETIONS)
     assert len([record for record in caplog.records if "Prompts are not shared" in record.message]) == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        T5Config(vocab_size=300, d_model=32, d_ff=32, num_layers=1, num_heads=2, num_labels=1, eos_token_id=2),
+        BartConfig(vocab_size=300, d_model=32, encoder_layers=1, decoder_layers=1, num_labels=1, eos_token_id=2),
+        XLNetConfig(**TINY_XLNET),
+        NystromformerConfig(**TINY),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_the_others_of_a_batch_change_no_reward(tokenizer, config):
+    """T5 and BART take only rows with as many EOS as each other; XLNet reads the last token, padding or not."""
+    config.pad_token_id = config.decoder_start_token_id = tokenizer.pad_token_id
+    model = with_large_weights(config)
+    texts = [" Paris.", " No</s> or yes", " The dog sleeps on, and on.", "</s></s>", " Maybe"]
+    (rewards,) = RewardModelRanker(model, tokenizer).score(["Why?"], [texts])
+    for text, reward in zip(texts, rewards, strict=True):
+        ids = tokenizer("Why?" + text + ("" if text.endswith("</s>") else "</s>")).input_ids
+        with torch.no_grad():
+            assert reward == pytest.approx(model(input_ids=torch.tensor([ids])).logits.item(), abs=1e-4)
+    assert np.ptp(rewards) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (RobertaConfig(**TINY, max_position_embeddings=34, pad_token_id=1), 32),  # they begin behind padding's
+        (BertConfig(**TINY, max_position_embeddings=34, pad_token_id=0), 34),
+        (XLNetConfig(**TINY_XLNET, pad_token_id=0), None),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_the_default_limit_is_what_the_model_has_positions_for(config, positions, tokenizer):
+    ranker = RewardModelRanker(AutoModelForSequenceClassification.from_config(config), tokenizer)
+    assert ranker.ranking_model.max_length == (positions or tokenizer.model_max_length)
+    assert np.isfinite(ranker.score(["a b c d e f g " * 10], [[" No."]])[0]).all()
 
 
 def test_compare_is_the_sigmoid_of_the_difference_and_scores_are_relative_to_a_baseline(model, tokenizer):
@@ -393,6 +382,17 @@ def test_a_folder_loads_model_and_tokenizer(model, tokenizer, tmp_path):
     expected = RewardModelRanker(model, tokenizer).score(PROMPTS, COMPLETIONS)
     for loaded, row in zip(RewardModelRanker(str(tmp_path)).score(PROMPTS, COMPLETIONS), expected, strict=True):
         assert loaded == pytest.approx(row, abs=1e-6)
+
+
+def test_a_folder_with_an_adapter_loads_its_base_and_its_head(tiny_llama_dir, tokenizer, tmp_path):
+    # The base is a language model, whose head is another random one each time it is loaded, and is not read
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_llama_dir, num_labels=1)
+    adapter = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", init_lora_weights=False))
+    adapter.save_pretrained(tmp_path)
+    expected = RewardModelRanker(adapter, tokenizer).score(PROMPTS, COMPLETIONS)
+    loaded, again = RewardModelRanker(tmp_path), RewardModelRanker(str(tmp_path))  # with the tokenizer of the base
+    assert loaded.score(PROMPTS, COMPLETIONS)[0] == pytest.approx(expected[0], abs=1e-6)
+    assert loaded.settings() == again.settings()
 
 
 def test_settings_are_json_and_follow_the_weights(model, tokenizer):
