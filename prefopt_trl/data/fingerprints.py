@@ -4,12 +4,15 @@ import hashlib
 import inspect
 import json
 import platform
+import re
 from collections.abc import Callable
+from datetime import datetime
 from importlib.metadata import version
+from pathlib import Path
 from types import CellType
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, config
 from datasets.fingerprint import Hasher
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -109,6 +112,33 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def _without_calls(tokenizer: str) -> str:
     """A tokenizer as JSON, without the padding and truncation that its last call left in it."""
     return json.dumps({**json.loads(tokenizer), "padding": None, "truncation": None}, sort_keys=True)
+
+
+def template_date(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the setting `{"date_in_chat_template": "28 Nov 2026"}` of a chat template that writes today's date.
+
+    Llama 3.2's and Granite's do, by `strftime_now`: on another day the same messages are other tokens. It is an empty
+    `dict` for other templates.
+    """
+    template = str(tokenizer.chat_template)
+    formats = re.findall(r"""strftime_now\(\s*["'](.+?)["']""", template) or ["%Y-%m-%d"]
+    if "strftime_now" not in template:
+        return {}
+    return {"date_in_chat_template": datetime.now().strftime(", ".join(formats))}
+
+
+def cache_of_contents(path: Path) -> str:
+    """Return a `cache_dir` for `load_dataset`, which differs with the contents of a file or of a folder's files.
+
+    `datasets` identifies a local file by its path and modification time, and reads stale rows from its cache where a
+    file was replaced and that time is the same. Remove this once `datasets` compares contents.
+    """
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.rglob("[!.]*")):
+        if file.is_file():
+            with file.open("rb") as content:
+                digest.update(f"{file} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+    return str(Path(config.HF_DATASETS_CACHE, digest.hexdigest()[:16]))
 
 
 def function_fingerprint(function: Callable[..., Any]) -> str:

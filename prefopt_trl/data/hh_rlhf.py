@@ -7,6 +7,7 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from prefopt_trl.data.fingerprints import cache_of_contents
 from prefopt_trl.data.formats import ASSISTANT_TURN, TURN_NAMES, Message, check_columns
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def _find_files(folder: Path, subset: str | None, split: str) -> list[Path]:
 
 def _read_file(file: Path) -> Dataset:
     try:
-        return load_dataset("json", data_files=str(file), split="train")
+        return load_dataset("json", data_files=str(file), split="train", cache_dir=cache_of_contents(file))
     except (DatasetGenerationError, StopIteration) as error:  # StopIteration: what `datasets` raises on an empty file
         raise ValueError(f"{file} must hold one JSON object per line: {error.__cause__ or 'it is empty'}") from error
 

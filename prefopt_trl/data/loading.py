@@ -4,6 +4,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 
+from prefopt_trl.data.fingerprints import cache_of_contents
 from prefopt_trl.data.formats import check_columns
 from prefopt_trl.data.hh_rlhf import HUMAN_TURN, SUBSETS, load_hh_rlhf, split_transcripts
 
@@ -16,8 +17,9 @@ SAMPLED = ("pairs", "candidates")  # what `build_preference_dataset` writes, eac
 def load_rows(name: str, config: str | None = None, split: str = "train", num_rows: int | None = None) -> Dataset:
     r"""Load the rows of a dataset.
 
-    HH-RLHF transcripts, recognised by columns `chosen` and `rejected` that begin with `"\n\nHuman:"` and no `prompt`,
-    are split into prompt and completions as [`load_hh_rlhf`] does. All other columns are left as they are.
+    HH-RLHF transcripts, recognised by columns `chosen` and `rejected` of which most rows begin with `"\n\nHuman:"` and
+    no `prompt`, are split into prompt and completions as [`load_hh_rlhf`] does. Other
+    columns are unchanged.
 
     Args:
         name (`str`):
@@ -85,7 +87,7 @@ def _load(name: str, config: str | None, split: str) -> Dataset:
         suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
         if suffix not in FILES:
             raise ValueError(f"{name} is no file of {', '.join(FILES)} (or .jsonl.gz, .json.gz). Convert it to one.")
-        return load_dataset(FILES[suffix], data_files=name, split="train")
+        return load_dataset(FILES[suffix], data_files=name, split="train", cache_dir=cache_of_contents(path))
     if (path / "manifest.json").is_file() and (path / "pairs" / "state.json").is_file():
         # Not by the folder's card: the files that are read are to say where the rows came from
         if config not in (None, *SAMPLED):
@@ -99,7 +101,7 @@ def _load(name: str, config: str | None, split: str) -> Dataset:
             raise ValueError(f"{name} has no split {split!r}; it has {', '.join(saved)}. Choose one of them.")
         return saved[split] if isinstance(saved, DatasetDict) else saved
     try:
-        return load_dataset(name, config, split=split)
+        return load_dataset(name, config, split=split, cache_dir=cache_of_contents(path) if path.is_dir() else None)
     except OSError as error:
         raise FileNotFoundError(
             f"{name!r} is neither a local file or folder nor a dataset of the Hub that can be read now ({error}). "
@@ -110,5 +112,6 @@ def _load(name: str, config: str | None, split: str) -> Dataset:
 def _are_transcripts(dataset: Dataset) -> bool:
     if "prompt" in dataset.column_names or not {"chosen", "rejected"} <= set(dataset.column_names):
         return False
-    first = dataset[0]
-    return all(isinstance(first[side], str) and first[side].startswith(HUMAN_TURN) for side in ("chosen", "rejected"))
+    pairs = zip(dataset["chosen"], dataset["rejected"], strict=True)
+    begin_so = sum(all(isinstance(side, str) and side.startswith(HUMAN_TURN) for side in pair) for pair in pairs)
+    return 2 * begin_so > len(dataset)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from prefopt_trl.data.fingerprints import template_date
 from prefopt_trl.data.formats import Completion, Message, Prompt, completion_text, wrap_completion
 from prefopt_trl.rankers.base import PointwiseRanker
 from prefopt_trl.rankers.models import RankingModel
@@ -141,6 +142,7 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
         return {
             "class": type(self).__name__,
             **self.ranking_model.settings(),
+            **template_date(self.tokenizer),
             "pad_token_id": self.pad_token_id,
         }
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, Value
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt_trl.data.fingerprints import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
+from prefopt_trl.data.fingerprints import dataset_fingerprint, model_fingerprint, template_date, tokenizer_fingerprint
 from prefopt_trl.data.formats import Prompt, check_columns
 from prefopt_trl.data.jsonl import check_candidates, read_jsonl
 from prefopt_trl.data.processes import process_state
@@ -217,6 +217,7 @@ def build_preference_dataset(
                 "eos_token_ids": eos_token_ids(policy, tokenizer),
                 "policy": model_fingerprint(policy),
                 "tokenizer": tokenizer_fingerprint(tokenizer),
+                **({} if isinstance(dataset.features["prompt"], Value) else template_date(tokenizer)),
             }
             sample = partial(
                 sample_rows,
@@ -243,6 +244,12 @@ def build_preference_dataset(
                 return store.pairs()
             with store.held():
                 if not store.finished(settings):  # by another run, in the meantime
+                    if "date_in_chat_template" in settings:
+                        logger.warning(
+                            "The chat template writes the date (%s) into the prompts, so this run cannot be resumed "
+                            "on another day. To fix it, replace `strftime_now(...)` in `tokenizer.chat_template`.",
+                            settings["date_in_chat_template"],
+                        )
                     store.begin(settings, prompts_per_shard, num_shards)
                     _make_shards(shards, process)
                     _assemble(shards, settings)

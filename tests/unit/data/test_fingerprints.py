@@ -1,5 +1,6 @@
 import datetime
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from prefopt_trl.data.fingerprints import (
     dataset_fingerprint,
     function_fingerprint,
     model_fingerprint,
+    template_date,
     tokenizer_fingerprint,
 )
 
@@ -185,3 +187,25 @@ def test_a_column_that_json_cannot_write_is_refused_and_the_columns_are_named():
     with pytest.raises(TypeError, match=r"columns prompt, asked cannot be written as JSON .*datetime.*remove_columns"):
         dataset_fingerprint(rows)
     assert len(dataset_fingerprint(rows.remove_columns("asked"))) == 64
+
+
+def on(monkeypatch, *day):
+    clock = SimpleNamespace(now=lambda: datetime.datetime(*day))
+    monkeypatch.setattr("prefopt_trl.data.fingerprints.datetime", clock)
+
+
+@pytest.mark.parametrize(
+    ("template", "dates"),
+    [
+        ("{%- set date_string = strftime_now('%d %b %Y') %}", ["27 Nov 2026", "28 Nov 2026"]),
+        ('{{ strftime_now("%B") }}{{ strftime_now( "%d") }}', ["November, 27", "November, 28"]),
+        ("{{ strftime_now(day) }}", ["2026-11-27", "2026-11-28"]),
+        ("{{ 'no date' }}", []),
+    ],
+)
+def test_the_date_that_a_chat_template_writes_is_a_setting(template, dates, monkeypatch):
+    seen = []
+    for day in (27, 28):
+        on(monkeypatch, 2026, 11, day)
+        seen += template_date(SimpleNamespace(chat_template=template)).values()
+    assert seen == dates

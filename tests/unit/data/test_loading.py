@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,30 @@ def test_what_cannot_be_read_is_refused(tmp_path, monkeypatch, name, error, mess
     (tmp_path / "notes.txt").write_text("Hello")
     with pytest.raises(error, match=message):
         load_rows(name)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_a_file_replaced_within_the_same_second_is_read_anew(tmp_path, suffix, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    files = [Path(f"hh{suffix}"), Path("folder", f"train{suffix}")]
+    read = []
+    for answer in (" So.", " Yes."):
+        rows = [{side: text.replace(" So.", answer) for side, text in TRANSCRIPTS[0].items()}]
+        for file in files:
+            write_jsonl(file, rows)
+            os.utime(file, (1_000_000_000, 1_000_000_000))
+        read += [
+            load_hh_rlhf(files[0])["chosen"][0],
+            *(load_rows(str(name))["chosen"][0] for name in (files[0], "folder")),
+        ]
+    assert read == [" So."] * 3 + [" Yes."] * 3
+
+
+def test_transcripts_are_recognised_by_most_rows(tmp_path, caplog):
+    odd = {"chosen": "Human: Hi\n\nAssistant: I think a", "rejected": "Human: Hi\n\nAssistant: I think b"}
+    rows = load_rows(write_jsonl(tmp_path / "hh.jsonl", [odd, *TRANSCRIPTS * 2]))
+    assert rows["chosen"][:] == [" So.", " So."]
+    assert "1 of 3 rows have no prompt" in caplog.text and "rows 0. They are left out." in caplog.text
+    mostly_others = [odd, odd, *TRANSCRIPTS]
+    assert load_rows(write_jsonl(tmp_path / "other.jsonl", mostly_others)).to_list() == mostly_others

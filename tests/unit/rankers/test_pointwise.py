@@ -395,6 +395,12 @@ def test_a_folder_with_an_adapter_loads_its_base_and_its_head(tiny_llama_dir, to
     assert loaded.settings() == again.settings()
 
 
+def test_another_day_is_another_setting_where_the_chat_template_writes_it(model, tokenizer):
+    before = RewardModelRanker(model, tokenizer).settings()
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + tokenizer.chat_template
+    assert set(RewardModelRanker(model, tokenizer).settings()) - set(before) == {"date_in_chat_template"}
+
+
 def test_settings_are_json_and_follow_the_weights(model, tokenizer):
     ranker = RewardModelRanker(model, tokenizer)
     before = ranker.settings()

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -380,6 +381,24 @@ def test_prompts_that_were_shared_and_are_not_now_are_refused(build, built: Path
         "  share_prefix: 'auto' there, False now",
     ]
     assert sampled == []
+
+
+def test_conversations_of_a_dated_template_are_not_resumed_on_another_day(
+    build, tiny_llama_dir, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    for day in (27, 28):
+        clock = SimpleNamespace(now=lambda day=day: datetime.datetime(2026, 11, day))
+        monkeypatch.setattr("prefopt_trl.data.fingerprints.datetime", clock)
+        build(tmp_path / "plain", tokenizer=tokenizer)  # the template has no part in it
+        if day == 27:
+            build(tmp_path / "dated", CONVERSATIONS, tokenizer=tokenizer)
+    with pytest.raises(
+        ValueError, match="settings:\n  date_in_chat_template: '27 Nov 2026' there, '28 Nov 2026' now\nSet"
+    ):
+        build(tmp_path / "dated", CONVERSATIONS, tokenizer=tokenizer)
+    assert caplog.text.count("writes the date (27 Nov 2026) into the prompts, so this run cannot be resumed") == 1
 
 
 def test_other_weights_and_another_tokenizer_are_refused(build, built: Path, tiny_llama_dir: str) -> None:
