@@ -38,6 +38,7 @@ class DataCollatorForRanking(DataCollatorMixin):
             Only `"pt"` is supported.
 
     Raises:
+        TypeError: for text in place of token ids.
         ValueError: for another `truncation_mode`, or an example that is no ranking (see [`check_ranking`]).
 
     Example:
@@ -81,6 +82,8 @@ class DataCollatorForRanking(DataCollatorMixin):
         for group, example in enumerate(examples):
             prompt_ids, completion_ids = example["prompt_ids"], example["completion_ids"]
             check_ranking(completion_ids, example["rewards"], f"Example {group} of the batch")
+            if any(isinstance(ids, str) for ids in [prompt_ids, *completion_ids]):
+                raise TypeError(f"Example {group} of the batch has text. Give lists of token ids.")
             best_first = sorted(range(len(completion_ids)), key=lambda index: -example["rewards"][index])
             for index in best_first:
                 rows.append(torch.tensor((prompt_ids + completion_ids[index])[kept]))

@@ -5,10 +5,11 @@ A *prompt* or *completion* is a string (plain format) or a list of `{"role": ...
 `completion_text` is the whole conversation in the form HH-RLHF has it.
 """
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeAlias
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Value
+from trl import extract_prompt
 
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
@@ -17,20 +18,17 @@ Completion: TypeAlias = str | Sequence[Message]
 TURN_NAMES = {"system": "System", "user": "Human", "assistant": "Assistant"}
 ASSISTANT_TURN = "\n\nAssistant:"
 
+EQUAL_REWARDS_HINT = (
+    "In a reward function, `len(completion)` of a conversational completion counts its messages: read the text as "
+    '`completion[-1]["content"]`.'
+)
+
 
 def transcript(messages: Sequence[Message]) -> str:
-    r"""
-    Writes messages as the "conversation between human and assistant" of RSO section 2.
-
-    Args:
-        messages (sequence of `dict[str, str]`):
-            Messages with `role` (`"system"`, `"user"` or `"assistant"`) and `content`.
-
-    Returns:
-        `str`: the turns `"\n\nHuman: ..."`, `"\n\nAssistant: ..."` and `"\n\nSystem: ..."`, one after the other.
+    r"""Write messages as the "conversation between human and assistant" of RSO section 2.
 
     Raises:
-        ValueError: if a message has another role, or content that is not text.
+        ValueError: if a role is not `"system"`, `"user"` or `"assistant"`, or content is not text.
 
     Example:
 
@@ -51,15 +49,7 @@ def transcript(messages: Sequence[Message]) -> str:
 
 
 def prompt_text(prompt: Prompt) -> str:
-    r"""
-    Writes a prompt as text that ends where the completion begins.
-
-    Args:
-        prompt (`str` or sequence of `dict[str, str]`):
-            Prompt in either format.
-
-    Returns:
-        `str`: a plain prompt unchanged; messages as their transcript followed by `"\n\nAssistant:"`.
+    r"""Write a prompt as text that ends where the completion begins: messages as a transcript and `"\n\nAssistant:"`.
 
     Raises:
         ValueError: as `transcript`.
@@ -75,16 +65,7 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def completion_text(completion: Completion) -> str:
-    r"""
-    Writes a completion as the text that follows `prompt_text`.
-
-    Args:
-        completion (`str` or sequence of `dict[str, str]`):
-            Completion in either format; of messages, the first is the assistant's.
-
-    Returns:
-        `str`: a plain completion unchanged; messages as their transcript without the first `"\n\nAssistant:"`, so with
-            the space after the colon.
+    r"""Write a completion as the text that follows `prompt_text`: messages as a transcript without `"\n\nAssistant:"`.
 
     Raises:
         ValueError: if the first message is not the assistant's, and as `transcript`.
@@ -105,17 +86,7 @@ def completion_text(completion: Completion) -> str:
 
 
 def wrap_completion(prompt: Prompt, text: str) -> str | list[Message]:
-    """
-    Gives a generated text the format of the prompt that it completes.
-
-    Args:
-        prompt (`str` or sequence of `dict[str, str]`):
-            Prompt in either format.
-        text (`str`):
-            Generated text.
-
-    Returns:
-        `str` or `list[dict[str, str]]`: the text itself for a plain prompt, one message of the assistant otherwise.
+    """Give a generated text the format of the prompt that it completes.
 
     Example:
 
@@ -128,17 +99,7 @@ def wrap_completion(prompt: Prompt, text: str) -> str | list[Message]:
 
 
 def check_format(value: Prompt | Completion, where: str) -> None:
-    """
-    Refuses what is neither text nor a list of messages.
-
-    Args:
-        value (`str` or sequence of `dict[str, str]`):
-            Prompt or completion.
-        where (`str`):
-            What it is to the user, as the error calls it.
-
-    Raises:
-        ValueError: naming what was found.
+    """Require text or a list of messages; the error begins with `where`.
 
     Example:
 
@@ -150,8 +111,8 @@ def check_format(value: Prompt | Completion, where: str) -> None:
     """
     if isinstance(value, str):
         return
-    if not isinstance(value, list) or not value:
-        found = "an empty list" if isinstance(value, list) else type(value).__name__
+    if not isinstance(value, list | tuple) or not value:
+        found = "an empty list" if isinstance(value, list | tuple) else type(value).__name__
         raise ValueError(f"{where} is {found}; give it as text, or as a list of messages. Leave the row out.")
     for message in value:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
@@ -159,17 +120,94 @@ def check_format(value: Prompt | Completion, where: str) -> None:
             raise ValueError(f"{where} has a message with {found}; a message has `role` and `content`.")
 
 
-def check_columns(dataset: Dataset, required: Sequence[str], where: str) -> None:
-    """
-    Refuses a dataset that is empty or lacks a column.
+def check_list(values: Any, name: str, wanted: str) -> None:
+    """Require a list of texts or of conversations, rather than a single one.
 
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Dataset to check.
-        required (sequence of `str`):
-            Names of the columns that must be there.
-        where (`str`):
-            What the dataset is to the user, as the error calls it, e.g. `"train_dataset"`.
+    Raises:
+        TypeError: naming the argument and the shape that is wanted.
+    """
+    if isinstance(values, str):
+        found = "a single text"
+    elif isinstance(values, Mapping) or not isinstance(values, Collection):
+        found = type(values).__name__
+    elif any(isinstance(value, Mapping) for value in values):
+        found = "a single list of messages"
+    else:
+        return
+    raise TypeError(f"`{name}` is {found}. Give {wanted}.")
+
+
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Require a list of prompts that are all text, or all lists of messages.
+
+    Raises:
+        TypeError: for a single prompt.
+        ValueError: naming the row of a prompt that is neither, or in another format than the first.
+    """
+    check_list(prompts, "prompts", "a list of prompts")
+    for row, prompt in enumerate(prompts):
+        check_format(prompt, f"The prompt of row {row}")
+        if isinstance(prompt, str) != isinstance(prompts[0], str):
+            raise ValueError(
+                f"The prompt of row {row} is {format_of(prompt)}, and that of row 0 is {format_of(prompts[0])}. Give "
+                "all prompts in the same format."
+            )
+
+
+def check_completions(prompt: Prompt, completions: Sequence[Completion], where: str) -> None:
+    """Require completions in the format of their prompt; the error names the completion of `where`."""
+    for index, completion in enumerate(completions):
+        check_format(completion, f"Completion {index} of {where}")
+        if isinstance(completion, str) != isinstance(prompt, str):
+            raise ValueError(
+                f"Completion {index} of {where} is {format_of(completion)}, and its prompt {format_of(prompt)}. "
+                "Give both as text, or both as lists of messages."
+            )
+
+
+def format_of(value: Prompt | Completion) -> str:
+    """Name the format of a prompt or completion, for an error."""
+    return "text" if isinstance(value, str) else "a list of messages"
+
+
+def normalize_pairs(dataset: Any, where: str) -> Any:
+    """Return preference pairs as TRL reads them: plain Python values, with prompts in the format of their completions.
+
+    UltraFeedback on the Hub has prompts of text, and completions that are whole conversations, which begin with a
+    user's message of that text. Such a prompt becomes the messages with which both completions begin.
+
+    Raises:
+        ValueError: naming the row of `where` with None in a cell, or completions that do not begin with the prompt.
+    """
+    if not isinstance(dataset, Dataset | IterableDataset) or dataset.features is None:
+        return dataset
+    dataset, features = dataset.with_format(None), dataset.features
+    columns = [column for column in ("prompt", "chosen", "rejected") if column in features]
+    if isinstance(dataset, Dataset) and columns:
+        start = 0
+        for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+            for column in columns:
+                if table[column].null_count:
+                    row = start + table[column].is_null().to_pylist().index(True)
+                    raise ValueError(f"`{column}` of row {row} of {where} is None. Leave the row out.")
+            start += len(table)
+    if len(columns) == 3 and isinstance(features["prompt"], Value) and not isinstance(features["chosen"], Value):
+        return dataset.map(_split_conversations, with_indices=True, fn_kwargs={"where": where})
+    return dataset
+
+
+def _split_conversations(pair: dict[str, Any], row: int, where: str) -> dict[str, Any]:
+    split = extract_prompt({"chosen": pair["chosen"], "rejected": pair["rejected"]})
+    if not split["prompt"] or split["prompt"][-1]["content"] != pair["prompt"]:
+        raise ValueError(
+            f"The prompt of row {row} of {where} is text, and its completions are lists of messages that do not both "
+            "begin with it. Give all three as text, or all three as lists of messages."
+        )
+    return split
+
+
+def check_columns(dataset: Dataset, required: Sequence[str], where: str) -> None:
+    """Require a dataset with these columns and at least one row; the error begins with `where`.
 
     Raises:
         TypeError: if `dataset` is not a [`~datasets.Dataset`], for example all the splits at once.

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
-from prefopt_trl.data.formats import check_format
+from prefopt_trl.data.formats import check_completions, check_format, format_of
 from prefopt_trl.data.rankings import FLOAT32_MAX
 
 ROWS_AT_A_TIME = 1000  # held as Python objects, which take many times the room of the text
@@ -104,8 +104,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 )
             if isinstance(row["prompt"], str) != isinstance(first["prompt"], str):
                 raise ValueError(
-                    f"The prompt of {where} is {_format(row['prompt'])}, and that of the first line "
-                    f"{_format(first['prompt'])}. Give all lines the same format."
+                    f"The prompt of {where} is {format_of(row['prompt'])}, and that of the first line "
+                    f"{format_of(first['prompt'])}. Give all lines the same format."
                 )
             yield row
 
@@ -119,13 +119,7 @@ def _check_row(row: dict[str, Any], where: str) -> None:
         raise ValueError(
             f"The completions of {where} are {completions!r}. Give a list of one or more, or leave the row out."
         )
-    for index, completion in enumerate(completions):
-        check_format(completion, f"Completion {index} of {where}")
-        if isinstance(completion, str) != isinstance(row["prompt"], str):
-            raise ValueError(
-                f"Completion {index} of {where} is {_format(completion)}, and its prompt {_format(row['prompt'])}. "
-                "Give both as text, or both as lists of messages."
-            )
+    check_completions(row["prompt"], completions, where)
     for name in {"rewards", "logps", "finished"} & row.keys():
         values = row[name]
         if not isinstance(values, list) or len(values) != len(completions):
@@ -147,7 +141,3 @@ def _check_row(row: dict[str, Any], where: str) -> None:
 
 def _is_finite_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < FLOAT32_MAX
-
-
-def _format(value: Any) -> str:
-    return "text" if isinstance(value, str) else "a list of messages"

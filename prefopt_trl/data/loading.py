@@ -5,7 +5,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 
 from prefopt_trl.data.fingerprints import cache_of_contents
-from prefopt_trl.data.formats import check_columns
+from prefopt_trl.data.formats import check_columns, normalize_pairs
 from prefopt_trl.data.hh_rlhf import HUMAN_TURN, SUBSETS, load_hh_rlhf, split_transcripts
 
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `load_dataset` reads them as
@@ -18,8 +18,8 @@ def load_rows(name: str, config: str | None = None, split: str = "train", num_ro
     r"""Load the rows of a dataset.
 
     HH-RLHF transcripts, recognised by columns `chosen` and `rejected` of which most rows begin with `"\n\nHuman:"` and
-    no `prompt`, are split into prompt and completions as [`load_hh_rlhf`] does. Other
-    columns are unchanged.
+    no `prompt`, are split into prompt and completions as [`load_hh_rlhf`] does. Pairs with a prompt of text and whole
+    conversations as completions, such as UltraFeedback's, get the prompt as messages. Other columns are unchanged.
 
     Args:
         name (`str`):
@@ -57,6 +57,7 @@ def load_rows(name: str, config: str | None = None, split: str = "train", num_ro
         check_columns(dataset, [], name)
         if _are_transcripts(dataset):
             dataset = split_transcripts(dataset, name, conversational=False)
+    dataset = normalize_pairs(dataset, name)
     return dataset if num_rows is None else dataset.select(range(min(num_rows, len(dataset))))
 
 

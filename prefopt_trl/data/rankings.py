@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
 
-from prefopt_trl.data.formats import check_format, columns_of
+from prefopt_trl.data.formats import EQUAL_REWARDS_HINT, check_completions, check_format, columns_of, normalize_pairs
 from prefopt_trl.data.tokenization import tokenize_completions
 
 logger = logging.getLogger(__name__)
@@ -17,15 +17,20 @@ logger = logging.getLogger(__name__)
 FLOAT32_MAX = 3.4e38  # rewards are single precision in a batch
 
 
-def pairs_to_rankings(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+def pairs_to_rankings(dataset: Dataset | IterableDataset, where: str = "the dataset") -> Dataset | IterableDataset:
     """Turn `chosen` and `rejected` into rankings of two, with rewards 1 and 0 (which PRO's temperatures leave at 1).
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Columns `chosen` and `rejected`, and `prompt` unless both begin with it.
+        where (`str`, *optional*, defaults to `"the dataset"`):
+            What the dataset is to the user, for the error.
 
     Returns:
         The same rows with `prompt`, `completions` and `rewards` in place of `chosen` and `rejected`.
+
+    Raises:
+        ValueError: as [`normalize_pairs`].
     """
 
     def to_ranking(example: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +38,7 @@ def pairs_to_rankings(dataset: Dataset | IterableDataset) -> Dataset | IterableD
         completions = [example["chosen"], example["rejected"]]
         return {"prompt": example["prompt"], "completions": completions, "rewards": [1.0, 0.0]}
 
-    return dataset.map(to_ranking, remove_columns=["chosen", "rejected"])
+    return normalize_pairs(dataset, where).map(to_ranking, remove_columns=["chosen", "rejected"])
 
 
 def check_ranking(completions: Any, rewards: Any, where: str) -> None:
@@ -106,6 +111,7 @@ def tokenize_rankings(
         ValueError: for missing columns, a row that is no ranking (naming it), or if no row is left.
     """
     columns = columns_of(dataset, name)
+    dataset = dataset.with_format(None)
     missing = [column for column in ("prompt", "completions", "rewards") if column not in columns]
     if missing:
         raise ValueError(
@@ -119,17 +125,11 @@ def tokenize_rankings(
         where = f"Row {row} of the {name} dataset"
         check_ranking(example["completions"], example["rewards"], where)
         check_format(example["prompt"], f"The prompt of row {row} of the {name} dataset")
-        for index, completion in enumerate(example["completions"]):
-            check_format(completion, f"Completion {index} of row {row} of the {name} dataset")
+        check_completions(example["prompt"], example["completions"], f"row {row} of the {name} dataset")
         tools = example.get("tools")
         chat = {"tools": json.loads(tools) if isinstance(tools, str) else tools} if tools else {}
         chat |= example.get("chat_template_kwargs") or {}
-        try:
-            prompt_ids, completion_ids = tokenize_completions(
-                tokenizer, example["prompt"], example["completions"], **chat
-            )
-        except TypeError as error:
-            raise TypeError(f"{where}: {error}") from error
+        prompt_ids, completion_ids = tokenize_completions(tokenizer, example["prompt"], example["completions"], **chat)
         if not all(completion_ids):
             raise ValueError(
                 f"{where}: completion {completion_ids.index([])} has no tokens beyond the prompt's. Leave it out."
@@ -152,10 +152,11 @@ def tokenize_rankings(
     if equal:
         logger.warning(
             "%d of %d rows of the %s dataset have equal rewards only, so there is nothing to rank in them, and their "
-            "first completion counts as the best. Leave them out, or score them with a finer ranker.",
+            "first completion counts as the best. Leave them out, or score them with a finer ranker. %s",
             equal,
             len(tokenized),
             name,
+            EQUAL_REWARDS_HINT,
         )
     if max_length is None:
         return tokenized

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from prefopt_trl.data.formats import Completion, Prompt
+from prefopt_trl.data.formats import Completion, Prompt, check_completions, check_format, check_list, wrap_completion
 from prefopt_trl.data.processes import process_state
 from prefopt_trl.data.weights import gathered, model_of
 
@@ -110,6 +110,8 @@ class Ranker(ABC):
                     f"`baseline_column` is {baseline_column!r}, which the dataset has not: the reward function was "
                     f"given {', '.join(columns)}. Name one of its columns."
                 )
+            check_list(prompts, "prompts", "a list of prompts")
+            check_list(completions, "completions", "a list with one completion per prompt")
             baselines: list[Any] = [None] * len(prompts) if baseline_column is None else columns[baseline_column]
             rows_of: dict[str, list[int]] = {}  # of each prompt; of TRL's trainers not all repeat it in a row
             for row, prompt_and_baseline in enumerate(zip(prompts, baselines, strict=True)):
@@ -143,8 +145,8 @@ class PointwiseRanker(Ranker):
     def compare(
         self, prompts: Sequence[Prompt], first: Sequence[Completion], second: Sequence[Completion]
     ) -> np.ndarray:
-        check_lengths(prompts, first=first, second=second)
-        rewards = self.score(prompts, list(zip(first, second, strict=True)))
+        check_inputs(prompts, first=first, second=second)
+        rewards = self._checked_rewards(prompts, list(zip(first, second, strict=True)))
         return sigmoid(np.array([first_reward - second_reward for first_reward, second_reward in rewards]))
 
     def score(
@@ -153,11 +155,10 @@ class PointwiseRanker(Ranker):
         completions: Sequence[Sequence[Completion]],
         baselines: Sequence[Completion] | None = None,
     ) -> list[np.ndarray]:
-        check_lengths(prompts, completions=completions)
+        check_inputs(prompts, completions=completions, baselines=baselines)
         rewards = self._checked_rewards(prompts, completions)
         if baselines is None:
             return rewards
-        check_lengths(prompts, baselines=baselines)
         baseline_rewards = self._checked_rewards(prompts, [[baseline] for baseline in baselines])
         return [row - baseline for row, baseline in zip(rewards, baseline_rewards, strict=True)]
 
@@ -190,15 +191,31 @@ def check_ranker(ranker: Any) -> None:
         )
 
 
-def check_lengths(prompts: Sized, **columns: Sized) -> None:
-    """Require one entry per prompt in every column.
+def check_inputs(prompts: Any, **columns: Any) -> None:
+    """Require a list of prompts, and for each of them a list of `completions`, or one completion in another column.
 
     Raises:
-        ValueError: naming the argument that has another number of entries.
+        TypeError: naming the argument that is a single text or conversation, and the shape wanted.
+        ValueError: naming the argument with another number of entries, or the row that is neither text nor messages.
     """
+    check_list(prompts, "prompts", "a list of prompts")
+    for row, prompt in enumerate(prompts):
+        check_format(prompt, f"Prompt row {row}")
     for name, column in columns.items():
+        if name == "baselines" and column is None:
+            continue
+        nested = name == "completions"
+        check_list(column, name, f"a list with one {'list of completions' if nested else 'completion'} per prompt")
         if len(column) != len(prompts):
             raise ValueError(f"`{name}` has {len(column)} entries for {len(prompts)} prompts. Give one per prompt.")
+        for row, (prompt, given) in enumerate(zip(prompts, column, strict=True)):
+            if nested:
+                check_list(given, f"{name}[{row}]", "a list of completions")
+            texts = [
+                wrap_completion(prompt, completion) if isinstance(completion, str) else completion
+                for completion in (given if nested else [given])
+            ]
+            check_completions(prompt, texts, f"prompt row {row} in `{name}`")
 
 
 def check_rewards(rewards: Any, prompts: Sized, completions: Sequence[Sized], source: str) -> list[np.ndarray]:

@@ -37,6 +37,15 @@ class FunctionRanker(PointwiseRanker):
     >>> FunctionRanker(brevity).score(["What is 2 + 2?"], [["4", "It is 4."]])
     [array([-1., -8.])]
     ```
+
+    A conversational completion is a list of messages, whose `len` is 1. Read its text:
+
+    ```python
+    >>> def conversational_brevity(prompts, completions, **kwargs):
+    ...     return [-len(completion[-1]["content"]) for completion in completions]
+    >>> FunctionRanker(conversational_brevity).score([[{"role": "user", "content": "2 + 2?"}]], [["4", "It is 4."]])
+    [array([-1., -8.])]
+    ```
     """
 
     def __init__(self, function: Callable[..., Sequence[float]], version: str | None = None) -> None:
@@ -52,16 +61,7 @@ class FunctionRanker(PointwiseRanker):
         self.function, self.version = function, version
 
     def rewards(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[float]]:
-        """Call the function once for all completions.
-
-        Args:
-            prompts (`Sequence` of length `n`):
-                Prompts.
-            completions (`Sequence` of length `n`):
-                For each prompt, its completions.
-
-        Returns:
-            `list[list[float]]` of length `n`: for each prompt, what the function returned for its completions.
+        """Return what the function, called once for all completions, gives to those of each prompt.
 
         Raises:
             ValueError: if the function does not return one number per completion.

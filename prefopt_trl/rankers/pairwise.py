@@ -15,9 +15,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.fingerprints import function_fingerprint
-from prefopt_trl.data.formats import Completion, Prompt, check_columns, completion_text, prompt_text
+from prefopt_trl.data.formats import Completion, Prompt, check_columns, completion_text, normalize_pairs, prompt_text
 from prefopt_trl.data.tokenization import decoder_start_token_id
-from prefopt_trl.rankers.base import Ranker, check_lengths, check_probabilities, check_rewards, logit
+from prefopt_trl.rankers.base import Ranker, check_inputs, check_probabilities, check_rewards, logit
 from prefopt_trl.rankers.comparisons import Texts, Tokens, split_answers
 from prefopt_trl.rankers.models import RankingModel
 from prefopt_trl.rankers.publishing import PublishedModel
@@ -108,7 +108,7 @@ class PairwiseRanker(PublishedModel, Ranker):
             ValueError: naming the row whose completions exceed `max_length` by themselves, or whose template does not
                 end where an answer is a token of its own.
         """
-        check_lengths(prompts, first=first, second=second)
+        check_inputs(prompts, first=first, second=second)
         probabilities = self._compare(prompts, first, second, range(len(prompts)))
         return check_probabilities(probabilities, prompts, type(self).__name__)
 
@@ -127,10 +127,9 @@ class PairwiseRanker(PublishedModel, Ranker):
         Raises:
             TypeError, ValueError: as `compare`, and for a prompt without completions to draw a baseline from.
         """
-        check_lengths(prompts, completions=completions)
+        check_inputs(prompts, completions=completions, baselines=baselines)
         if baselines is None:
             baselines = [self._draw_baseline(row, prompts[row], completions[row]) for row in range(len(prompts))]
-        check_lengths(prompts, baselines=baselines)
         rows = [row for row, candidates in enumerate(completions) for _ in candidates]
         probabilities = self._compare(
             [prompts[row] for row in rows],
@@ -298,6 +297,7 @@ def pairwise_ranker_dataset(pairs: Dataset, template: str | Template = "dialogue
     ```
     """
     check_columns(pairs, ["prompt", "chosen", "rejected"], "pairs")
+    pairs = normalize_pairs(pairs, "`pairs`")
     write = resolve_template(template)
     chosen_first = np.random.default_rng(seed).random(len(pairs)) < 0.5
     rows = []

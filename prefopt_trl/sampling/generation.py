@@ -149,10 +149,8 @@ def sample_completions(
     options = generation_options(
         generation_kwargs, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k
     )
-    if isinstance(prompts, str):
-        raise TypeError("`prompts` is a single text. Give a list of prompts: `[prompt]`.")
-    check_vocabulary(tokenizer, model)
     prompt_ids = tokenize_prompts(tokenizer, prompts)
+    check_vocabulary(tokenizer, model)
     candidates = sample_candidates(
         model,
         tokenizer,

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.fingerprints import dataset_fingerprint, model_fingerprint, template_date, tokenizer_fingerprint
-from prefopt_trl.data.formats import Prompt, check_columns
+from prefopt_trl.data.formats import Prompt, check_columns, check_prompts, normalize_pairs
 from prefopt_trl.data.jsonl import check_candidates, read_jsonl
 from prefopt_trl.data.processes import process_state
 from prefopt_trl.data.tokenization import check_vocabulary
@@ -146,7 +146,7 @@ def build_preference_dataset(
     dataset = _as_dataset(prompts)
     if strategy == "direct":
         check_columns(dataset, ["prompt", "chosen", "rejected"], "`prompts`")
-        return dataset.select_columns(["prompt", "chosen", "rejected"])
+        return normalize_pairs(dataset, "`prompts`").select_columns(["prompt", "chosen", "rejected"])
     check_columns(dataset, ["prompt"], "`prompts`")
     if ranker is None:
         raise ValueError(f"`ranker` is missing, and strategy={strategy!r} needs one to label the pairs.")
@@ -271,6 +271,7 @@ def _as_dataset(prompts: Any) -> Dataset:
             "has one JSON object per line and is not compressed."
         )
     if isinstance(prompts, Sequence):
+        check_prompts(prompts)
         return Dataset.from_dict({"prompt": list(prompts)})
     return prompts  # `check_columns` refuses what is no dataset
 

@@ -6,9 +6,8 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import is_conversational
 
-from prefopt_trl.data.formats import Prompt
+from prefopt_trl.data.formats import Prompt, check_prompts
 
 
 def check_unused_columns(dataset: Dataset, where: str) -> None:
@@ -42,14 +41,9 @@ def check_prompts_fit(prompt_ids: Sequence[Sequence[int]], max_length: int | Non
 
 def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of each prompt, as TRL's `DPOTrainer` tokenises it for training."""
-    for row, prompt in enumerate(prompts):
-        if not isinstance(prompt, str | list):
-            raise ValueError(
-                f"The prompt of row {row} is {type(prompt).__name__}, not text or a list of messages. Leave the row "
-                "out."
-            )
+    check_prompts(prompts)
     encode: Any = tokenizer
-    if len(prompts) and is_conversational({"prompt": prompts[0]}):
+    if len(prompts) and not isinstance(prompts[0], str):
         if tokenizer.chat_template is None:
             raise ValueError(
                 "`prompts` are conversational and the tokenizer has no chat template. Set `tokenizer.chat_template`, "

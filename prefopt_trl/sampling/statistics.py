@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from prefopt_trl.data.formats import EQUAL_REWARDS_HINT
 from prefopt_trl.sampling.selection import RANKING, SelectedPrompt
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -132,9 +133,11 @@ def summarise(
     certainty: dict[str, list[list[float]]] = {"random candidates": [], "pairs made": []}
     num_distinct: list[int] = []
     first_pass: list[float] = []
+    num_equal = 0
     for prompt in selected:
         of_prompt = np.array(prompt.rewards)
         num_distinct.append(prompt.num_distinct)
+        num_equal += prompt.num_distinct > 1 and np.ptp(of_prompt) == 0
         rewards["candidates"].append(of_prompt)
         if prompt.acceptance_rate is None:  # skipped
             continue
@@ -154,6 +157,9 @@ def summarise(
     drawn = {name: np.concatenate(values) for name, values in rewards.items()}
     probabilities = {name: np.concatenate(values) for name, values in certainty.items()}
     means = {name: float(values.mean()) for name, values in probabilities.items()}
+    warnings = [equal_rewards_warning(num_equal, len(num_distinct))] if num_equal else []
+    if 2 * num_equal <= len(num_distinct):  # else near coin flips have been explained
+        warnings += filter(None, [label_warning(strategy, beta, *means.values())])
     statistics = SamplingStatistics(
         num_prompts=len(num_distinct),
         num_skipped=len(num_distinct) - len(first_pass),
@@ -165,7 +171,7 @@ def summarise(
         reward_quantiles={name: reward_quantiles(values) for name, values in drawn.items()},
         label_probability_before=means["random candidates"],
         label_probability_after=means["pairs made"],
-        warning=label_warning(strategy, beta, *means.values()),
+        warning=" ".join(warnings) or None,
         made="rankings" if pairing == RANKING else "pairs",
     )
     return statistics, Distributions(drawn, probabilities)
@@ -174,6 +180,14 @@ def summarise(
 def reward_quantiles(rewards: np.ndarray) -> list[float]:
     """Rewards at [`QUANTILES`]."""
     return np.quantile(rewards, QUANTILES).tolist()
+
+
+def equal_rewards_warning(num_equal: int, num_prompts: int) -> str:
+    """Say on how many prompts all distinct candidates have the same reward."""
+    return (
+        f"All candidates have equal rewards on {num_equal} of {num_prompts} prompts, so their labels are arbitrary. "
+        f"Use a ranker that tells completions apart. {EQUAL_REWARDS_HINT}"
+    )
 
 
 def label_warning(strategy: str, beta: float, before: float, after: float) -> str | None:

@@ -29,7 +29,7 @@ from trl import DPOTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
 from prefopt_trl.data.collators import DataCollatorForRanking
-from prefopt_trl.data.formats import columns_of
+from prefopt_trl.data.formats import columns_of, normalize_pairs
 from prefopt_trl.data.rankings import pairs_to_rankings, tokenize_rankings, warn_of_full_prompts
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
@@ -248,7 +248,7 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
         """The dataset with columns `prompt`, `completions` and `rewards`: pairs become rankings of two."""
         columns = set(columns_of(dataset, name))
         are_pairs = {"chosen", "rejected"} <= columns and "completions" not in columns
-        return pairs_to_rankings(dataset) if are_pairs else dataset
+        return pairs_to_rankings(dataset, f"the {name} dataset") if are_pairs else dataset
 
     def _keeps_ranker(self, args: Any) -> bool:
         """Whether the ranker is used during training."""
@@ -304,6 +304,7 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
                 "`prompt`, need a `ranker`, and are given to the trainer when it is made: rename yours with "
                 "`dataset.rename_column(old, new)`."
             )
+        dataset = normalize_pairs(dataset, f"the {dataset_name} dataset")
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset):
             warn_of_full_prompts(len(dataset), len(prepared), dataset_name, args.max_length)

@@ -169,7 +169,7 @@ def score_completions(
     if "rewards" in columns or (are_pairs and ranker is None) or not (are_pairs or are_candidates):
         return dataset, False  # `tokenize_rankings` says what may be missing
     if are_pairs:
-        dataset = pairs_to_rankings(dataset).remove_columns("rewards")
+        dataset = pairs_to_rankings(dataset, f"the {name} dataset").remove_columns("rewards")
     if ranker is None:
         raise ValueError(
             f"The {name} dataset has `completions` and no `rewards`. Add the column, with one reward per completion, "

@@ -86,6 +86,12 @@ def test_an_example_that_is_no_ranking_is_refused(change, message):
         DataCollatorForRanking(pad_token_id=0)([EXAMPLES[0], {**EXAMPLES[1], **change}])
 
 
+@pytest.mark.parametrize("change", [{"prompt_ids": "ab"}, {"completion_ids": ["ab", "c"]}])
+def test_text_is_no_token_ids(change):
+    with pytest.raises(TypeError, match="Example 1 of the batch has text. Give lists of token ids."):
+        DataCollatorForRanking(pad_token_id=0)([EXAMPLES[0], {**EXAMPLES[1], "rewards": [1.0, 2.0], **change}])
+
+
 def test_another_way_of_cutting_is_refused():
     with pytest.raises(ValueError, match="`truncation_mode` must be 'keep_start' or 'keep_end', got 'middle'"):
         DataCollatorForRanking(pad_token_id=0, truncation_mode="middle")

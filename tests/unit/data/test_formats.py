@@ -1,9 +1,10 @@
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from prefopt_trl.data.formats import (
     check_columns,
     completion_text,
+    normalize_pairs,
     number_rows,
     prompt_text,
     transcript,
@@ -86,3 +87,42 @@ def test_check_columns_asks_for_one_split() -> None:
 def test_rows_are_numbered_whatever_was_called_so():
     dataset = Dataset.from_dict({"row": ["a", "b"], "prompt": ["x", "y"]})
     assert number_rows(dataset).to_dict() == {"prompt": ["x", "y"], "row": [0, 1]}
+
+
+def conversation(*texts):
+    roles = ("user", "assistant") if len(texts) == 2 else ("system", "user", "assistant")
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_prompt_of_whole_conversations_is_their_common_messages(stream) -> None:
+    """UltraFeedback on the Hub has a prompt of text beside such conversations, sometimes two equal ones."""
+    rows = [
+        {"prompt": "Hi?", "chosen": conversation("Hi?", "Yes."), "rejected": conversation("Hi?", "No."), "score": 1.0},
+        {
+            "prompt": "Hi",
+            "chosen": conversation("S", "Hi", "a"),
+            "rejected": conversation("S", "Hi", "a"),
+            "score": 2.0,
+        },
+    ]
+    dataset = Dataset.from_list(rows)
+    dataset: Dataset | IterableDataset = dataset.to_iterable_dataset() if stream else dataset.with_format("torch")
+    assert list(normalize_pairs(dataset, "the train dataset")) == [
+        {"prompt": row["chosen"][:-1], "chosen": row["chosen"][-1:], "rejected": row["rejected"][-1:], "score": score}
+        for row, score in zip(rows, (1.0, 2.0), strict=True)
+    ]
+
+
+def test_pairs_that_trl_reads_are_left_as_they_are() -> None:
+    for rows in ({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}, {"chosen": ["ab"], "rejected": ["ac"]}):
+        assert normalize_pairs(Dataset.from_dict(rows), "`pairs`").to_dict() == rows
+
+
+def test_a_cell_of_none_and_conversations_of_another_prompt_are_named() -> None:
+    rows = [{"prompt": "a", "chosen": "b", "rejected": None if row == 1500 else "c"} for row in range(2000)]
+    with pytest.raises(ValueError, match="^`rejected` of row 1499 of the train dataset is None. Leave the row out.$"):
+        normalize_pairs(Dataset.from_list(rows).select(range(1, 2000)), "the train dataset")
+    rows = [{"prompt": "Hi", "chosen": conversation(text, "a"), "rejected": conversation(text, "b")} for text in "Hi"]
+    with pytest.raises(ValueError, match="The prompt of row 0 of `pairs` is text, and its completions are lists of"):
+        normalize_pairs(Dataset.from_list(rows), "`pairs`")

@@ -158,3 +158,10 @@ def test_transcripts_are_recognised_by_most_rows(tmp_path, caplog):
     assert "1 of 3 rows have no prompt" in caplog.text and "rows 0. They are left out." in caplog.text
     mostly_others = [odd, odd, *TRANSCRIPTS]
     assert load_rows(write_jsonl(tmp_path / "other.jsonl", mostly_others)).to_list() == mostly_others
+
+
+def test_pairs_as_ultrafeedback_has_them_get_messages_as_their_prompt(tmp_path):
+    asked, sides = {"role": "user", "content": "Why?"}, {"chosen": "So.", "rejected": "No."}
+    sides = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
+    rows = [{"prompt": "Why?", **{side: [asked, *reply] for side, reply in sides.items()}}]
+    assert load_rows(write_jsonl(tmp_path / "pairs.jsonl", rows)).to_list() == [{"prompt": [asked], **sides}]

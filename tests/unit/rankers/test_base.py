@@ -1,8 +1,10 @@
 import math
+import re
 
 import numpy as np
 import pytest
 
+from prefopt_trl.rankers import PairwiseRanker
 from prefopt_trl.rankers.base import PointwiseRanker, check_probabilities, check_rewards, logit, sigmoid
 
 PROMPTS = ["first", "second"]
@@ -123,3 +125,43 @@ def test_an_argument_of_another_length_is_named(call, name):
     ranker = TableRanker({(prompt, completion): 0.0 for prompt in "pq" for completion in "ab"})
     with pytest.raises(ValueError, match=f"`{name}` has 1 entries for 2 prompts. Give one per prompt."):
         call(ranker)
+
+
+ASKED, REPLY = [{"role": "user", "content": "p"}], [{"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize("kind", ["pointwise", "pairwise"])
+@pytest.mark.parametrize(
+    ("method", "given", "name", "found"),
+    [
+        ("score", (["p", "q"], ["yes", "no"]), "completions[0]", "text"),
+        ("score", (["p", "q"], "ab"), "completions", "text"),
+        ("score", (["p", "q"], [["a"], ["b"]], "ab"), "baselines", "text"),
+        ("score", ([ASKED], [REPLY]), "completions[0]", "list of messages"),
+        ("score", (ASKED, [[REPLY]]), "prompts", "list of messages"),
+        ("compare", ("What?", "yes", "no!"), "prompts", "text"),
+        ("compare", (["p", "q", "r"], "yes", "no!"), "first", "text"),
+        ("compare", ([ASKED], [REPLY], REPLY), "second", "list of messages"),
+        ("reward", ("pq", "ab"), "prompts", "text"),
+        ("reward", (["p", "q"], "ab"), "completions", "text"),
+    ],
+)
+def test_a_single_text_or_conversation_is_no_list_of_them(kind, method, given, name, found, tiny_llama_dir):
+    ranker = TableRanker({}) if kind == "pointwise" else PairwiseRanker(tiny_llama_dir)
+    call = ranker.as_reward_func() if method == "reward" else getattr(ranker, method)
+    with pytest.raises(TypeError, match=re.escape(f"`{name}` is a single {found}. Give a list ")):
+        call(*given)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "completions", "message"),
+    [
+        (["p", None], [["a"], ["a"]], "Prompt row 1 is NoneType; give it as text"),
+        ([[]], [["a"]], "Prompt row 0 is an empty list; give it as text"),
+        (["p", "q"], [["a"], ["b", None]], "Completion 1 of prompt row 1 in `completions` is NoneType"),
+        (["p"], [[REPLY]], "Completion 0 of prompt row 0 in `completions` is a list of messages, and its prompt text"),
+    ],
+)
+def test_a_row_that_is_neither_text_nor_messages_is_named(prompts, completions, message):
+    with pytest.raises(ValueError, match=message):
+        TableRanker({}).score(prompts, completions)

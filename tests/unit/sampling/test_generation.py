@@ -887,5 +887,14 @@ def test_a_single_text_and_a_prompt_that_is_none_are_refused(tiny_llama_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     with pytest.raises(TypeError, match="`prompts` is a single text"):
         sample_completions(None, tokenizer, "a prompt", 1, max_new_tokens=1)
+    with pytest.raises(TypeError, match="`prompts` is a single list of messages. Give a list of prompts."):
+        tokenize_prompts(tokenizer, [{"role": "user", "content": "a"}])
     with pytest.raises(ValueError, match="The prompt of row 1 is NoneType"):
         tokenize_prompts(tokenizer, ["a", None])
+    with pytest.raises(ValueError, match="The prompt of row 0 is an empty list"):
+        tokenize_prompts(tokenizer, [[]])
+    message = (
+        "The prompt of row 2 is a list of messages, and that of row 0 is text. Give all prompts in the same format."
+    )
+    with pytest.raises(ValueError, match=message):
+        tokenize_prompts(tokenizer, ["a", "b", [{"role": "user", "content": "c"}]])

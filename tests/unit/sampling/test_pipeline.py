@@ -401,6 +401,17 @@ def test_conversations_of_a_dated_template_are_not_resumed_on_another_day(
     assert caplog.text.count("writes the date (27 Nov 2026) into the prompts, so this run cannot be resumed") == 1
 
 
+def test_equal_rewards_of_all_candidates_are_said(build, tmp_path: Path, caplog) -> None:
+    def number_of_messages(prompts, completions, **kwargs):
+        return [float(len(completion)) for completion in completions]
+
+    build(tmp_path / "equal", CONVERSATIONS, ranker=FunctionRanker(number_of_messages))
+    warning = json.loads((tmp_path / "equal" / "statistics.json").read_text())["warning"]
+    assert warning in caplog.text
+    assert warning.startswith("All candidates have equal rewards on 3 of 3 prompts, so their labels are arbitrary.")
+    assert "`len(completion)` of a conversational completion counts its messages" in warning
+
+
 def test_other_weights_and_another_tokenizer_are_refused(build, built: Path, tiny_llama_dir: str) -> None:
     policy = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     build(built, policy=policy)  # the same weights elsewhere are the same policy

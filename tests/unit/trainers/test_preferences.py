@@ -512,8 +512,23 @@ def test_messages_of_another_kind_are_refused(prompt, completion, message, make)
 
 def test_a_row_of_two_formats_is_named(make):
     rows = {"prompt": ["Why?"], "completions": [[[{"role": "assistant", "content": "So."}]] * 2], "rewards": [[1, 0]]}
-    with pytest.raises(TypeError, match="Row 0 of the train dataset: Completion 0 is list and its prompt is str"):
+    message = "Completion 0 of row 0 of the train dataset is a list of messages, and its prompt text"
+    with pytest.raises(ValueError, match=message):
         make(PROTrainer, dataset(rows))
+
+
+@pytest.mark.parametrize("trainer_class", [RSOTrainer, PROTrainer])
+def test_pairs_of_ultrafeedback_are_trained_on_as_conversations(trainer_class, make):
+    asked = [{"role": "user", "content": "Why?"}]
+    yes, no = ([{"role": "assistant", "content": text}] for text in ("So.", "No."))
+    on_the_hub = {"prompt": ["Why?"], "chosen": [asked + yes], "rejected": [asked + no]}
+    made, expected = (
+        make(trainer_class, dataset(pairs).with_format("torch")).train_dataset[0]
+        for pairs in (on_the_hub, {"prompt": [asked], "chosen": [yes], "rejected": [no]})
+    )
+    assert made == expected and len(made["prompt_ids"]) > 3
+    with pytest.raises(ValueError, match="`chosen` of row 1 of the train dataset is None. Leave the row out."):
+        make(trainer_class, dataset({"prompt": ["a", "b"], "chosen": ["c", None], "rejected": ["d", "e"]}))
 
 
 def test_columns_beside_sampled_prompts_are_said(make, caplog):
