@@ -121,11 +121,7 @@ def check_format(value: Prompt | Completion, where: str) -> None:
 
 
 def check_list(values: Any, name: str, wanted: str) -> None:
-    """Require a list of texts or of conversations, rather than a single one.
-
-    Raises:
-        TypeError: naming the argument and the shape that is wanted.
-    """
+    """Require a list of texts or conversations rather than a single one; the `TypeError` names the shape wanted."""
     if isinstance(values, str):
         found = "a single text"
     elif isinstance(values, Mapping) or not isinstance(values, Collection):
@@ -138,12 +134,7 @@ def check_list(values: Any, name: str, wanted: str) -> None:
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:
-    """Require a list of prompts that are all text, or all lists of messages.
-
-    Raises:
-        TypeError: for a single prompt.
-        ValueError: naming the row of a prompt that is neither, or in another format than the first.
-    """
+    """Require a list of prompts that are all text, or all lists of messages; the error names the odd row."""
     check_list(prompts, "prompts", "a list of prompts")
     for row, prompt in enumerate(prompts):
         check_format(prompt, f"The prompt of row {row}")
