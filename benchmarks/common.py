@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from prefopt_trl.data.fingerprints import versions
@@ -25,6 +27,24 @@ LARGE_SHAPES: dict[str, dict[str, Any]] = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
 }
 SHAPES = ("5m", *LARGE_SHAPES)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a GPU trains on at a time in the memory plan."""
+
+    completions: int
+    prompts: int = 2
+    prompt_length: int = 384
+    completion_length: int = 128
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a packed row: the prompt once, then its completions."""
+        return self.prompt_length + self.completions * self.completion_length
+
+
+RSO, PRO = Job(completions=2), Job(completions=4)
 
 
 def alternate(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int, warmup: int = 1) -> dict[str, Any]:
@@ -75,11 +95,16 @@ def llama_config(tokenizer: PreTrainedTokenizerFast, shape: str) -> LlamaConfig:
     )
 
 
-def random_model(auto_class: Any, config: LlamaConfig) -> Any:
-    """A model with random weights, always the same, on the device and in its precision."""
-    torch.manual_seed(0)
+def random_model(auto_class: Any, config: LlamaConfig, seed: int = 0, **options: Any) -> Any:
+    """A model with random weights, the same for the same seed, on the device and in its precision."""
+    torch.manual_seed(seed)
     with torch.device(DEVICE):
-        return auto_class.from_config(config, dtype=DTYPE).eval()
+        return auto_class.from_config(config, dtype=DTYPE, **options).eval()
+
+
+def lora(**options: Any) -> LoraConfig:
+    """A new one each time: PEFT writes the names of the model's layers into it."""
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", **options)
 
 
 def process_memory(field: str) -> int:
@@ -115,13 +140,14 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cuda": torch.version.cuda,
     }
 
 
-def write_results(name: str, settings: dict[str, Any], results: dict[str, Any]) -> Path:
-    """Write `results/<name>.json`: settings, results and environment."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_results(name: str, settings: dict[str, Any], results: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write `<folder>/<name>.json`: settings, results and environment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     content = {"settings": settings, "results": results, "environment": environment()}
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from common import LARGE_SHAPES, RESULTS
+from common import LARGE_SHAPES, PRO, RESULTS, RSO, Job, lora
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -30,24 +30,6 @@ CARD = 80 * GB
 GPUS = (1, 2, 4, 8)
 # TRL's fused LM head has the scores of this many tokens at a time
 SCORED_AT_A_TIME = 4096
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a GPU trains on at a time."""
-
-    completions: int
-    prompts: int = 2
-    prompt_length: int = 384
-    completion_length: int = 128
-
-    @property
-    def row_length(self) -> int:
-        """Tokens of a packed row: the prompt once, then its completions."""
-        return self.prompt_length + self.completions * self.completion_length
-
-
-RSO, PRO = Job(completions=2), Job(completions=4)
 
 
 @dataclass(frozen=True)
@@ -63,11 +45,6 @@ class Sizes:
 
 def llama_7b() -> LlamaConfig:
     return LlamaConfig(vocab_size=32000, num_attention_heads=32, **LARGE_SHAPES["7b"])
-
-
-def lora() -> LoraConfig:
-    """A new one each time: PEFT writes the names of the model's layers into it."""
-    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def sizes(config: LlamaConfig) -> Sizes:
@@ -250,15 +227,11 @@ def verdict(totals: dict[Job, float]) -> str:
 
 
 def measured_peaks() -> dict[str, dict[str, float]]:
-    """Peaks of our trainers that gpu_7b.py measured, if it was run."""
-    path = RESULTS / "gpu_7b.json"
-    if not path.exists():
-        return {}
-    results = json.loads(path.read_text(encoding="utf-8"))["results"]
-    return {
-        name: {job: sides["ours"]["peak_memory_gb_median"] for job, sides in jobs.items()}
-        for name, jobs in results.items()
-    }
+    """Peaks in GB that gpu/run.py measured of our trainers with LoRA, if it was run."""
+    path = RESULTS / "gpu_memory_7b.json"
+    results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
+    peaks = {job: results[job]["ours"]["peak_memory_gb"] for job in ("RSO", "PRO") if job in results}
+    return {"ddp, LoRA": peaks} if peaks else {}
 
 
 if __name__ == "__main__":

@@ -102,14 +102,14 @@ def texts_of(pairs: Dataset) -> list[str]:
 class Sampler:
     """Samples n completions of each prompt in one way or another, and notes their lengths in tokens, EOS included."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.model, self.tokenizer = load_policy(args)
+    def __init__(self, args: argparse.Namespace, model: Any, tokenizer: Any, mean_length: float | None) -> None:
+        self.args, self.model, self.tokenizer = args, model, tokenizer
         self.further: dict[str, Any] = {}
-        if args.shape != "5m":
-            bias = math.log(len(self.tokenizer) / MEAN_LENGTH)
-            self.further["sequence_bias"] = {(self.tokenizer.eos_token_id,): bias}
+        if mean_length is not None:  # of the completions of a model with random weights, in tokens
+            self.further["sequence_bias"] = {(tokenizer.eos_token_id,): math.log(len(tokenizer) / mean_length)}
         self.lengths: dict[str, list[int]] = {"ours": [], "theirs": []}
+        self.batching: dict[str, Any] = {}  # further arguments of `generate_batch`
+        self.batch_forks = True  # whether `generate_batch` returns all `num_return_sequences`
         self.seed = 0  # another one for each run, as one draw's longest completion decides how long a run takes
 
     def ours(self, prompts: list[str], n: int, max_new_tokens: int) -> None:
@@ -145,9 +145,14 @@ class Sampler:
     def continuous_batching(self, prompts: list[str], n: int, max_new_tokens: int) -> None:
         self.seed += 1
         torch.manual_seed(self.seed)
-        outputs = self.model.generate_batch(
-            self.tokenizer(prompts)["input_ids"], generation_config=self.generation_config(n, max_new_tokens)
-        )
+        ids = self.tokenizer(prompts)["input_ids"]
+        outputs: dict[str, Any] = {}
+        if self.batch_forks:
+            outputs = self.model.generate_batch(ids, self.generation_config(n, max_new_tokens), **self.batching)
+            self.batch_forks = len(outputs) > len(prompts) or n == 1
+        if not self.batch_forks:  # transformers 5.17 returns one completion of each prompt, 5.23 all
+            copies = [row for row in ids for _ in range(n)]
+            outputs = self.model.generate_batch(copies, self.generation_config(1, max_new_tokens), **self.batching)
         ids = [output.generated_tokens for output in outputs.values()]
         if len(ids) < len(prompts) * n:
             raise RuntimeError(f"generate_batch returned {len(ids)} of {len(prompts) * n} completions")
@@ -229,7 +234,7 @@ def main() -> None:
     parser.add_argument("--peak_memory_of", choices=("ours", "theirs"), help=argparse.SUPPRESS)  # how it calls itself
     args = parser.parse_args()
 
-    sampler = Sampler(args)
+    sampler = Sampler(args, *load_policy(args), None if args.shape == "5m" else MEAN_LENGTH)
     prompts = load_hh_rlhf(args.data, split=args.split)["prompt"][: args.prompts]
     num_tokens = list(map(len, sampler.tokenizer(prompts)["input_ids"]))
     if args.peak_memory_of:
