@@ -227,10 +227,13 @@ def verdict(totals: dict[Job, float]) -> str:
 
 
 def measured_peaks() -> dict[str, dict[str, float]]:
-    """Peaks in GB that gpu/run.py measured of our trainers with LoRA, if it was run."""
-    path = RESULTS / "gpu_memory_7b.json"
-    results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
-    peaks = {job: results[job]["ours"]["peak_memory_gb"] for job in ("RSO", "PRO") if job in results}
+    """Peaks in GB of our trainers with LoRA on one GPU, if benchmarks/gpu/run.py measured them."""
+    peaks = {}
+    for job in ("RSO", "PRO"):
+        path = RESULTS / f"gpu_memory_7b_{job.lower()}.json"
+        results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
+        if "peak_memory_gb" in results.get("ours", {}):
+            peaks[job] = results["ours"]["peak_memory_gb"]
     return {"ddp, LoRA": peaks} if peaks else {}
 
 

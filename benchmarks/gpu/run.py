@@ -23,7 +23,7 @@ lacks trl or datasets, fetch their wheels beforehand and bring the folder wheels
     python3 benchmarks/gpu/run.py
 
 Each part writes `benchmarks/results/gpu_<part>.json` when it ends, so a run cut short keeps what it measured. A part
-that fails records its error and the next one starts. Parts run in order of importance; a part that needs more time than
+that fails records its error and the next one starts. Parts run in order of importance; one that needs more time than
 is left of `--budget` is skipped. `--shape tiny` is a rehearsal on a CPU, which writes to outputs/gpu_tiny.
 """
 
@@ -105,14 +105,15 @@ def now() -> float:
     return time.perf_counter()
 
 
-def allocated() -> int:
-    return torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
-
-
 def free_memory() -> None:
     gc.collect()
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
+
+
+def spread(name: str, values: list[float], digits: int) -> dict[str, Any]:
+    """The median of values, and their range."""
+    middle, low, high = (round(f(values), digits) for f in (statistics.median, min, max))
+    return {name: middle, f"{name}_range": [low, high]}
 
 
 def failure(error: Exception) -> dict[str, Any]:
@@ -132,11 +133,11 @@ def compare(make_sides: Mapping[str, Callable[[], Side]], rounds: int, deadline:
         torch allocates for it alone; for sides other than "ours" also the median and range of `ratio`, above 1 where
         ours is faster, and the largest difference of their values from ours.
     """
-    base, results = allocated(), {}
+    base, results = torch.cuda.memory_allocated(), {}
     sides: dict[str, Side] = {}
     held: dict[str, int] = {}
     for name, make in make_sides.items():
-        before = allocated()
+        before = torch.cuda.memory_allocated()
         try:
             side = make()
             side(True)
@@ -144,48 +145,35 @@ def compare(make_sides: Mapping[str, Callable[[], Side]], rounds: int, deadline:
             raise
         except Exception as error:
             results[name] = failure(error)
-        else:
-            free_memory()
-            sides[name], held[name] = side, allocated() - before
+            continue
+        gc.collect()
+        sides[name], held[name] = side, torch.cuda.memory_allocated() - before
 
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-    for number in range(rounds):
+    for number in range(rounds if sides else 0):
         if number and now() > deadline:
             break
-        this_round = {}
-        try:
-            for name in [*sides][number % len(sides) :] + [*sides][: number % len(sides)]:
-                before = allocated()
-                if DEVICE == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                run = this_round[name] = sides[name](False)
-                run["speed"] = run["tokens"] / run["seconds"]
-                if DEVICE == "cuda":
-                    run["peak"] = base + held[name] + torch.cuda.max_memory_allocated() - before
-        except TimeoutError:
-            if number == 0:
-                raise
-            break  # the rounds before count
-        for name, run in this_round.items():
+        first = number % len(sides)
+        for name in [*sides][first:] + [*sides][:first]:
+            before = torch.cuda.memory_allocated()
+            if DEVICE == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            run = sides[name](False)
+            run["speed"] = run["tokens"] / run["seconds"]
+            if DEVICE == "cuda":
+                run["peak"] = base + held[name] + torch.cuda.max_memory_allocated() - before
             runs[name].append(run)
 
     for name, measured in runs.items():
         speeds = [run["speed"] for run in measured]
-        one = results[name] = {
-            "rounds": len(measured),
-            "tokens_per_second": round(statistics.median(speeds), 1),
-            "tokens_per_second_range": [round(min(speeds), 1), round(max(speeds), 1)],
-            "seconds": round(statistics.median(run["seconds"] for run in measured), 4),
-        }
+        one = results[name] = {"rounds": len(measured), **spread("tokens_per_second", speeds, 1)}
+        one |= spread("seconds", [run["seconds"] for run in measured], 4)
         if DEVICE == "cuda":
             one["peak_memory_gb"] = round(max(run["peak"] for run in measured) / 10**9, 2)
-        values = measured[0].get("values")
-        if values:
-            one["first_values"] = values[:8]
+        values = measured[0].get("values", [])
+        one["first_values"] = values[:8]
         if name != "ours" and "ours" in runs:
-            ratios = [ours["speed"] / theirs for ours, theirs in zip(runs["ours"], speeds, strict=True)]
-            one["ratio"] = round(statistics.median(ratios), 3)
-            one["ratio_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
+            one |= spread("ratio", [run["speed"] / speed for run, speed in zip(runs["ours"], speeds, strict=True)], 3)
             if values:
                 pairs = zip(runs["ours"][0]["values"], values, strict=True)
                 one["largest_difference"] = max(abs(ours - theirs) for ours, theirs in pairs)
@@ -326,18 +314,16 @@ def sample(
         def run(warm_up: bool) -> dict[str, Any]:
             nonlocal at_once
             lengths.clear()
-            start = now()
-            count = min(at_once, 16) if warm_up else num_prompts
-            for first in range(0, count, at_once):
-                try:
+            start, count = now(), min(at_once, 16) if warm_up else num_prompts
+            try:
+                for first in range(0, count, at_once):
                     method(prompts[first:count][:at_once], scale.completions, scale.new_tokens)
-                except torch.OutOfMemoryError:
-                    if not warm_up or at_once == 1:
-                        raise
-                    break
+            except torch.OutOfMemoryError:
+                if not warm_up or at_once == 1:
+                    raise
+                at_once //= 2
             else:
                 return {"seconds": now() - start, "tokens": sum(lengths)}
-            at_once //= 2
             free_memory()
             return run(warm_up)
 

@@ -221,12 +221,12 @@ def test_total_and_verdict():
 def test_what_was_measured_stands_beside_one_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "RESULTS", tmp_path)
     assert plan.measured_peaks() == {}
-    results = {"zero3": {"RSO": {"ours": {"peak_memory_gb_median": 123.4}, "theirs": {}}}}
-    (tmp_path / "gpu_7b.json").write_text(json.dumps({"results": results}))
+    for job, results in {"rso": {"ours": {"peak_memory_gb": 23.4}}, "pro": {"error": "TimeoutError"}}.items():
+        (tmp_path / f"gpu_memory_7b_{job}.json").write_text(json.dumps({"results": results}))
     lines = plan.table(plan.measured_peaks()).splitlines()
     measured = [line for line in lines if "not measured | not measured" not in line][2:]
     assert len(measured) == 1
-    assert measured[0].startswith("| zero3 | 1 |") and measured[0].endswith("| 123.4 | not measured |")
+    assert measured[0].startswith("| ddp, LoRA | 1 |") and measured[0].endswith("| 23.4 | not measured |")
 
 
 def test_the_documentation_has_this_table():
