@@ -1,8 +1,21 @@
 """
-Losses on rankings of any length: one row per prompt, one column per completion.
+The papers' losses on rankings of any length, one function per equation.
 
-Prompts with fewer completions than the batch has columns carry a `mask`; what a missing column holds, be it NaN,
-reaches neither value nor gradient.
+Arguments:
+
+- `logratios` (`torch.Tensor` of shape `(batch_size, n)`, `n >= 2`): log-probabilities under the policy minus those
+  under the reference model, in nats, summed over tokens. One row per prompt, one column per completion, best first.
+  Floating point; computed in float32 at least.
+- `mean_logps` (`torch.Tensor` of shape `(batch_size, n)`): log-probabilities under the policy, averaged over tokens.
+- `rewards` (`torch.Tensor` of shape `(batch_size, n)`): rewards of the completions, finite.
+- `mask` (bool `torch.Tensor` of shape `(batch_size, n)`): True where a completion exists, by default everywhere. The
+  values of missing completions, NaN included, reach neither the loss nor its gradient.
+
+Returns: `torch.Tensor` of shape `(batch_size,)`, one loss per prompt, at least 0; 0 for a prompt with fewer than two
+completions.
+
+Raises: `ValueError` if a tensor has another shape, `beta` is not positive and finite, or a row of `rewards` is not as
+required, `TypeError` if log-probabilities are not floating point or `mask` is not bool.
 """
 
 import torch
@@ -13,43 +26,16 @@ from prefopt_trl.losses.pairwise import _as_float, _check_positive
 
 
 def plackett_luce(logratios: Tensor, beta: float, mask: Tensor | None = None) -> Tensor:
-    r"""
-    Negative log-likelihood of a ranking under the Plackett-Luce model: DPO for more than two completions.
+    """
+    Return the negative log-likelihood of a ranking under the Plackett-Luce model: DPO for more than two completions.
 
-    `-sum_k log [exp(beta * logratio_k) / sum_{j >= k} exp(beta * logratio_j)]` (DPO eq. 20). It is `ln n!` where
-    policy and reference agree. On two completions it equals [`sigmoid_norm`] with `gamma=beta`, TRL's
-    `loss_type="sigmoid"`; TRL has none for more. [`pro`] without rewards is the same on mean log-probabilities and
-    without a reference model.
-
-    Args:
-        logratios (`torch.Tensor`):
-            Log-probabilities under the policy minus those under the reference model, in nats, summed over tokens.
-            Shape `(batch_size, n)` with `n >= 2`, columns ordered best to worst, floating point; computed in float32
-            at least.
-        beta (`float`):
-            Strength of the KL penalty, above 0. DPO uses 0.1 and 0.5.
-        mask (`torch.Tensor`, *optional*):
-            True where a completion exists. Shape `(batch_size, n)`, bool. All exist by default.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size,)`, at least 0; 0 for a prompt with fewer than two completions.
-
-    Raises:
-        ValueError: If `logratios` has fewer than two columns, `mask` another shape, or `beta` is not positive and
-            finite.
-        TypeError: If `logratios` is not floating point, or `mask` not bool.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from prefopt_trl.losses import plackett_luce
+    `-sum_k log [exp(beta * logratio_k) / sum_{j >= k} exp(beta * logratio_j)]` (DPO eq. 20). `beta > 0` is the
+    strength of the KL penalty; DPO uses 0.1 and 0.5. It is `ln n!` where policy and reference agree. On two
+    completions it equals [`sigmoid_norm`] with `gamma=beta`, TRL's `loss_type="sigmoid"`; TRL has no loss for more.
 
     >>> logratios = torch.tensor([[0.0, 0.0, 0.0], [3.0, -1.0, 0.0]])
     >>> plackett_luce(logratios, beta=0.5, mask=torch.tensor([[True, True, True], [True, True, False]]))
     tensor([1.7918, 0.1269])
-
-    ```
     """
     _check_positive("beta", beta)
     logratios, mask = _completions("logratios", logratios, mask)
@@ -58,79 +44,34 @@ def plackett_luce(logratios: Tensor, beta: float, mask: Tensor | None = None) ->
 
 
 def pro(mean_logps: Tensor, rewards: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-    r"""
-    Ranking term of Preference Ranking Optimization: each completion in turn against all that are worse.
+    """
+    Return the ranking term of Preference Ranking Optimization: each completion in turn against all that are worse.
 
     `-sum_{k < n} log [exp(p_k / T_k^k) / sum_{i >= k} exp(p_i / T_k^i)]` (PRO eq. 9), where `p` are the mean
     log-probabilities (PRO eq. 6). Without rewards every temperature `T` is 1 (PRO eq. 8). With them
     `1 / T_k^i = reward_k - reward_i` (PRO eq. 10) and `1 / T_k^k` is the largest of these over the worse completions
-    (PRO eq. 11), so a completion hardly worse than `k` is hardly pushed away. We multiply by the differences rather
-    than divide by their inverses, so equal rewards need no special case: their terms are constants.
+    (PRO eq. 11), so a completion hardly worse than `k` is hardly pushed away, and doubling the rewards doubles every
+    margin. Rewards must be sorted from highest to lowest. We multiply by the differences rather than divide by their
+    inverses, so equal rewards need no special case: their terms are constants.
 
-    Without rewards it is [`plackett_luce`] on mean log-probabilities with `beta=1`, hence Bradley-Terry on two
-    completions, where it is also TRL's experimental CPO loss `"simpo"` with `beta=1` and `simpo_gamma=0`; for more TRL
-    has none. The supervised term of PRO eq. 7 is the trainer's, not part of this.
+    Without rewards it is [`plackett_luce`] on mean log-probabilities with `beta=1`. On two completions that is TRL's
+    experimental CPO loss `"simpo"` with `beta=1` and `simpo_gamma=0`; TRL has no loss for more. The supervised term of
+    PRO eq. 7 belongs to the trainer.
 
-    Args:
-        mean_logps (`torch.Tensor`):
-            Log-probabilities under the policy, in nats, averaged over tokens. Shape `(batch_size, n)` with `n >= 2`,
-            columns ordered best to worst, floating point; computed in float32 at least.
-        rewards (`torch.Tensor`, *optional*):
-            Rewards of the completions, on the scale of the temperatures: doubling them doubles every margin. Shape
-            `(batch_size, n)`, from highest to lowest in each row; ties may be in any order.
-        mask (`torch.Tensor`, *optional*):
-            True where a completion exists. Shape `(batch_size, n)`, bool. All exist by default.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size,)`, at least 0; 0 for a prompt with fewer than two completions.
-
-    Raises:
-        ValueError: If `mean_logps` has fewer than two columns, `mask` or `rewards` another shape, or a row of
-            `rewards` is not finite or not sorted from highest to lowest.
-        TypeError: If `mean_logps` is not floating point, or `mask` not bool.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from prefopt_trl.losses import pro
-
-    >>> mean_logps = torch.tensor([[-1.0, -2.0, -1.5]])
-    >>> pro(mean_logps)
-    tensor([1.6543])
-    >>> pro(mean_logps, rewards=torch.tensor([[2.0, 1.0, 0.0]]))
+    >>> pro(torch.tensor([[-1.0, -2.0, -1.5]]), rewards=torch.tensor([[2.0, 1.0, 0.0]]))
     tensor([1.8361])
-
-    ```
     """
     return pro_terms(mean_logps, rewards, mask).sum(dim=1)
 
 
 def pro_terms(mean_logps: Tensor, rewards: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-    r"""
-    Terms of [`pro`]: each completion against all that are worse.
+    """
+    Return the terms of [`pro`], of shape `(batch_size, n - 1)`: column `k` is completion `k` against all worse ones.
 
-    Args:
-        mean_logps, rewards, mask:
-            As in [`pro`].
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, n - 1)`: column `k` is the term of completion `k`, at least 0; 0 where
-        no completion is worse. The first column alone is the ablation of PRO section 4.7.
-
-    Raises:
-        ValueError, TypeError: As [`pro`].
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from prefopt_trl.losses import pro_terms
+    A term is 0 where no completion is worse. The first column alone is the ablation of PRO section 4.7.
 
     >>> pro_terms(torch.tensor([[-1.0, -2.0, -1.5]]))
     tensor([[0.6803, 0.9741]])
-
-    ```
     """
     mean_logps, mask = _completions("mean_logps", mean_logps, mask)
     worse = _worse(mask)
@@ -151,41 +92,16 @@ def pro_terms(mean_logps: Tensor, rewards: Tensor | None = None, mask: Tensor | 
 
 
 def rrhf(mean_logps: Tensor, rewards: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""
-    Ranking term of RRHF: how far worse completions are likelier than better ones, summed over pairs.
+    """
+    Return the ranking term of RRHF: how far worse completions are likelier than better ones, summed over pairs.
 
-    `sum_{reward_i < reward_j} max(0, p_i - p_j)` (RSO section 1). `p` are mean log-probabilities, RRHF's own score;
-    RSO writes the probabilities themselves. Completions with equal rewards are not compared. On two completions
-    it is [`slic`] with `delta=0`, on mean log-probabilities. TRL has no such loss; RRHF's supervised term is the
-    trainer's, not part of this.
-
-    Args:
-        mean_logps (`torch.Tensor`):
-            Log-probabilities under the policy, in nats, averaged over tokens. Shape `(batch_size, n)` with `n >= 2`,
-            columns in any order, floating point; computed in float32 at least.
-        rewards (`torch.Tensor`):
-            Rewards of the completions, of which only the order counts. Shape `(batch_size, n)`.
-        mask (`torch.Tensor`, *optional*):
-            True where a completion exists. Shape `(batch_size, n)`, bool. All exist by default.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size,)`, at least 0; 0 for a prompt with fewer than two completions.
-
-    Raises:
-        ValueError: If `mean_logps` has fewer than two columns, `mask` or `rewards` another shape, or a row of
-            `rewards` is not finite.
-        TypeError: If `mean_logps` is not floating point, or `mask` not bool.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from prefopt_trl.losses import rrhf
+    `sum_{reward_i < reward_j} max(0, p_i - p_j)` (RSO section 1), where `p` are mean log-probabilities, RRHF's own
+    score; RSO writes the probabilities themselves. Only the order of the rewards counts, columns may be in any order,
+    and completions with equal rewards are not compared. On two completions it is [`slic`] with `delta=0`, on mean
+    log-probabilities. TRL has no such loss. RRHF's supervised term belongs to the trainer.
 
     >>> rrhf(torch.tensor([[-1.0, -2.0, -1.5]]), rewards=torch.tensor([[0.0, 2.0, 1.0]]))
     tensor([2.])
-
-    ```
     """
     mean_logps, mask = _completions("mean_logps", mean_logps, mask)
     _check_shape("rewards", rewards, mask)

@@ -1,4 +1,20 @@
-"""Losses on pairs: column 0 is the chosen completion, column 1 the rejected one."""
+"""
+The papers' losses on pairs, one function per equation.
+
+`RSOTrainer` trains with TRL's implementation of `sigmoid_norm` and `hinge_norm`; a test holds the two equal.
+
+Arguments:
+
+- `logps` (`torch.Tensor` of shape `(batch_size, 2)`): log-probabilities under the policy, in nats, summed over tokens.
+  Column 0 is the chosen completion, column 1 the rejected one. Floating point; computed in float32 at least.
+- `logratios` (`torch.Tensor` of shape `(batch_size, 2)`): `logps` minus the same under the reference model.
+- The weights and margins are finite Python floats.
+
+Returns: `torch.Tensor` of shape `(batch_size,)`, one loss per pair, at least 0 unless the function says otherwise.
+
+Raises: `ValueError` if a tensor has another shape or a number is out of its range, `TypeError` if a tensor is not
+floating point.
+"""
 
 import torch
 from torch import Tensor
@@ -6,37 +22,15 @@ from torch.nn.functional import logsigmoid
 
 
 def sigmoid_norm(logratios: Tensor, gamma: float) -> Tensor:
-    r"""
-    Logistic loss on log-ratios to a reference model, RSO's *sigmoid-norm* and DPO's loss.
+    """
+    Return the logistic loss on log-ratios to a reference model, RSO's *sigmoid-norm* and DPO's loss.
 
-    `-log sigmoid(gamma * logratio_chosen - gamma * logratio_rejected)` (RSO eq. 10). It is `ln 2` where policy and
-    reference agree. It equals [`plackett_luce`] on two completions, and TRL's `loss_type="sigmoid"` with `beta=gamma`.
-    TRL's `"sigmoid_norm"` is something else: there the log-ratios are averaged over tokens.
-
-    Args:
-        logratios (`torch.Tensor`):
-            Log-probabilities under the policy minus those under the reference model, in nats, summed over tokens.
-            Shape `(batch_size, 2)`, floating point; computed in float32 at least.
-        gamma (`float`):
-            Loss temperature, above 0. RSO uses 0.05.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size,)`, at least 0.
-
-    Raises:
-        ValueError: If `logratios` does not have two columns, or `gamma` is not positive and finite.
-        TypeError: If `logratios` is not floating point.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from prefopt_trl.losses import sigmoid_norm
+    `-log sigmoid(gamma * logratio_chosen - gamma * logratio_rejected)` (RSO eq. 10), with `gamma > 0`; RSO uses 0.05.
+    It is `ln 2` where policy and reference agree. It equals [`plackett_luce`] on two completions, and TRL's
+    `loss_type="sigmoid"` with `beta=gamma`. TRL's `"sigmoid_norm"` is another loss, which averages over tokens.
 
     >>> sigmoid_norm(torch.tensor([[0.0, 0.0], [3.0, -1.0]]), gamma=0.5)
     tensor([0.6931, 0.1269])
-
-    ```
     """
     _check_positive("gamma", gamma)
     chosen, rejected = _chosen_rejected("logratios", logratios)
@@ -44,37 +38,15 @@ def sigmoid_norm(logratios: Tensor, gamma: float) -> Tensor:
 
 
 def hinge_norm(logratios: Tensor, gamma: float) -> Tensor:
-    r"""
-    Hinge loss on log-ratios to a reference model, RSO's *hinge-norm*.
+    """
+    Return the hinge loss on log-ratios to a reference model, RSO's *hinge-norm*.
 
-    `max(0, 1 - (gamma * logratio_chosen - gamma * logratio_rejected))` (RSO eq. 12): the support vector machine to the
-    logistic regression of [`sigmoid_norm`]. It is 1 where policy and reference agree, and TRL's `loss_type="hinge"`
-    with `beta=gamma`. [`hinge`] is the same without the reference model.
-
-    Args:
-        logratios (`torch.Tensor`):
-            Log-probabilities under the policy minus those under the reference model, in nats, summed over tokens.
-            Shape `(batch_size, 2)`, floating point; computed in float32 at least.
-        gamma (`float`):
-            Inverse margin, above 0: the loss vanishes once the log-ratios differ by `1 / gamma`. RSO uses 0.05.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size,)`, at least 0.
-
-    Raises:
-        ValueError: If `logratios` does not have two columns, or `gamma` is not positive and finite.
-        TypeError: If `logratios` is not floating point.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from prefopt_trl.losses import hinge_norm
+    `max(0, 1 - (gamma * logratio_chosen - gamma * logratio_rejected))` (RSO eq. 12), with `gamma > 0`; RSO uses 0.05.
+    The loss vanishes once the log-ratios differ by `1 / gamma` nats, and is 1 where policy and reference agree. It is
+    TRL's `loss_type="hinge"` with `beta=gamma`. [`hinge`] is the same without the reference model.
 
     >>> hinge_norm(torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, -1.0]]), gamma=0.5)
     tensor([1.0000, 0.5000, 0.0000])
-
-    ```
     """
     _check_positive("gamma", gamma)
     chosen, rejected = _chosen_rejected("logratios", logratios)
@@ -82,37 +54,15 @@ def hinge_norm(logratios: Tensor, gamma: float) -> Tensor:
 
 
 def hinge(logps: Tensor, gamma: float) -> Tensor:
-    r"""
-    Hinge loss on the policy's own log-probabilities, RSO's *hinge*; needs no reference model.
+    """
+    Return the hinge loss on log-probabilities, RSO's *hinge*, which needs no reference model.
 
-    `max(0, 1 - (gamma * logp_chosen - gamma * logp_rejected))` (RSO eq. 11). It equals `gamma` times [`slic`] with
-    `delta = 1 / gamma`. `DPOTrainer`'s `loss_type="hinge"` is [`hinge_norm`]; the `"hinge"` of TRL's experimental
-    `CPOTrainer`, with `beta=gamma` and `cpo_alpha=0`, is this.
-
-    Args:
-        logps (`torch.Tensor`):
-            Log-probabilities under the policy, in nats, summed over tokens. Shape `(batch_size, 2)`, floating point;
-            computed in float32 at least.
-        gamma (`float`):
-            Inverse margin, above 0: the loss vanishes once the log-probabilities differ by `1 / gamma`.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size,)`, at least 0.
-
-    Raises:
-        ValueError: If `logps` does not have two columns, or `gamma` is not positive and finite.
-        TypeError: If `logps` is not floating point.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from prefopt_trl.losses import hinge
+    `max(0, 1 - (gamma * logp_chosen - gamma * logp_rejected))` (RSO eq. 11), with `gamma > 0`. It equals `gamma` times
+    [`slic`] with `delta = 1 / gamma`. `DPOTrainer`'s `loss_type="hinge"` is [`hinge_norm`]; the `"hinge"` of TRL's
+    experimental `CPOTrainer`, with `beta=gamma` and `cpo_alpha=0`, is this loss.
 
     >>> hinge(torch.tensor([[-10.0, -11.0], [-10.0, -14.0]]), gamma=0.5)
     tensor([0.5000, 0.0000])
-
-    ```
     """
     _check_positive("gamma", gamma)
     chosen, rejected = _chosen_rejected("logps", logps)
@@ -122,46 +72,19 @@ def hinge(logps: Tensor, gamma: float) -> Tensor:
 def slic(
     logps: Tensor, delta: float, target_logps: Tensor | None = None, regularization_weight: float = 0.0
 ) -> Tensor:
-    r"""
-    Calibration loss with a margin, plus the likelihood of a target completion; needs no reference model.
+    """
+    Return the calibration loss with a margin, plus the negative log-likelihood of a target; needs no reference model.
 
-    `max(0, delta - logp_chosen + logp_rejected) - regularization_weight * target_logp` (RSO eq. 1). Its first term is
-    [`hinge`] with `gamma = 1 / delta`, divided by that `gamma`; so TRL's experimental `CPOTrainer` has that term up to
-    the factor. Its `cpo_alpha` weights another one: the likelihood of the chosen completion, averaged over tokens.
+    `max(0, delta - logp_chosen + logp_rejected) - regularization_weight * target_logp` (RSO eq. 1). `delta >= 0` is in
+    nats. `target_logps` of shape `(batch_size,)` are the summed log-probabilities of the target completions (the
+    paper's `y_ref`), required when `regularization_weight >= 0` (the paper's lambda) is above 0.
 
-    Args:
-        logps (`torch.Tensor`):
-            Log-probabilities under the policy, in nats, summed over tokens. Shape `(batch_size, 2)`, floating point;
-            computed in float32 at least.
-        delta (`float`):
-            Margin in nats, at least 0.
-        target_logps (`torch.Tensor`, *optional*):
-            Log-probabilities under the policy of the target completions (the paper's `y_ref`), in nats, summed over
-            tokens. Shape `(batch_size,)`, floating point. Required when `regularization_weight` is above 0.
-        regularization_weight (`float`, *optional*, defaults to `0.0`):
-            The paper's lambda, at least 0.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size,)`, at least 0.
-
-    Raises:
-        ValueError: If `logps` does not have two columns, `target_logps` does not have one value per pair or is missing
-            though weighted, or `delta` or `regularization_weight` is negative or not finite.
-        TypeError: If `logps` or `target_logps` is not floating point.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from prefopt_trl.losses import slic
+    The first term is [`hinge`] with `gamma = 1 / delta`, divided by that `gamma`, so TRL's experimental `CPOTrainer`
+    has it up to the factor. Its `cpo_alpha` weights another term: the chosen completion, averaged over tokens.
 
     >>> logps = torch.tensor([[-10.0, -11.0], [-10.0, -14.0]])
-    >>> slic(logps, delta=2.0)
-    tensor([1., 0.])
     >>> slic(logps, delta=2.0, target_logps=logps[:, 0], regularization_weight=0.5)
     tensor([6., 5.])
-
-    ```
     """
     _check_not_negative("delta", delta)
     _check_not_negative("regularization_weight", regularization_weight)
@@ -183,38 +106,16 @@ def slic(
 
 
 def unlikelihood(logps: Tensor, alpha: float = 1.0) -> Tensor:
-    r"""
-    Raises the likelihood of the chosen completion and lowers that of the rejected one; needs no reference model.
+    """
+    Return a loss that raises the likelihood of the chosen completion and lowers that of the rejected one.
 
-    `-logp_chosen + alpha * logp_rejected` (DPO appendix C.3, the *unlikelihood* baseline). Nothing bounds it from
-    below: the rejected completion can always become less likely, which is why the paper found it to degenerate on open
-    text. With `alpha=0` it is supervised fine-tuning on the chosen completion, TRL's `loss_type="sft"` up to its
-    averaging over tokens.
-
-    Args:
-        logps (`torch.Tensor`):
-            Log-probabilities under the policy, in nats, summed over tokens. Shape `(batch_size, 2)`, floating point;
-            computed in float32 at least.
-        alpha (`float`, *optional*, defaults to `1.0`):
-            Weight of the rejected completion, at least 0. The appendix gives both terms the same weight.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size,)`, of any sign.
-
-    Raises:
-        ValueError: If `logps` does not have two columns, or `alpha` is negative or not finite.
-        TypeError: If `logps` is not floating point.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from prefopt_trl.losses import unlikelihood
+    `-logp_chosen + alpha * logp_rejected` (DPO appendix C.3, the *unlikelihood* baseline, where `alpha` is 1), with
+    `alpha >= 0`. It needs no reference model. It may have any sign and nothing bounds it from below, because the
+    rejected completion can always become less likely; the paper found it to degenerate on open text. With `alpha=0` it
+    is TRL's `loss_type="sft"`, except that TRL averages over tokens.
 
     >>> unlikelihood(torch.tensor([[-10.0, -14.0]]), alpha=0.5)
     tensor([3.])
-
-    ```
     """
     _check_not_negative("alpha", alpha)
     chosen, rejected = _chosen_rejected("logps", logps)
