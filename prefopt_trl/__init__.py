@@ -3,26 +3,32 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from prefopt_trl import losses
-    from prefopt_trl.data.collators import DataCollatorForRanking
-    from prefopt_trl.data.hh_rlhf import load_hh_rlhf
-    from prefopt_trl.rankers import FunctionRanker, PairwiseRanker, RewardModelRanker
-    from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
-    from prefopt_trl.sampling.generation import sample_completions
-    from prefopt_trl.sampling.pairing import all_pairs, first_round_pairs, tournament_pairs
-    from prefopt_trl.sampling.pipeline import build_preference_dataset
-    from prefopt_trl.sampling.rejection import statistical_rejection_sampling
-    from prefopt_trl.trainers.listwise_dpo_config import ListwiseDPOConfig
-    from prefopt_trl.trainers.listwise_dpo_trainer import ListwiseDPOTrainer
-    from prefopt_trl.trainers.pro_config import PROConfig
-    from prefopt_trl.trainers.pro_trainer import PROTrainer
-    from prefopt_trl.trainers.rrhf_config import RRHFConfig
-    from prefopt_trl.trainers.rrhf_trainer import RRHFTrainer
-    from prefopt_trl.trainers.rso_config import RSOConfig
-    from prefopt_trl.trainers.rso_trainer import RSOTrainer
-    from prefopt_trl.trainers.slic_config import SLiCConfig
-    from prefopt_trl.trainers.slic_trainer import SLiCTrainer
+if TYPE_CHECKING:  # `as` makes a name public for type checkers
+    from prefopt_trl import losses as losses
+    from prefopt_trl.data.collators import DataCollatorForRanking as DataCollatorForRanking
+    from prefopt_trl.data.hh_rlhf import load_hh_rlhf as load_hh_rlhf
+    from prefopt_trl.rankers.function import FunctionRanker as FunctionRanker
+    from prefopt_trl.rankers.pairwise import PairwiseRanker as PairwiseRanker
+    from prefopt_trl.rankers.pointwise import RewardModelRanker as RewardModelRanker
+    from prefopt_trl.sampling.card import push_preference_dataset as push_preference_dataset
+    from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling as DataCollatorForRejectionSampling
+    from prefopt_trl.sampling.generation import sample_completions as sample_completions
+    from prefopt_trl.sampling.pairing import all_pairs as all_pairs
+    from prefopt_trl.sampling.pairing import first_round_pairs as first_round_pairs
+    from prefopt_trl.sampling.pairing import tournament_pairs as tournament_pairs
+    from prefopt_trl.sampling.pipeline import build_preference_dataset as build_preference_dataset
+    from prefopt_trl.sampling.rejection import statistical_rejection_sampling as statistical_rejection_sampling
+    from prefopt_trl.shared_prefix.decoding import decode_shared_prefix as decode_shared_prefix
+    from prefopt_trl.trainers.listwise_dpo_config import ListwiseDPOConfig as ListwiseDPOConfig
+    from prefopt_trl.trainers.listwise_dpo_trainer import ListwiseDPOTrainer as ListwiseDPOTrainer
+    from prefopt_trl.trainers.pro_config import PROConfig as PROConfig
+    from prefopt_trl.trainers.pro_trainer import PROTrainer as PROTrainer
+    from prefopt_trl.trainers.rrhf_config import RRHFConfig as RRHFConfig
+    from prefopt_trl.trainers.rrhf_trainer import RRHFTrainer as RRHFTrainer
+    from prefopt_trl.trainers.rso_config import RSOConfig as RSOConfig
+    from prefopt_trl.trainers.rso_trainer import RSOTrainer as RSOTrainer
+    from prefopt_trl.trainers.slic_config import SLiCConfig as SLiCConfig
+    from prefopt_trl.trainers.slic_trainer import SLiCTrainer as SLiCTrainer
 
 __version__ = "0.1.0"
 
@@ -54,33 +60,8 @@ _HOME = {
     "tournament_pairs": "sampling.pairing",
 }
 
-__all__ = [
-    "DataCollatorForRanking",
-    "DataCollatorForRejectionSampling",
-    "FunctionRanker",
-    "ListwiseDPOConfig",
-    "ListwiseDPOTrainer",
-    "PROConfig",
-    "PROTrainer",
-    "PairwiseRanker",
-    "RRHFConfig",
-    "RRHFTrainer",
-    "RSOConfig",
-    "RSOTrainer",
-    "RewardModelRanker",
-    "SLiCConfig",
-    "SLiCTrainer",
-    "all_pairs",
-    "build_preference_dataset",
-    "decode_shared_prefix",
-    "first_round_pairs",
-    "load_hh_rlhf",
-    "losses",
-    "push_preference_dataset",
-    "sample_completions",
-    "statistical_rejection_sampling",
-    "tournament_pairs",
-]
+if not TYPE_CHECKING:  # type checkers cannot evaluate it, and would hide every name
+    __all__ = [*_HOME, "losses"]
 
 
 def __getattr__(name: str) -> Any:
@@ -92,4 +73,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*_HOME, "losses"])
