@@ -77,27 +77,12 @@ def true_reward(prompts: Sequence[str], completions: Sequence[str], **kwargs: An
     punctuation marks to insert, delete or replace to make the text a tidy sentence that names each of these
     ingredients once.
 
-    Args:
-        prompts (`Sequence[str]` of length `n`):
-            Orders, as [`ControlledTask`] writes them.
-        completions (`Sequence[str]` of length `n`):
-            Any texts.
-        **kwargs:
-            What else TRL passes to a reward function. Not used.
+    Each of `prompts` is an order, as [`ControlledTask`] writes them, with any text as its completion; a `ValueError`
+    is raised if one is not, or if the lengths differ.
 
-    Returns:
-        `list[float]` of length `n`: rewards, at most 10.
-
-    Raises:
-        ValueError: if the lengths differ or a prompt is not an order.
-
-    Example:
-
-    ```python
     >>> order = "Ada wants a warm, hearty soup."  # heat 3, richness 3
     >>> true_reward([order] * 3, [" Take pepper, garlic and walnuts.", " Take pepper and pesto.", " pepper, pesto"])
     [10.0, 8.0, 5.0]
-    ```
     """
     if len(prompts) != len(completions):
         raise ValueError(f"There are {len(prompts)} prompts and {len(completions)} completions. Pass one for each.")
@@ -203,31 +188,13 @@ def _sentence(words: Sequence[str]) -> str:
 class ControlledTask:
     """The data of the controlled task, made on demand from a seed.
 
-    The evaluation prompts occur in no other dataset.
+    The arguments are the rows of each dataset, at least 1, and the seed of everything that is drawn. The prompts to
+    train policies on and those to evaluate on are all different, out of 1,536 orders; a `ValueError` is raised where
+    they need more. The evaluation prompts occur in no other dataset.
 
-    Args:
-        num_sft (`int`):
-            Rows of the SFT corpus.
-        num_prompts (`int`):
-            Prompts to train policies on, all different.
-        num_eval_prompts (`int`):
-            Prompts to evaluate on, all different. There are 1,536 orders for these and for `num_prompts`.
-        num_comparisons (`int`):
-            Rows of the comparisons.
-        seed (`int`):
-            Seed of everything that is drawn. What the words mean does not depend on it.
-
-    Raises:
-        ValueError: if a number of rows is below 1, or if there are not enough orders for both sets of prompts.
-
-    Example:
-
-    ```python
-    >>> task = ControlledTask()
-    >>> task.comparisons[1]
+    >>> ControlledTask().comparisons[1]  # doctest: +NORMALIZE_WHITESPACE
     {'prompt': 'Hugo wants a hot, hearty curry.', 'chosen': ' Mix pesto, cucumber, celery, onion and pumpkin.',
      'rejected': ' Use cucumber, pumpkin, radish and peas.'}
-    ```
     """
 
     num_sft: int = 12000
@@ -281,40 +248,18 @@ class ControlledTask:
         )
 
     def tokenizer(self, extra_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-        """Make the kitchen's tokenizer: one token for each word and punctuation mark.
+        """Make the kitchen's [`word_tokenizer`]: one token for each word and punctuation mark.
 
-        Args:
-            extra_words (`Sequence[str]`):
-                More words to make one token of, such as the marks in a ranker's template, with their spaces.
-
-        Returns:
-            `PreTrainedTokenizerFast`: see [`word_tokenizer`].
+        `extra_words`, such as the marks in a ranker's template with their spaces, are one token each too.
         """
         words = [*GUESTS, "wants", "a", "and", *HEAT, *RICHNESS, *DISHES, *OPENINGS, *INGREDIENTS]
         # Without the space too: any word may come first in a text, after a policy's slip or behind a ranker's mark
         return word_tokenizer([*words, *(f" {word}" for word in words), *PUNCTUATION, *extra_words])
 
     def policy_model(self, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-        """Make the tiny LLaMA that learns this task, as a policy or as a ranker.
-
-        Args:
-            tokenizer (`PreTrainedTokenizerFast`):
-                What `tokenizer()` returned.
-            seed (`int`):
-                Seed of its weights.
-
-        Returns:
-            `LlamaForCausalLM` with random weights.
-        """
-        return tiny_llama(
-            tokenizer,
-            hidden_size=64,
-            num_layers=3,
-            num_heads=4,
-            num_kv_heads=4,
-            max_position_embeddings=128,
-            seed=seed,
-        )
+        """Make the tiny LLaMA that learns this task, as a policy or as a ranker; `seed` is that of its weights."""
+        sizes = {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "max_position_embeddings": 128}
+        return tiny_llama(tokenizer, **sizes, seed=seed)
 
     @cached_property
     def _shuffled_orders(self) -> list[str]:

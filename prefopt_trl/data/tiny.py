@@ -1,4 +1,7 @@
-"""Tokenizers and a LLaMA small enough to be made from scratch, offline, in seconds."""
+"""Tokenizers and a LLaMA small enough to be made from scratch, offline, in seconds.
+
+The tokenizers are `PreTrainedTokenizerFast`, with distinct `<pad>`, `<bos>` and `<eos>` and padding on the left.
+"""
 
 import re
 from collections.abc import Iterable
@@ -14,27 +17,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """Train a byte-level BPE tokenizer.
 
     It is lossless: `decode(encode(text)) == text` for every text, in any script. It adds no token of its own, so a
-    prompt and a completion can be tokenised apart and joined.
+    prompt and a completion can be tokenised apart and joined. `vocab_size` includes the 3 special tokens and the 256
+    bytes, and a `ValueError` is raised if it cannot hold them; short texts may give a smaller vocabulary.
 
-    Args:
-        texts (`Iterable[str]`):
-            What to learn the merges from.
-        vocab_size (`int`):
-            Size of the vocabulary, the 3 special tokens and the 256 bytes included. Short texts may give fewer.
-
-    Returns:
-        `PreTrainedTokenizerFast` with distinct `<pad>`, `<bos>` and `<eos>`, padding on the left.
-
-    Raises:
-        ValueError: if `vocab_size` cannot hold the bytes and the special tokens.
-
-    Example:
-
-    ```python
     >>> tokenizer = train_tokenizer(["the cook and the guest", "the guest and the cook"], vocab_size=280)
     >>> tokenizer.decode(tokenizer.encode("the café"))
     'the café'
-    ```
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len(SPECIAL_TOKENS)
@@ -61,25 +49,12 @@ def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
 
     A word is taken as it is written, its spaces included: give `" soup"` to make one token of the word and the space
     before it. Where two words fit, the longer one is taken. Decoding joins them again, so it gives the text to the
-    letter. Encoding a text with anything else in it raises an error.
+    letter. Encoding a text with anything else in it raises an error. Repeated words count once; an empty one raises a
+    `ValueError`.
 
-    Args:
-        words (`Iterable[str]`):
-            The words and punctuation marks. Repeated ones count once.
-
-    Returns:
-        `PreTrainedTokenizerFast` with distinct `<pad>`, `<bos>` and `<eos>`, padding on the left.
-
-    Raises:
-        ValueError: if a word is empty.
-
-    Example:
-
-    ```python
     >>> tokenizer = word_tokenizer(["Take", " ginger", " and", " cream", "."])
     >>> tokenizer.tokenize("Take ginger and cream.")
     ['Take', ' ginger', ' and', ' cream', '.']
-    ```
     """
     vocabulary = list(dict.fromkeys([*SPECIAL_TOKENS.values(), *words]))
     if "" in vocabulary:
@@ -100,41 +75,18 @@ def tiny_llama(
     max_position_embeddings: int = 1024,
     seed: int = 0,
 ) -> LlamaForCausalLM:
-    """Make a small LLaMA with random weights.
+    """Make a small LLaMA with random weights, in float32 and evaluation mode, its embeddings tied.
 
     The defaults give 5.0 million parameters with a vocabulary of 4,096. Its generation config samples from the model
-    itself (temperature 1, no top-k, no top-p), which is the law that rejection sampling starts from.
+    itself (temperature 1, no top-k, no top-p), which is the law that rejection sampling starts from. The feed-forward
+    layers are 3 times as wide as `hidden_size`, which must be a multiple of `num_heads`, and that a multiple of
+    `num_kv_heads`, else a `ValueError` is raised. `seed` is that of the weights; the global random state is left as it
+    was.
 
-    Args:
-        tokenizer (`PreTrainedTokenizerFast`):
-            Gives the vocabulary's size and the ids of pad, bos and eos.
-        hidden_size (`int`):
-            Width of the model, a multiple of `num_heads`. The feed-forward layers are 3 times as wide.
-        num_layers (`int`):
-            Number of layers.
-        num_heads (`int`):
-            Number of attention heads, a multiple of `num_kv_heads`.
-        num_kv_heads (`int`):
-            Number of key and value heads.
-        max_position_embeddings (`int`):
-            The longest sequence, in tokens.
-        seed (`int`):
-            Seed of the weights. The global random state is left as it was.
-
-    Returns:
-        `LlamaForCausalLM` in float32 and evaluation mode, its input and output embeddings tied.
-
-    Raises:
-        ValueError: if `hidden_size` is no multiple of `num_heads`, or `num_heads` of `num_kv_heads`.
-
-    Example:
-
-    ```python
     >>> tokenizer = word_tokenizer([" leek", " cream"])
     >>> model = tiny_llama(tokenizer, hidden_size=64, num_layers=2)
-    >>> model.generate(**tokenizer(" leek", return_tensors="pt"), max_new_tokens=4).shape
-    torch.Size([1, 5])
-    ```
+    >>> len(model.model.layers)
+    2
     """
     if hidden_size % num_heads or num_heads % num_kv_heads:
         raise ValueError(
