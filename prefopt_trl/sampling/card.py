@@ -37,9 +37,9 @@ COLUMNS = {
 }
 
 STRATEGIES = {
-    "rso": "kept by statistical rejection sampling (Algorithm 1)",
-    "sft": "kept at random",
-    "top-k": "with the highest rewards kept",
+    "rso": "distinct ones are kept by statistical rejection sampling (Algorithm 1)",
+    "sft": "are kept at random",
+    "top-k": "distinct ones with the highest rewards are kept",
 }
 
 
@@ -130,7 +130,7 @@ def how_sampled(settings: dict[str, Any], statistics: SamplingStatistics) -> str
     """Say in a paragraph of Markdown how a dataset was sampled."""
     used = statistics.num_prompts - statistics.num_skipped
     return f"""{statistics.num_pairs:,} {statistics.made} from {used:,} of {statistics.num_prompts:,} prompts.
-Each prompt has candidates with a reward by a ranker, of which {settings["num_samples"]} distinct ones are
+Each prompt has candidates with a reward by a ranker, of which up to {settings["num_samples"]}
 {STRATEGIES[settings["strategy"]]}, as in
 [Statistical Rejection Sampling Improves Preference Optimization](https://arxiv.org/abs/2309.06657)."""
 
@@ -139,7 +139,8 @@ def counts_table(statistics: SamplingStatistics) -> str:
     """Write the numbers of a sampled dataset as a table in Markdown."""
     counts = {
         "prompts": f"{statistics.num_prompts:,}",
-        "prompts skipped, with too few distinct candidates": f"{statistics.num_skipped:,}",
+        "prompts skipped, whose candidates do not differ": f"{statistics.num_skipped:,}",
+        "prompts with fewer distinct candidates than `num_samples`": f"{statistics.num_short:,}",
         "candidates": f"{statistics.num_candidates:,}",
         "candidates that repeat another of their prompt": f"{statistics.num_duplicates:,}",
         "candidates cut before they ended": _or_unknown(statistics.num_unfinished, ","),

@@ -28,9 +28,9 @@ from prefopt_trl.sampling.selection import (
     PAIRINGS,
     RANKING,
     STRATEGIES,
-    accept,
     check_selection,
     first_occurrences,
+    keep,
     label_pairs,
     rank,
 )
@@ -57,9 +57,10 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
     Everything drawn for a batch depends on `seed`, `epoch` and the batch's prompts alone. So each process samples its
     own prompts with its own stream, which is the same after any restart, and the global random state is left alone.
 
-    A prompt with fewer distinct candidates than `num_samples` keeps those it has and repeats their pairs, so that each
-    prompt makes as many pairs, on every process. A single candidate meets itself, where a loss of differences has no
-    gradient, and a likelihood term keeps its own. A warning counts such prompts.
+    With `"rso"` and `"top-k"`, a prompt with fewer distinct candidates than `num_samples` keeps those it has and
+    repeats their pairs, so that each prompt makes as many pairs, on every process. A warning counts such prompts. A
+    single candidate meets itself; `"sft"` draws among all candidates, and two equal texts may meet. A loss of
+    differences has no gradient there, and a likelihood term keeps its own.
 
     Args:
         policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -161,11 +162,10 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
             self.ranker.score(prompts, completions), prompts, completions, type(self.ranker).__name__
         )
         streams = [np.random.default_rng([seed, index]) for index in range(len(prompts))]
-        beta = STRATEGIES[self.strategy](self.beta)
-        kept = []
-        for row, row_rewards, stream in zip(completions, rewards, streams, strict=True):
-            distinct = first_occurrences(row)
-            kept.append(accept(row_rewards, distinct, min(self.num_samples, len(distinct)), beta, stream))
+        kept = [
+            keep(row_rewards, first_occurrences(row), self.strategy, self.num_samples, self.beta, stream)
+            for row, row_rewards, stream in zip(completions, rewards, streams, strict=True)
+        ]
         self._count_short(kept)
         members = [np.repeat(row, 2) if len(row) == 1 else row for row in kept]  # a single one meets itself
 

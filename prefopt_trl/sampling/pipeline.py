@@ -64,8 +64,8 @@ def build_preference_dataset(
 ) -> Dataset:
     """Build a dataset of preference pairs from prompts, a policy to sample from, and a ranker.
 
-    Each prompt gets `num_candidates` completions of `policy`; the ranker scores them; `num_samples` distinct ones are
-    kept by `strategy`; `pairing` decides which of them meet, and the ranker says which of the two is preferred.
+    Each prompt gets `num_candidates` completions of `policy`; the ranker scores them; `num_samples` of them are kept by
+    `strategy`; `pairing` decides which of them meet, and the ranker says which of the two is preferred.
     With `pairing="ranking"` those kept are ranked by reward instead, for [`PROTrainer`] and its relatives.
 
     Everything is saved in `output_dir`: the candidates with their rewards (`candidates/`, which another run with
@@ -94,13 +94,16 @@ def build_preference_dataset(
         output_dir (`str` or `Path`):
             Folder to save to, which all processes see.
         strategy (`str`, *optional*, defaults to `"rso"`):
-            `"rso"`: statistical rejection sampling (Algorithm 1). `"sft"`: at random. `"top-k"`: the highest rewards.
+            `"rso"`: statistical rejection sampling (Algorithm 1). `"top-k"`: the highest rewards. Both keep distinct
+            texts, and all of them where a prompt has fewer than `num_samples`. `"sft"`: at random among all
+            candidates, equal texts included, as in the paper; a pair of two equal texts is not made, as no ranker
+            prefers one of them and its gradient is zero, so a prompt may make fewer pairs.
             `"direct"`: `prompts` already has `chosen` and `rejected`, which are returned as they are, and nothing is
             saved.
         num_candidates (`int`, *optional*, defaults to `64`):
             Completions sampled per prompt.
         num_samples (`int`, *optional*, defaults to `8`):
-            Completions kept per prompt, at least 2.
+            Completions kept per prompt, at least 2. `statistics.json` counts the prompts that have fewer.
         beta (`float`, *optional*, defaults to `0.5`):
             Algorithm 1's beta, at least 0, in units of the ranker's reward. Only `"rso"` uses it.
         pairing (`str`, *optional*, defaults to `"first-round"`):
@@ -127,7 +130,7 @@ def build_preference_dataset(
         ValueError: for missing columns, an empty dataset, candidates that do not fit their prompts, `num_samples` over
             `num_candidates`, an option out of range, a prompt that fills `max_length` (naming its row), a tokenizer
             without an EOS token, a ranker that returns the wrong number of values or NaN, an `output_dir` made with
-            other settings (naming them), or no prompt with enough distinct candidates.
+            other settings (naming them), or no prompt with two candidates that differ.
         OSError: if something cannot be written, for example to a full disk. What is saved stays as it is.
         RuntimeError: if this process does not see what the main process writes to `output_dir`, or another run is
             making a dataset there.

@@ -39,7 +39,7 @@ class SelectedPrompt:
         num_distinct (`int`):
             Candidates that are distinct.
         accepted (`list[int]`):
-            Candidates kept; none where fewer than `num_samples` are distinct, and the prompt is skipped.
+            Candidates kept; none if the prompt is skipped.
         acceptance_rate (`float` or `None`):
             Theorem 1's expected share of distinct candidates accepted in the first round; None if skipped.
         random_probabilities (`list[float]`):
@@ -95,10 +95,12 @@ def select_and_pair(
     seed: int,
     first_row: int = 0,
 ) -> list[SelectedPrompt]:
-    """Keep `num_samples` distinct candidates of each prompt, and let the ranker label pairs of them.
+    """Keep `num_samples` candidates of each prompt, and let the ranker label pairs of them.
 
     Every prompt has a random stream of its own, made from `seed` and its row, so that it does not matter which others
-    it is selected with.
+    it is selected with. [`keep`] says which candidates are kept. A pair of two equal texts is not made: no ranker
+    prefers one of them, and every loss of a difference has gradient zero. A prompt is skipped if all its candidates
+    are equal, or all those kept that met.
 
     Args:
         prompts, completions, rewards (sequences of length `n`):
@@ -111,33 +113,37 @@ def select_and_pair(
     Returns:
         `list` of [`SelectedPrompt`], one per prompt.
     """
-    distinct = [first_occurrences(row) for row in completions]
+    texts = [first_occurrences(row) for row in completions]
+    distinct = [np.unique(row) for row in texts]
     selected = [SelectedPrompt(row.tolist(), len(first)) for row, first in zip(rewards, distinct, strict=True)]
-    rows = [row for row in range(len(prompts)) if len(distinct[row]) >= num_samples]
+    rows = [row for row in range(len(prompts)) if len(distinct[row]) > 1]
     streams = [np.random.default_rng([seed, first_row + row]) for row in rows]
     label = partial(label_pairs, ranker, [prompts[row] for row in rows], [completions[row] for row in rows])
 
     at_random = [
-        stream.choice(distinct[row], num_samples, replace=False) for row, stream in zip(rows, streams, strict=True)
+        stream.choice(distinct[row], min(num_samples, len(distinct[row])), replace=False)
+        for row, stream in zip(rows, streams, strict=True)
     ]
     before = label(at_random, first_round, streams)
-    select_beta = STRATEGIES[strategy](beta)
     accepted = [
-        accept(rewards[row], distinct[row], num_samples, select_beta, stream)
+        keep(rewards[row], texts[row], strategy, num_samples, beta, stream)
         for row, stream in zip(rows, streams, strict=True)
     ]
     after = label(accepted, first_round if pairing == RANKING else PAIRINGS[pairing], streams)
 
     for row, kept, random_pairs, pairs in zip(rows, accepted, before, after, strict=True):
+        differ = texts[row][pairs.chosen] != texts[row][pairs.rejected]
+        if not (len(np.unique(texts[row][kept])) > 1 if pairing == RANKING else differ.any()):
+            continue
         selected[row] = SelectedPrompt(
             rewards=rewards[row].tolist(),
             num_distinct=len(distinct[row]),
             accepted=kept.tolist(),
-            acceptance_rate=acceptance_rate(rewards[row][distinct[row]], select_beta),
+            acceptance_rate=acceptance_rate(rewards[row][distinct[row]], STRATEGIES[strategy](beta)),
             random_probabilities=random_pairs.probability.tolist(),
-            chosen=pairs.chosen.tolist(),
-            rejected=pairs.rejected.tolist(),
-            probabilities=pairs.probability.tolist(),
+            chosen=pairs.chosen[differ].tolist(),
+            rejected=pairs.rejected[differ].tolist(),
+            probabilities=pairs.probability[differ].tolist(),
         )
     return selected
 
@@ -181,11 +187,21 @@ def preference_rows(
         }
 
 
-def accept(
-    rewards: np.ndarray, distinct: np.ndarray, num_samples: int, beta: float, stream: np.random.Generator
+def keep(
+    rewards: np.ndarray, texts: np.ndarray, strategy: str, num_samples: int, beta: float, stream: np.random.Generator
 ) -> np.ndarray:
-    """Indices of `num_samples` candidates of one prompt, kept by rejection sampling among the distinct ones."""
-    return distinct[statistical_rejection_sampling(rewards[distinct], num_samples, beta, rng=stream)]
+    """Indices of the candidates of one prompt that are kept: `num_samples`, or all that there are.
+
+    `"rso"` and `"top-k"` keep distinct texts, as Algorithm 1 does. `"sft"` draws among all candidates, so that a text
+    sampled twice is twice as likely: these are samples of the policy (RSO section 5, "sft-sample-rank").
+
+    Args:
+        texts (int64 array of shape `(num_candidates,)`):
+            As [`first_occurrences`] returns them.
+    """
+    pool = np.arange(len(texts)) if strategy == "sft" else np.unique(texts)
+    num_kept, pool_beta = min(num_samples, len(pool)), STRATEGIES[strategy](beta)
+    return pool[statistical_rejection_sampling(rewards[pool], num_kept, pool_beta, rng=stream)]
 
 
 def rank(completions: Sequence[Completion], rewards: np.ndarray, kept: np.ndarray) -> dict[str, list[Any]]:
@@ -221,8 +237,7 @@ def label_pairs(
 
 
 def first_occurrences(completions: Sequence[Completion]) -> np.ndarray:
-    """Indices of the distinct completions: Algorithm 1 counts equal texts once, and rankers do not see outer space."""
+    """For each completion the index of the first one with its text. Rankers do not see outer space."""
     first: dict[str, int] = {}
-    for index, completion in enumerate(completions):
-        first.setdefault(completion_text(completion).strip(), index)
-    return np.array(list(first.values()))
+    texts = (completion_text(completion).strip() for completion in completions)
+    return np.array([first.setdefault(text, index) for index, text in enumerate(texts)], dtype=np.int64)

@@ -29,11 +29,11 @@ class SamplingStatistics:
         num_prompts (`int`):
             Prompts given.
         num_skipped (`int`):
-            Prompts left out, because they had fewer distinct candidates than `num_samples`.
+            Prompts left out, because no two of the candidates kept that met differ.
         num_candidates (`int`):
             Candidates of all prompts.
         num_duplicates (`int`):
-            Candidates whose text another candidate of the same prompt already had; each text counts once in rejection.
+            Candidates whose text another candidate of the same prompt already had.
         num_unfinished (`int` or `None`):
             Candidates that reached `max_new_tokens` without ending; None where candidates were given without a column
             `finished`.
@@ -53,6 +53,8 @@ class SamplingStatistics:
             A plain sentence where `beta` is too small for this ranker, or the ranker cannot tell completions apart.
         made (`str`):
             `"pairs"` or `"rankings"`.
+        num_short (`int`):
+            Prompts of which fewer than `num_samples` candidates were kept, because fewer are distinct.
     """
 
     num_prompts: int
@@ -67,6 +69,7 @@ class SamplingStatistics:
     label_probability_after: float
     warning: str | None = None
     made: str = "pairs"
+    num_short: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "quantiles": list(QUANTILES)}
@@ -76,7 +79,8 @@ class SamplingStatistics:
             f"{self.num_pairs} {self.made} from {self.num_prompts - self.num_skipped} of {self.num_prompts} prompts",
             f"candidates: {self.num_candidates}, of which {self.num_duplicates} repeat another"
             + ("" if self.num_unfinished is None else f" and {self.num_unfinished} were cut at max_new_tokens"),
-            f"skipped prompts, with too few distinct candidates: {self.num_skipped}",
+            f"skipped prompts, whose candidates do not differ: {self.num_skipped}",
+            f"prompts with fewer distinct candidates than num_samples: {self.num_short}",
         ]
         if self.acceptance_rate is not None:
             lines.append(f"acceptance rate: {self.acceptance_rate:.3f}")
@@ -127,13 +131,14 @@ def summarise(
         [`SamplingStatistics`] and the [`Distributions`] that they summarise.
 
     Raises:
-        ValueError: if no prompt has `num_samples` distinct candidates.
+        ValueError: if all prompts are skipped.
     """
     rewards: dict[str, list[np.ndarray]] = {"candidates": [], "accepted": [], "chosen": [], "rejected": []}
     certainty: dict[str, list[list[float]]] = {"random candidates": [], "pairs made": []}
     num_distinct: list[int] = []
     first_pass: list[float] = []
     num_equal = 0
+    num_short = 0
     for prompt in selected:
         of_prompt = np.array(prompt.rewards)
         num_distinct.append(prompt.num_distinct)
@@ -142,6 +147,7 @@ def summarise(
         if prompt.acceptance_rate is None:  # skipped
             continue
         first_pass.append(prompt.acceptance_rate)
+        num_short += len(prompt.accepted) < num_samples
         accepted = of_prompt[prompt.accepted]
         ranked = -np.sort(-accepted)
         rewards["accepted"].append(accepted)
@@ -151,8 +157,8 @@ def summarise(
         certainty["pairs made"].append(prompt.probabilities)
     if not first_pass:
         raise ValueError(
-            f"No prompt has `num_samples`={num_samples} distinct candidates (the most is {max(num_distinct)}). "
-            "Raise `num_candidates`, `temperature` or `max_new_tokens`, or lower `num_samples`."
+            f"No prompt has candidates that differ among those kept (the most distinct ones of a prompt are "
+            f"{max(num_distinct)}). Raise `num_candidates`, `num_samples`, `temperature` or `max_new_tokens`."
         )
     drawn = {name: np.concatenate(values) for name, values in rewards.items()}
     probabilities = {name: np.concatenate(values) for name, values in certainty.items()}
@@ -173,6 +179,7 @@ def summarise(
         label_probability_after=means["pairs made"],
         warning=" ".join(warnings) or None,
         made="rankings" if pairing == RANKING else "pairs",
+        num_short=num_short,
     )
     return statistics, Distributions(drawn, probabilities)
 

@@ -36,6 +36,7 @@ STATISTICS = SamplingStatistics(
     reward_quantiles={name: QUANTILES for name in ("candidates", "accepted", "chosen", "rejected")},
     label_probability_before=0.8125,
     label_probability_after=0.6875,
+    num_short=34,
 )
 MESSAGES = [[{"role": "user", "content": "Hi"}]]
 PAIRS = Dataset.from_dict(
@@ -127,7 +128,8 @@ def test_the_numbers_are_those_of_the_statistics() -> None:
     text = dataset_card(SETTINGS, STATISTICS, PAIRS)
     table = rows(text)
     assert "\n2,376 pairs from 1,188 of 1,200 prompts." in text
-    assert table["prompts skipped, with too few distinct candidates"] == ["12"]
+    assert table["prompts skipped, whose candidates do not differ"] == ["12"]
+    assert table["prompts with fewer distinct candidates than `num_samples`"] == ["34"]
     assert table["candidates that repeat another of their prompt"] == ["345"]
     assert table["candidates cut before they ended"] == ["67"]
     assert table["acceptance rate of the first round of rejection"] == ["0.123"]
@@ -145,7 +147,7 @@ def test_what_is_not_known_is_not_a_number() -> None:
     assert rows(text)["candidates cut before they ended"] == ["-"]
     assert rows(text)["acceptance rate of the first round of rejection"] == ["-"]
     assert "\n> **Warning:** Too small a beta.\n" in text
-    assert "with the highest rewards kept" in text
+    assert "of which up to 4\ndistinct ones with the highest rewards are kept" in text
 
 
 def test_settings_are_listed_by_their_dotted_names_with_short_fingerprints() -> None:

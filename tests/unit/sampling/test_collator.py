@@ -195,13 +195,15 @@ def test_a_single_candidate_meets_itself(policy, tokenizer, texts, pairing, rows
     assert batch["input_ids"].shape == batch["completion_mask"].shape
 
 
+@pytest.mark.parametrize("strategy", ["rso", "sft"])
 @pytest.mark.parametrize("pairing", ["first-round", "tournament", "all"])
 @pytest.mark.parametrize("num_samples", [2, 3, 5, 6])
-def test_every_batch_has_as_many_pairs(policy, tokenizer, texts, pairing, num_samples):
+def test_every_batch_has_as_many_pairs(policy, tokenizer, texts, pairing, num_samples, strategy):
     texts += [["1", "2", "3", "4", "5", "6"], ["1", "2", "3", "1", "2", "3"], ["7"] * 6]
     matches = {"first-round": num_samples // 2, "tournament": num_samples - 1, "all": math.comb(num_samples, 2)}
-    collator = make(policy, tokenizer, pairing=pairing, num_samples=num_samples)
+    collator = make(policy, tokenizer, pairing=pairing, num_samples=num_samples, strategy=strategy)
     assert len(collator(EXAMPLES)["input_ids"]) == 2 * 3 * matches[pairing]
+    assert collator.num_short == (0 if strategy == "sft" else sum(distinct < num_samples for distinct in (6, 3, 1)))
 
 
 def test_a_policy_that_always_says_the_same_meets_itself(policy, tokenizer):

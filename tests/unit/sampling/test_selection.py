@@ -82,14 +82,42 @@ def test_top_k_and_beta_0_keep_the_highest_distinct_candidates(options: dict) ->
         assert len(selected.pairs) == 9
 
 
-@pytest.mark.parametrize("options", [{"strategy": "sft"}, {"strategy": "rso", "beta": math.inf}])
-def test_sft_and_beta_infinite_keep_any_distinct_candidates_alike(options: dict) -> None:
+REPEATS = ["0", "5", "5", "2", "5 ", "3", "4", "5"]
+
+
+def test_beta_infinite_keeps_any_distinct_candidates_alike() -> None:
     rows = 3000
-    selected = select(scored(*[["0", "5", "5", "2", "5", "3", "4", "5"]] * rows), num_samples=2, **options)
+    selected = select(scored(*[REPEATS] * rows), num_samples=2, beta=math.inf)
     counts = Counter(frozenset(pair) for pair in kept(selected.pairs).values())
     assert len(counts) == 10  # each 2 of the 5 that are distinct
     assert sum(counts.values()) == rows
     assert chisquare(list(counts.values())).pvalue > CHANCE
+
+
+def test_sft_keeps_any_candidates_alike_and_makes_no_pair_of_equal_texts() -> None:
+    rows = 3000
+    selected = select(scored(*[REPEATS] * rows), num_samples=2, strategy="sft")
+    counts = Counter(frozenset(text.strip() for text in pair) for pair in kept(selected.pairs).values())
+    # Of the 28 pairs of candidates, 6 are a 5 with a 5, 4 a 5 with each of the 4 others, and 6 one of each two of these
+    expected = [4 if "5" in pair else 1 for pair in counts] + [6]
+    assert (len(counts), sum(expected)) == (10, 28)
+    observed = [*counts.values(), selected.statistics.num_skipped]
+    assert chisquare(observed, [rows * share / 28 for share in expected]).pvalue > CHANCE
+
+
+@pytest.mark.parametrize("pairing", ["first-round", "tournament", "all", "ranking"])
+def test_sft_loses_no_prompt_to_repeats(pairing: str) -> None:
+    candidates = scored(*[["1", "2", "1", "3"]] * 20, ["7", "7", "7 "])
+    selected = select(candidates, num_samples=4, strategy="sft", pairing=pairing)  # all that there are
+    made = Counter(selected.pairs["prompt"])
+    assert (selected.statistics.num_skipped, selected.statistics.num_short, len(made)) == (1, 0, 20)
+    if pairing == "all":
+        met = [(row["prompt"], frozenset([row["chosen"], row["rejected"]])) for row in selected.pairs]
+        each = {frozenset("12"): 2, frozenset("13"): 2, frozenset("23"): 1}  # five of six pairs: not 1 with 1
+        assert Counter(met) == {(f"p{row}", pair): count for row in range(20) for pair, count in each.items()}
+    if pairing == "ranking":
+        assert selected.pairs["completions"] == [["3", "2", "1", "1"]] * 20
+        assert selected.pairs["rewards"] == [[3.0, 2.0, 1.0, 1.0]] * 20
 
 
 def test_rso_keeps_by_algorithm_1_with_this_beta() -> None:
@@ -109,22 +137,24 @@ def test_of_equal_texts_the_first_counts() -> None:
     assert (row["chosen"], row["chosen_reward"], row["rejected"], row["rejected_reward"]) == ("y", 2.0, "x", 1.0)
 
 
-def test_prompts_with_too_few_distinct_candidates_are_skipped_and_counted() -> None:
+@pytest.mark.parametrize("options", [{"strategy": "top-k"}, {"strategy": "rso", "beta": 0.0}])
+def test_prompts_with_few_distinct_candidates_keep_these_and_are_counted(options: dict) -> None:
     candidates = scored(["1", "1", "1"], ["1", "2", "3"], [], ["4", "4", "5"], ["6", "7", "8", "9"])
-    selected = select(candidates, num_samples=3, strategy="top-k")
-    assert kept(selected.pairs) == {"p1": {"1", "2", "3"}, "p4": {"7", "8", "9"}}
+    selected = select(candidates, num_samples=3, **options)
+    assert kept(selected.pairs) == {"p1": {"1", "2", "3"}, "p3": {"4", "5"}, "p4": {"7", "8", "9"}}
+    assert Counter(selected.pairs["prompt"]) == {"p1": 3, "p3": 1, "p4": 3}
     assert selected.statistics.num_prompts == 5
-    assert selected.statistics.num_skipped == 3
+    assert (selected.statistics.num_skipped, selected.statistics.num_short) == (2, 1)
     assert selected.statistics.num_candidates == 13
     assert selected.statistics.num_duplicates == 3
     assert len(selected.rewards["candidates"]) == 13
 
 
-def test_no_prompt_with_enough_distinct_candidates_is_an_error() -> None:
+def test_no_prompt_with_two_distinct_candidates_is_an_error() -> None:
     with pytest.raises(
-        ValueError, match="No prompt has `num_samples`=3 distinct candidates .the most is 2.. Raise `num_"
+        ValueError, match="No prompt has candidates that differ .*prompt are 1.. Raise `num_candidates"
     ):
-        select(scored(["1", "1", "1"], ["1", "2", "2"], []), num_samples=3)
+        select(scored(["1", "1", "1"], ["2", "2 "], []), num_samples=3)
 
 
 # The pairs

@@ -35,6 +35,7 @@ STATISTICS = SamplingStatistics(
     label_probability_before=0.81,
     label_probability_after=0.625,
     warning="Beware.",
+    num_short=3,
 )
 
 
@@ -84,7 +85,8 @@ def test_the_text_says_it_all() -> None:
     assert str(STATISTICS).splitlines() == [
         "32 pairs from 8 of 10 prompts",
         "candidates: 640, of which 33 repeat another and 7 were cut at max_new_tokens",
-        "skipped prompts, with too few distinct candidates: 2",
+        "skipped prompts, whose candidates do not differ: 2",
+        "prompts with fewer distinct candidates than num_samples: 3",
         "acceptance rate: 0.123",
         "reward of candidates: median 0.50, 5% to 95% -3.12 to 2.25",
         "reward of accepted: median 1.50, 5% to 95% 0.50 to 2.75",
@@ -97,7 +99,8 @@ def test_the_text_leaves_out_what_is_not_known() -> None:
     assert str(SamplingStatistics(**values)).splitlines() == [
         "32 pairs from 8 of 10 prompts",
         "candidates: 640, of which 33 repeat another",
-        "skipped prompts, with too few distinct candidates: 2",
+        "skipped prompts, whose candidates do not differ: 2",
+        "prompts with fewer distinct candidates than num_samples: 3",
         "mean probability the ranker gives to its own labels: 0.625 (0.810 on random candidates)",
     ]
 
