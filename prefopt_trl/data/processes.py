@@ -1,9 +1,25 @@
-"""The processes of a run: how many there are, and which one this is."""
+"""The processes of a run: how many there are, which one this is, and what is left of a run that is stopped."""
 
+import logging
 import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers.trainer_utils import get_last_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def is_main_process() -> bool:
+    """Whether this is the main process of those that `accelerate launch` or `torchrun` started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def process_state() -> PartialState:
@@ -21,3 +37,72 @@ def process_state() -> PartialState:
             "set `use_cpu=True` in the trainer's configuration."
         )
     return state
+
+
+@contextmanager
+def interruptible(what_is_saved: Callable[[], str]) -> Iterator[None]:
+    """While entered, Ctrl-C and SIGTERM say in one sentence what is saved and how to go on.
+
+    Of Ctrl-C it is the message of the `KeyboardInterrupt`. SIGTERM ends the process as before, once the sentence is
+    printed; a handler of the caller's is left in place.
+
+    Args:
+        what_is_saved (`Callable`):
+            Returns the sentence.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        if is_main_process():
+            print(f"\n{what_is_saved()}", file=sys.stderr, flush=True)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    is_main_thread = threading.current_thread() is threading.main_thread()  # no other may set a handler
+    handles = is_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if handles:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = interrupt.args or (what_is_saved(),)
+        raise
+    finally:
+        if handles:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def checkpoints(folder: str | Path) -> list[str]:
+    """The names of a run's whole checkpoints, the oldest first. Their state is what is written last."""
+    steps = [path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*")]
+    names = [f"checkpoint-{step}" for step in sorted(filter(str.isdigit, steps), key=int)]
+    states = [Path(folder, name, "trainer_state.json") for name in names]
+    return [state.parent.name for state in states if state.is_file() and state.read_bytes().rstrip().endswith(b"}")]
+
+
+def last_checkpoint(folder: str | Path) -> str:
+    """The path of a run's last whole checkpoint; one logged line names a later one that is not whole.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    names = checkpoints(folder)
+    if not names:
+        raise ValueError(
+            f"`resume_from_checkpoint` finds no checkpoint in {folder}. Leave it out to train from the start."
+        )
+    last = os.path.join(folder, names[-1])
+    latest = get_last_checkpoint(str(folder))
+    if latest != last and is_main_process():
+        logger.warning("%s is not whole, as its saving was interrupted: going on from %s.", latest, last)
+    return last
+
+
+def what_is_trained(folder: str | Path) -> str:
+    """Say which checkpoint of a training that is stopped is saved, and how to go on."""
+    names = checkpoints(folder)
+    if not names:
+        return f"Interrupted before the first checkpoint was saved in {folder}. A lower `save_steps` saves sooner."
+    return (
+        f"Interrupted: {Path(folder, names[-1])} is saved, and `resume_from_checkpoint=True` (of a command: "
+        "`--resume_from_checkpoint`) goes on from there."
+    )

@@ -20,11 +20,12 @@ from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from prefopt_trl.data.formats import Prompt
+from prefopt_trl.data.processes import is_main_process
 from prefopt_trl.data.tokenization import check_vocabulary, decoder_start_token_id
-from prefopt_trl.sampling.prompts import tokenize_prompts
+from prefopt_trl.sampling.prompts import check_positions, tokenize_prompts
 from prefopt_trl.shared_prefix.attention import left_pad
 from prefopt_trl.shared_prefix.continuation import WholeRows, partition_reason, reason_not_to_share_prefix
-from prefopt_trl.shared_prefix.decoding import decode_shared_prefix
+from prefopt_trl.shared_prefix.decoding import CountTokens, decode_shared_prefix
 from prefopt_trl.shared_prefix.modes import evaluating
 from prefopt_trl.shared_prefix.support import log_reason
 
@@ -208,6 +209,7 @@ def sample_candidates(
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     # Not as an option of the config: `generate` would lose the tokenizer on the way to a decoding function of ours
     criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, stop_strings)] if stop_strings else [])
+    check_positions(model, prompt_ids, config.max_new_tokens)
     in_decoder = model.config.is_encoder_decoder
     if in_decoder:
         config.decoder_start_token_id = decoder_start_token_id(model)
@@ -222,10 +224,17 @@ def sample_candidates(
 
     # Prompts of like length go together; the order of results is that of `prompt_ids`
     by_length = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]), reverse=True)
-    results = [Candidates([], []) for _ in prompt_ids]
+    results, sampled = [Candidates([], []) for _ in prompt_ids], 0
     bar = tqdm(
-        total=len(prompt_ids) * num_completions, desc="Sampling completions", unit="completion", disable=not progress
+        total=len(prompt_ids) * num_completions * config.max_new_tokens,
+        desc="Sampling",
+        unit="token",
+        unit_scale=True,
+        leave=None,  # unless another bar counts prompts
+        disable=not progress or not is_main_process(),
     )
+    if not bar.disable:
+        criteria.append(CountTokens(bar.update))
     with bar, _sampling_mode(model):
         for start in range(0, len(by_length), prompts_at_once):
             rows = by_length[start : start + prompts_at_once]
@@ -260,7 +269,8 @@ def sample_candidates(
                     result.finished.append(finished)
                     if keep_logps:
                         result.sampled.append(Sampled(token_ids, None if logps is None else logps[index]))
-                bar.update(len(completions))
+                sampled += len(completions)
+                bar.update(sampled * config.max_new_tokens - bar.n)  # those that ended early
     return results
 
 

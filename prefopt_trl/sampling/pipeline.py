@@ -1,5 +1,6 @@
 """From prompts and a ranker to preference pairs: sample, rank, reject, pair, label (RSO sections 3 and 5)."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -7,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset, Value
 from tqdm.auto import tqdm
@@ -15,13 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt_trl.data.fingerprints import dataset_fingerprint, model_fingerprint, template_date, tokenizer_fingerprint
 from prefopt_trl.data.formats import Prompt, check_columns, check_prompts, normalize_pairs
 from prefopt_trl.data.jsonl import check_candidates, read_jsonl
-from prefopt_trl.data.processes import process_state
+from prefopt_trl.data.processes import interruptible, process_state
 from prefopt_trl.data.tokenization import check_vocabulary
 from prefopt_trl.data.weights import gathered, model_of
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.sampling.card import dataset_card
-from prefopt_trl.sampling.generation import check_sampling, eos_token_ids, generation_options
-from prefopt_trl.sampling.prompts import check_prompts_fit, check_unused_columns, tokenize_prompts
+from prefopt_trl.sampling.generation import check_sampling, eos_token_ids, generation_options, sizes_of_batch
+from prefopt_trl.sampling.prompts import check_positions, check_prompts_fit, check_unused_columns, tokenize_prompts
 from prefopt_trl.sampling.reference import pair_logps
 from prefopt_trl.sampling.selection import RANKING, STRATEGIES, check_selection
 from prefopt_trl.sampling.shards import Rows, Shards, sample_rows
@@ -31,8 +33,11 @@ from prefopt_trl.shared_prefix.continuation import partition_reason, reason_not_
 
 logger = logging.getLogger(__name__)
 
-SHARD_COMPLETIONS = 2048  # sampled for a shard, which is what may be lost: so many are generated at full speed
-GIVEN_PER_SHARD = 32  # prompts with candidates of their own
+# A shard is what may be lost
+SHARD_COMPLETIONS = 2048  # sampled for a shard at most: so many are generated at full speed
+SHARD_FLOPS = 5e12  # of a shard sampled on a CPU at most, which takes two cores about a minute
+GIVEN_COMPLETIONS = 128  # ranked for a shard, where they are given
+MOST_SHARDS = 10_000  # each is two files
 MANY_CONTRADICTED = 0.25  # share of pairs labelled against the given rewards that is worth a warning
 MANY_UNFINISHED = 0.1  # share of candidates cut short that is worth a warning
 REMINDER_SECONDS = 180.0  # between two lines on what the main process waits for
@@ -64,20 +69,21 @@ def build_preference_dataset(
 ) -> Dataset:
     """Build a dataset of preference pairs from prompts, a policy to sample from, and a ranker.
 
-    Each prompt gets `num_candidates` completions of `policy`; the ranker scores them; `num_samples` of them are kept by
-    `strategy`; `pairing` decides which of them meet, and the ranker says which of the two is preferred.
-    With `pairing="ranking"` those kept are ranked by reward instead, for [`PROTrainer`] and its relatives.
+    Each prompt gets `num_candidates` completions of `policy`; the ranker scores them; `num_samples` of them are kept
+    by `strategy`; `pairing` decides which of them meet, and the ranker says which of the two is preferred. With
+    `pairing="ranking"` those kept are ranked by reward instead, for [`PROTrainer`] and its relatives.
 
     Everything is saved in `output_dir`: the candidates with their rewards (`candidates/`, which another run with
     another `beta` or `strategy` may be given as its `prompts`), the pairs (`pairs/`), `manifest.json` with every
     setting, `statistics.json`, `statistics.png` and a dataset card (`README.md`). A finished `output_dir` made with
     the same settings is read, not made again.
 
-    Nothing is lost when it stops. Prompts are sampled and ranked in shards of about 2,000 completions, and each shard
-    is on the disk (`shards/`, until all is finished) before the next begins; the same call goes on from there, to the
-    same bytes. Each process of `accelerate launch` or `torchrun`, on any number of nodes that share `output_dir`,
-    takes its part of the shards and returns the whole dataset, which does not depend on how many there were. Each
-    needs a policy and a ranker of its own; weights that DeepSpeed ZeRO-3 has partitioned are gathered once.
+    Nothing is lost when it stops. Prompts are sampled and ranked in shards of as many as are sampled at a time, and
+    each shard is on the disk (`shards/`, until all is finished) before the next begins; the same call goes on from
+    there, to the same bytes. A `KeyboardInterrupt` says how many are saved, and so does a line where SIGTERM ends the
+    process. Each process of `accelerate launch` or `torchrun`, on any number of nodes that share `output_dir`, takes
+    its part of the shards and returns the whole dataset, which does not depend on how many there were. Each needs a
+    policy and a ranker of its own; weights that DeepSpeed ZeRO-3 has partitioned are gathered once.
 
     Args:
         prompts ([`~datasets.Dataset`], `list`, or path of a `.jsonl` file):
@@ -186,7 +192,8 @@ def build_preference_dataset(
 
     selection = {"strategy": strategy, "num_samples": num_samples, "beta": beta, "pairing": pairing}
     models: Any = (None if given and not keep_logps else policy, model_of(ranker))  # those that are run
-    with gathered(*models):
+    store, process = SampleStore(output_dir), process_state()
+    with gathered(*models), interruptible(lambda: f"Interrupted: {store.saved()}; the same call goes on from there."):
         if sharded := [model for model in models if model is not None and partition_reason(model)]:
             raise ValueError(
                 f"A {type(sharded[0]).__name__} cannot be sampled or asked: {partition_reason(sharded[0])}. Build the "
@@ -200,8 +207,6 @@ def build_preference_dataset(
             "ranker": ranker.settings(),
             **({"max_length": max_length} if keep_logps else {}),
         }
-        prompts_per_shard = GIVEN_PER_SHARD if given else max(1, SHARD_COMPLETIONS // num_candidates)
-        num_shards = -(-len(dataset) // prompts_per_shard)
         sample: Callable[[Rows, int], Rows] | None = None
         if policy is not None and tokenizer is not None and not given:
             check_vocabulary(tokenizer, policy)
@@ -229,13 +234,19 @@ def build_preference_dataset(
                 num_candidates,
                 keep_logps=keep_logps,
                 max_length=max_length,
-                progress=num_shards == 1,  # there is a bar of all shards
                 **sampling,
             )
-        store, process = SampleStore(output_dir), process_state()
         if not store.finished(settings):
-            if tokenizer is not None and not given:
-                check_prompts_fit(tokenize_prompts(tokenizer, list(dataset["prompt"])), max_length)
+            if policy is not None and tokenizer is not None and not given:
+                prompt_ids = tokenize_prompts(tokenizer, list(dataset["prompt"]))
+                check_prompts_fit(prompt_ids, max_length)
+                check_positions(policy, prompt_ids, max_new_tokens)
+                longest, shares = max(map(len, prompt_ids)), bool(settings["prompts_are_shared"])
+                sizes = batch_size, memory_budget, shares
+                at_once, _ = sizes_of_batch(policy, num_candidates, longest, max_new_tokens, *sizes)
+                at_once = min(at_once, _most_prompts(policy, num_candidates, max_new_tokens))
+            else:
+                at_once = GIVEN_COMPLETIONS * len(dataset) // max(1, sum(map(len, dataset["completions"])))
             score_pairs = None
             if keep_logps and policy is not None and tokenizer is not None:
                 score_pairs = partial(pair_logps, policy, tokenizer, max_length=max_length)
@@ -253,13 +264,14 @@ def build_preference_dataset(
                             "on another day. To fix it, replace `strftime_now(...)` in `tokenizer.chat_template`.",
                             settings["date_in_chat_template"],
                         )
-                    store.begin(settings, prompts_per_shard, num_shards)
+                    store.begin(settings, *_layout(len(dataset), at_once))
                     _make_shards(shards, process)
                     _assemble(shards, settings)
             return store.pairs()
     pairs = store.pairs()
     if process.is_main_process:
-        store.clear()  # where the run that finished it was stopped while it did so
+        with contextlib.suppress(OSError):  # a read-only disk
+            store.clear()  # where the run that finished it was stopped while it did so
         made = "rankings" if pairing == RANKING else "pairs"
         logger.warning("Reusing the %d %s in %s, made with the same settings.", len(pairs), made, output_dir)
     return pairs
@@ -277,6 +289,21 @@ def _as_dataset(prompts: Any) -> Dataset:
         check_prompts(prompts)
         return Dataset.from_dict({"prompt": list(prompts)})
     return prompts  # `check_columns` refuses what is no dataset
+
+
+def _most_prompts(policy: PreTrainedModel, num_candidates: int, max_new_tokens: int) -> int:
+    """Prompts of a shard that a device samples in a minute or two."""
+    if policy.device.type != "cpu":
+        return SHARD_COMPLETIONS // num_candidates
+    flops = 2 * sum(map(torch.numel, policy.parameters())) * num_candidates * max_new_tokens
+    return min(SHARD_COMPLETIONS // num_candidates, int(SHARD_FLOPS // flops))
+
+
+def _layout(num_prompts: int, at_once: int) -> tuple[int, int]:
+    """Prompts per shard, a multiple of those that are sampled at a time, and the number of shards."""
+    at_once = max(at_once, 1)
+    prompts_per_shard = at_once * -(-num_prompts // (at_once * MOST_SHARDS))
+    return prompts_per_shard, -(-num_prompts // prompts_per_shard)
 
 
 def _make_shards(shards: Shards, process: PartialState) -> None:

@@ -1,11 +1,12 @@
 """Prompts to sample from: their tokens, and the checks that are made before anything is sampled."""
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Prompt, check_prompts
 
@@ -36,6 +37,39 @@ def check_prompts_fit(prompt_ids: Sequence[Sequence[int]], max_length: int | Non
             f"The prompt of row {too_long[0]} has {len(prompt_ids[too_long[0]])} tokens and fills "
             f"`max_length`={max_length} ({len(too_long)} of {len(prompt_ids)} prompts do). Raise `max_length` or "
             "leave those rows out."
+        )
+
+
+def check_positions(model: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Refuse prompts whose completions may go beyond the positions that the model has a table of.
+
+    Such a table, as in GPT-2, is a hard limit. Rotary positions are not, and may go further.
+
+    Raises:
+        ValueError: naming the first row, and how many there are.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    tables = [
+        tensor.shape
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if re.search(r"(wpe|position\w*)(\.weight)?$", name)
+    ]
+    # OPT and BART have two rows more, which no token is at
+    if not any(len(shape) == 2 and shape[0] in (limit, limit + 2) for shape in tables):
+        return
+    # The last token that is drawn is not read
+    needed = [
+        max(len(ids), max_new_tokens) if model.config.is_encoder_decoder else len(ids) + max_new_tokens - 1
+        for ids in prompt_ids
+    ]
+    too_long = [row for row, num_positions in enumerate(needed) if num_positions > limit]
+    if too_long:
+        row = too_long[0]
+        raise ValueError(
+            f"The prompt of row {row} has {len(prompt_ids[row])} tokens, and with `max_new_tokens`={max_new_tokens} "
+            f"it needs {needed[row]} positions, of which the model has {limit} ({len(too_long)} of {len(prompt_ids)} "
+            "prompts do). Lower `max_new_tokens` or leave those rows out; the commands leave out those that exceed "
+            f"`max_length`, so give them `max_length`={limit}."
         )
 
 

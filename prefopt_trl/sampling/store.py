@@ -231,7 +231,17 @@ class SampleStore:
 
     def pairs(self) -> Dataset:
         """Pairs of a finished dataset."""
-        return load_from_disk(str(self.folder / "pairs"))
+        folder = self.folder / "pairs"
+        # `Dataset.map` writes its cache beside the file that it reads, unless what it reads is in memory
+        return load_from_disk(str(folder), keep_in_memory=not os.access(folder, os.W_OK))
+
+    def saved(self) -> str:
+        """Say what is saved."""
+        manifest = self._manifest()
+        if manifest is not None and manifest["finished"]:
+            return f"The finished dataset is saved in {self.folder}"
+        saved = f"{len(self.ranked_shards())} of {manifest['num_shards']} shards are" if manifest else "Nothing is"
+        return f"{saved} saved in {self.folder}"
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[Path]:
@@ -258,13 +268,10 @@ class SampleStore:
             raise
         except OSError as error:
             _remove(temporary)
-            manifest = self._manifest()
-            saved = f"{len(self.ranked_shards())} of {manifest['num_shards']} shards are" if manifest else "Nothing is"
             raise OSError(
                 error.errno,
-                f"Could not write {path}: {error.strerror or error}. {saved} saved in {self.folder}, which is as it "
-                "was before; once it can be written to (a full disk: once there is space), the same call goes on from "
-                "there",
+                f"Could not write {path}: {error.strerror or error}. {self.saved()}, which is as it was before; once "
+                "it can be written to (a full disk: once there is space), the same call goes on from there",
             ) from error
 
     def _manifest(self) -> dict[str, Any] | None:
@@ -305,8 +312,8 @@ def _sync(path: Path) -> None:
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    elif path.exists():  # on a read-only disk, to remove what is not there is an error too
+        path.unlink()
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

@@ -29,6 +29,18 @@ DEAD_SHARE = 0.125
 DRAWS = {GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH}
 READ = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
+
+class CountTokens(stopping.StoppingCriteria):
+    """Stops nothing: hands the number of rows that have one token more to `count`, such as the `update` of a bar."""
+
+    def __init__(self, count: Callable[[int], Any]) -> None:
+        self.count = count
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.count(len(input_ids))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 # They look at each row by itself and keep nothing between steps, so rows may leave. Others, a user's own among them,
 # see all rows to the end, as in `generate`.
 STATELESS: set[type] = {
@@ -55,6 +67,7 @@ STATELESS: set[type] = {
     stopping.MaxTimeCriteria,
     stopping.EosTokenCriteria,
     stopping.StopStringCriteria,
+    CountTokens,
 }
 
 

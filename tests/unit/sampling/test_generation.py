@@ -24,12 +24,16 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GenerationConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MambaConfig,
     MistralConfig,
+    OPTConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
@@ -855,11 +859,68 @@ def test_options_out_of_range_are_named(options: dict, message: str) -> None:
         )
 
 
-@pytest.mark.parametrize("progress", [True, False])
-def test_the_progress_bar_counts_completions(progress: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    options = {"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "progress": progress}
-    sample_candidates(random_model(), letter_tokenizer(), [[3], [4, 5]], 3, seed=0, batch_size=4, **options)
-    assert ("6/6" in capsys.readouterr().err) == progress
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_the_progress_bar_moves_with_each_token(share_prefix: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    class Bar(generation.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            seen.extend([] if self.disable else [self.n])
+
+    monkeypatch.setattr(generation, "tqdm", Bar)
+    options = {"max_new_tokens": 8, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "share_prefix": share_prefix}
+
+    def sample(**given):
+        prompt_ids = [[3], [4, 5]]
+        return sample_candidates(random_model(), letter_tokenizer(), prompt_ids, 30, seed=0, **options, **given)
+
+    watched = sample()
+    assert seen[:2] == [60, 120] and seen == sorted(seen) and seen[-1] == 480
+    assert len(seen) == 9  # the last one for those that have ended
+    assert any(all(row.finished) is False and any(row.finished) for row in watched)
+    assert sample(progress=False) == watched  # also where rows leave
+    monkeypatch.setenv("RANK", "1")
+    assert sample() == watched and len(seen) == 9
+
+
+TABLES = {
+    "gpt2": GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=16),
+    "neo": GPTNeoConfig(
+        hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]], max_position_embeddings=16
+    ),
+    "gptj": GPTJConfig(n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=16),
+    "opt": OPTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, word_embed_proj_dim=16,
+        max_position_embeddings=16,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*TABLES, "adapter"])
+def test_a_prompt_beyond_the_positions_of_the_model_is_refused_before_it_is_sampled(name: str) -> None:
+    tokenizer, config = letter_tokenizer(), TABLES.get(name, TABLES["gpt2"])
+    config.update({"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD})
+    model = AutoModelForCausalLM.from_config(config)
+    if name == "adapter":
+        model = get_peft_model(model, LoraConfig(target_modules=["c_attn"], r=2))
+    options = {"max_new_tokens": 7, "generation_kwargs": {"min_new_tokens": 7}}
+    fits = "a" * 10  # with 6 of the 7 tokens, as the last one is not read
+    assert len(sample_completions(model, tokenizer, [fits], 2, **options)[0]) == 2
+    with pytest.raises(
+        ValueError, match="row 1 has 11 tokens.*=7 it needs 17 positions, of which the model has 16 .1"
+    ):
+        sample_completions(model, tokenizer, [fits, fits + "a"], 2, **options)
+    # What the check spares the user
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((IndexError, RuntimeError)):
+        patch.setattr(generation, "check_positions", lambda *given: None)
+        sample_completions(model, tokenizer, [fits + "a"], 2, **options)
+
+
+def test_rotary_positions_are_no_limit() -> None:
+    model = random_model()
+    model.config.max_position_embeddings = 16
+    assert sample_completions(model, letter_tokenizer(), ["a" * 20], 2, max_new_tokens=3)
 
 
 def test_the_space_before_a_first_word_survives_the_decoder_of_llama(tiny_llama_dir):

@@ -98,7 +98,7 @@ def test_sft_keeps_any_candidates_alike_and_makes_no_pair_of_equal_texts() -> No
     rows = 3000
     selected = select(scored(*[REPEATS] * rows), num_samples=2, strategy="sft")
     counts = Counter(frozenset(text.strip() for text in pair) for pair in kept(selected.pairs).values())
-    # Of the 28 pairs of candidates, 6 are a 5 with a 5, 4 a 5 with each of the 4 others, and 6 one of each two of these
+    # Of the 28 pairs of candidates, 6 are two 5s, 16 a 5 with one of the 4 others, and 6 two of these others
     expected = [4 if "5" in pair else 1 for pair in counts] + [6]
     assert (len(counts), sum(expected)) == (10, 28)
     observed = [*counts.values(), selected.statistics.num_skipped]

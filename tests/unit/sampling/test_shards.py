@@ -61,7 +61,7 @@ def logps_of(completions: Sequence[str]) -> list[float | None]:
 @pytest.fixture(autouse=True)
 def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "SHARD_COMPLETIONS", 12)
-    monkeypatch.setattr(pipeline, "GIVEN_PER_SHARD", 2)
+    monkeypatch.setattr(pipeline, "GIVEN_COMPLETIONS", 12)
     monkeypatch.setattr(pipeline, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(store, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(shards, "sample_candidates", fake_candidates)
@@ -140,7 +140,7 @@ def test_each_shard_has_a_seed_of_its_own(build, tmp_path: Path) -> None:
 @pytest.mark.parametrize("pairing", ["tournament", "ranking"])
 def test_what_is_selected_does_not_depend_on_the_shards(pairing, build, tmp_path: Path, monkeypatch) -> None:
     build(tmp_path / "shards", given_candidates(), pairing=pairing)
-    monkeypatch.setattr(pipeline, "GIVEN_PER_SHARD", 100)
+    monkeypatch.setattr(pipeline, "GIVEN_COMPLETIONS", 600)
     build(tmp_path / "whole", given_candidates(), pairing=pairing)
     cut, whole = contents(tmp_path / "shards"), contents(tmp_path / "whole")
     layouts = [json.loads(files.pop("manifest.json")) for files in (cut, whole)]
