@@ -13,6 +13,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from trl import ModelConfig
 
 from prefopt_trl.data.loading import check_name, is_lost
+from prefopt_trl.data.processes import checkpoints
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -73,12 +74,6 @@ def check_arguments(own: Any, *others: Any) -> None:
     _check_checkpoint(training.resume_from_checkpoint, training.output_dir)
     if getattr(own, "ranker", None) is None and getattr(training, "bootstrap_parts", False):
         raise ValueError("`bootstrap_parts` needs a `ranker` to score the samples. Give one.")
-
-
-def checkpoints(folder: str | Path) -> list[str]:
-    """The names of a run's checkpoints, the oldest first."""
-    steps = [path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*")]
-    return [f"checkpoint-{step}" for step in sorted(filter(str.isdigit, steps), key=int)]
 
 
 def is_function(ranker: str) -> bool:

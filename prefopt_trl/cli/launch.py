@@ -1,6 +1,7 @@
 """Starting a command, by `accelerate launch` as TRL's commands do; what cannot work is refused before that."""
 
 import os
+import signal
 import subprocess
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -9,11 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]  # of accelerate
 import torch
 import yaml
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers import TrainingArguments
 
@@ -21,7 +24,7 @@ import prefopt_trl
 from prefopt_trl.cli.checks import check_arguments
 from prefopt_trl.cli.commands import COMMANDS
 from prefopt_trl.cli.parsing import fail, launch_options, parse
-from prefopt_trl.cli.run import main
+from prefopt_trl.cli.run import main, on_interrupt
 
 MODULE = "prefopt_trl.cli.run"  # what each process runs
 
@@ -52,9 +55,12 @@ def start(name: str, arguments: Sequence[str]) -> None:
     except (ValueError, FileNotFoundError) as error:
         fail(name, error)
     try:
-        launch_command(launch_arguments)
+        with on_interrupt(_left_to_the_processes):
+            launch_command(launch_arguments)
     except subprocess.CalledProcessError as error:
         raise SystemExit(_exit_code(error.returncode)) from None
+    except SignalException as error:  # torchrun's
+        raise SystemExit(128 + error.sigval) from None
     except ChildFailedError as error:
         raise SystemExit(_exit_code(error.get_first_failure()[1].exitcode)) from None
 
@@ -187,6 +193,18 @@ def _check_deepspeed(start: str, on_cpu: bool, told: bool, ddp_backend: str | No
         )
     if on_cpu and (os.environ.get("DS_ACCELERATOR") != "cpu" or ddp_backend != "gloo"):
         raise ValueError(f"{start}, and this torch finds no GPU for DeepSpeed. {on_the_cpu}")
+
+
+def _left_to_the_processes(number: int, frame: Any) -> None:
+    """Leave a signal to the processes that are started, which say what is saved, and wait for them.
+
+    The terminal sends Ctrl-C to them, too; SIGTERM is passed on.
+    """
+    children = psutil.Process().children()
+    if not children:
+        raise SystemExit(128 + number)
+    for child in children if number == signal.SIGTERM else []:
+        child.send_signal(number)
 
 
 def _exit_code(returncode: int) -> int:

@@ -9,9 +9,17 @@ from prefopt_trl import __version__
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; see `prefopt-trl --help`."""
+    try:
+        _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt as stopped:  # before a command has begun, or in the quickstart
+        print(f"prefopt-trl: {str(stopped) or 'Interrupted.'}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _run(arguments: Sequence[str]) -> None:
     from prefopt_trl.cli.commands import COMMANDS
 
-    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    name, *rest = arguments or [""]
     if name in COMMANDS:
         if {"--help", "-h"} & set(rest):
             from prefopt_trl.cli.help import command_help

@@ -2,23 +2,25 @@
 
 import ctypes
 import linecache
-import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import prefopt_trl
-from prefopt_trl.cli.checks import check_arguments, checkpoints
+from prefopt_trl.cli.checks import check_arguments
 from prefopt_trl.cli.commands import COMMANDS
 from prefopt_trl.cli.config_file import launched_with
 from prefopt_trl.cli.parsing import fail, parse
 from prefopt_trl.data.hub import PushError
+from prefopt_trl.data.processes import checkpoints, is_main_process, last_checkpoint, what_is_trained
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a scheduler sends
 SECONDS_FOR_OTHERS = 10  # in which the launcher ends a process whose main one has failed
 
 
@@ -26,16 +28,32 @@ def main(name: str, arguments: Sequence[str]) -> None:
     """Run a command in this process; options of `accelerate launch` among its arguments were the launcher's.
 
     What our own checks refuse ends with one line, on the main process, and exit code 2; a failed push with 1. With
-    `log_level=debug`, and for any other exception, there is a traceback.
+    `log_level=debug`, and for any other exception, there is a traceback. An interrupted command ends with one line
+    that says what is saved, and exit code 130 (Ctrl-C) or 143 (SIGTERM).
     """
     parsed, launching = parse(name, arguments)
     launched_with(launching)
+    received: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        received.append(number)
+        for each in INTERRUPTS:  # torchrun sends its processes once more what the terminal has sent them
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
     try:
-        run(name, *parsed)
+        with on_interrupt(interrupt):
+            run(name, *parsed)
+    except KeyboardInterrupt as stopped:
+        folder = next((part.output_dir for part in parsed if hasattr(part, "resume_from_checkpoint")), None)
+        what = str(stopped) or (what_is_trained(folder) if folder else "Interrupted before anything was saved.")
+        if is_main_process():
+            print(f"prefopt-trl {name}: {what}", file=sys.stderr)
+        raise SystemExit(128 + (received or [signal.SIGINT])[0]) from None
     except (ValueError, FileNotFoundError, PushError) as error:
         if any(getattr(part, "log_level", None) == "debug" for part in parsed) or not _is_ours(error):
             raise
-        if not _is_main_process():
+        if not is_main_process():
             time.sleep(SECONDS_FOR_OTHERS)  # it speaks only where the main process has nothing to say
         fail(name, error, code=1 if isinstance(error, PushError) else 2)
 
@@ -48,7 +66,9 @@ def run(name: str, *parsed: Any) -> None:
     """
     check_arguments(*parsed)
     for part in parsed:
-        if getattr(part, "resume_from_checkpoint", True) or not _is_main_process():
+        if getattr(part, "resume_from_checkpoint", None) is True:
+            part.resume_from_checkpoint = last_checkpoint(part.output_dir)
+        if getattr(part, "resume_from_checkpoint", True) or not is_main_process():
             continue
         if earlier := checkpoints(part.output_dir):
             print(
@@ -56,6 +76,18 @@ def run(name: str, *parsed: Any) -> None:
                 "over those of the same step. `--resume_from_checkpoint` goes on from the last one instead."
             )
     COMMANDS[name].run(*parsed)
+
+
+@contextmanager
+def on_interrupt(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """While entered, Ctrl-C and SIGTERM call the handler. What the handler sets itself stays."""
+    before = [signal.signal(number, handler) for number in INTERRUPTS]
+    try:
+        yield
+    finally:
+        for number, earlier in zip(INTERRUPTS, before, strict=True):
+            if signal.getsignal(number) is handler:
+                signal.signal(number, earlier)
 
 
 def end_with_parent() -> None:
@@ -72,10 +104,6 @@ def _is_ours(error: Exception) -> bool:
     file = where.f_code.co_filename
     in_package = Path(file).is_relative_to(Path(prefopt_trl.__file__).parent)
     return in_package and linecache.getline(file, line).lstrip().startswith("raise ")
-
-
-def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefopt_trl.data.fingerprints import dataset_fingerprint
+from prefopt_trl.data.processes import interruptible, last_checkpoint, what_is_trained
 from prefopt_trl.data.tokenization import check_vocabulary
 from prefopt_trl.trainers.rso_config import LOSS_NAMES
 
@@ -103,21 +105,21 @@ class Resumable:
     _name: str  # of the method
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As [`~transformers.Trainer`] does.
+        """As [`~transformers.Trainer`] does. Where a checkpoint was cut off as it was saved, True is the one before.
 
         Raises:
             ValueError: for a checkpoint that was trained with other settings, another adapter or other data, or longer
-                than this run, naming them.
+                than this run, naming them; if there is no whole one.
         """
         self._set_signature_columns_if_needed()  # type: ignore[attr-defined]  # TRL's
         self._training_data = data_fingerprint(self.train_dataset, set(self._signature_columns))  # type: ignore[attr-defined]
-        checkpoint: Any = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
+        output_dir = self.args.output_dir
+        checkpoint = last_checkpoint(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         if checkpoint:
             check_settings(checkpoint, self._settings())
             check_length(checkpoint, self.args)
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]  # transformers'
+        with interruptible(partial(what_is_trained, output_dir)):
+            return super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]  # transformers'
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.args.should_save:  # first, so that they are there when the checkpoint is pushed
