@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 import prefopt_trl
 from prefopt_trl.cli.checks import check_arguments
 from prefopt_trl.cli.commands import COMMANDS
@@ -48,7 +50,7 @@ def main(name: str, arguments: Sequence[str]) -> None:
         folder = next((part.output_dir for part in parsed if hasattr(part, "resume_from_checkpoint")), None)
         what = str(stopped) or (what_is_trained(folder) if folder else "Interrupted before anything was saved.")
         if is_main_process():
-            print(f"prefopt-trl {name}: {what}", file=sys.stderr)
+            tqdm.write(f"prefopt-trl {name}: {what}", file=sys.stderr)  # not behind a bar
         raise SystemExit(128 + (received or [signal.SIGINT])[0]) from None
     except (ValueError, FileNotFoundError, PushError) as error:
         if any(getattr(part, "log_level", None) == "debug" for part in parsed) or not _is_ours(error):

@@ -1,5 +1,6 @@
 """The processes of a run: how many there are, which one this is, and what is left of a run that is stopped."""
 
+import json
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from tqdm.auto import tqdm
 from transformers.trainer_utils import get_last_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ def interruptible(what_is_saved: Callable[[], str]) -> Iterator[None]:
 
     def end(number: int, frame: Any) -> None:
         if is_main_process():
-            print(f"\n{what_is_saved()}", file=sys.stderr, flush=True)
+            tqdm.write(what_is_saved(), file=sys.stderr)
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 
@@ -72,11 +74,18 @@ def interruptible(what_is_saved: Callable[[], str]) -> Iterator[None]:
 
 
 def checkpoints(folder: str | Path) -> list[str]:
-    """The names of a run's whole checkpoints, the oldest first. Their state is what is written last."""
+    """The names of a run's whole checkpoints, the oldest first."""
     steps = [path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*")]
     names = [f"checkpoint-{step}" for step in sorted(filter(str.isdigit, steps), key=int)]
-    states = [Path(folder, name, "trainer_state.json") for name in names]
-    return [state.parent.name for state in states if state.is_file() and state.read_bytes().rstrip().endswith(b"}")]
+    return [name for name in names if _is_json(Path(folder, name, "trainer_state.json"))]  # which is written last
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def last_checkpoint(folder: str | Path) -> str:

@@ -241,10 +241,8 @@ def build_preference_dataset(
                 prompt_ids = tokenize_prompts(tokenizer, list(dataset["prompt"]))
                 check_prompts_fit(prompt_ids, max_length)
                 check_positions(policy, prompt_ids, max_new_tokens)
-                longest, shares = max(map(len, prompt_ids)), bool(settings["prompts_are_shared"])
-                sizes = batch_size, memory_budget, shares
-                at_once, _ = sizes_of_batch(policy, num_candidates, longest, max_new_tokens, *sizes)
-                at_once = min(at_once, _most_prompts(policy, num_candidates, max_new_tokens))
+                sizes = max(map(len, prompt_ids)), max_new_tokens, batch_size, memory_budget
+                at_once = prompts_at_once(policy, num_candidates, *sizes, bool(settings["prompts_are_shared"]))
             else:
                 at_once = GIVEN_COMPLETIONS * len(dataset) // max(1, sum(map(len, dataset["completions"])))
             score_pairs = None
@@ -264,7 +262,7 @@ def build_preference_dataset(
                             "on another day. To fix it, replace `strftime_now(...)` in `tokenizer.chat_template`.",
                             settings["date_in_chat_template"],
                         )
-                    store.begin(settings, *_layout(len(dataset), at_once))
+                    store.begin(settings, *shard_layout(len(dataset), at_once))
                     _make_shards(shards, process)
                     _assemble(shards, settings)
             return store.pairs()
@@ -291,16 +289,22 @@ def _as_dataset(prompts: Any) -> Dataset:
     return prompts  # `check_columns` refuses what is no dataset
 
 
-def _most_prompts(policy: PreTrainedModel, num_candidates: int, max_new_tokens: int) -> int:
-    """Prompts of a shard that a device samples in a minute or two."""
-    if policy.device.type != "cpu":
-        return SHARD_COMPLETIONS // num_candidates
-    flops = 2 * sum(map(torch.numel, policy.parameters())) * num_candidates * max_new_tokens
-    return min(SHARD_COMPLETIONS // num_candidates, int(SHARD_FLOPS // flops))
+def prompts_at_once(policy: PreTrainedModel, num_candidates: int, longest: int, max_new_tokens: int, *how: Any) -> int:
+    """Prompts that are sampled at a time, at most [`SHARD_COMPLETIONS`], and on a CPU [`SHARD_FLOPS`].
+
+    Args:
+        policy, num_candidates, longest, max_new_tokens, how:
+            As in [`sizes_of_batch`].
+    """
+    most = SHARD_COMPLETIONS // num_candidates
+    if policy.device.type == "cpu":
+        flops = 2 * sum(map(torch.numel, policy.parameters())) * num_candidates * max_new_tokens
+        most = min(most, int(SHARD_FLOPS // flops))
+    return min(most, sizes_of_batch(policy, num_candidates, longest, max_new_tokens, *how)[0])
 
 
-def _layout(num_prompts: int, at_once: int) -> tuple[int, int]:
-    """Prompts per shard, a multiple of those that are sampled at a time, and the number of shards."""
+def shard_layout(num_prompts: int, at_once: int) -> tuple[int, int]:
+    """Prompts per shard, a multiple of those that are handled at a time, and the number of shards."""
     at_once = max(at_once, 1)
     prompts_per_shard = at_once * -(-num_prompts // (at_once * MOST_SHARDS))
     return prompts_per_shard, -(-num_prompts // prompts_per_shard)

@@ -1,5 +1,7 @@
 """What ends a command: a line for what we refuse, a traceback for what nobody expected."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,49 @@ def test_the_traceback_is_there_for_those_who_ask(failing):
 def test_what_nobody_expected_keeps_its_traceback(work, error, failing):
     with pytest.raises(error):
         failing(work)
+
+
+# Interrupted
+
+
+@pytest.fixture
+def handlers():
+    """As a process that ends has them, which this one does not."""
+    before = {number: signal.getsignal(number) for number in run.INTERRUPTS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("saved", [None, 20])
+def test_an_interrupted_command_says_what_is_saved_in_one_line(number, code, saved, handlers, failing, capsys):
+    def train():
+        if saved:
+            Path(f"out/checkpoint-{saved}").mkdir(parents=True)
+            Path(f"out/checkpoint-{saved}/trainer_state.json").write_text("{}")
+        os.kill(os.getpid(), number)
+
+    with pytest.raises(SystemExit) as stop:
+        failing(train)
+    assert stop.value.code == code
+    os.kill(os.getpid(), number)  # as torchrun does, after the terminal
+    last = "Interrupted before the first checkpoint was saved in out. A lower `save_steps` saves sooner."
+    if saved:
+        last = "Interrupted: out/checkpoint-20 is saved, and `resume_from_checkpoint=True` (of a command: "
+        last += "`--resume_from_checkpoint`) goes on from there."
+    assert capsys.readouterr().err == f"prefopt-trl rso: {last}\n"
+
+
+def test_what_is_interrupted_may_say_more_and_other_processes_say_nothing(handlers, failing, monkeypatch, capsys):
+    def sample():
+        raise KeyboardInterrupt("Interrupted: 3 of 4 shards are saved.")
+
+    for rank, said in {"0": "prefopt-trl rso: Interrupted: 3 of 4 shards are saved.\n", "1": ""}.items():
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit, match="130"):
+            failing(sample)
+        assert capsys.readouterr().err == said
 
 
 def test_a_bug_of_our_own_keeps_its_traceback(failing, monkeypatch):

@@ -1,5 +1,8 @@
-"""A process that knows of no other, where others were started, would do their work over theirs."""
+"""A process that knows of no other, where others were started, would do their work over theirs; and how a run ends."""
 
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -22,3 +25,36 @@ def test_a_process_that_knows_of_no_other_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match=r"2 processes were started, and this one knows of no other.*cpu=True"):
         processes.process_state()
+
+
+def test_ctrl_c_says_what_is_saved_once():
+    outer, inner = (processes.interruptible(lambda name=name: name) for name in ("the outer", "the inner"))
+    with pytest.raises(KeyboardInterrupt, match="^the inner$"), outer, inner:
+        raise KeyboardInterrupt
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "3 of 4 are saved\n"), ("1", "")])
+def test_sigterm_says_it_and_ends_the_process_as_before(rank, said):
+    code = f"""
+import os
+os.environ["RANK"] = "{rank}"
+from prefopt_trl.data.processes import interruptible
+with interruptible(lambda: "3 of 4 are saved"):
+    os.kill(os.getpid(), 15)
+"""
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert (
+        ended.returncode == -signal.SIGTERM and ended.stderr.endswith(said) and ("saved" in ended.stderr) == bool(said)
+    )
+
+
+def test_a_handler_of_the_callers_is_left_in_place():
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        with processes.interruptible(lambda: "unused"):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]

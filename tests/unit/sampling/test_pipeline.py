@@ -1,7 +1,9 @@
 import datetime
+import errno
 import json
 import logging
 import math
+import os
 import shutil
 import sys
 from collections import Counter
@@ -339,6 +341,80 @@ def test_a_finished_dataset_is_read_again(
     assert sampled == []
     assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
     assert caplog.messages == [f"Reusing the 6 pairs in {built}, made with the same settings."]
+
+
+@pytest.mark.parametrize("leftovers", [False, True])
+def test_a_finished_dataset_on_a_read_only_disk_is_only_read(
+    leftovers: bool, build, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(built, tmp_path / "pairs"))
+    if leftovers:
+        (folder / "shards").mkdir()
+        (folder / "README.md.partial").touch()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    def read_only(call: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(path: Any, *args: Any, **options: Any) -> Any:
+            writes = call is not os.open or args[0] & (os.O_WRONLY | os.O_RDWR)
+            if writes and str(path).startswith(str(folder)):
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+            return call(path, *args, **options)
+
+        return refuse
+
+    for name in ("mkdir", "unlink", "rmdir", "replace", "rename", "open"):
+        monkeypatch.setattr(os, name, read_only(getattr(os, name)))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    pairs = build(folder)
+    longer = pairs.map(lambda row: {"chosen": row["chosen"] + "!"})  # as a trainer tokenises them
+    assert longer["chosen"] == [text + "!" for text in pairs["chosen"]]
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("stopping", ["sampling", "ranking"])
+def test_ctrl_c_says_what_is_saved(stopping: str, build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "SHARD_COMPLETIONS", 8)
+    calls = iter(range(3))
+
+    def stop(*args: Any, **options: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return call(*args, **options)
+
+    name = {"sampling": "sample_candidates", "ranking": "select_and_pair"}[stopping]
+    call = getattr(shards, name)
+    monkeypatch.setattr(shards, name, stop)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        build(tmp_path / "pairs")
+    folder = tmp_path / "pairs"
+    assert str(stopped.value) == f"Interrupted: 2 of 3 shards are saved in {folder}; the same call goes on from there."
+
+
+@pytest.mark.parametrize(
+    ("num_candidates", "batch_size", "memory_budget", "flops", "expected"),
+    [
+        (8, None, 4.0, 1e18, 256),  # 2048 completions
+        (8, 24, 4.0, 1e18, 3),
+        (8, 3, 4.0, 1e18, 1),
+        (8, None, 4.0, 8 * 6 * 5.5, 5),  # of two floating-point operations per parameter and token
+        (4, None, 4.0, 8 * 6 * 5.5, 11),
+        (8, 24, 4.0, 8 * 6 * 5.5, 3),
+        (4096, None, 4.0, 1e18, 0),
+    ],
+)
+def test_a_shard_is_what_is_sampled_at_a_time(
+    num_candidates, batch_size, memory_budget, flops, expected, policy, monkeypatch
+) -> None:
+    monkeypatch.setattr(pipeline, "SHARD_FLOPS", flops * 2 * policy.num_parameters())
+    assert pipeline.prompts_at_once(policy, num_candidates, 20, 6, batch_size, memory_budget, True) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_prompts", "at_once", "expected"),
+    [(7, 2, (2, 4)), (7, 0, (1, 7)), (20_000, 2, (2, 10_000)), (20_001, 2, (4, 5001)), (160_000, 3, (18, 8889))],
+)
+def test_there_are_no_more_shards_than_a_folder_bears(num_prompts, at_once, expected) -> None:
+    assert pipeline.shard_layout(num_prompts, at_once) == expected
 
 
 @pytest.mark.parametrize(

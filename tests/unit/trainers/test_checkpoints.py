@@ -1,12 +1,13 @@
 """What a run starts from must belong together."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOTrainer
 
 from prefopt_trl import ListwiseDPOTrainer, PROConfig, PROTrainer, RRHFTrainer, RSOConfig, RSOTrainer, SLiCTrainer
@@ -237,6 +238,36 @@ def test_nothing_is_saved_over_by_a_run_that_ends_before_its_checkpoint(make, tm
     train(make, RSOTrainer, PAIRS, tmp_path, max_steps=2)
     with pytest.raises(ValueError, match="checkpoint-2 was trained for 2 steps already, .* at `max_steps`=1"):
         train(make, RSOTrainer, PAIRS, tmp_path, True, max_steps=1)
+
+
+@pytest.mark.parametrize("content", [None, "", '{"log_history": [{"step": 3}'])
+def test_a_checkpoint_that_was_cut_off_is_passed_over(content, make, tmp_path, caplog):
+    whole = train(make, RSOTrainer, PAIRS, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    state = tmp_path / "checkpoint-3" / "trainer_state.json"
+    state.unlink()
+    if content is not None:
+        state.write_text(content)
+    assert train(make, RSOTrainer, PAIRS, tmp_path, True) == whole
+    (said,) = [message for message in caplog.messages if "checkpoint-" in message]
+    assert said == (
+        f"{tmp_path}/checkpoint-3 is not whole, as its saving was interrupted: going on from {tmp_path}/checkpoint-2."
+    )
+    with pytest.raises(ValueError, match="finds no checkpoint in .*/new. Leave it out to train from the start"):
+        train(make, RSOTrainer, PAIRS, tmp_path / "new", True)
+
+
+def test_ctrl_c_while_training_names_the_checkpoint(make, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    for every, message in {4: "before the first checkpoint was saved in", 1: "checkpoint-2 is saved, and"}.items():
+        trainer = make(RSOTrainer, PAIRS, output_dir=tmp_path, **RUN | {"save_steps": every})
+        trainer.add_callback(Stop())
+        with pytest.raises(KeyboardInterrupt, match=message):
+            trainer.train()
 
 
 # Models
