@@ -24,7 +24,7 @@ import prefopt_trl
 from prefopt_trl.cli.checks import check_arguments
 from prefopt_trl.cli.commands import COMMANDS
 from prefopt_trl.cli.parsing import fail, launch_options, parse
-from prefopt_trl.cli.run import main, on_interrupt
+from prefopt_trl.cli.run import INTERRUPTS, main
 
 MODULE = "prefopt_trl.cli.run"  # what each process runs
 
@@ -54,9 +54,10 @@ def start(name: str, arguments: Sequence[str]) -> None:
         check_arguments(*parsed)
     except (ValueError, FileNotFoundError) as error:
         fail(name, error)
+    for number in INTERRUPTS:
+        signal.signal(number, _leave_to_children)
     try:
-        with on_interrupt(_left_to_the_processes):
-            launch_command(launch_arguments)
+        launch_command(launch_arguments)
     except subprocess.CalledProcessError as error:
         raise SystemExit(_exit_code(error.returncode)) from None
     except SignalException as error:  # torchrun's
@@ -195,11 +196,8 @@ def _check_deepspeed(start: str, on_cpu: bool, told: bool, ddp_backend: str | No
         raise ValueError(f"{start}, and this torch finds no GPU for DeepSpeed. {on_the_cpu}")
 
 
-def _left_to_the_processes(number: int, frame: Any) -> None:
-    """Leave a signal to the processes that are started, which say what is saved, and wait for them.
-
-    The terminal sends Ctrl-C to them, too; SIGTERM is passed on.
-    """
+def _leave_to_children(number: int, frame: Any) -> None:
+    """Wait for the processes, which say what is saved. The terminal sends them Ctrl-C, and SIGTERM is passed on."""
     children = psutil.Process().children()
     if not children:
         raise SystemExit(128 + number)

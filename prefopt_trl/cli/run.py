@@ -6,10 +6,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm.auto import tqdm
 
@@ -35,23 +34,16 @@ def main(name: str, arguments: Sequence[str]) -> None:
     """
     parsed, launching = parse(name, arguments)
     launched_with(launching)
-    received: list[int] = []
-
-    def interrupt(number: int, frame: Any) -> None:
-        received.append(number)
-        for each in INTERRUPTS:  # torchrun sends its processes once more what the terminal has sent them
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
+    for number in INTERRUPTS:
+        signal.signal(number, _interrupt)
     try:
-        with on_interrupt(interrupt):
-            run(name, *parsed)
-    except KeyboardInterrupt as stopped:
+        run(name, *parsed)
+    except KeyboardInterrupt as interrupt:
         folder = next((part.output_dir for part in parsed if hasattr(part, "resume_from_checkpoint")), None)
-        what = str(stopped) or (what_is_trained(folder) if folder else "Interrupted before anything was saved.")
+        what = str(interrupt) or (what_is_trained(folder) if folder else "Interrupted before anything was saved.")
         if is_main_process():
             tqdm.write(f"prefopt-trl {name}: {what}", file=sys.stderr)  # not behind a bar
-        raise SystemExit(128 + (received or [signal.SIGINT])[0]) from None
+        raise SystemExit(128 + getattr(interrupt, "signal", signal.SIGINT)) from None
     except (ValueError, FileNotFoundError, PushError) as error:
         if any(getattr(part, "log_level", None) == "debug" for part in parsed) or not _is_ours(error):
             raise
@@ -80,16 +72,12 @@ def run(name: str, *parsed: Any) -> None:
     COMMANDS[name].run(*parsed)
 
 
-@contextmanager
-def on_interrupt(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """While entered, Ctrl-C and SIGTERM call the handler. What the handler sets itself stays."""
-    before = [signal.signal(number, handler) for number in INTERRUPTS]
-    try:
-        yield
-    finally:
-        for number, earlier in zip(INTERRUPTS, before, strict=True):
-            if signal.getsignal(number) is handler:
-                signal.signal(number, earlier)
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    for each in INTERRUPTS:  # torchrun sends its processes once more what the terminal has sent them
+        signal.signal(each, signal.SIG_IGN)
+    interrupt: Any = KeyboardInterrupt()
+    interrupt.signal = number
+    raise interrupt
 
 
 def end_with_parent() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from tqdm.auto import tqdm
 from transformers.trainer_utils import get_last_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -43,25 +42,19 @@ def process_state() -> PartialState:
 
 @contextmanager
 def interruptible(what_is_saved: Callable[[], str]) -> Iterator[None]:
-    """While entered, Ctrl-C and SIGTERM say in one sentence what is saved and how to go on.
+    """While entered, the sentence `what_is_saved()` is the message of a `KeyboardInterrupt`, and SIGTERM prints it.
 
-    Of Ctrl-C it is the message of the `KeyboardInterrupt`. SIGTERM ends the process as before, once the sentence is
-    printed; a handler of the caller's is left in place.
-
-    Args:
-        what_is_saved (`Callable`):
-            Returns the sentence.
+    SIGTERM then ends the process as before. A handler of the caller's is left in place.
     """
 
     def end(number: int, frame: Any) -> None:
         if is_main_process():
-            tqdm.write(what_is_saved(), file=sys.stderr)
+            print(f"\n{what_is_saved()}", file=sys.stderr, flush=True)  # below a bar
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 
-    is_main_thread = threading.current_thread() is threading.main_thread()  # no other may set a handler
-    handles = is_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if handles:
+    handles = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if handles := handles and threading.current_thread() is threading.main_thread():  # no other may set a handler
         signal.signal(signal.SIGTERM, end)
     try:
         yield
@@ -94,13 +87,9 @@ def last_checkpoint(folder: str | Path) -> str:
     Raises:
         ValueError: if there is none.
     """
-    names = checkpoints(folder)
-    if not names:
-        raise ValueError(
-            f"`resume_from_checkpoint` finds no checkpoint in {folder}. Leave it out to train from the start."
-        )
-    last = os.path.join(folder, names[-1])
-    latest = get_last_checkpoint(str(folder))
+    if not (names := checkpoints(folder)):
+        raise ValueError(f"`resume_from_checkpoint` finds no checkpoint in {folder}. Leave it out to start anew.")
+    last, latest = os.path.join(folder, names[-1]), get_last_checkpoint(str(folder))
     if latest != last and is_main_process():
         logger.warning("%s is not whole, as its saving was interrupted: going on from %s.", latest, last)
     return last
@@ -108,8 +97,7 @@ def last_checkpoint(folder: str | Path) -> str:
 
 def what_is_trained(folder: str | Path) -> str:
     """Say which checkpoint of a training that is stopped is saved, and how to go on."""
-    names = checkpoints(folder)
-    if not names:
+    if not (names := checkpoints(folder)):
         return f"Interrupted before the first checkpoint was saved in {folder}. A lower `save_steps` saves sooner."
     return (
         f"Interrupted: {Path(folder, names[-1])} is saved, and `resume_from_checkpoint=True` (of a command: "

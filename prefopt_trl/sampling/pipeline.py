@@ -290,12 +290,7 @@ def _as_dataset(prompts: Any) -> Dataset:
 
 
 def prompts_at_once(policy: PreTrainedModel, num_candidates: int, longest: int, max_new_tokens: int, *how: Any) -> int:
-    """Prompts that are sampled at a time, at most [`SHARD_COMPLETIONS`], and on a CPU [`SHARD_FLOPS`].
-
-    Args:
-        policy, num_candidates, longest, max_new_tokens, how:
-            As in [`sizes_of_batch`].
-    """
+    """How many of [`sizes_of_batch`], which takes the arguments, are a shard."""
     most = SHARD_COMPLETIONS // num_candidates
     if policy.device.type == "cpu":
         flops = 2 * sum(map(torch.numel, policy.parameters())) * num_candidates * max_new_tokens

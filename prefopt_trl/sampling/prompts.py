@@ -41,34 +41,28 @@ def check_prompts_fit(prompt_ids: Sequence[Sequence[int]], max_length: int | Non
 
 
 def check_positions(model: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Refuse prompts whose completions may go beyond the positions that the model has a table of.
-
-    Such a table, as in GPT-2, is a hard limit. Rotary positions are not, and may go further.
+    """Refuse prompts whose completions may go beyond the positions that the model, as GPT-2, has a table of.
 
     Raises:
         ValueError: naming the first row, and how many there are.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-    tables = [
-        tensor.shape
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        if re.search(r"(wpe|position\w*)(\.weight)?$", name)
-    ]
-    # OPT and BART have two rows more, which no token is at
-    if not any(len(shape) == 2 and shape[0] in (limit, limit + 2) for shape in tables):
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    tables = [tensor for name, tensor in tensors if re.search(r"(wpe|position\w*)(\.weight)?$", name)]
+    sizes = {len(table) for table in tables if table.dim() == 2}
+    if not sizes & {limit, limit + 2}:  # OPT and BART have two more, which no token is at
         return
+    apart = model.config.is_encoder_decoder
+    lengths = list(map(len, prompt_ids))
     # The last token that is drawn is not read
-    needed = [
-        max(len(ids), max_new_tokens) if model.config.is_encoder_decoder else len(ids) + max_new_tokens - 1
-        for ids in prompt_ids
-    ]
+    needed = [max(length, max_new_tokens) if apart else length + max_new_tokens - 1 for length in lengths]
     too_long = [row for row, num_positions in enumerate(needed) if num_positions > limit]
     if too_long:
         row = too_long[0]
         raise ValueError(
-            f"The prompt of row {row} has {len(prompt_ids[row])} tokens, and with `max_new_tokens`={max_new_tokens} "
-            f"it needs {needed[row]} positions, of which the model has {limit} ({len(too_long)} of {len(prompt_ids)} "
-            "prompts do). Lower `max_new_tokens` or leave those rows out; the commands leave out those that exceed "
+            f"The prompt of row {row} has {lengths[row]} tokens, and with `max_new_tokens`={max_new_tokens} it needs "
+            f"{needed[row]} positions, of which the model has {limit} ({len(too_long)} of {len(lengths)} prompts do). "
+            "Lower `max_new_tokens` or leave those rows out; the commands leave out those that exceed "
             f"`max_length`, so give them `max_length`={limit}."
         )
 

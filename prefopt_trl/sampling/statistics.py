@@ -250,28 +250,14 @@ def plot_statistics(distributions: Distributions, path: str | Path) -> None:
     everything = np.concatenate(list(rewards.values()))
     low, high = np.quantile(everything, [0.001, 0.999])
     bins = np.linspace(low, high if high > low else low + 1, 41)
+    lines: dict[str, Any] = {"density": True, "histtype": "step", "linewidth": 1.8}
     for name, values in rewards.items():
-        left.hist(
-            values.clip(low, high),
-            bins=bins,
-            density=True,
-            histtype="step",
-            linewidth=1.8,
-            label=f"{name} ({len(values):,})",
-        )
+        left.hist(values.clip(low, high), bins=bins, label=f"{name} ({len(values):,})", **lines)
     left.set(xlabel="reward", ylabel="density", title="Rewards given by the ranker")
     left.legend(frameon=False)
     for name, values in distributions.label_probabilities.items():
-        right.hist(
-            values,
-            bins=np.linspace(0.5, 1, 26),
-            density=True,
-            histtype="step",
-            linewidth=1.8,
-            label=f"{name}: mean {values.mean():.2f}",
-        )
-    right.set(
-        xlabel="probability", ylabel="density", title="Probability the ranker gives to its own labels", xlim=(0.5, 1)
-    )
+        right.hist(values, bins=np.linspace(0.5, 1, 26), label=f"{name}: mean {values.mean():.2f}", **lines)
+    right.set(xlabel="probability", ylabel="density", title="Probability the ranker gives to its own labels")
+    right.set(xlim=(0.5, 1))
     right.legend(frameon=False, loc="upper center")
     figure.savefig(path, dpi=120, format="png")

@@ -1,6 +1,7 @@
 """A model, pairs and prompts small enough to run every command in this process."""
 
 import json
+import signal
 
 import pytest
 
@@ -12,6 +13,15 @@ from prefopt_trl.cli.run import run
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A command leaves its handlers in place, as its process ends with it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -89,18 +89,9 @@ def test_what_nobody_expected_keeps_its_traceback(work, error, failing):
 # Interrupted
 
 
-@pytest.fixture
-def handlers():
-    """As a process that ends has them, which this one does not."""
-    before = {number: signal.getsignal(number) for number in run.INTERRUPTS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("saved", [None, 20])
-def test_an_interrupted_command_says_what_is_saved_in_one_line(number, code, saved, handlers, failing, capsys):
+def test_an_interrupted_command_says_what_is_saved_in_one_line(number, code, saved, failing, capsys):
     def train():
         if saved:
             Path(f"out/checkpoint-{saved}").mkdir(parents=True)
@@ -118,7 +109,7 @@ def test_an_interrupted_command_says_what_is_saved_in_one_line(number, code, sav
     assert capsys.readouterr().err == f"prefopt-trl rso: {last}\n"
 
 
-def test_what_is_interrupted_may_say_more_and_other_processes_say_nothing(handlers, failing, monkeypatch, capsys):
+def test_what_is_interrupted_may_say_more_and_other_processes_say_nothing(failing, monkeypatch, capsys):
     def sample():
         raise KeyboardInterrupt("Interrupted: 3 of 4 shards are saved.")
 

@@ -253,7 +253,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(content, make, tmp_path, c
     assert said == (
         f"{tmp_path}/checkpoint-3 is not whole, as its saving was interrupted: going on from {tmp_path}/checkpoint-2."
     )
-    with pytest.raises(ValueError, match="finds no checkpoint in .*/new. Leave it out to train from the start"):
+    with pytest.raises(ValueError, match="finds no checkpoint in .*/new. Leave it out to start anew"):
         train(make, RSOTrainer, PAIRS, tmp_path / "new", True)
 
 
