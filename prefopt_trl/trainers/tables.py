@@ -12,24 +12,14 @@ from prefopt_trl.data.markdown import table
 
 TABLE_TRACKERS = ["tensorboard", "trackio", "wandb"]  # of `report_to`
 NUM_EXAMPLES = 8  # pairs or rankings of a table
-# What a dataset of sampled pairs has beside the texts
-REWARD_COLUMNS = ["chosen_reward", "rejected_reward", "label_probability"]
-
-Table = tuple[list[Any], list[list[Any]]]  # names of the columns, and rows
+PAIR_COLUMNS = ["prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "label_probability"]
 
 
 class LogPreferencesCallback(TrainerCallback):
-    """Logs a table of completions with their rewards to trackio, Weights & Biases and TensorBoard.
+    """Log a table of completions with their rewards to trackio, Weights & Biases and TensorBoard (`log_completions`).
 
-    Trainers add one where `log_completions` is set. The table is called "completions", as that of TRL's `GRPOTrainer`,
-    and is logged by the main process alone.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            Trainer that the callback is added to.
-        examples (`list[dict]`, *optional*):
-            Pairs or rankings, logged once, when training begins. By default those of the latest batch, [`batch`], are
-            logged whenever the loss is.
+    The main process logs `examples`, pairs or rankings, once when training begins; without them, those of the latest
+    `batch` whenever it logs the loss. The table is called "completions", as in TRL's `GRPOTrainer`.
     """
 
     def __init__(self, trainer: Trainer, examples: list[dict[str, Any]] | None = None) -> None:
@@ -37,25 +27,17 @@ class LogPreferencesCallback(TrainerCallback):
         self.batch: dict[str, torch.Tensor] | None = None  # set by the trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.examples is not None:
+        if self.examples is not None and state.is_world_process_zero:
             self._log(self.examples, args, state, control)
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        processing_class: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        if self.examples is None and self.batch is not None and "loss" in (logs or {}) and state.is_world_process_zero:
-            tokenizer = getattr(processing_class, "tokenizer", processing_class)
-            self._log(examples_of_batch(self.batch, tokenizer), args, state, control)
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        is_due = self.examples is None and "loss" in kwargs["logs"] and state.is_world_process_zero
+        if is_due and self.batch is not None:
+            processor = kwargs["processing_class"]
+            examples = examples_of_batch(self.batch, getattr(processor, "tokenizer", processor))
+            self._log(examples, args, state, control)
 
     def _log(self, examples: list[dict[str, Any]], args: Any, state: TrainerState, control: TrainerControl) -> None:
-        if not state.is_world_process_zero:
-            return
         columns, rows = table_of(examples)
         columns, rows = ["step", *columns], [[state.global_step, *row] for row in rows]
         step = {"train/global_step": state.global_step}  # the axis of transformers' own callbacks
@@ -82,17 +64,7 @@ def first_examples(dataset: Dataset | IterableDataset) -> list[dict[str, Any]] |
 
 
 def examples_of_batch(batch: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """The first pairs or rankings of a batch, as the text of the very tokens that are learnt from.
-
-    Args:
-        batch (`dict[str, torch.Tensor]`):
-            As TRL's `DataCollatorForPreference` or [`DataCollatorForRanking`] makes it.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer. Special tokens are part of the text, padding is not.
-
-    Returns:
-        `list[dict]`: with `prompt`, `chosen` and `rejected`, or `prompt`, `completions` and `rewards`.
-    """
+    """Decode the first pairs or rankings of a batch, with special tokens and without padding."""
 
     def texts(row: int) -> tuple[str, str]:
         ids, in_completion = batch["input_ids"][row], batch["completion_mask"][row].bool()
@@ -115,22 +87,11 @@ def examples_of_batch(batch: dict[str, torch.Tensor], tokenizer: PreTrainedToken
     return list(rankings.values())
 
 
-def table_of(examples: list[dict[str, Any]]) -> Table:
-    """A row for each pair, or for each completion of a ranking, best first.
+def table_of(examples: list[dict[str, Any]]) -> tuple[list[Any], list[list[Any]]]:
+    """Return the columns and the rows: one for each pair, or for each completion of a ranking, best first.
 
-    Args:
-        examples (`list[dict]`):
-            Pairs, with or without rewards, or rankings; of texts or of messages, which are written as one text.
-
-    Returns:
-        Names of the columns, and rows.
-
-    Example:
-
-    ```python
     >>> table_of([{"prompt": "2 + 2?", "completions": ["5", "4"], "rewards": [-1, 1]}])
     (['prompt', 'completion', 'reward', 'rank'], [['2 + 2?', '4', 1.0, 1], ['2 + 2?', '5', -1.0, 2]])
-    ```
     """
     if examples and "completions" in examples[0]:
         rows = []
@@ -141,35 +102,28 @@ def table_of(examples: list[dict[str, Any]]) -> Table:
                 for rank, (reward, completion) in enumerate(ranked, start=1)
             ]
         return ["prompt", "completion", "reward", "rank"], rows
-    texts = [column for column in ("prompt", "chosen", "rejected") if examples and column in examples[0]]
-    numbers = [column for column in REWARD_COLUMNS if examples and column in examples[0]]
-    rows = [[*(_text(row[name]) for name in texts), *(row[name] for name in numbers)] for row in examples]
-    return [*texts, *numbers], rows
+    columns = [column for column in PAIR_COLUMNS if examples and column in examples[0]]
+    return columns, [[_text(example[column]) for column in columns] for example in examples]
 
 
-def _text(value: Any) -> str:
-    """A text, or messages as one."""
-    if isinstance(value, str):
+def _text(value: Any) -> Any:
+    """Write messages as one text; leave anything else as it is."""
+    if not isinstance(value, list | tuple):
         return value
     return "\n".join(f"{message['role']}: {message.get('content', '')}" for message in value)
 
 
 def _cell(value: str | float) -> str:
-    """Markdown of a text, or of a number: a reward or a probability with four significant digits."""
     if isinstance(value, str):
         return escape_markdown(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def escape_markdown(text: str) -> str:
-    """Write a text so that neither Markdown nor HTML reads anything in it, on one line without the empty ones around.
+    """Escape Markdown and HTML, on one line without the empty ones around.
 
-    Example:
-
-    ```python
     >>> escape_markdown("<b> | *no*")
     '&#60;b&#62; &#124; &#42;no&#42;'
-    ```
     """
     lines = text.strip().splitlines()
     return "<br>".join(re.sub(r"[^\w\s]|_", lambda found: f"&#{ord(found[0])};", line) for line in lines)
