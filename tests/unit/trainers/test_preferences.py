@@ -23,7 +23,7 @@ PAIRS = {"prompt": ["Why?", "The dog"], "chosen": [" So.", " sleeps"], "rejected
 COMPLETIONS = {"prompt": ["Why?", "The dog"], "completions": [[" So.", " No", " Because"], [" sleeps", " is"]]}
 RANKINGS = {**COMPLETIONS, "rewards": [[0.5, 1.0, -2.0], [1.0, 3.0]]}
 PROMPTS = {"prompt": ["The capital of", "Tell me how", "The quick brown fox", "What is"]}
-SAMPLING = {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6, "generation_batch_size": 12}
+SAMPLING = {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6, "generation_batch_size": 24}
 ON_RANKINGS = [PROTrainer, RRHFTrainer, ListwiseDPOTrainer]
 
 
@@ -171,7 +171,7 @@ def candidates_by_hand(policy_dir, seed=42):
         6,
         max_new_tokens=6,
         seed=shard_seed(seed, 0),
-        batch_size=12,
+        batch_size=24,
     )
 
 

@@ -27,7 +27,7 @@ PAIRS = {
 }
 PROMPTS = {"prompt": ["The capital of", "Tell me how", "The quick brown fox jumps over", "What is", "Mix", "The lazy"]}
 # 6 candidates, 4 kept, so 2 pairs per prompt
-SAMPLING = {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6, "generation_batch_size": 12}
+SAMPLING = {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6, "generation_batch_size": 24}
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_prompts_are_sampled_from_the_reference_policy_ranked_and_trained_on(pro
         6,
         max_new_tokens=6,
         seed=shard_seed(3, 0),
-        batch_size=12,
+        batch_size=24,
     )
     assert candidates["completions"] == expected and candidates["prompt"] == PROMPTS["prompt"]
     kept = Dataset.load_from_disk(str(folder / "pairs"))
@@ -195,7 +195,7 @@ def test_which_model_is_sampled(how, prompts, policy_dir, tiny_llama_dir, tmp_pa
         6,
         max_new_tokens=6,
         seed=shard_seed(42, 0),
-        batch_size=12,
+        batch_size=24,
     )
     assert Dataset.load_from_disk(str(tmp_path / "sampled" / "train" / "candidates"))["completions"] == sampled
     trainer.train()
