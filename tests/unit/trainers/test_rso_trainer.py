@@ -27,7 +27,7 @@ PAIRS = {
 }
 PROMPTS = {"prompt": ["The capital of", "Tell me how", "The quick brown fox jumps over", "What is", "Mix", "The lazy"]}
 # 6 candidates, 4 kept, so 2 pairs per prompt
-SAMPLING = {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6, "generation_batch_size": 24}
+SAMPLING = {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6, "generation_batch_size": 36}
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_prompts_are_sampled_from_the_reference_policy_ranked_and_trained_on(pro
         6,
         max_new_tokens=6,
         seed=shard_seed(3, 0),
-        batch_size=24,
+        batch_size=36,
     )
     assert candidates["completions"] == expected and candidates["prompt"] == PROMPTS["prompt"]
     kept = Dataset.load_from_disk(str(folder / "pairs"))
@@ -195,7 +195,7 @@ def test_which_model_is_sampled(how, prompts, policy_dir, tiny_llama_dir, tmp_pa
         6,
         max_new_tokens=6,
         seed=shard_seed(42, 0),
-        batch_size=24,
+        batch_size=36,
     )
     assert Dataset.load_from_disk(str(tmp_path / "sampled" / "train" / "candidates"))["completions"] == sampled
     trainer.train()
@@ -242,17 +242,17 @@ def test_the_same_settings_reuse_the_samples_and_others_are_refused(
         )
 
     first = make()
-    assert len(generate_calls) == 3  # two prompts with six candidates at a time
+    assert len(generate_calls) == 1  # all six prompts with six candidates
     with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
         again = make(gamma=0.5, learning_rate=1e-4, loss_type="hinge-norm")  # not settings of the samples
-    assert len(generate_calls) == 3 and "Reusing the 12 pairs" in caplog.text
+    assert len(generate_calls) == 1 and "Reusing the 12 pairs" in caplog.text
     assert again.train_dataset["chosen_ids"] == first.train_dataset["chosen_ids"]
     assert again.train_dataset["rejected_ids"] == first.train_dataset["rejected_ids"]
     with pytest.raises(ValueError, match=r"other settings:\n  beta: 0.5 there, 1.5 now\n  num_candidates: 6 there, 5"):
         make(rejection_beta=1.5, num_candidates=5)
     with pytest.raises(ValueError, match=r"other settings:\n  ranker.function: 'brevity:"):
         make(ranker=lambda prompts, completions, **kwargs: [0.0] * len(completions))
-    assert len(generate_calls) == 3
+    assert len(generate_calls) == 1
 
 
 def test_conversations_are_sampled_as_conversations(policy_dir, tmp_path):
