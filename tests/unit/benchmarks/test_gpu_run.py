@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -98,9 +99,11 @@ def test_a_part_that_fails_stops_nothing(tmp_path, monkeypatch, capsys):
 
     works = {"ours": fake("ours", [], [2.0])}
     parts = {"a": (1, fails), "b": (1, lambda texts, deadline: run.compare(works, 1, deadline)), "c": (10**9, fails)}
+    parts["hangs"] = (0.5, lambda texts, deadline: time.sleep(30))
     monkeypatch.setattr(run, "PARTS", parts)
     written = run_main(monkeypatch, tmp_path, "--budget", "1e6")
-    assert written.keys() == {"a", "b"}
+    assert written.keys() == {"a", "b", "hangs"}
+    assert written["hangs"]["results"]["error"].startswith("TimeoutError")
     assert written["a"]["results"]["error"] == "ValueError: no such kernel"
     assert "test_gpu_run.py" in written["a"]["results"]["at"][-1] and str(ROOT) not in json.dumps(written)
     assert written["b"]["results"]["ours"]["tokens_per_second"] == 2.0
