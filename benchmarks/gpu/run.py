@@ -277,11 +277,10 @@ def training(
 def train_rso(texts: Texts, deadline: float, size: str) -> dict[str, Any]:
     scale = texts.scale
     rankings = texts.rankings(scale.pairs * (1 + scale.steps), 2, scale.prompt, scale.completion)
-    side = partial(training, texts, size=size, rankings=rankings, batch=scale.pairs)
-    dpo = partial(side, DPOTrainer, beta=0.05)  # RSO's default
-    sides = {"ours": partial(side, RSOTrainer), "trl_sdpa": dpo}
+    side = partial(training, texts, size=size, rankings=rankings, batch=scale.pairs, beta=0.05)
+    sides = {"ours": partial(side, RSOTrainer), "trl_sdpa": partial(side, DPOTrainer)}
     if is_flash_attn_2_available():
-        sides["trl_flash_attention_2"] = partial(dpo, attention="flash_attention_2")
+        sides["trl_flash_attention_2"] = partial(side, DPOTrainer, attention="flash_attention_2")
     return compare(sides, scale.rounds, deadline)
 
 
@@ -296,8 +295,9 @@ def train_pro(texts: Texts, deadline: float, n: int) -> dict[str, Any]:
 def plan_memory(texts: Texts, deadline: float, job: Job) -> dict[str, Any]:
     prompt, completion = (job.prompt_length,) * 2, (job.completion_length,) * 2
     rankings = texts.rankings(2 * job.prompts, job.completions, prompt, completion)
-    trainer_class = RSOTrainer if job == RSO else PROTrainer
-    return compare({"ours": partial(training, texts, trainer_class, "7b", rankings, job.prompts)}, 1, deadline)
+    side = partial(training, texts, size="7b", rankings=rankings, batch=job.prompts)
+    ours = partial(side, RSOTrainer, beta=0.05) if job == RSO else partial(side, PROTrainer)
+    return compare({"ours": ours}, 1, deadline)
 
 
 def sample(

@@ -42,10 +42,9 @@ def test_every_part_writes_finite_numbers_and_equal_values(part, tmp_path, monke
     assert all(map(math.isfinite, numbers(written)))
     assert (written["settings"]["seed"], written["environment"]["device"]) == (0, "cpu")
     if part.startswith(("train", "rank")):
-        assert results[other]["largest_difference"] < 1e-5
-        assert (
-            len(set(results["ours"]["first_values"])) > 1
-        )  # not all ln 2, the loss of a policy that is its reference
+        values = results["ours"]["first_values"]
+        assert results[other]["largest_difference"] < 1e-5 * max(1, *map(abs, values))  # PRO's losses are some 50 nats
+        assert len(set(values)) > 1  # not all ln 2, the loss of a policy that is its reference
 
 
 @pytest.mark.parametrize(("n", "batch"), [(2, 2), (4, 1)])
