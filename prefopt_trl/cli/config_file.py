@@ -53,7 +53,8 @@ def write_config(output_dir: str | Path, text: str) -> Path:
     """Write [`config_text`] into the folder of a run, which is made where there is none."""
     file = Path(output_dir, NAME)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    if not (file.is_file() and file.read_text(encoding="utf-8") == text):  # it may be on a read-only disk
+        file.write_text(text, encoding="utf-8")
     return file
 
 

@@ -26,7 +26,6 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPTJConfig,
-    GPTNeoConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -886,15 +885,11 @@ def test_the_progress_bar_moves_with_each_token(share_prefix: bool, monkeypatch:
 
 TABLES = {
     "gpt2": GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=16),
-    "neo": GPTNeoConfig(
-        hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]], max_position_embeddings=16
-    ),
     "gptj": GPTJConfig(n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=16),
     "opt": OPTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, word_embed_proj_dim=16,
-        max_position_embeddings=16,
+        hidden_size=16, num_hidden_layers=1, ffn_dim=16, word_embed_proj_dim=16, max_position_embeddings=16
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", [*TABLES, "adapter"])
