@@ -887,7 +887,7 @@ TABLES = {
     "gpt2": GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=16),
     "gptj": GPTJConfig(n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=16),
     "opt": OPTConfig(
-        hidden_size=16, num_hidden_layers=1, ffn_dim=16, word_embed_proj_dim=16, max_position_embeddings=16
+        hidden_size=12, num_hidden_layers=1, ffn_dim=16, word_embed_proj_dim=12, max_position_embeddings=16
     ),
 }
 
