@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from prefopt_trl.data.quiet import quiet_libraries
+
 if TYPE_CHECKING:  # `as` makes a name public for type checkers
     from prefopt_trl import losses as losses
     from prefopt_trl.data.collators import DataCollatorForRanking as DataCollatorForRanking
@@ -68,6 +70,7 @@ def __getattr__(name: str) -> Any:
     if name == "losses":
         return import_module("prefopt_trl.losses")
     if name in _HOME:
+        quiet_libraries()  # before they are imported
         return getattr(import_module(f"prefopt_trl.{_HOME[name]}"), name)
     raise AttributeError(f"module 'prefopt_trl' has no attribute {name!r}")
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from shared import (
     ScriptArguments,
-    first_that_fit,
+    draw_comparisons,
     load_comparisons,
     make_adapter,
     make_policy,
@@ -49,7 +49,7 @@ def main(script: ScriptArguments, args: HHGRPOConfig) -> None:
     comparisons = load_comparisons(script)
     policy = make_policy(script, args, comparisons)
     ranker = PairwiseRanker(make_ranker(script, args, comparisons))
-    pairs = first_that_fit(comparisons, policy, script, args)
+    pairs = draw_comparisons(comparisons, policy, script, args)
     # A baseline of the dataset is the same for all the completions of a prompt, wherever they are sampled
     rewards = ranker.as_reward_func(baseline_column="chosen")
     train_and_save(GRPOTrainer(policy, reward_funcs=rewards, args=args, train_dataset=pairs, peft_config=adapter))

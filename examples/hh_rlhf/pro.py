@@ -1,7 +1,9 @@
-r"""PRO on HH-RLHF: rankings of both completions of a comparison and two samples of the SFT policy (PRO section 4.1).
+r"""PRO on HH-RLHF: rankings of both completions of a comparison and two of another model (PRO section 4.1).
 
-The paper adds completions of other models (Alpaca, ChatGPT) and lets a reward model rank them all; here the SFT policy
-writes them and a pairwise ranker ranks. From the Hub, with LLaMA-7B as the base model and the paper's hyperparameters:
+As in the paper, PRO starts from the base model, which no SFT comes before, and takes all four subsets (section 4.3).
+Unlike it, the other model is an SFT policy of the same base where the paper has Alpaca or ChatGPT, a pairwise ranker
+scores the completions where it has a reward model, and 10,000 comparisons are drawn of about 160,000: `--num_prompts`
+takes more. From the Hub, with LLaMA-7B and the paper's hyperparameters:
 
     python examples/hh_rlhf/pro.py --output_dir outputs/pro-7b --max_length 512 --max_new_tokens 128 \
         --num_train_epochs 2 --learning_rate 5e-6 --per_device_train_batch_size 2 --gradient_accumulation_steps 56
@@ -19,7 +21,8 @@ from typing import Any
 import torch
 from shared import (
     ScriptArguments,
-    first_that_fit,
+    base_folder,
+    draw_comparisons,
     load_comparisons,
     make_adapter,
     make_policy,
@@ -43,7 +46,7 @@ def main(script: PROScriptArguments, args: PROConfig) -> None:
     policy = make_policy(script, args, comparisons)
     ranker = PairwiseRanker(make_ranker(script, args, comparisons))
 
-    pairs = first_that_fit(comparisons, policy, script, args)
+    pairs = draw_comparisons(comparisons, policy, script, args)
     model: Any = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
     sampled = sample_completions(
         model.to(args.device),
@@ -57,7 +60,8 @@ def main(script: PROScriptArguments, args: PROConfig) -> None:
     completions = [[row["chosen"], row["rejected"], *texts] for row, texts in zip(pairs, sampled, strict=True)]
     rankings = pairs.select_columns(["prompt"]).add_column("completions", completions)
     # Without a column `rewards`, the ranker scores the completions first
-    train_and_save(PROTrainer(policy, args=args, train_dataset=rankings, ranker=ranker, peft_config=adapter))
+    base = base_folder(script, args, comparisons)
+    train_and_save(PROTrainer(base, args=args, train_dataset=rankings, ranker=ranker, peft_config=adapter))
 
 
 if __name__ == "__main__":

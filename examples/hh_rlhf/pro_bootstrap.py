@@ -1,10 +1,12 @@
 r"""PRO with self-bootstrapping on HH-RLHF: the policy's own samples join the rankings as it trains (PRO Algorithm 1).
 
-From the Hub, with LLaMA-7B as the base model and the paper's hyperparameters:
+As in the paper, PRO starts from the base model, which no SFT comes before, and takes all four subsets (section 4.3).
+The number of parts is ours, as the paper gives none; a pairwise ranker scores the completions, and 10,000 comparisons
+are drawn of about 160,000: `--num_prompts` takes more. From the Hub, with LLaMA-7B and the paper's hyperparameters:
 
     python examples/hh_rlhf/pro_bootstrap.py --output_dir outputs/pro-bootstrap-7b --bootstrap_parts 10 \
-        --max_length 512 --max_new_tokens 128 --learning_rate 5e-6 --per_device_train_batch_size 2 \
-        --gradient_accumulation_steps 56
+        --max_length 512 --max_new_tokens 128 --num_train_epochs 2 --learning_rate 5e-6 \
+        --per_device_train_batch_size 2 --gradient_accumulation_steps 56
 
 Offline, with a local file and a model of 5M parameters made from scratch:
 
@@ -19,10 +21,10 @@ Samples are saved in `<output_dir>/bootstrap`. To go on after an interruption, r
 
 from shared import (
     ScriptArguments,
-    first_that_fit,
+    base_folder,
+    draw_comparisons,
     load_comparisons,
     make_adapter,
-    make_policy,
     make_ranker,
     train_and_save,
 )
@@ -35,10 +37,10 @@ def main(script: ScriptArguments, args: PROConfig) -> None:
     args.bootstrap_parts = args.bootstrap_parts or 10
     adapter = make_adapter(script)
     comparisons = load_comparisons(script)
-    policy = make_policy(script, args, comparisons)
+    base = base_folder(script, args, comparisons)
     ranker = PairwiseRanker(make_ranker(script, args, comparisons))
-    pairs = first_that_fit(comparisons, policy, script, args)
-    train_and_save(PROTrainer(policy, args=args, train_dataset=pairs, ranker=ranker, peft_config=adapter))
+    pairs = draw_comparisons(comparisons, base, script, args)
+    train_and_save(PROTrainer(base, args=args, train_dataset=pairs, ranker=ranker, peft_config=adapter))
 
 
 if __name__ == "__main__":

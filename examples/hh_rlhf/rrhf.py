@@ -15,7 +15,7 @@ Offline, with a local file and a model of 5M parameters made from scratch:
 
 from shared import (
     ScriptArguments,
-    first_that_fit,
+    draw_comparisons,
     load_comparisons,
     make_adapter,
     make_policy,
@@ -32,7 +32,7 @@ def main(script: ScriptArguments, args: RRHFConfig) -> None:
     comparisons = load_comparisons(script)
     policy = make_policy(script, args, comparisons)
     ranker = PairwiseRanker(make_ranker(script, args, comparisons))
-    prompts = first_that_fit(comparisons, policy, script, args).select_columns(["prompt"])
+    prompts = draw_comparisons(comparisons, policy, script, args).select_columns(["prompt"])
     train_and_save(RRHFTrainer(policy, args=args, train_dataset=prompts, ranker=ranker, peft_config=adapter))
 
 

@@ -1,9 +1,10 @@
 r"""RSO on HH-RLHF: an SFT policy, a pairwise ranker, then pairs sampled and rejected before training (RSO section 5).
 
-From the Hub, with LLaMA-7B as the base model and the paper's optimiser, batch size and learning rate:
+From the Hub, with LLaMA-7B as the base model and the paper's task, optimiser, batch size and learning rate, on 10,000
+prompts drawn at random:
 
-    python examples/hh_rlhf/rso.py --output_dir outputs/rso-7b --optim adafactor --learning_rate 1e-5 \
-        --per_device_train_batch_size 8 --gradient_accumulation_steps 16
+    python examples/hh_rlhf/rso.py --subset helpful --output_dir outputs/rso-7b --optim adafactor \
+        --learning_rate 1e-5 --per_device_train_batch_size 8 --gradient_accumulation_steps 16
 
 Offline, with a local file and a model of 5M parameters made from scratch, in minutes on two cores:
 
@@ -18,7 +19,7 @@ For several processes, run this once in one with `--max_steps 1`, which makes th
 
 from shared import (
     ScriptArguments,
-    first_that_fit,
+    draw_comparisons,
     load_comparisons,
     make_adapter,
     make_policy,
@@ -35,7 +36,7 @@ def main(script: ScriptArguments, args: RSOConfig) -> None:
     comparisons = load_comparisons(script)
     policy = make_policy(script, args, comparisons)
     ranker = PairwiseRanker(make_ranker(script, args, comparisons))
-    prompts = first_that_fit(comparisons, policy, script, args).select_columns(["prompt"])
+    prompts = draw_comparisons(comparisons, policy, script, args).select_columns(["prompt"])
     train_and_save(RSOTrainer(policy, args=args, train_dataset=prompts, ranker=ranker, peft_config=adapter))
 
 

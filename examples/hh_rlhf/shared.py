@@ -21,7 +21,8 @@ class ScriptArguments:
         default="Anthropic/hh-rlhf", metadata={"help": "HH-RLHF: its id on the Hub, or a local folder or file."}
     )
     subset: str | None = field(
-        default=None, metadata={"help": "One of HH-RLHF's four subsets, such as harmless-base; all by default."}
+        default=None,
+        metadata={"help": "Subset of HH-RLHF, such as helpful-base, or helpful for all three such; all by default."},
     )
     split: str = field(default="train", metadata={"help": "Split of the data."})
     base_model: str = field(
@@ -30,9 +31,11 @@ class ScriptArguments:
     from_scratch: bool = field(
         default=False, metadata={"help": "Make a model of 5M parameters instead of loading `base_model`."}
     )
-    policy: str | None = field(default=None, metadata={"help": "SFT policy to start from, instead of training one."})
+    policy: str | None = field(default=None, metadata={"help": "SFT policy, instead of training one."})
     ranker: str | None = field(default=None, metadata={"help": "Pairwise ranker, instead of training one."})
-    num_prompts: int = field(default=10_000, metadata={"help": "Prompts to train on, or to sample completions for."})
+    num_prompts: int = field(
+        default=10_000, metadata={"help": "Comparisons to draw, for their prompts or as rankings."}
+    )
     lora: bool = field(default=False, metadata={"help": "Train a LoRA adapter of the policy instead of its weights."})
     sft_epochs: float = field(default=1.0, metadata={"help": "Epochs of the SFT policy and of the ranker."})
     sft_learning_rate: float | None = field(
@@ -85,6 +88,16 @@ def load_comparisons(script: ScriptArguments) -> Dataset:
     return load_hh_rlhf(script.data, script.subset, script.split)
 
 
+def base_folder(script: ScriptArguments, args: Any, comparisons: Dataset) -> str:
+    """Folder or id of the base model itself, which PRO starts from (PRO section 4.3)."""
+    if not script.from_scratch:
+        return script.base_model
+    folder = os.path.join(str(args.output_dir), "base")
+    for part in make_base(script, comparisons):
+        part.save_pretrained(folder)
+    return folder
+
+
 def make_policy(script: ScriptArguments, args: Any, comparisons: Dataset) -> str:
     """Folder of the SFT policy: the base model fine-tuned on chosen completions."""
     chosen = comparisons.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
@@ -97,15 +110,20 @@ def make_ranker(script: ScriptArguments, args: Any, comparisons: Dataset) -> str
     return script.ranker or fine_tune("ranker", answers, 2 * args.max_length, script, args, comparisons)
 
 
-def first_that_fit(comparisons: Dataset, policy: str, script: ScriptArguments, args: Any) -> Dataset:
-    """The first `num_prompts` comparisons whose prompts leave room for a completion of `max_new_tokens`."""
+def draw_comparisons(comparisons: Dataset, policy: str, script: ScriptArguments, args: Any) -> Dataset:
+    """Draw `num_prompts` of the comparisons whose prompts leave room for a completion of `max_new_tokens`.
+
+    They are drawn from all of them with the seed of the training, because the subsets come one after the other.
+    """
     tokenizer = AutoTokenizer.from_pretrained(policy)
     fit = comparisons.filter(
         lambda row: len(tokenizer(row["prompt"])["input_ids"]) + args.max_new_tokens <= args.max_length
     )
-    fit = fit.select(range(min(script.num_prompts, len(fit))))
-    print(f"{len(comparisons):,} comparisons; {len(fit):,} that fit are used.")
-    return fit
+    drawn = fit.shuffle(seed=args.seed).select(range(min(script.num_prompts, len(fit))))
+    print(
+        f"{len(comparisons):,} comparisons; {len(drawn):,} of the {len(fit):,} that fit, drawn with seed {args.seed}."
+    )
+    return drawn
 
 
 def make_adapter(script: ScriptArguments) -> LoraConfig | None:

@@ -1,9 +1,9 @@
 r"""SLiC on HH-RLHF, without a reference model: on the comparisons, or on samples of the SFT policy (RSO eq. 1).
 
-From the Hub, with LLaMA-7B as the base model:
+From the Hub, with LLaMA-7B as the base model, on the task of RSO section 5:
 
-    python examples/hh_rlhf/slic.py --output_dir outputs/slic-7b --sample --delta 20 --optim adafactor \
-        --learning_rate 1e-5 --per_device_train_batch_size 8 --gradient_accumulation_steps 16
+    python examples/hh_rlhf/slic.py --subset helpful --output_dir outputs/slic-7b --sample --delta 20 \
+        --optim adafactor --learning_rate 1e-5 --per_device_train_batch_size 8 --gradient_accumulation_steps 16
 
 Offline, with a local file and a model of 5M parameters made from scratch:
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from shared import (
     ScriptArguments,
-    first_that_fit,
+    draw_comparisons,
     load_comparisons,
     make_adapter,
     make_policy,
@@ -43,7 +43,7 @@ def main(script: SLiCScriptArguments, args: SLiCConfig) -> None:
     adapter = make_adapter(script)
     comparisons = load_comparisons(script)
     policy = make_policy(script, args, comparisons)
-    pairs = first_that_fit(comparisons, policy, script, args)
+    pairs = draw_comparisons(comparisons, policy, script, args)
     if not script.sample:
         train_and_save(SLiCTrainer(policy, args=args, train_dataset=pairs, peft_config=adapter))
         return

@@ -1,4 +1,3 @@
-import logging
+from prefopt_trl.data.quiet import quiet_libraries
 
-# It complains when it is imported that a CPU kernel is not installed, which nothing here uses
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+quiet_libraries()  # before a command imports them

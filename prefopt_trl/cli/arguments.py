@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefopt_trl.sampling.generation import check_sampling
-from prefopt_trl.sampling.selection import PAIRINGS, RANKING, STRATEGIES, check_selection
+from prefopt_trl.sampling.selection import check_selection
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
 OF_TRAINERS = PreferenceConfig.__dataclass_fields__  # what is the same there has the same help
@@ -29,7 +29,11 @@ class DataArguments:
         },
     )
     num_rows: int | None = field(
-        default=None, metadata={"help": "Use the first so many rows only. By default all are used."}
+        default=None,
+        metadata={
+            "help": "Use so many rows only, drawn at random from all of the split: always the same ones (seed 0). By "
+            "default all are used."
+        },
     )
 
 
@@ -138,10 +142,6 @@ class SampleConfig(DataArguments, RankerArguments):
     def __post_init__(self) -> None:
         if self.ranker is None:
             raise ValueError("`ranker` is missing, and sampled completions need one to be labelled. Give one.")
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"`strategy` must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}.")
-        if self.pairing not in (*PAIRINGS, RANKING):
-            raise ValueError(f"`pairing` must be one of {', '.join(PAIRINGS)} and {RANKING}, got {self.pairing!r}.")
         if not self.rejection_beta >= 0:
             raise ValueError(f"`rejection_beta` must be at least 0, got {self.rejection_beta}. The paper uses 0.5.")
         check_selection(self.pairing, self.num_samples, self.rejection_beta, self.num_candidates)

@@ -19,11 +19,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def check_arguments(own: Any, *others: Any) -> None:
-    """Refuse arguments of a command that cannot work together, or on this machine.
-
-    Args:
-        own, others:
-            Instances of the command's dataclasses, with the model's last.
+    """Refuse arguments of a command, its dataclasses, that cannot work together, or on this machine.
 
     Raises:
         ValueError: naming the argument and the remedy.
@@ -63,7 +59,7 @@ def check_arguments(own: Any, *others: Any) -> None:
     installed = get_available_reporting_integrations()
     for tracker in training.report_to:
         if tracker not in INTEGRATION_TO_CALLBACK:
-            nearest = get_close_matches(tracker, INTEGRATION_TO_CALLBACK, n=1)
+            nearest = get_close_matches(str(tracker), [*INTEGRATION_TO_CALLBACK, "none"], n=1, cutoff=0.5)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"`report_to={tracker}` is no tracker that transformers knows.{hint}")
         if tracker not in installed:

@@ -26,17 +26,7 @@ def launched_with(options: Sequence[str]) -> None:
 
 
 def save_config(output_dir: str | Path, *parsed: Any) -> Path:
-    """Write the fields of dataclasses as a file for `--config`.
-
-    Args:
-        output_dir (`str` or `Path`):
-            Folder of the run. It is made where there is none.
-        parsed:
-            Instances of the command's dataclasses.
-
-    Returns:
-        `Path` of the file.
-    """
+    """Write the fields of dataclasses as a file for `--config`, and return its path."""
     return write_config(output_dir, config_text(*parsed))
 
 

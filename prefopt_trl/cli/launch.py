@@ -30,13 +30,7 @@ MODULE = "prefopt_trl.cli.run"  # what each process runs
 
 
 def start(name: str, arguments: Sequence[str]) -> None:
-    """Run a command: in processes of its own where it is launched.
-
-    Args:
-        name (`str`):
-            Command.
-        arguments (`Sequence[str]`):
-            What comes after it on the command line.
+    """Run a command, in processes that `accelerate launch` starts if it is one to be launched.
 
     Raises:
         SystemExit: with exit code 2 for arguments that cannot work, or with that of a process that failed.
@@ -69,17 +63,7 @@ def start(name: str, arguments: Sequence[str]) -> None:
 def launching(
     options: Sequence[str], arguments: Sequence[str], use_cpu: bool = False, ddp_backend: str | None = None
 ) -> Namespace:
-    """The arguments of `accelerate launch`.
-
-    Args:
-        options (`Sequence[str]`):
-            Its options as they were given, and `--accelerate_config`.
-        arguments (`Sequence[str]`):
-            Those of each process, the command first.
-        use_cpu (`bool`, *optional*, defaults to `False`):
-            Whether the command is told to leave accelerators alone.
-        ddp_backend (`str`, *optional*):
-            Backend of the processes' communication, where the command was given one.
+    """The arguments of `accelerate launch`, of its options (and `--accelerate_config`) and those of each process.
 
     Raises:
         ValueError: if it could not start them, or would start something else than what is asked for.

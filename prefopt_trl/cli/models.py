@@ -19,6 +19,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prefopt_trl.cli.arguments import RankerArguments
 from prefopt_trl.cli.checks import is_function, look_beside_the_data, not_importable, other_base
+from prefopt_trl.data.tokenization import check_vocabulary
 from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.rankers.function import FunctionRanker
 from prefopt_trl.rankers.models import is_reward_model
@@ -72,17 +73,7 @@ def model_to_run(path: str, model: ModelConfig, device: Any, trust_remote_code: 
 
 
 def load_adapter(path: str, model: ModelConfig, init: dict[str, Any], is_trainable: bool) -> PeftModel:
-    """Load the base model that an adapter names, and the adapter on top.
-
-    Args:
-        path (`str`):
-            Folder or Hub id of the adapter.
-        model ([`~trl.ModelConfig`]):
-            How the base is quantised, and the adapter's revision.
-        init (`dict`):
-            Arguments of `from_pretrained` for the base, whose revision is the adapter's to say.
-        is_trainable (`bool`):
-            Whether its weights are to be trained.
+    """Load the base model that an adapter names, quantized as `model` says, and the adapter on top.
 
     Raises:
         ValueError: if it names no base, or does not fit it.
@@ -111,12 +102,9 @@ def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> 
     Raises:
         ValueError: if it has token ids for which the model has no embedding, or a folder has none.
     """
-    source = path
-    if find_adapter_config_file(path, revision=revision) is not None:
-        adapter = PeftConfig.from_pretrained(path, revision=revision)
-        source, model_path = (path if _has_tokenizer(path) else str(adapter.base_model_name_or_path)), None
-    else:
-        model_path = path
+    source, is_adapter = path, find_adapter_config_file(path, revision=revision) is not None
+    if is_adapter and not _has_tokenizer(path):
+        source = str(PeftConfig.from_pretrained(path, revision=revision).base_model_name_or_path)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source == path:
         options["revision"] = revision
@@ -131,13 +119,8 @@ def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> 
             f"{path} has no tokenizer that can be loaded ({_in_short(error)}). Save the model's there, with "
             "`save_pretrained`."
         ) from error
-    if model_path is not None:
-        config = AutoConfig.from_pretrained(path, **options).get_text_config()
-        if len(tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"The tokenizer of {path} has {len(tokenizer)} tokens, and its model embeds {config.vocab_size}. Was "
-                "a tokenizer of another model saved there? Else call `model.resize_token_embeddings` and save it."
-            )
+    if not is_adapter:
+        check_vocabulary(tokenizer, AutoConfig.from_pretrained(path, **options))
     return tokenizer
 
 

@@ -1,14 +1,16 @@
 """Arguments of a command, from the command line and from `--config`, into its dataclasses; nothing unknown passes."""
 
+import json
 import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from difflib import get_close_matches
+from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from accelerate.commands.launch import launch_command_parser
@@ -16,24 +18,17 @@ from trl import TrlParser
 
 from prefopt_trl.cli.commands import COMMANDS
 
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+WORDS |= {dict: "a mapping", NoneType: "null"}
 WITH_PATH = ("--config", "--accelerate_config")  # what TRL takes as two words, and users write as one with "=", too
 
 
 def parse(name: str, arguments: Sequence[str]) -> tuple[list[Any], list[str]]:
-    """Parse the arguments of a command as TRL's commands do.
-
-    Args:
-        name (`str`):
-            Command.
-        arguments (`Sequence[str]`):
-            What comes after it on the command line.
+    """Parse the arguments of a command as TRL's commands do; exit with code 2 and one line if they are wrong.
 
     Returns:
         An instance of each of the command's dataclasses, and the options of `accelerate launch` (those of the file
         first, so that the command line wins).
-
-    Raises:
-        SystemExit: with exit code 2, after one line that says what is wrong.
     """
     with _failing(name):
         parser, words, _, launching = _read(name, arguments)
@@ -64,8 +59,6 @@ def _failing(name: str) -> Iterator[None]:
         yield
     except (ValueError, ImportError) as error:  # an engine without its package is the second
         fail(name, error)
-    except TypeError as error:  # the values of a file meet the configurations' checks as they are
-        fail(name, f"a value in the file of --config is of the wrong type: {error}")
 
 
 def _read(name: str, arguments: Sequence[str]) -> tuple[TrlParser, list[str], Namespace, list[str]]:
@@ -78,7 +71,8 @@ def _read(name: str, arguments: Sequence[str]) -> tuple[TrlParser, list[str], Na
         usage=f"prefopt-trl {name} [--config FILE.yaml] [--OPTION VALUE ...], or --help for all options",
         allow_abbrev=False,
     )
-    types = {field.name: field.type for dataclass in dataclasses for field in fields(dataclass)}
+    types = {name: hint for dataclass in dataclasses for name, hint in get_type_hints(dataclass).items()}
+    types["resume_from_checkpoint"] = str | bool | None
     for action in parser._actions:  # what TRL's parser wants a value for, and users write as a flag
         if action.dest == "resume_from_checkpoint":
             action.nargs, action.const, action.type = "?", True, _checkpoint
@@ -86,6 +80,9 @@ def _read(name: str, arguments: Sequence[str]) -> tuple[TrlParser, list[str], Na
             action.nargs, action.const = "?", True
     words = [part for word in arguments for part in _split(word)]
     config, own_words = _read_config(words)
+    choices = {action.dest: action.choices for action in parser._actions if action.choices}
+    for name, value in config.items():
+        _check_value(name, value, types.get(name, Any), choices.get(name))
     others = [option.removeprefix("--") for option in parser.set_defaults_with_config(**config)[::2]]
     given, unknown = parser.parse_known_args(own_words)
     launching = [*_as_options({key: config[key] for key in others}), *unknown]
@@ -107,6 +104,8 @@ def _read_config(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     if "--config" not in words:
         return {}, words
     place = words.index("--config")
+    if words.count("--config") > 1:
+        raise ValueError("--config is given twice. Give one file; arguments on the command line win over it.")
     path = Path(words[place + 1]) if place + 1 < len(words) else None
     if path is None or not path.is_file():
         raise ValueError(f"--config needs a YAML file, and {path or 'nothing'} is none. Check the path.")
@@ -120,6 +119,35 @@ def _read_config(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     if isinstance(env, dict):  # TRL's parser refuses anything else
         os.environ.update({key: str(value) for key, value in env.items()})
     return config, words[:place] + words[place + 2 :]
+
+
+def _check_value(name: str, value: Any, hint: Any, choices: Any) -> None:
+    """Refuse a value of a file that does not fit the type of its field. Text fits, as argparse converts it."""
+    given = value if isinstance(value, list) else [value]
+    if (isinstance(value, str) or _fits(value, hint)) and (not choices or value is None or set(given) <= set(choices)):
+        return
+    words = [WORDS.get(_kind(part), str(part)) for part in _alternatives(hint)]
+    expected = f"one of {', '.join(choices)}" if choices else " or ".join(words)
+    if "text" in words and not isinstance(value, str):
+        expected += ". Put text that YAML reads as something else, such as no, in quotes"
+    found = json.dumps(value, default=str)
+    raise ValueError(f"`{name}` in the file of --config is {found}, and must be {expected}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    for part in _alternatives(hint):
+        kind = _kind(part)
+        if kind not in WORDS or type(value) is kind or (kind is float and type(value) is int):
+            return not isinstance(value, list) or all(_fits(item, *get_args(part)) for item in value)
+    return False
+
+
+def _alternatives(hint: Any) -> Any:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
+
+
+def _kind(hint: Any) -> Any:
+    return str if isinstance(hint, type) and issubclass(hint, Enum) else get_origin(hint) or hint
 
 
 def _as_options(config: dict[str, Any]) -> list[str]:

@@ -1,17 +1,21 @@
 """`prefopt-trl ranker`: a pairwise ranker, trained by TRL's SFTTrainer to answer which completion was chosen."""
 
+import json
 from pathlib import Path
+from typing import Any, cast
 
-from accelerate import PartialState
+import numpy as np
+from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
 from prefopt_trl.cli.arguments import RankerData
 from prefopt_trl.cli.config_file import config_text
 from prefopt_trl.cli.models import model_to_train
 from prefopt_trl.cli.sft import SupervisedTrainer
-from prefopt_trl.cli.train import load_splits, train_and_save
+from prefopt_trl.cli.train import load_splits, rows_that_fit, train_and_save
+from prefopt_trl.data.weights import gathered
+from prefopt_trl.evaluation.policy import Estimate
 from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
 from prefopt_trl.rankers.publishing import ranker_card
 
@@ -23,6 +27,7 @@ class RankerTrainer(SupervisedTrainer):
     """Writes the card of a ranker."""
 
     template: str
+    accuracy = "not measured"  # on held-out comparisons
 
     def create_model_card(  # type: ignore[override]  # TRL's
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -38,6 +43,7 @@ class RankerTrainer(SupervisedTrainer):
             ),
             "steps": self.state.global_step,
             "template": self.template,
+            "accuracy": self.accuracy,
         }
         arguments = {"template": repr(self.template)}
         card = ranker_card(PairwiseRanker, model, self.source, arguments, settings, self.dataset_name)
@@ -45,36 +51,47 @@ class RankerTrainer(SupervisedTrainer):
 
 
 def run(own: RankerData, args: SFTConfig, model: ModelConfig) -> None:
-    """Train a ranker on preference pairs."""
+    """Train a ranker on preference pairs, and measure it on those of the evaluation split."""
     config = config_text(own, args, model)  # as given: what follows changes `args`
     trained = model_to_train(model, args)
-    splits = load_splits(own, args)
-    for name, pairs in splits.items():
-        if pairs is not None:
-            answers = pairwise_ranker_dataset(pairs, own.ranker_template, args.seed)
-            splits[name] = comparisons_that_fit(answers, trained["processing_class"], args.max_length)
+    splits, pairs = load_splits(own, args), {}
+    for name, rows in splits.items():
+        if rows is not None:
+            answers = pairwise_ranker_dataset(rows, own.ranker_template, args.seed)
+            fitting = list(range(len(answers)))
+            if args.max_length is not None:  # a row that is cut has no answer left to learn
+                texts = [row["prompt"] + row["completion"] for row in answers]
+                lengths = [len(ids) + 1 for ids in trained["processing_class"](texts)["input_ids"]]  # and EOS
+                fitting = rows_that_fit(lengths, args.max_length, "comparisons", "they exceed")
+            splits[name], pairs[name] = answers.select(fitting), rows.select(fitting)
     trainer = RankerTrainer(own.dataset_name, args=args, **splits, **trained)
     trainer.template = own.ranker_template
-    train_and_save(trainer, own, config)
+    train_and_save(trainer, own, config, once_saved=lambda: measure(trainer, **pairs))
     trainer.create_model_card()
 
 
-def comparisons_that_fit(answers: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Dataset:
-    """The rows that are not cut, as a cut row has no answer left to learn; how many are is printed.
-
-    Raises:
-        ValueError: if every row would be cut.
-    """
-    if max_length is None:
-        return answers
-    texts = [prompt + answer for prompt, answer in zip(answers["prompt"], answers["completion"], strict=True)]
-    lengths = map(len, tokenizer(texts)["input_ids"])
-    fitting = [row for row, length in enumerate(lengths) if length < max_length]  # EOS comes after the answer
-    if not fitting:
-        raise ValueError(f"Every comparison exceeds `max_length`={max_length} tokens. Raise it.")
-    if len(fitting) < len(answers):
-        PartialState().print(
-            f"{len(answers) - len(fitting):,} of {len(answers):,} comparisons are left out: they exceed `max_length`="
-            f"{max_length} tokens."
+def measure(trainer: RankerTrainer, train_dataset: Dataset, eval_dataset: Dataset | None = None) -> None:
+    """Print the accuracy on the comparisons whose prompts are not trained on, and keep it for the card."""
+    trained_on = set(map(json.dumps, train_dataset["prompt"]))
+    prompts = [] if eval_dataset is None else map(json.dumps, eval_dataset["prompt"])
+    held_out = [row for row, prompt in enumerate(prompts) if prompt not in trained_on]
+    if eval_dataset is None or len(held_out) < 2:
+        trainer.accelerator.print(
+            "The ranker's accuracy was not measured: there are no comparisons of prompts that are not trained on. To "
+            "hold out 5% of the prompts, pass `--eval_strategy epoch --dataset_train_split 'train[:95%]' "
+            "--dataset_test_split 'train[95%:]'`."
         )
-    return answers.select(fitting)
+        return
+    state, tokenizer = trainer.accelerator, cast(Any, trainer.processing_class)
+    model: Any = state.unwrap_model(trainer.model)
+    own_part = eval_dataset.select(held_out[state.process_index :: state.num_processes])
+    with gathered(model):
+        ranker = PairwiseRanker(
+            model, tokenizer, template=trainer.template, batch_size=trainer.args.per_device_eval_batch_size
+        )
+        probabilities = ranker.compare(own_part["prompt"][:], own_part["chosen"][:], own_part["rejected"][:])
+    correct = [0.5 * (1 + np.sign(probability - 0.5)) for probability in probabilities]  # a tie counts half
+    accuracy = Estimate.of(np.array(gather_object(correct)))
+    trainer.accuracy = f"{100 * accuracy.mean:.1f}% ± {100 * accuracy.standard_error:.1f}%"
+    trainer.accuracy += f" of {len(held_out):,} held-out comparisons, both orders averaged"
+    state.print(f"The ranker is right on {trainer.accuracy}.")

@@ -44,7 +44,7 @@ def main(name: str, arguments: Sequence[str]) -> None:
         if is_main_process():
             tqdm.write(f"prefopt-trl {name}: {what}", file=sys.stderr)  # not behind a bar
         raise SystemExit(128 + getattr(interrupt, "signal", signal.SIGINT)) from None
-    except (ValueError, FileNotFoundError, PushError) as error:
+    except (ValueError, TypeError, FileNotFoundError, PushError) as error:
         if any(getattr(part, "log_level", None) == "debug" for part in parsed) or not _is_ours(error):
             raise
         if not is_main_process():

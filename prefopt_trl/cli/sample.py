@@ -9,7 +9,7 @@ from trl import ModelConfig
 from prefopt_trl.cli.arguments import SampleConfig
 from prefopt_trl.cli.config_file import save_config
 from prefopt_trl.cli.models import load_ranker, load_tokenizer, model_to_run, named
-from prefopt_trl.cli.train import prompts_that_fit
+from prefopt_trl.cli.train import keep_given, prompts_that_fit, require_columns
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.data.processes import process_state
 from prefopt_trl.sampling.card import push_preference_dataset
@@ -24,9 +24,11 @@ def run(own: SampleConfig, model: ModelConfig) -> None:
     with named("model_name_or_path", path):
         tokenizer = load_tokenizer(path, model.model_revision, own.trust_remote_code)
     ranker = load_ranker(own)
+    require_columns(rows, own.dataset_name, {"prompt"})
+    rows = keep_given(rows)
     given = "completions" in rows.column_names
     if not given:
-        rows = prompts_that_fit(rows.select_columns(["prompt"]), tokenizer, own.max_length, own.max_new_tokens)
+        rows = prompts_that_fit(rows, tokenizer, own.max_length, own.max_new_tokens)
     policy = None  # candidates that are given need it for their log-probabilities only
     if own.keep_logps or not given:
         policy = model_to_run(path, model, state.device, own.trust_remote_code)

@@ -9,7 +9,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 from prefopt_trl.cli.arguments import TrainingData
 from prefopt_trl.cli.config_file import config_text
 from prefopt_trl.cli.models import model_to_train
-from prefopt_trl.cli.train import load_splits, train_and_save
+from prefopt_trl.cli.train import load_splits, require_columns, train_and_save
 from prefopt_trl.data.markdown import name as as_code
 from prefopt_trl.data.markdown import public_name
 from prefopt_trl.trainers.publishing import Published, check_repository
@@ -58,7 +58,11 @@ def run(own: TrainingData, args: SFTConfig, model: ModelConfig) -> None:
     config = config_text(own, args, model)  # as given: what follows changes `args`
     splits = load_splits(own, args)
     for name, rows in splits.items():
-        if rows is not None and {"prompt", "chosen"} <= set(rows.column_names):
+        if rows is None:
+            continue
+        alone = ({column} for column in ("messages", "conversations", "input_ids", args.dataset_text_field))
+        require_columns(rows, own.dataset_name, {"prompt", "completion"}, {"prompt", "chosen"}, *alone)
+        if {"prompt", "chosen"} <= set(rows.column_names):
             splits[name] = rows.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
     trainer = SupervisedTrainer(own.dataset_name, args=args, **splits, **model_to_train(model, args))
     train_and_save(trainer, own, config)

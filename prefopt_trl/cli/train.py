@@ -1,11 +1,12 @@
 """`prefopt-trl {rso,slic,pro,listwise-dpo,rrhf}`: the five trainers, each known by its configuration."""
 
+from collections.abc import Callable
 from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import ModelConfig
+from trl import ModelConfig, extract_prompt
 
 from prefopt_trl.cli.arguments import PreferenceArguments, TrainingData
 from prefopt_trl.cli.config_file import config_text, write_config
@@ -25,20 +26,30 @@ TRAINERS: dict[type[PreferenceConfig], type[PreferenceTrainer]] = {
     trainer.config_class: trainer for trainer in (RSOTrainer, SLiCTrainer, PROTrainer, ListwiseDPOTrainer, RRHFTrainer)
 }
 COMPLETIONS = {"chosen", "rejected", "completions", "rewards"}
+GIVEN = {"chosen": "given_chosen", "rejected": "given_rejected"}  # names that sampled completions do not take
 
 
-def run(own: PreferenceArguments, args: PreferenceConfig, model: ModelConfig) -> None:
+def run(own: PreferenceArguments, args: Any, model: ModelConfig) -> None:
     """Train, and save the result in `args.output_dir`."""
     config = config_text(own, args, model)  # as given: what follows changes `args`
     trained = model_to_train(model, args)
     splits = load_splits(own, args)
     trainer_class = TRAINERS[type(args)]
+    target: Any = getattr(args, "target_column", None)  # SLiC's
+    given_target = GIVEN.get(target, target)
     for name, rows in splits.items():
-        if rows is not None and own.only_prompts:
-            rows = rows.remove_columns([column for column in rows.column_names if column in COMPLETIONS])
-        if rows is not None and not COMPLETIONS & set(rows.column_names):
+        if rows is None:
+            continue
+        require_columns(rows, own.dataset_name, {"prompt"}, {"chosen", "rejected"})
+        if own.only_prompts:
+            rows = keep_given(rows)
+            dropped = {*COMPLETIONS, *GIVEN.values()} - {given_target}
+            rows = rows.remove_columns([column for column in rows.column_names if column in dropped])
+        if target not in rows.column_names and given_target in rows.column_names:
+            args.target_column = given_target
+        if not COMPLETIONS & set(rows.column_names):
             rows = prompts_that_fit(rows, trained["processing_class"], args.max_length, args.max_new_tokens)
-        elif rows is not None and own.ranker is not None and trainer_class.learns_from == "rankings":
+        elif own.ranker is not None and trainer_class.learns_from == "rankings":
             rows = completions_that_fit(rows, trained["processing_class"], args.max_length)
         splits[name] = rows
     train_and_save(trainer_class(args=args, ranker=load_ranker(own), **splits, **trained), own, config)
@@ -53,60 +64,73 @@ def load_splits(own: TrainingData, args: Any) -> dict[str, Any]:
     return {"train_dataset": trained, "eval_dataset": evaluated}
 
 
+def require_columns(rows: Dataset, dataset_name: str, *alternatives: set[str]) -> None:
+    """Require one of some sets of columns.
+
+    Raises:
+        ValueError: naming the columns that are there and those that are needed.
+    """
+    if not any(columns <= set(rows.column_names) for columns in alternatives):
+        needed = ", or ".join(" and ".join(f"`{column}`" for column in sorted(columns)) for columns in alternatives)
+        raise ValueError(
+            f"{dataset_name} has the columns {', '.join(rows.column_names)}, and needs {needed}. Rename yours, as "
+            f"with `dataset.rename_column({rows.column_names[0]!r}, {min(alternatives[0])!r}).to_json('new.jsonl')`."
+        )
+
+
+def keep_given(rows: Dataset) -> Dataset:
+    """Rename the data's own `chosen` and `rejected` to [`GIVEN`], so that sampled ones do not take their place."""
+    names = {old: new for old, new in GIVEN.items() if old in rows.column_names and new not in rows.column_names}
+    return rows.rename_columns(names)
+
+
 def prompts_that_fit(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, max_new_tokens: int
 ) -> Dataset:
-    """The rows whose prompts leave room for a completion; how many do not is printed.
-
-    Raises:
-        ValueError: if none does.
-    """
+    """The rows whose prompts leave room for a completion."""
     if max_length is None:
         return rows
-    lengths = map(len, tokenize_prompts(tokenizer, list(rows["prompt"])))
-    fitting = [row for row, length in enumerate(lengths) if length + max_new_tokens <= max_length]
-    if not fitting:
-        raise ValueError(
-            f"No prompt leaves room for `max_new_tokens`={max_new_tokens} within `max_length`={max_length}. Raise the "
-            "second or lower the first."
-        )
-    if len(fitting) < len(rows):
-        PartialState().print(
-            f"{len(rows) - len(fitting):,} of {len(rows):,} prompts are left out: with `max_new_tokens`="
-            f"{max_new_tokens} they would exceed `max_length`={max_length}."
-        )
-    return rows.select(fitting)
+    lengths = [len(ids) + max_new_tokens for ids in tokenize_prompts(tokenizer, list(rows["prompt"]))]
+    reason = f"with `max_new_tokens`={max_new_tokens} they would exceed"
+    return rows.select(rows_that_fit(lengths, max_length, "prompts", reason))
 
 
 def completions_that_fit(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Dataset:
-    """The rows that training would not cut, so that the ranker reads no more than is learnt; the others are counted.
+    """The rows that training would not cut, as the ranker would read what is not learned.
 
-    Rows with `rewards`, which the ranker does not read, are all kept.
-
-    Raises:
-        ValueError: if none fits.
+    Rows with `rewards`, which the ranker does not read, are all kept, and so are those that the trainer refuses.
     """
-    if max_length is None or "rewards" in rows.column_names:
-        return rows
     pairs = "completions" not in rows.column_names
+    if max_length is None or "rewards" in rows.column_names or (pairs and not GIVEN.keys() <= set(rows.column_names)):
+        return rows
 
-    def fits(row: dict[str, Any]) -> bool:
+    def length(row: dict[str, Any]) -> int:
+        row = row if "prompt" in row else extract_prompt(row)
         completions = [row["chosen"], row["rejected"]] if pairs else row["completions"]
         prompt_ids, completion_ids = tokenize_completions(tokenizer, row["prompt"], completions)
-        return len(prompt_ids) + max(map(len, completion_ids)) <= max_length
+        return len(prompt_ids) + max(map(len, completion_ids))
 
-    fitting = [index for index, row in enumerate(rows) if fits(row)]
+    return rows.select(rows_that_fit(list(map(length, rows)), max_length, "rows", "training would cut them at"))
+
+
+def rows_that_fit(lengths: list[int], max_length: int, rows: str, reason: str) -> list[int]:
+    """Numbers of the rows of at most `max_length` tokens. How many others there are is printed.
+
+    Raises:
+        ValueError: if no row fits.
+    """
+    fitting = [row for row, length in enumerate(lengths) if length <= max_length]
+    left_out = f"{len(lengths) - len(fitting):,} of {len(lengths):,} {rows} are left out: {reason}"
     if not fitting:
-        raise ValueError(f"Every row has a completion that `max_length`={max_length} would cut. Raise it.")
-    if len(fitting) < len(rows):
-        PartialState().print(
-            f"{len(rows) - len(fitting):,} of {len(rows):,} rows are left out: they exceed `max_length`={max_length} "
-            "tokens, and the ranker would read what is not learnt."
-        )
-    return rows.select(fitting)
+        raise ValueError(f"{left_out} `max_length`={max_length} tokens. Raise it.")
+    if len(fitting) < len(lengths):
+        PartialState().print(f"{left_out} `max_length`={max_length} tokens.")
+    return fitting
 
 
-def train_and_save(trainer: Any, own: TrainingData, config: str) -> None:
+def train_and_save(
+    trainer: Any, own: TrainingData, config: str, once_saved: Callable[[], None] = lambda: None
+) -> None:
     """Write the configuration, train, save, and only then push if `push_to_hub` says so."""
     args = trainer.args
     if trainer.accelerator.is_main_process:
@@ -114,6 +138,7 @@ def train_and_save(trainer: Any, own: TrainingData, config: str) -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(_internal_call=True)  # it would push by itself, before we have said what is saved
     trainer.accelerator.print(f"The trained model is saved in {args.output_dir}.")
+    once_saved()
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=own.dataset_name)
     trainer.end()

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 
 HUMAN_TURN = "\n\nHuman:"
+HELPFUL = "helpful"  # the subsets whose names begin with it: RSO's task
 ROLES = {name: role for role, name in TURN_NAMES.items()}
 
 
@@ -40,8 +41,8 @@ def load_hh_rlhf(
             Repository on the Hub; or a local folder laid out like it, `harmless-base/test.jsonl.gz` and so on; or one
             `.jsonl` or `.jsonl.gz` file, read whole.
         subset (`str`, *optional*):
-            `"harmless-base"`, `"helpful-base"`, `"helpful-online"` or `"helpful-rejection-sampled"`. By default all
-            four, or those the local folder has, one after the other.
+            `"harmless-base"`, `"helpful-base"`, `"helpful-online"`, `"helpful-rejection-sampled"`, or `"helpful"` for
+            the last three. By default all four. Of several, those that a local folder has, one after the other.
         split (`str`, *optional*, defaults to `"train"`):
             `"train"` or `"test"`. A single file is a split already, whatever this says.
         conversational (`bool`, *optional*, defaults to `False`):
@@ -69,8 +70,8 @@ def load_hh_rlhf(
     2312
     ```
     """
-    if subset is not None and subset not in SUBSETS:
-        raise ValueError(f"subset must be one of {', '.join(SUBSETS)}, or None for all of them; got {subset!r}")
+    if subset is not None and subset not in (*SUBSETS, HELPFUL):
+        raise ValueError(f"subset must be one of {', '.join(SUBSETS)}, {HELPFUL}, or None for all; got {subset!r}")
     path = Path(path_or_repo)
     if path.is_file():
         if subset is not None:
@@ -79,14 +80,13 @@ def load_hh_rlhf(
     elif path.is_dir():
         raw = {str(file): _read_file(file) for file in _find_files(path, subset, split)}
     else:
-        names = SUBSETS if subset is None else (subset,)
+        names = [name for name in SUBSETS if name.startswith(subset or "")]
         raw = {f"{path_or_repo}/{name} ({split})": _read_hub(str(path_or_repo), name, split) for name in names}
     return concatenate_datasets([split_transcripts(dataset, where, conversational) for where, dataset in raw.items()])
 
 
 def _find_files(folder: Path, subset: str | None, split: str) -> list[Path]:
-    names = SUBSETS if subset is None else (subset,)
-    wanted = [folder / name / f"{split}.jsonl.gz" for name in names]
+    wanted = [folder / name / f"{split}.jsonl.gz" for name in SUBSETS if name.startswith(subset or "")]
     files = [file for file in wanted if file.is_file()]
     if not files:
         present = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.jsonl.gz"))

@@ -1,13 +1,16 @@
 """Datasets by name, from wherever a command is told to take them: the Hub, a folder, or a file."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 
 from prefopt_trl.data.fingerprints import cache_of_contents
 from prefopt_trl.data.formats import check_columns, normalize_pairs
-from prefopt_trl.data.hh_rlhf import HUMAN_TURN, SUBSETS, load_hh_rlhf, split_transcripts
+from prefopt_trl.data.hh_rlhf import HELPFUL, HUMAN_TURN, SUBSETS, load_hh_rlhf, split_transcripts
 
+ROWS_SEED = 0  # of `num_rows`: every command takes the same rows, and fewer rows are among more
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `load_dataset` reads them as
 
 
@@ -29,10 +32,11 @@ def load_rows(name: str, config: str | None = None, split: str = "train", num_ro
             Configuration of the dataset, such as `"candidates"` of a sampled one; or a subset of HH-RLHF, such as
             `"harmless-base"`.
         split (`str`, *optional*, defaults to `"train"`):
-            Split. A file, and a folder with one dataset that `save_to_disk` wrote, have no splits: they are read
-            whole, whatever this says. A sampled dataset is all `"train"`, of which `"train[:90%]"` is a part.
+            Split, or part of one: `"train[:90%]"` has the rows of the first 90% of the distinct prompts, so that no
+            prompt is in `"train[90%:]"` too. A file, and a folder with one dataset that `save_to_disk` wrote, have no
+            splits: they are read as whatever split this names. A sampled dataset is all `"train"`.
         num_rows (`int`, *optional*):
-            The first so many rows only.
+            Take so many rows only, drawn at random with [`ROWS_SEED`] from all of the split.
 
     Returns:
         [`~datasets.Dataset`].
@@ -44,29 +48,34 @@ def load_rows(name: str, config: str | None = None, split: str = "train", num_ro
     Example:
 
     ```python
-    >>> load_rows("data/hh_rlhf/harmless-base/test.jsonl.gz", num_rows=100).column_names
-    ['prompt', 'chosen', 'rejected']
+    >>> load_rows("data/hh_rlhf/harmless-base/test.jsonl.gz", num_rows=100)
+    Dataset({
+        features: ['prompt', 'chosen', 'rejected'],
+        num_rows: 100
+    })
     ```
     """
     if num_rows is not None and num_rows < 1:
         raise ValueError(f"`num_rows` must be at least 1, got {num_rows}. Leave it out for all rows.")
-    if config in SUBSETS:
-        dataset = load_hh_rlhf(name, config, split)
+    splits = {part.partition("[")[0] for part in split.split("+")}
+    whole = splits.pop() if len(splits) == 1 else split  # parts of several splits are cut by row
+    if config in (*SUBSETS, HELPFUL):
+        dataset = load_hh_rlhf(name, config, whole)
     else:
-        dataset = _load(name, config, split)
+        dataset = _load(name, config, whole)
         check_columns(dataset, [], name)
         if _are_transcripts(dataset):
             dataset = split_transcripts(dataset, name, conversational=False)
     dataset = normalize_pairs(dataset, name)
-    return dataset if num_rows is None else dataset.select(range(min(num_rows, len(dataset))))
+    if whole != split:
+        dataset = _part(dataset, whole, split)
+    if num_rows is None or num_rows >= len(dataset):
+        return dataset
+    return dataset.shuffle(seed=ROWS_SEED).select(range(num_rows))
 
 
 def check_name(name: str) -> None:
-    """Refuse the name of a dataset that can only be a path, and has nothing at it.
-
-    Raises:
-        FileNotFoundError: naming it.
-    """
+    """Raise FileNotFoundError for a dataset's name that can only be a path, and has nothing at it."""
     path = Path(name)
     if is_lost(name) or (not path.exists() and path.suffix in (*FILES, ".gz")):
         raise FileNotFoundError(
@@ -93,9 +102,9 @@ def _load(name: str, config: str | None, split: str) -> Dataset:
         # Not by the folder's card: the files that are read are to say where the rows came from
         if config not in (None, *SAMPLED):
             raise ValueError(f"{name} has no configuration {config!r}; it has {' and '.join(SAMPLED)}.")
-        sampled = load_from_disk(str(path / (config or "pairs")))
-        parts = ReadInstruction.from_spec(split).to_absolute({"train": len(sampled)})
-        return sampled.select([row for part in parts for row in range(part.from_, part.to)])
+        if split != "train":
+            raise ValueError(f"{name} has no split {split!r}; a sampled dataset is all 'train', or 'train[90%:]'.")
+        return load_from_disk(str(path / (config or "pairs")))
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = load_from_disk(name)
         if isinstance(saved, DatasetDict) and split not in saved:
@@ -108,6 +117,16 @@ def _load(name: str, config: str | None, split: str) -> Dataset:
             f"{name!r} is neither a local file or folder nor a dataset of the Hub that can be read now ({error}). "
             "Check the name, or download the dataset and give its folder."
         ) from error
+
+
+def _part(dataset: Dataset, whole: str, split: str) -> Dataset:
+    """The part of a split, counted in distinct prompts (in rows, if there is no column `prompt`)."""
+    prompts = map(json.dumps, dataset["prompt"]) if "prompt" in dataset.column_names else range(len(dataset))
+    numbers: dict[Any, int] = {}
+    number_of_row = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+    parts = ReadInstruction.from_spec(split).to_absolute({whole: len(numbers)})
+    wanted = {number for part in parts for number in range(part.from_, part.to)}
+    return dataset.select([row for row, number in enumerate(number_of_row) if number in wanted])
 
 
 def _are_transcripts(dataset: Dataset) -> bool:

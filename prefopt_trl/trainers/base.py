@@ -116,9 +116,7 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
             splits |= {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
         else:
             splits["eval"] = eval_dataset
-        for name, dataset in splits.items():
-            if self._takes_rankings(args):
-                check_text(dataset, name)
+        self._check_datasets(splits, args)
         load_policy = partial(self._reference_policy, model, ref_model, args, quantization_config)
         keeps_ranker = self._keeps_ranker(args)
         given = train_dataset
@@ -219,6 +217,12 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
                 "`compute_metrics` gathers the logits of all rows, and rankings of different lengths have different "
                 "numbers of rows on each process. Evaluate in one process, or leave it out."
             )
+
+    def _check_datasets(self, splits: dict[str, Any], args: Any) -> None:
+        """Refuse datasets before anything is sampled for them."""
+        for name, dataset in splits.items():
+            if self._takes_rankings(args):
+                check_text(dataset, name)
 
     def _install_collator(self, tokenizer: Any, ranker: Ranker | None, given: bool) -> None:
         collating: dict[str, Any] = {

@@ -8,7 +8,9 @@ from datasets import Dataset, IterableDataset
 
 from prefopt_trl import losses
 from prefopt_trl.data.formats import columns_of
+from prefopt_trl.sampling.selection import OWN_COLUMNS
 from prefopt_trl.trainers.completions import CompletionTrainer, ScoredCompletions
+from prefopt_trl.trainers.preferences import are_prompts
 from prefopt_trl.trainers.slic_config import SLiCConfig
 
 
@@ -78,6 +80,18 @@ class SLiCTrainer(CompletionTrainer):
     def scores(self, completions: ScoredCompletions) -> torch.Tensor:
         return completions.logps
 
+    def _check_datasets(self, splits: dict[str, Any], args: Any) -> None:
+        super()._check_datasets(splits, args)
+        target = args.target_column
+        for name, dataset in splits.items():
+            columns = [] if dataset is None or target is None else columns_of(dataset, name)
+            if are_prompts(columns, self.learns_from) and (target not in columns or target in OWN_COLUMNS):
+                raise ValueError(
+                    f"`target_column`={target!r} is not a column of the {name} dataset that is kept when pairs are "
+                    f"sampled for its prompts; it has {', '.join(columns)}. Give the target a name of its own with "
+                    "`dataset.rename_column(old, new)`, or leave `target_column` out to take the chosen completion."
+                )
+
     def _takes_rankings(self, args: Any) -> bool:
         return args.target_column is not None  # the target is a third completion of the prompt
 
@@ -86,7 +100,8 @@ class SLiCTrainer(CompletionTrainer):
         if missing:
             raise ValueError(
                 f"The {name} dataset has no column {' and no column '.join(map(repr, sorted(missing)))}. With "
-                "`target_column` it needs `prompt`, `chosen`, `rejected` and that column."
+                "`target_column` it needs `prompt`, `chosen`, `rejected` and that column. To sample pairs for its "
+                "prompts instead, remove `chosen` and `rejected`, or rename the one that is the target."
             )
         return dataset.map(
             lambda example: {

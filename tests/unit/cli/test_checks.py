@@ -26,6 +26,7 @@ def check(arguments, name="rso", base=BASE):
         ("--model_name_or_path m --use_peft --use_bnb_nested_quant", "no effect without `load_in_4bit`"),
         ("--model_name_or_path m --load_in_4bit", "`load_in_4bit` alone cannot be trained. Add `use_peft`"),
         ("--model_name_or_path m --report_to comet_ml", "not among the trackers installed.*`pip install comet_ml`"),
+        ("--model_name_or_path m --report_to None", r"no tracker that transformers knows. Did you mean 'none'\?$"),
         ("--model_name_or_path m --report_to wanbd", r"no tracker that transformers knows. Did you mean 'wandb'\?$"),
     ],
 )

@@ -10,7 +10,9 @@ from datasets import load_from_disk
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+from prefopt_trl.cli.arguments import RankerArguments
 from prefopt_trl.cli.config_file import launched_with, save_config
+from prefopt_trl.cli.models import load_ranker
 from prefopt_trl.cli.parsing import parse
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.rankers.pairwise import PairwiseRanker
@@ -66,6 +68,41 @@ def test_prompts_alone_are_sampled_and_ranked(name, training, run_in_process, fu
         assert all(row["chosen_reward"] == -len(row["chosen"]) for row in sampled)
 
 
+def sequence_logp(folder, prompt, completion):
+    """Summed over the tokens of the completion and EOS, row by row without any of the package."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    start = len(tokenizer(prompt)["input_ids"])
+    ids = tokenizer(prompt + completion + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logps = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
+    return logps[start - 1 :].sum().item()
+
+
+@pytest.mark.parametrize("target", ["chosen", "rejected", "other"])
+@pytest.mark.parametrize("source", ["prompts", "candidates", "pairs"])
+def test_slics_target_is_the_one_of_the_data(
+    source, target, training, tiny, run_in_process, function_ranker, tiny_llama_dir
+):
+    lines = Path("pairs.jsonl").read_text().splitlines()
+    rows = [{**json.loads(line), "other": f" Maybe {i}."} for i, line in enumerate(lines)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [*training, *function_ranker, *SAMPLING.split(), "--output_dir", "out", "--save_strategy", "steps"]
+    if source == "prompts":
+        arguments += ["--only_prompts"]
+    else:
+        run_in_process("sample", [*tiny, *function_ranker, *SAMPLING.split(), "--output_dir", "sampled"])
+        arguments[arguments.index("pairs.jsonl")] = "sampled"
+        arguments += ["--dataset_config", source]
+    if source == "pairs" and target != "other":  # here the names without "given_" are those of the sampled pair
+        target = f"given_{target}"
+    batch = "--per_device_train_batch_size 6 --learning_rate 0 --logging_steps 1 --delta 1e-6"
+    own = ["--regularization_weight", "0.5", "--target_column", target]
+    run_in_process("slic", [*arguments, *batch.split(), *own])
+    history = json.loads(Path("out/checkpoint-1/trainer_state.json").read_text())["log_history"]
+    logps = [sequence_logp(tiny_llama_dir, row["prompt"], row[target.removeprefix("given_")]) for row in rows]
+    assert history[0]["loss/regularization"] == pytest.approx(-0.5 * sum(logps) / 6, rel=1e-5)
+
+
 def test_training_goes_on_from_a_checkpoint(training, run_in_process):
     longer = [word if word != "no" else "steps" for word in training]
     longer = [*longer, "--save_steps", "1", "--output_dir", "out"]
@@ -103,6 +140,31 @@ def test_a_start_that_fails_leaves_the_configuration_of_the_run_that_is_there(na
     assert Path("out/config.yaml").read_text() == "of: the run before\n"
 
 
+@pytest.mark.parametrize("name", [*TRAINERS, "sft", "sample"])
+def test_other_columns_are_named_with_the_way_to_rename_them(name, training, tiny, run_in_process, function_ranker):
+    Path("pairs.jsonl").write_text('{"question": "Why?", "answer": " So."}\n')
+    arguments = tiny if name == "sample" else training
+    with pytest.raises(ValueError, match="has the columns question, answer, and needs `") as error:
+        run_in_process(
+            name, [*arguments, *([] if name == "sft" else function_ranker), "--max_length", "64", "--output_dir", "o"]
+        )
+    assert "`dataset.rename_column('question', " in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "needed"), [("rso", "'rejected'"), ("pro", "'completions'"), ("ranker", "rejected")])
+def test_half_a_pair_is_refused_in_one_line(name, needed, training, run_in_process, function_ranker):
+    Path("pairs.jsonl").write_text('{"prompt": "Why?", "chosen": " So."}\n')
+    ranker = [] if name == "ranker" else function_ranker
+    with pytest.raises(ValueError, match=f"(no|the) column {needed}"):
+        run_in_process(name, [*training, *ranker, "--max_length", "64", "--output_dir", "o"])
+
+
+def test_pairs_whose_prompt_is_what_both_begin_with_are_scored(training, run_in_process, function_ranker):
+    Path("pairs.jsonl").write_text('{"chosen": "Why? So.", "rejected": "Why? No idea."}\n' * 2)
+    run_in_process("pro", [*training, *function_ranker, "--max_length", "64", "--output_dir", "out"])
+    assert Path("out/model.safetensors").exists()
+
+
 def prompts_alone():
     Path("prompts.jsonl").write_text('{"prompt": "Why?", "completion": "So."}\n')
     return "prompts.jsonl"
@@ -123,15 +185,10 @@ def test_sft_learns_chosen_completions(training, run_in_process, tiny_llama_dir)
     longer = list(training)
     longer[longer.index("--max_steps") + 1] = "20"
     run_in_process("sft", [*longer, "--learning_rate", "1e-2", "--output_dir", "out"])
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
 
-    def logp(folder, completion):
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        prompt = tokenizer("Question 1?", return_tensors="pt")["input_ids"]
-        ids = tokenizer("Question 1?" + completion, return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            logps = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
-        return logps[prompt.shape[1] - 1 :].mean().item()
+    def logp(folder, completion):  # per token, with EOS
+        tokens = AutoTokenizer.from_pretrained(folder)(completion)["input_ids"]
+        return sequence_logp(folder, "Question 1?", completion) / len(tokens)
 
     assert logp(tiny_llama_dir, " Yes 1.") < -5  # about the log of 1 / 300, for a random model
     assert logp("out", " Yes 1.") > -2.5  # and of what it has not seen:
@@ -145,8 +202,40 @@ def test_ranker_learns_the_answers_and_leaves_out_what_would_be_cut(training, ru
     assert "1 of 7 comparisons are left out: they exceed `max_length`=300 tokens." in capsys.readouterr().out
     probabilities = PairwiseRanker("out").compare(["Question 1?"], [" Yes 1."], [" No."])
     assert 0 < probabilities[0] < 1
-    with pytest.raises(ValueError, match="Every comparison exceeds `max_length`=20 tokens"):
+    with pytest.raises(
+        ValueError, match="7 of 7 comparisons are left out: they exceed `max_length`=20 tokens. Raise it."
+    ):
         run_in_process("ranker", [*training, "--max_length", "20", "--output_dir", "out"])
+
+
+@pytest.mark.parametrize("options", [[], ["--use_peft", "--lora_target_modules", "all-linear"]])
+def test_ranker_says_how_accurate_it_is_on_prompts_it_has_not_seen(options, training, run_in_process, capsys):
+    rows = [{"prompt": f"Question {i}?", "chosen": f" Yes {i}.", "rejected": f" Not {i}, no."} for i in range(20)]
+    rows += [{**rows[0], "rejected": " Never."}]  # a prompt that is trained on
+    Path("both").mkdir()
+    for split, part in {"train": rows[:10], "test": rows[10:]}.items():
+        Path(f"both/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    arguments = [word if word != "pairs.jsonl" else "both" for word in training]
+    own = ["--eval_strategy", "epoch", "--learning_rate", "3e-3", "--max_steps", "6", "--output_dir", "out"]
+    run_in_process("ranker", [*arguments, *own, *options])
+    ranker = load_ranker(RankerArguments(ranker="out"))
+    correct = [ranker.compare([r["prompt"]], [r["chosen"]], [r["rejected"]])[0] > 0.5 for r in rows[10:20]]
+    share = sum(correct) / 10
+    error = (share * (1 - share) / 9) ** 0.5
+    expected = f"{100 * share:.1f}% ± {100 * error:.1f}% of 10 held-out comparisons, both orders averaged"
+    assert f"The ranker is right on {expected}." in capsys.readouterr().out
+    assert f'| `accuracy` | `"{expected}"` |' in Path("out/README.md").read_text()
+
+
+def test_ranker_says_that_nothing_is_held_out_and_how_to_do_it(training, run_in_process, capsys):
+    for own in ([], ["--eval_strategy", "epoch"]):  # a file has no splits: it would be measured on its training rows
+        run_in_process("ranker", [*training, *own, "--output_dir", "out"])
+        said = capsys.readouterr().out
+        assert "The ranker's accuracy was not measured: there are no comparisons of prompts that are not" in said
+        assert '| `accuracy` | `"not measured"` |' in Path("out/README.md").read_text()
+    hold_out = said[said.index("--eval_strategy") :].replace("95%", "50%").replace("'", "").split("`")[0].split()
+    run_in_process("ranker", [*training, "--output_dir", "out", *hold_out])
+    assert " of 3 held-out comparisons, both orders averaged." in capsys.readouterr().out
 
 
 def test_sample_makes_pairs_that_rso_trains_on(tiny, training, run_in_process, function_ranker, capsys):
@@ -174,11 +263,13 @@ def test_sample_leaves_out_prompts_without_room(tiny, run_in_process, function_r
     with open("pairs.jsonl", "a") as file:
         file.write(json.dumps({"prompt": "Long " * 40, "chosen": " a", "rejected": " b"}) + "\n")
     run_in_process("sample", arguments)
-    assert "1 of 7 prompts are left out: with `max_new_tokens`=4 they would exceed `max_length`=64." in (
+    assert "1 of 7 prompts are left out: with `max_new_tokens`=4 they would exceed `max_length`=64 tokens." in (
         capsys.readouterr().out
     )
     assert len(load_from_disk("sampled/candidates")) == 6
-    with pytest.raises(ValueError, match="No prompt leaves room for `max_new_tokens`=4 within `max_length`=8"):
+    with pytest.raises(
+        ValueError, match="7 of 7 prompts are left out: with `max_new_tokens`=4 they would exceed `max_length`=8"
+    ):
         run_in_process(
             "sample", [*tiny, *function_ranker, *SAMPLING.split(), "--max_length", "8", "--output_dir", "s"]
         )
@@ -261,8 +352,8 @@ def test_completions_for_a_ranker_are_left_out_where_training_would_cut_them(
         file.write(json.dumps({"prompt": "Short?", "chosen": " a", "rejected": " b" * 400}) + "\n")
     arguments = [*training, *function_ranker, "--output_dir", "out"]
     run_in_process("pro", [*arguments, "--max_length", "300"])
-    assert "1 of 7 rows are left out: they exceed `max_length`=300 tokens" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="Every row has a completion that `max_length`=8 would cut"):
+    assert "1 of 7 rows are left out: training would cut them at `max_length`=300 tokens" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="7 of 7 rows are left out: training would cut them at `max_length`=8"):
         run_in_process("pro", [*arguments, "--max_length", "8"])
     run_in_process("slic", [*arguments, "--max_length", "300"])  # on pairs, which no ranker reads
     assert "left out" not in capsys.readouterr().out

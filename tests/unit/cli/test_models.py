@@ -93,13 +93,22 @@ def test_an_adapter_of_another_base_is_refused(adapter):
         model_to_run(adapter, ModelConfig(), "cpu", False)
 
 
+def test_a_tokenizer_of_text_and_images_fits_a_model_of_text(tiny_llama_dir):
+    """As that of Gemma 3 of 1B, whose image token its model does not embed."""
+    AutoModelForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained("text")
+    size = len(AutoTokenizer.from_pretrained(tiny_llama_dir))
+    images = AutoTokenizer.from_pretrained(tiny_llama_dir, extra_special_tokens={"image_token": "<image>"})
+    images.save_pretrained("text")
+    assert load_tokenizer("text", "main", False).image_token_id == size
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(tiny_llama_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     AutoModelForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained("wrong")
     size = len(tokenizer)
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained("wrong")
-    with pytest.raises(ValueError, match=f"tokenizer of wrong has {size + 1} tokens, and its model embeds {size}"):
+    with pytest.raises(ValueError, match=f"token ids up to {size}, and the model embeddings for {size} tokens"):
         load_tokenizer("wrong", "main", False)
 
 

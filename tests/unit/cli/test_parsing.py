@@ -69,6 +69,7 @@ def test_environment_variables_of_the_file_are_set(read, tmp_path, monkeypatch):
         (["--strategy", "best"], "invalid choice: 'best'"),
         (["--only_prompts"], "`only_prompts` needs a `ranker`"),
         (["--config"], "--config needs a YAML file, and nothing is none"),
+        (["--config", "a.yaml", "--config=b.yaml"], "--config is given twice. Give one file"),
         (["--config", "missing.yaml"], "--config needs a YAML file, and missing.yaml is none"),
     ],
 )
@@ -113,8 +114,20 @@ def test_the_latest_checkpoint_in_a_file(text, tmp_path):
         ("gamma: [1\n", "config.yaml is not YAML"),
         ("gamma: -1.0\n", "`gamma` (or `beta`) must be greater than 0"),
         ("num_samples: eight\n", "argument --num_samples/--num-samples: invalid int value: 'eight'"),
-        ("pairing: none at all\n", "`pairing` must be one of first-round, tournament, all"),
-        ("rejection_beta: [1, 2]\n", "a value in the file of --config is of the wrong type"),
+        ("pairing: none at all\n", '`pairing` in the file of --config is "none at all", and must be one of first-'),
+        ("rejection_beta: [1, 2]\n", "`rejection_beta` in the file of --config is [1, 2], and must be a number."),
+        ("rejection_beta: true\n", "is true, and must be a number."),
+        ("num_rows: true\n", "is true, and must be a whole number or null."),
+        ("num_rows: 3.0\n", "`num_rows` in the file of --config is 3.0, and must be a whole number or null."),
+        ("num_candidates: null\n", "is null, and must be a whole number."),
+        ("ranker: [a, b]\n", '`ranker` in the file of --config is ["a", "b"], and must be text or null.'),
+        ("dtype: fp16\n", 'is "fp16", and must be one of auto, bfloat16, float16, float32'),
+        ("save_strategy: no\n", "is false, and must be one of no, steps, epoch, best. Put text that YAML reads as"),
+        ("output_dir: 2024-01-02\n", 'is "2024-01-02", and must be text'),
+        ("only_prompts: 1\n", "is 1, and must be true or false."),
+        ("model_init_kwargs: [1]\n", "is [1], and must be a mapping or text or null."),
+        ("loss_type: [sigmoid, 1]\n", 'is ["sigmoid", 1], and must be a list'),
+        ("loss_weights: [1e-2]\n", "must be a list"),  # YAML wants 1.0e-2
     ],
 )
 def test_bad_files_end_with_one_line_and_exit_code_2(text, message, tmp_path, capsys):
@@ -122,6 +135,14 @@ def test_bad_files_end_with_one_line_and_exit_code_2(text, message, tmp_path, ca
         parse("rso", [*BASE, *write(tmp_path, text)])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_values_of_a_file_that_fit_pass(tmp_path):
+    text = "num_rows: null\nmax_length: null\ngamma: 1\nlearning_rate: 5e-6\nsave_strategy: 'no'\nbf16: no\n"
+    text += "loss_type: [sigmoid, hinge]\nloss_weights: [1, 0.5]\nlr_scheduler_kwargs: {num_cycles: 2}\n"
+    (own, args, _), _ = parse("rso", [*BASE, *write(tmp_path, text)])
+    assert (own.num_rows, args.max_length, args.gamma, args.learning_rate) == (None, None, 1, 5e-6)
+    assert (args.save_strategy, args.loss_weights, args.lr_scheduler_kwargs) == ("no", [1, 0.5], {"num_cycles": 2})
 
 
 def test_what_is_required_is_asked_for(capsys):

@@ -1,5 +1,6 @@
 """Every recipe: the papers' numbers, written down here again, and a dry run with a tiny model in place of the 7B."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -20,16 +21,35 @@ CPU = ["--use_cpu", "--bf16", "False"]
 RSO = {"batch": 128, "learning_rate": 1e-5, "optim": "adafactor"}
 PRO = {"batch": 112, "max_length": 512, "num_train_epochs": 2, "learning_rate": 5e-6, "sft_weight": 0.05}
 LORA = {"use_peft": True}
+BASE = {"model_name_or_path": "huggyllama/llama-7b"}
+# RSO section 5: "We use the helpfulness task". PRO section 4.1: "We combine training data from 4 sub-sets".
+HELPFUL = {"dataset_name": "Anthropic/hh-rlhf", "dataset_config": "helpful"}
+ALL_SUBSETS = {"dataset_name": "Anthropic/hh-rlhf", "dataset_config": None}
 EXPECTED = {
-    "sft": {"model_name_or_path": "huggyllama/llama-7b", "dataset_name": "Anthropic/hh-rlhf"},
-    "ranker": {"model_name_or_path": "huggyllama/llama-7b", "dataset_name": "Anthropic/hh-rlhf"},
-    "sample": {"num_candidates": 64, "num_samples": 8, "rejection_beta": 0.5, "strategy": "rso", "top_k": 0},
+    "sft": {**BASE, **HELPFUL},
+    "ranker": {**BASE, **HELPFUL},
+    "ranker_pro": {**BASE, **ALL_SUBSETS},
+    "sample": {
+        **HELPFUL,
+        "num_candidates": 64,
+        "num_samples": 8,
+        "rejection_beta": 0.5,
+        "strategy": "rso",
+        "top_k": 0,
+    },
     "rso_full_zero3": {**RSO, "gamma": 0.05, "loss_type": ["sigmoid"], "use_peft": False, "accelerate": "zero3"},
     "rso_lora": {**RSO, "gamma": 0.05, **LORA, "learning_rate": 10 * 1e-5},
     "rso_qlora": {"batch": 128, "gamma": 0.05, **LORA, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "slic_full_zero3": {**RSO, "delta": 1 / 0.05, "strategy": "sft", "num_samples": 8, "accelerate": "zero3"},
-    "pro_full_zero3": {**PRO, "temperature": "dynamic", "max_new_tokens": 128, "accelerate": "zero3"},
-    "pro_lora": {**PRO, **LORA, "learning_rate": 10 * 5e-6},
+    "pro_full_zero3": {
+        **PRO,
+        **BASE,
+        **ALL_SUBSETS,
+        "temperature": "dynamic",
+        "max_new_tokens": 128,
+        "accelerate": "zero3",
+    },
+    "pro_lora": {**PRO, **BASE, **ALL_SUBSETS, **LORA, "learning_rate": 10 * 5e-6},
 }
 
 
@@ -65,6 +85,17 @@ def test_recipes_hand_over_to_each_other():
 
 
 @pytest.fixture
+def pairs(tmp_path) -> str:
+    """The helpful subsets of a small HH-RLHF."""
+    rows = [{side: f"\n\nHuman: {i}?\n\nAssistant: {side} {i}" for side in ("chosen", "rejected")} for i in range(2)]
+    for subset in ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"):
+        (tmp_path / "hh" / subset).mkdir(parents=True)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "hh" / subset / "train.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    return "hh"
+
+
+@pytest.fixture
 def sampled(tiny, run_in_process, tmp_path):
     """What `sample.yaml` makes, at tiny size."""
     (tmp_path / "own.py").write_text(
@@ -94,11 +125,11 @@ def test_the_recipe_in_4_bits_runs(sampled, tiny_llama_dir, run_in_process):
     dry_run("rso_qlora", ["--dataset_name", sampled, "--model_name_or_path", "wide"], run_in_process)
 
 
-@pytest.mark.parametrize("recipe", ["sft", "ranker", "pro_full_zero3", "pro_lora"])
+@pytest.mark.parametrize("recipe", ["sft", "ranker", "ranker_pro", "pro_full_zero3", "pro_lora"])
 def test_recipes_on_comparisons_run(recipe, pairs, tiny_llama_dir, run_in_process):
     Path("own.py").write_text("def brevity(prompts, completions):\n    return [-float(len(c)) for c in completions]\n")
     data = ["--dataset_name", pairs, "--model_name_or_path", tiny_llama_dir]
-    dry_run(recipe, data + (["--ranker", "own.brevity"] if "pro" in recipe else []), run_in_process)
+    dry_run(recipe, data + (["--ranker", "own.brevity"] if recipe.startswith("pro") else []), run_in_process)
 
 
 def dry_run(recipe, arguments, run_in_process):

@@ -179,6 +179,7 @@ def folder(tmp_path: Path) -> Path:
         ({}, [" harmless-base", " helpful-online"], [" train"] * 2),
         ({"split": "test"}, [" harmless-base", " helpful-online"], [" test"] * 2),
         ({"subset": "helpful-online"}, [" helpful-online"], [" train"]),
+        ({"subset": "helpful"}, [" helpful-online"], [" train"]),
     ],
 )
 def test_a_folder_gives_the_subsets_it_has_or_the_one_asked_for(folder: Path, arguments, chosen, rejected) -> None:
@@ -187,7 +188,8 @@ def test_a_folder_gives_the_subsets_it_has_or_the_one_asked_for(folder: Path, ar
 
 
 @pytest.mark.parametrize(
-    ("subset", "names"), [(None, SUBSETS), ("helpful-rejection-sampled", ["helpful-rejection-sampled"])]
+    ("subset", "names"),
+    [(None, SUBSETS), ("helpful", SUBSETS[1:]), ("helpful-rejection-sampled", ["helpful-rejection-sampled"])],
 )
 def test_the_hub_is_asked_for_each_subset(folder: Path, monkeypatch: pytest.MonkeyPatch, subset, names) -> None:
     asked = []

@@ -77,19 +77,37 @@ def test_a_sampled_folder_is_read_from_its_own_files(sampled, tmp_path):
     assert load_rows(sampled, "candidates").column_names == ["prompt", "completions"]
 
 
-def test_a_sampled_folder_has_parts_of_a_training_split(sampled):
-    assert load_rows(sampled, split="train[:75%]").to_list() == PAIRS[:3]
-    assert load_rows(sampled, split="train[75%:]").to_list() == PAIRS[3:]
-    with pytest.raises(ValueError, match='Unknown split "test"'):
+def test_a_part_of_a_split_has_whole_prompts(sampled, tmp_path):
+    # Prompts 0 to 4, with 1, 3, 1, 3 and 2 pairs, and two more pairs of prompt 0 at the end
+    prompts = [0, 1, 1, 1, 2, 3, 3, 3, 4, 4, 0, 0]
+    rows = [{**PAIRS[0], "prompt": f"{prompt}?", "row": row} for row, prompt in enumerate(prompts)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "sampled" / "pairs")
+    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(tmp_path / "saved")
+    for name in (sampled, str(tmp_path / "saved"), write_jsonl(tmp_path / "pairs.jsonl", rows)):
+        one, other = (load_rows(name, split=f"train[{part}]") for part in (":60%", "60%:"))
+        assert [row["row"] for row in one] == [0, 1, 2, 3, 4, 10, 11]
+        assert [row["row"] for row in other] == [5, 6, 7, 8, 9]
+        assert load_rows(name, split="train[1:2]")["row"] == [1, 2, 3]
+    no_prompts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "same"}] * 10)
+    assert len(load_rows(no_prompts, split="train[90%:]")) == 1
+
+
+def test_a_sampled_folder_has_a_training_split(sampled):
+    with pytest.raises(ValueError, match="sampled has no split 'test'; a sampled dataset is all 'train'"):
         load_rows(sampled, split="test")
     with pytest.raises(ValueError, match="sampled has no configuration 'rankings'; it has pairs and candidates"):
         load_rows(sampled, "rankings")
 
 
-def test_num_rows_takes_the_first(tmp_path):
-    file = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
-    assert load_rows(file, num_rows=3).to_list() == PAIRS[:3]
-    assert load_rows(file, num_rows=9).to_list() == PAIRS
+def test_num_rows_are_drawn_from_all_rows(tmp_path):
+    file = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": str(row), "subset": row // 250} for row in range(1000)])
+    rows = load_rows(file, num_rows=400)
+    # Hypergeometric, mean 100 and standard deviation 6.7 of each quarter: 4 standard deviations for a fixed seed
+    assert all(abs(rows["subset"].count(subset) - 100) < 27 for subset in range(4))
+    assert len(set(rows["prompt"])) == 400
+    assert load_rows(file, num_rows=400).to_list() == rows.to_list()
+    assert load_rows(file, num_rows=100).to_list() == rows.to_list()[:100]
+    assert load_rows(file, num_rows=2000)["prompt"] == [str(row) for row in range(1000)]
     with pytest.raises(ValueError, match="`num_rows` must be at least 1, got 0"):
         load_rows(file, num_rows=0)
 
@@ -115,7 +133,7 @@ def test_real_transcripts_are_those_of_load_hh_rlhf(shared_dir):
     expected = load_hh_rlhf(folder, subset="harmless-base", split="test").to_list()
     assert len(expected) == 2312
     assert load_rows(str(folder / "harmless-base" / "test.jsonl.gz")).to_list() == expected
-    assert load_rows(str(folder), "harmless-base", "test", num_rows=2).to_list() == expected[:2]
+    assert load_rows(str(folder), "harmless-base", "test[:2]").to_list() == expected[:2]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from prefopt_trl.rankers import FunctionRanker
 from prefopt_trl.trainers.slic_config import SLiCConfig
 from prefopt_trl.trainers.slic_trainer import SLiCTrainer
 
@@ -148,3 +149,19 @@ def test_what_has_no_effect_is_refused(given, message, config):
 def test_a_missing_target_is_named(missing, make):
     with pytest.raises(ValueError, match=f"The train dataset has no column '{missing}'"):
         make(SLiCTrainer, PAIRS.remove_columns(missing), regularization_weight=0.1, target_column="reference")
+
+
+@pytest.mark.parametrize(
+    ("columns", "target"),
+    [
+        ({}, "chosen"),  # the sampled winner would be the target
+        ({}, "reference"),  # and this one would be missed when everything is sampled
+        ({"logps": [[-1.0], [-2.0]]}, "logps"),
+    ],
+)
+def test_a_target_that_sampling_would_replace_is_refused_before_it(columns, target, make):
+    prompts = Dataset.from_dict({"prompt": ["Why?", "The dog"], **columns})
+    ranker = FunctionRanker(lambda prompts, completions: pytest.fail("nothing is to be sampled"))
+    message = f"`target_column`='{target}' is not a column of the train dataset that is kept when pairs are sampled"
+    with pytest.raises(ValueError, match=message):
+        make(SLiCTrainer, prompts, ranker=ranker, regularization_weight=0.1, target_column=target)
