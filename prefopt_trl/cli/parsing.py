@@ -80,6 +80,8 @@ def _read(name: str, arguments: Sequence[str]) -> tuple[TrlParser, list[str], Na
             action.nargs, action.const = "?", True
     words = [part for word in arguments for part in _split(word)]
     config, own_words = _read_config(words)
+    if "activation_checkpointing" in config.keys() - types.keys():  # its name in files, and since transformers 5.23
+        config["gradient_checkpointing"] = config.pop("activation_checkpointing")
     choices = {action.dest: action.choices for action in parser._actions if action.choices}
     for name, value in config.items():
         _check_value(name, value, types.get(name, Any), choices.get(name))

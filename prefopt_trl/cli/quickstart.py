@@ -214,7 +214,8 @@ _COMMON: dict[str, Any] = {
     "report_to": "none",
     "save_strategy": "no",
     "bf16": False,
-    "activation_checkpointing": False,
+    # Its name is the second before transformers 5.23
+    ("activation" if hasattr(SFTConfig, "activation_checkpointing") else "gradient") + "_checkpointing": False,
     "dataloader_pin_memory": False,
     "logging_strategy": "no",
     "disable_tqdm": False,  # its default follows the verbosity that `_quiet` lowers

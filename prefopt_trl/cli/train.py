@@ -141,4 +141,4 @@ def train_and_save(
     once_saved()
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=own.dataset_name)
-    trainer.end()
+    trainer.accelerator.end_training()  # which `Trainer.end` does, since transformers 5.18

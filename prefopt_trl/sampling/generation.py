@@ -25,7 +25,7 @@ from prefopt_trl.data.tokenization import check_vocabulary, decoder_start_token_
 from prefopt_trl.sampling.prompts import check_positions, tokenize_prompts
 from prefopt_trl.shared_prefix.attention import left_pad
 from prefopt_trl.shared_prefix.continuation import WholeRows, partition_reason, reason_not_to_share_prefix
-from prefopt_trl.shared_prefix.decoding import CountTokens, decode_shared_prefix
+from prefopt_trl.shared_prefix.decoding import CountTokens, decode_shared_prefix, reason_not_to_decode
 from prefopt_trl.shared_prefix.modes import evaluating
 from prefopt_trl.shared_prefix.support import log_reason
 
@@ -319,6 +319,9 @@ def _shares_prefix(
         reason = "`generation_kwargs` ask for a cache, guidance or a search that only `generate` has"
         log_reason(model, reason)
     reason = reason or reason_not_to_share_prefix(model, row_length)
+    if reason is None:
+        with _sampling_mode(model):
+            reason = reason_not_to_decode(model)
     if reason is not None and share_prefix is True:
         raise ValueError(f"`share_prefix=True` cannot be exact: {reason}. Set it to 'auto', or leave it out.")
     return reason is None

@@ -5,6 +5,7 @@ the prompt's other rows, and its own. The two parts of its attention are compute
 prompt all rows of a prompt are one matrix product, over its own tokens each row is one.
 """
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+try:
+    from transformers.cache_utils import CacheLayerMixin
+except ImportError:  # not a public name: without it the probes find what cannot be shared, and say so
+    CacheLayerMixin = object  # type: ignore[assignment, misc]
 
 SHARED_PREFIX = "shared_prefix"  # name of the attention in transformers' `AttentionInterface`
 
@@ -280,12 +285,12 @@ def shared_prefix_attention(
     return layer.attend(query, key, value, scores), None
 
 
-AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
-
-
 @contextmanager
 def attend_to_prefix(model: PreTrainedModel) -> Iterator[None]:
     """While entered, the model's attention is [`shared_prefix_attention`]."""
+    from transformers import AttentionInterface  # here, so that a release without it costs the sharing alone
+
+    AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
     every: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in every if hasattr(config, "_attn_implementation_internal")}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
@@ -302,6 +307,15 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its LM or classification head, adapters included."""
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return inner.base_model
+
+
+def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Any]:
+    """Keyword arguments that make the model use this cache: `cache` since transformers 5.24, `past_key_values` before.
+
+    May be inlined once the oldest supported release is 5.24.
+    """
+    named_cache = "cache" in inspect.signature(without_head(model).forward).parameters
+    return {"cache" if named_cache else "past_key_values": cache, "use_cache": True}
 
 
 def left_pad(ids: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:

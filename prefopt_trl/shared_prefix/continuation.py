@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 
-from prefopt_trl.shared_prefix.attention import PrefixCache, attend_to_prefix, left_pad, without_head
+from prefopt_trl.shared_prefix.attention import PrefixCache, attend_to_prefix, left_pad, with_cache, without_head
 from prefopt_trl.shared_prefix.modes import evaluating
 from prefopt_trl.shared_prefix.segments import Segments
 from prefopt_trl.shared_prefix.support import PROBE_TOLERANCE, architecture_reason, log_reason
@@ -97,23 +97,19 @@ class RowsAfterPrefix:
         prefixes, following = split_rows(rows, group_ids, pad_token_id)
         prompts, device = DynamicCache(), model.device
         with torch.no_grad():
-            without_head(model)(**left_pad(prefixes, pad_token_id, device), past_key_values=prompts, use_cache=True)
+            without_head(model)(**left_pad(prefixes, pad_token_id, device), **with_cache(model, prompts))
         lengths = [[len(row) for row in part] for part in following]
         self.segments = Segments(prompts, list(map(len, prefixes)), lengths, device)
         segments = [row for part in following for row in part]
         self.input_ids = torch.tensor([[token for row in segments for token in row]], device=device)
-        last = [last_of_row(row, pad_token_id) - len(row) for row in segments]  # counted from the end
-        self.read_at = self.segments.ends + 1 + torch.tensor(last, device=device)
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """Keyword arguments for the model, inside [`attend_to_prefix`]: one row of all that follows."""
-        return {
+        # For the model inside `attend_to_prefix`: one row of all that follows
+        self.inputs = {
             "input_ids": self.input_ids,
             "position_ids": self.segments.position_ids,
-            "past_key_values": self.segments,
-            "use_cache": True,
+            **with_cache(model, self.segments),
         }
+        last = [last_of_row(row, pad_token_id) - len(row) for row in segments]  # counted from the end
+        self.read_at = self.segments.ends + 1 + torch.tensor(last, device=device)
 
     def last_logits(self, model: PreTrainedModel) -> torch.Tensor:
         """As those of [`WholeRows`]."""
@@ -193,6 +189,8 @@ def reason_not_to_share_prefix(model: PreTrainedModel, row_length: int) -> str |
         `str` or `None`: one clause in plain words.
     """
     reason = architecture_reason(model, row_length) or partition_reason(model)
+    if reason is None and getattr(model.config.get_text_config(), "attn_temperature_tuning", False):
+        reason = "the temperature of its attention goes by a token's place in the cache (`attn_temperature_tuning`)"
     if reason is None:
         if model not in _probed:
             _probed[model] = probe_prefix_reason(model)
@@ -218,15 +216,15 @@ def probe_prefix_reason(model: PreTrainedModel) -> str | None:
     name, rows = model.config.get_text_config().model_type, _probe_rows(model)
     inner = without_head(model)
     with evaluating(model), torch.no_grad():  # dropout would differ between the two runs
-        plain = inner(**WholeRows(rows, 0, model.device).inputs).last_hidden_state
         try:
+            plain = inner(**WholeRows(rows, 0, model.device).inputs).last_hidden_state
             pairs = [*_probe_segments(model, rows, plain), *_probe_steps(model, rows, plain)]
         except torch.OutOfMemoryError:  # says nothing of the model
             raise
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-            return f"{name} cannot share a prompt's keys ({type(error).__name__}: {error})"
         except NotAttended:
             return f"{name} has an attention of its own, which is not in transformers' `AttentionInterface`"
+        except Exception as error:  # of any kind: a later transformers may have changed what this relies on
+            return f"{name} cannot share a prompt's keys ({type(error).__name__}: {error})"
     difference = sum((one.float() - other.float()).abs().sum().item() for one, other in pairs)
     size = sum(one.float().abs().sum().item() for one, _ in pairs)
     if not difference <= PROBE_TOLERANCE[plain.dtype] * size:
@@ -266,7 +264,7 @@ def _probe_head_reason(model: PreTrainedModel, pad_token_id: int) -> str | None:
             after = RowsAfterPrefix(model, rows, [0, 0, 1, 1], pad_token_id).head_logits(model).float()
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        except Exception as error:
             return f"the head of {name} does not take one token of a row ({type(error).__name__}: {error})"
     if whole.shape == after.shape:
         difference, size = (whole - after).abs().max().item(), whole.abs().max().item()
@@ -300,7 +298,7 @@ def _probe_steps(
     """Hidden states of whole rows, and of the same tokens decoded one by one after two prompts."""
     prompts = left_pad([rows[0][:7], rows[2][:4]], 0, model.device)
     cache, inner = DynamicCache(), without_head(model)
-    inner(**prompts, past_key_values=cache, use_cache=True)
+    inner(**prompts, **with_cache(model, cache))
     steps = PrefixCache(cache, prompts["attention_mask"], [2, 2], longest=3)
     before = torch.tensor([7, 7, 4, 4], device=model.device)
     pairs = []
@@ -309,7 +307,7 @@ def _probe_steps(
             tokens = torch.tensor([[row[start + step]] for row, start in zip(rows, before.tolist(), strict=True)])
             positions = before[:, None] + step
             hidden = inner(
-                input_ids=tokens.to(model.device), position_ids=positions, past_key_values=steps, use_cache=True
+                input_ids=tokens.to(model.device), position_ids=positions, **with_cache(model, steps)
             ).last_hidden_state
             pairs.append((plain[torch.arange(4, device=plain.device), positions[:, 0]], hidden[:, 0]))
     _check_attended(steps)

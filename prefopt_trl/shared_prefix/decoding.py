@@ -2,12 +2,14 @@
 
 import copy
 import inspect
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from transformers import (
+    Cache,
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
@@ -18,16 +20,15 @@ from transformers.generation import GenerationMode, logits_process
 from transformers.generation import stopping_criteria as stopping
 from transformers.utils import ModelOutput
 
-from prefopt_trl.shared_prefix.attention import PrefixCache, attend_to_prefix
+from prefopt_trl.shared_prefix.attention import PrefixCache, attend_to_prefix, with_cache
 from prefopt_trl.shared_prefix.modes import evaluating
-from prefopt_trl.shared_prefix.support import architecture_reason
+from prefopt_trl.shared_prefix.support import architecture_reason, log_reason
 
 # Rows that have ended stay in the batch, as padding, until they are this share of it: leaving costs a copy of the rest
 DEAD_SHARE = 0.125
 
-# What `generate` prepares and a causal language model reads; anything else would belong to rows and has to be expanded
 DRAWS = {GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH}
-READ = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+SET_HERE = {"attention_mask", "position_ids", "use_cache", "logits_to_keep"}  # whatever `generate` gives
 
 
 class CountTokens(stopping.StoppingCriteria):
@@ -43,32 +44,26 @@ class CountTokens(stopping.StoppingCriteria):
 
 # They look at each row by itself and keep nothing between steps, so rows may leave. Others, a user's own among them,
 # see all rows to the end, as in `generate`.
+STATELESS_NAMES = (
+    "TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper MinPLogitsWarper TypicalLogitsWarper "
+    "EpsilonLogitsWarper EtaLogitsWarper RepetitionPenaltyLogitsProcessor NoRepeatNGramLogitsProcessor "
+    "MinLengthLogitsProcessor MinNewTokensLengthLogitsProcessor NoBadWordsLogitsProcessor "
+    "SequenceBiasLogitsProcessor SuppressTokensLogitsProcessor SuppressTokensAtBeginLogitsProcessor "
+    "ForcedEOSTokenLogitsProcessor ExponentialDecayLengthPenalty InfNanRemoveLogitsProcessor LogitNormalization "
+    "MaxLengthCriteria MaxTimeCriteria EosTokenCriteria StopStringCriteria"
+)
 STATELESS: set[type] = {
-    logits_process.TemperatureLogitsWarper,
-    logits_process.TopKLogitsWarper,
-    logits_process.TopPLogitsWarper,
-    logits_process.MinPLogitsWarper,
-    logits_process.TypicalLogitsWarper,
-    logits_process.EpsilonLogitsWarper,
-    logits_process.EtaLogitsWarper,
-    logits_process.RepetitionPenaltyLogitsProcessor,
-    logits_process.NoRepeatNGramLogitsProcessor,
-    logits_process.MinLengthLogitsProcessor,
-    logits_process.MinNewTokensLengthLogitsProcessor,
-    logits_process.NoBadWordsLogitsProcessor,
-    logits_process.SequenceBiasLogitsProcessor,
-    logits_process.SuppressTokensLogitsProcessor,
-    logits_process.SuppressTokensAtBeginLogitsProcessor,
-    logits_process.ForcedEOSTokenLogitsProcessor,
-    logits_process.ExponentialDecayLengthPenalty,
-    logits_process.InfNanRemoveLogitsProcessor,
-    logits_process.LogitNormalization,
-    stopping.MaxLengthCriteria,
-    stopping.MaxTimeCriteria,
-    stopping.EosTokenCriteria,
-    stopping.StopStringCriteria,
     CountTokens,
+    *(
+        vars(module)[name]
+        for module in (logits_process, stopping)
+        for name in STATELESS_NAMES.split()
+        if name in vars(module)
+    ),
 }
+
+
+_probed: weakref.WeakKeyDictionary[torch.nn.Module, str | None] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -132,11 +127,11 @@ def decode_shared_prefix(
     )
     ```
     """
-    _check(model, model_kwargs, logits_processor, generation_config, num_completions)
+    settings = _check(model, model_kwargs, logits_processor, generation_config, num_completions)
     with evaluating(model), torch.no_grad():
         rows = _Rows(input_ids, num_completions, generation_config, logits_processor, stopping_criteria)
-        logits, cache, positions = _prefill(model, input_ids, num_completions, rows.room, **model_kwargs)
-        keep_last = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+        logits, cache, positions = _prefill(model, input_ids, num_completions, rows.room, model_kwargs, settings)
+        settings |= with_cache(model, cache)
         rows.append(logits)
         while rows.unfinished.any():
             kept = rows.drop_finished()
@@ -147,9 +142,7 @@ def decode_shared_prefix(
                 outputs = model(
                     input_ids=rows.last_tokens[:, None],
                     position_ids=positions[:, None],
-                    past_key_values=cache,
-                    use_cache=True,
-                    **keep_last,
+                    **settings,
                 )
             positions = positions + 1
             rows.append(outputs.logits[:, -1])
@@ -157,6 +150,28 @@ def decode_shared_prefix(
     if not generation_config.return_dict_in_generate:
         return sequences
     return SharedPrefixOutput(sequences=cast(torch.LongTensor, sequences), logps=rows.all_logps)
+
+
+def reason_not_to_decode(model: PreTrainedModel) -> str | None:
+    """Why `generate` of this release of transformers cannot run [`decode_shared_prefix`], or None. Logged once.
+
+    Found out by two tokens, so that what a release passes anew costs the sharing and stops no run. The model's own
+    generation config, which `generate` reads, must ask for nothing that is refused.
+    """
+    if model not in _probed:
+        ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
+        inputs = {"input_ids": ids, "attention_mask": ids, "generation_config": GenerationConfig(max_new_tokens=2)}
+        generate: Any = model.generate
+        try:
+            generate(**inputs, custom_generate=decode_shared_prefix)
+            _probed[model] = None
+        except torch.OutOfMemoryError:  # says nothing of the model
+            raise
+        except Exception as error:
+            _probed[model] = f"`generate` of this transformers cannot decode so ({type(error).__name__}: {error})"
+    if (reason := _probed[model]) is not None:
+        log_reason(model, reason)
+    return reason
 
 
 class _Rows:
@@ -174,10 +189,14 @@ class _Rows:
         self.room = config.max_length - self.length
         self.do_sample = config.do_sample
         self.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
-        penalty = logits_process.RepetitionPenaltyLogitsProcessor  # changed here, so a copy is
+        encoder_penalty = logits_process.EncoderRepetitionPenaltyLogitsProcessor
+        changed = logits_process.RepetitionPenaltyLogitsProcessor, encoder_penalty  # here, so copies are
         self.logits_processor = LogitsProcessorList(
-            copy.copy(part) if type(part) is penalty else part for part in logits_processor
+            copy.copy(part) if type(part) in changed else part for part in logits_processor
         )
+        for part in self.logits_processor:
+            if type(part) is encoder_penalty:  # it repeats the prompts itself since transformers 5.23
+                part.encoder_input_ids = cast(Any, part.encoder_input_ids.repeat_interleave(num_completions, dim=0))
         self.stopping_criteria = stopping_criteria
         self.rows_may_leave = all(type(part) in STATELESS for part in [*logits_processor, *stopping_criteria])
         self._select_padding(lambda lengths: lengths.repeat_interleave(num_completions))
@@ -261,7 +280,12 @@ def draw(scores: torch.Tensor) -> torch.Tensor:
 
 
 def _prefill(
-    model: PreTrainedModel, input_ids: torch.Tensor, num_completions: int, room: int, **model_kwargs: Any
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    num_completions: int,
+    room: int,
+    model_kwargs: dict[str, Any],
+    settings: dict[str, Any],
 ) -> tuple[torch.Tensor, PrefixCache, torch.Tensor]:
     """Run the prompts once: the logits after each, for each of its rows; the cache; and the rows' next positions."""
     attention_mask = model_kwargs.get("attention_mask")  # None where `generate` saw no padding
@@ -274,18 +298,13 @@ def _prefill(
         input_ids=input_ids,
         attention_mask=mask,
         position_ids=position_ids,
-        past_key_values=prompts,
-        use_cache=True,
-        **({"logits_to_keep": 1} if _keeps_logits(model) else {}),
+        **settings,
+        **with_cache(model, prompts),
     )
     counts = [num_completions] * len(input_ids)
     cache = PrefixCache(prompts, mask, counts, longest=room)
     next_positions = (position_ids[:, -1] + 1).repeat_interleave(num_completions)
     return outputs.logits[:, -1].repeat_interleave(num_completions, dim=0), cache, next_positions
-
-
-def _keeps_logits(model: PreTrainedModel) -> bool:
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def _check(
@@ -294,7 +313,8 @@ def _check(
     logits_processor: LogitsProcessorList,
     config: GenerationConfig,
     num_completions: int,
-) -> None:
+) -> dict[str, Any]:
+    """Refuse what cannot be shared, and return the settings among `model_kwargs`, which the model is called with."""
     if reason := architecture_reason(model, config.max_length):
         raise ValueError(f"Completions of this model cannot share their prompt: {reason}. Use plain `generate`.")
     if num_completions < 1:
@@ -304,8 +324,8 @@ def _check(
             "Completions that share their prompt are drawn one by one: leave out `num_return_sequences`, `num_beams` "
             "and what else asks for a search, and ask for several completions with `num_completions`."
         )
-    past = model_kwargs.get("past_key_values")
-    if config.cache_implementation is not None or (past is not None and past.get_seq_length() > 0):
+    caches = [value for value in model_kwargs.values() if isinstance(value, Cache)]
+    if config.cache_implementation is not None or any(cache.get_seq_length() > 0 for cache in caches):
         raise ValueError(
             "Completions that share their prompt have a cache of their own: leave out `cache_implementation` and "
             "`past_key_values`."
@@ -323,11 +343,14 @@ def _check(
         raise ValueError(
             "`guidance_scale` runs the model a second time with a cache of its own. Use plain `generate`."
         )
-    # `generate` gives models of text and images an empty dictionary where there are no images
-    unknown = sorted(name for name in model_kwargs.keys() - READ if not _is_absent(model_kwargs[name]))
-    if unknown:
-        raise ValueError(f"{', '.join(unknown)} cannot be shared by completions. Use plain `generate`.")
-
-
-def _is_absent(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and not value)
+    # By what they are, as `generate` gives more with each release: None and an empty dictionary are absent inputs,
+    # numbers and switches hold for any row, and all else, such as tensors, would have to be expanded
+    settings: dict[str, Any] = {"logits_to_keep": 1}
+    for name, value in model_kwargs.items():
+        if name in SET_HERE or value is None or isinstance(value, Cache) or (isinstance(value, dict) and not value):
+            continue
+        if not isinstance(value, bool | int | float | str):
+            raise ValueError(f"{name} cannot be shared by completions. Use plain `generate`.")
+        settings[name] = value
+    known = inspect.signature(model.forward).parameters
+    return {name: value for name, value in settings.items() if name in known}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from prefopt_trl.shared_prefix.label_statistics import label_statistics
 from prefopt_trl.shared_prefix.packing import pack_rows, pair_groups
 from prefopt_trl.shared_prefix.scoring import is_right_padded
-from prefopt_trl.shared_prefix.support import log_reason, packed_inputs, reason_not_to_share
+from prefopt_trl.shared_prefix.support import log_reason, packed_inputs, reason_not_to_pack, reason_not_to_share
 
 # What TRL passes for a batch of text; anything more (images, router logits) belongs to rows and cannot be packed
 ROWS = {"input_ids", "attention_mask", "labels"}
@@ -67,10 +67,19 @@ def add_shared_prefix(model: PreTrainedModel) -> None:
         if group_ids is None:
             group_ids = pair_groups(len(input_ids), input_ids.device)
         packed = pack_rows(input_ids, attention_mask, labels, group_ids)
+        if reason_not_to_pack(self, packed) is not None:
+            return compute(*args, **kwargs)
         asked = {name: kwargs[name] for name in ("fused_lm_head",) if name in kwargs}
-        outputs = compute(**packed_inputs(self, packed), shift_labels=packed.shift_labels, **asked)
-        # Without `loss`: it counts a token that two completions share once
-        return type(outputs)(**{name: packed.unpack(value) for name, value in outputs.items() if name != "loss"})
+        try:
+            outputs = compute(**packed_inputs(self, packed), shift_labels=packed.shift_labels, **asked)
+            # Without `loss`: it counts a token that two completions share once
+            return type(outputs)(**{name: packed.unpack(value) for name, value in outputs.items() if name != "loss"})
+        except (TypeError, AttributeError, IndexError) as error:
+            if not asked:
+                raise
+            # A later TRL has another head
+            log_reason(self, f"the fused LM head of this TRL takes no packed rows ({type(error).__name__}: {error})")
+            return compute(*args, **kwargs)
 
     forward.shares_prefix = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)

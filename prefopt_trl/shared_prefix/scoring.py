@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prefopt_trl.shared_prefix.packing import IGNORE_INDEX, pack_rows, pair_groups
-from prefopt_trl.shared_prefix.support import packed_inputs, reason_not_to_share
+from prefopt_trl.shared_prefix.support import packed_inputs, reason_not_to_pack, reason_not_to_share
 
 
 def completion_logps(
@@ -54,10 +54,12 @@ def completion_logps(
         )
     labels = input_ids.masked_fill(completion_mask == 0, IGNORE_INDEX)
     counts = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
+    packed = None
     if share_prefix and reason_not_to_share(model, model, row_length=input_ids.shape[1]) is None:
         if group_ids is None:
             group_ids = pair_groups(len(input_ids), input_ids.device)
         packed = pack_rows(input_ids, attention_mask, labels, group_ids)
+    if packed is not None and reason_not_to_pack(model, packed) is None:
         logits = model(**packed_inputs(model, packed)).logits
         token_logps = packed.unpack(_label_logps(logits, packed.shift_labels))
     else:

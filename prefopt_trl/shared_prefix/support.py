@@ -50,6 +50,14 @@ def reason_not_to_share(model: PreTrainedModel, forward: Callable[..., Any], row
     return reason
 
 
+def reason_not_to_pack(model: PreTrainedModel, packed: PackedBatch) -> str | None:
+    """Why this batch must not be run packed, by a model that may share, or None. Logged once per model and reason."""
+    reason = place_reason(model, packed.input_ids.shape[1])
+    if reason is not None:
+        log_reason(model, reason)
+    return reason
+
+
 def log_reason(model: PreTrainedModel, reason: str) -> None:
     """Say why a model's prompts are not shared, once per model and reason."""
     logged = _logged.setdefault(model, set())
@@ -60,7 +68,9 @@ def log_reason(model: PreTrainedModel, reason: str) -> None:
 
 def config_reason(model: PreTrainedModel, row_length: int) -> str | None:
     """Why the config of this model rules packed rows out, or None: they need attention that takes a mask."""
-    implementation = model.config.get_text_config()._attn_implementation
+    if model.training and getattr(model.get_input_embeddings(), "neftune_noise_alpha", None):
+        return "the noise of NEFTune (`neftune_noise_alpha`) depends on the length of what is embedded"
+    implementation = getattr(model.config.get_text_config(), "_attn_implementation", None)
     reason = architecture_reason(model, row_length)
     if reason is None and implementation not in ("sdpa", "eager"):
         return (
@@ -110,6 +120,25 @@ def architecture_reason(model: PreTrainedModel, row_length: int) -> str | None:
     return None
 
 
+def place_reason(model: PreTrainedModel, embedded_length: int) -> str | None:
+    """Why so many tokens must not stand in one row, or None: some models go by a token's place, from some place on.
+
+    A probe is too short to find these limits, and positions do not move them.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "attn_temperature_tuning", False) and embedded_length >= config.floor_scale:
+        return (
+            f"the attention of {config.model_type} has another temperature from place {config.floor_scale} of a row "
+            f"on (`floor_scale`), and {embedded_length} tokens would stand in one"
+        )
+    # A causal mask that the model holds, of as many places as it has positions
+    squares = (mask.shape[-1] for mask in model.buffers() if mask.dim() == 4 and mask.shape[-1] == mask.shape[-2])
+    longest = min((size for size in squares if size > 1), default=embedded_length)
+    if embedded_length > longest:
+        return f"{config.model_type} takes rows of at most {longest} tokens, and {embedded_length} would stand in one"
+    return None
+
+
 def probe_reason(model: PreTrainedModel, forward: Callable[..., Any]) -> str | None:
     """Run a few random tokens shared and unshared, and say by how much they differ where that is more than
     rounding."""
@@ -135,7 +164,7 @@ def probe_reason(model: PreTrainedModel, forward: Callable[..., Any]) -> str | N
                 shared = forward(**packed_inputs(model, packed)).logits
             except torch.OutOfMemoryError:  # says nothing of the model
                 raise
-            except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            except Exception as error:  # of any kind: a later transformers may have changed what this relies on
                 return f"{model.config.model_type} does not take a packed row ({type(error).__name__}: {error})"
     finally:
         hook.remove()

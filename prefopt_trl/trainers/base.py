@@ -1,5 +1,5 @@
-"""What every trainer shares: TRL's `DPOTrainer` with prompts computed once. The only file that touches TRL's private
-names."""
+"""What every trainer shares: TRL's `DPOTrainer` with prompts computed once. The only file that touches TRL's
+private names."""
 
 import contextlib
 import logging
@@ -26,7 +26,7 @@ from transformers import (
     TrainerState,
 )
 from trl import DPOTrainer
-from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
+from trl.trainer import utils
 
 from prefopt_trl.data.collators import DataCollatorForRanking
 from prefopt_trl.data.formats import columns_of, normalize_pairs
@@ -47,6 +47,10 @@ from prefopt_trl.trainers.preferences import (
 from prefopt_trl.trainers.publishing import Published, check_repository
 from prefopt_trl.trainers.reference import adding_reference_adapter, check_policy, copy_adapter, frozen_copy
 from prefopt_trl.trainers.tables import LogPreferencesCallback, first_examples
+from prefopt_trl.trainers.upstream import ATTRIBUTES, FUNCTIONS, METHODS, require
+
+create_model_from_path, get_config_model_id, use_adapter = require(utils, FUNCTIONS)
+require(DPOTrainer, METHODS)
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +165,7 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
             )
         if copies and args.precompute_ref_log_probs:
             self.ref_model = None  # as TRL lets go of one that it has loaded
+        require(self, ATTRIBUTES)
         if not self.has_reference and isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")  # TRL's copy of a pretrained adapter
         self._set_up_models()

@@ -1,6 +1,7 @@
 """Tables of what is learnt from, in the trackers that show tables."""
 
 import re
+from itertools import islice
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class LogPreferencesCallback(TrainerCallback):
 
 def first_examples(dataset: Dataset | IterableDataset) -> list[dict[str, Any]] | None:
     """The first pairs or rankings of a dataset, or None where it has tokens only."""
-    examples = list(dataset.take(NUM_EXAMPLES))
+    examples = list(islice(dataset, NUM_EXAMPLES))
     are_texts = all({"chosen", "rejected"} <= row.keys() or "completions" in row for row in examples)
     return examples if are_texts else None
 

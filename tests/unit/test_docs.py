@@ -42,7 +42,7 @@ def test_python_blocks_use_what_exists(page):
     for block in python_blocks(page):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom):
-                module = __import__(node.module, fromlist=["*"])
+                module = __import__(node.module, fromlist=[name.name for name in node.names])
                 assert all(hasattr(module, name.name) for name in node.names)
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("Config"):
                 fields = {field.name for field in dataclasses.fields(getattr(prefopt_trl, node.func.id))}

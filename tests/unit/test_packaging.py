@@ -1,5 +1,6 @@
-"""What pyproject.toml promises, what constraints.txt pins, what is installed and what CI runs must agree."""
+"""What pyproject.toml promises, what the constraints pin, what is installed and what CI runs must agree."""
 
+import os
 import re
 import tomllib
 from importlib import metadata
@@ -18,10 +19,21 @@ PROJECT = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text(encoding="utf-8
 ACCELERATOR_LIBRARIES = re.compile(r"(nvidia|cuda|triton|pytorch-triton)\b")
 
 
-def constraints() -> dict[str, str]:
-    lines = (REPO_ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+INSTALLED = os.environ.get("PREFOPT_CONSTRAINTS", "constraints.txt")  # what this environment was made from
+
+
+def constraints(name: str) -> dict[str, str]:
+    lines = (REPO_ROOT / name).read_text(encoding="utf-8").splitlines()
     pins = (line.split("==") for line in lines if not line.startswith("#"))
     return {canonicalize_name(name): version for name, version in pins}
+
+
+def ranges() -> list[Requirement]:
+    extras = PROJECT["optional-dependencies"]
+    texts = PROJECT["dependencies"] + [text for extra in extras for text in extras[extra]]
+    found = [item for item in map(Requirement, texts) if item.name != "prefopt-trl"]
+    assert len(found) >= 7
+    return found
 
 
 def needed(requirements: list[str], extra: str) -> list[Requirement]:
@@ -30,11 +42,11 @@ def needed(requirements: list[str], extra: str) -> list[Requirement]:
     return [item for item in parsed if item.marker is None or item.marker.evaluate({"extra": extra})]
 
 
-def dev_closure() -> set[str]:
-    """Return the names of all that `pip install prefopt-trl[dev]` brings, as the installed metadata tells it."""
+def dev_closure(extra: str) -> set[str]:
+    """Return the names of all that `pip install prefopt-trl[extra]` brings, as the installed metadata tells it."""
     extras = PROJECT["optional-dependencies"]
     seen: set[tuple[str, str]] = set()
-    queue = [Requirement("prefopt-trl[dev]")]
+    queue = [Requirement(f"prefopt-trl[{extra}]")]
     while queue:
         requirement = queue.pop()
         name = canonicalize_name(requirement.name)
@@ -49,38 +61,45 @@ def dev_closure() -> set[str]:
     return {name for name, _ in seen} - {"prefopt-trl"}
 
 
-def test_every_range_holds_the_pinned_version() -> None:
-    pins = constraints()
-    extras = PROJECT["optional-dependencies"]
-    texts = PROJECT["dependencies"] + [text for extra in extras for text in extras[extra]]
-    ranges = [item for item in map(Requirement, texts) if item.name != "prefopt-trl"]
-    assert len(ranges) >= 7
-    for item in ranges:
-        bounds = {specifier.operator for specifier in item.specifier}
-        assert bounds == {">=", "<"}, f"{item} needs a lower and an upper bound"
-        assert item.specifier.contains(pins[canonicalize_name(item.name)]), f"constraints.txt leaves the range {item}"
+def test_a_lower_bound_is_what_the_oldest_environment_has_and_an_upper_bound_has_its_reason() -> None:
+    newest, oldest = constraints("constraints.txt"), constraints("constraints-oldest.txt")
+    lines = (REPO_ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    dev = {Requirement(text).name for text in PROJECT["optional-dependencies"]["dev"]} - {"prefopt-trl"}
+    for item in ranges():
+        name = canonicalize_name(item.name)
+        assert item.specifier.contains(newest[name]), f"constraints.txt leaves the range {item}"
+        (lower,) = (bound for bound in item.specifier if bound.operator == ">=")
+        if name not in dev:  # which lint and check types, on the pins alone
+            bound, tested = (Version(version).release for version in (lower.version, oldest[name]))
+            assert tested[: len(bound)] == bound and not any(tested[len(bound) :]), f"{item} is tested on {tested}"
+        if {bound.operator for bound in item.specifier} != {">="}:
+            (line,) = (line for line in lines if f'"{item.name}>=' in line)
+            assert " # " in line, f"the upper bound of {item} has no comment that says what it keeps out"
 
 
 def test_all_that_ci_installs_is_pinned_and_all_that_is_pinned_is_installed() -> None:
-    pins = constraints()
-    closure = dev_closure()
-    assert closure - set(pins) == set()
-    assert set(pins) - closure == set()
+    pins = constraints(INSTALLED)
+    closure = dev_closure("dev" if INSTALLED == "constraints.txt" else "test")
+    assert set(pins) - closure - {"setuptools"} == set()
+    if INSTALLED == "constraints.txt":  # the others leave what they do not name to the registry
+        assert closure - set(pins) == set()
 
 
 def test_the_installed_versions_are_the_pinned_ones() -> None:
-    pins = constraints()
+    pins = constraints(INSTALLED)
     installed = {name: Version(metadata.version(name)).public for name in pins}
     assert installed == {name: str(Version(version)) for name, version in pins.items()}
 
 
 def test_pins_are_exact_and_portable() -> None:
-    lines = (REPO_ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = [line for line in lines if not line.startswith("#")]
-    assert "torch==2.13.0" in pins
-    assert [
-        pin for pin in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9]+(\.[0-9]+)*(b[0-9]+|\.post[0-9]+)?", pin)
-    ] == []
+    torch = {}
+    for name in ("constraints.txt", "constraints-oldest.txt", "constraints-newest.txt"):
+        pins = constraints(name)
+        torch[name] = pins["torch"]
+        assert [
+            pin for pin in pins.values() if not re.fullmatch(r"[0-9]+(\.[0-9]+)*(b[0-9]+|\.post[0-9]+)?", pin)
+        ] == []
+    assert torch["constraints.txt"] == torch["constraints-newest.txt"] == "2.13.0"
 
 
 def test_the_version_is_the_same_everywhere() -> None:
@@ -100,5 +119,5 @@ def test_pre_commit_and_ci_run_the_same_make_targets() -> None:
     before_test = re.search(r"^test: ([a-z ]+?) *##", makefile, re.MULTILINE).group(1)
     assert commands == {f"make {before_test}", "make test"}
     assert {repo["repo"] for repo in hooks} == {"local"}
-    in_ci = (REPO_ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()[-2:]
-    assert in_ci == ["make test", "make test-distributed"]
+    in_ci = (REPO_ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()[-4:]
+    assert in_ci == ["make test", "make test-distributed", "make test-oldest", "make test-newest"]

@@ -150,7 +150,7 @@ def reward_models():
     return [
         LlamaConfig(**llama_like),
         Qwen3Config(**llama_like, head_dim=8),
-        Gemma2Config(**llama_like, head_dim=8),
+        Gemma2Config(**llama_like, head_dim=8, attn_implementation="eager"),
         GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, num_labels=1, pad_token_id=0),
         MistralConfig(**llama_like, sliding_window=512),
         OPTConfig(**TINY, ffn_dim=32, word_embed_proj_dim=32, pad_token_id=0),

@@ -6,7 +6,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
-    AttentionInterface,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     CohereConfig,
@@ -21,12 +20,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from prefopt_trl.shared_prefix import continuation
+from prefopt_trl.shared_prefix import attention, continuation
 from prefopt_trl.shared_prefix.attention import (
     SHARED_PREFIX,
     PrefixLayer,
     attend_to_prefix,
-    shared_prefix_attention,
     without_head,
 )
 from prefopt_trl.shared_prefix.continuation import (
@@ -57,7 +55,9 @@ FAMILIES = {
     "qwen3": Qwen3Config(**LLAMA_LIKE, head_dim=8),
     "mixtral": MixtralConfig(**LLAMA_LIKE, num_local_experts=4),
     # Their logits are capped, or scaled
-    "gemma2": Gemma2Config(**LLAMA_LIKE, head_dim=8, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma2": Gemma2Config(
+        **LLAMA_LIKE, head_dim=8, attn_implementation="eager", attn_logit_softcapping=2.0, final_logit_softcapping=3.0
+    ),
     "cohere": CohereConfig(**LLAMA_LIKE, logit_scale=0.25),
     "granite": GraniteConfig(**LLAMA_LIKE, logits_scaling=0.5),
     "gpt2": GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=128, pad_token_id=PAD),
@@ -475,9 +475,10 @@ def test_an_attention_that_fails_in_segments_or_in_steps_alone_is_told(monkeypat
 def test_a_layer_with_an_attention_of_its_own_is_told():
     model = build(FAMILIES["llama"])
 
-    def of_its_own(hidden_states, past_key_values=None, **kwargs):
-        if past_key_values is not None:
-            past_key_values.update(hidden_states[:, None], hidden_states[:, None], 1)
+    def of_its_own(hidden_states, cache=None, past_key_values=None, **kwargs):
+        cache = cache if past_key_values is None else past_key_values  # its name before transformers 5.24
+        if cache is not None:
+            cache.update(hidden_states[:, None], hidden_states[:, None], 1)
         return hidden_states, None
 
     model.model.layers[1].self_attn.forward = of_its_own
@@ -485,16 +486,13 @@ def test_a_layer_with_an_attention_of_its_own_is_told():
     assert reason == "llama has an attention of its own, which is not in transformers' `AttentionInterface`"
 
 
-def test_an_attention_that_fails_is_told():
+def test_an_attention_that_fails_is_told(monkeypatch):
     def failing(*args, **kwargs):
         raise RuntimeError("no kernel for this")
 
-    AttentionInterface.register(SHARED_PREFIX, failing)
-    try:
-        model = build(FAMILIES["llama"])
-        reason = reason_not_to_share_prefix(model, 20)
-    finally:
-        AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
+    monkeypatch.setattr(attention, "shared_prefix_attention", failing)
+    model = build(FAMILIES["llama"])
+    reason = reason_not_to_share_prefix(model, 20)
     assert reason == "llama cannot share a prompt's keys (RuntimeError: no kernel for this)"
     assert model.config._attn_implementation == "sdpa"
 

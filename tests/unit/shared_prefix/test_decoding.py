@@ -1,6 +1,7 @@
 """Decoding with shared prompts: token for token that of `generate` where nothing is drawn, and its law where it is."""
 
 import copy
+import functools
 import itertools
 import logging
 import math
@@ -10,10 +11,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scipy.stats import chi2_contingency, chisquare
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
@@ -27,12 +31,13 @@ from transformers import (
     GemmaConfig,
     GenerationConfig,
     GPT2Config,
-    GPTJConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     MambaConfig,
@@ -61,7 +66,7 @@ from transformers import (
 from prefopt_trl.shared_prefix import decoding
 from prefopt_trl.shared_prefix.attention import left_pad
 from prefopt_trl.shared_prefix.continuation import reason_not_to_share_prefix
-from prefopt_trl.shared_prefix.decoding import SharedPrefixOutput, decode_shared_prefix, draw
+from prefopt_trl.shared_prefix.decoding import SharedPrefixOutput, decode_shared_prefix, draw, reason_not_to_decode
 
 VOCAB_SIZE = 61
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14], [15]]
@@ -91,7 +96,7 @@ SHARING = {
     "phi3": Phi3Config(**LLAMA_LIKE),
     "mixtral": MixtralConfig(**LLAMA_LIKE, num_local_experts=4),
     "gemma": GemmaConfig(**LLAMA_LIKE, head_dim=8),
-    "gemma2": Gemma2Config(**LLAMA_LIKE, head_dim=8, attn_logit_softcapping=2.0),
+    "gemma2": Gemma2Config(**LLAMA_LIKE, head_dim=8, attn_implementation="eager", attn_logit_softcapping=2.0),
     "gemma3": Gemma3TextConfig(**LLAMA_LIKE, head_dim=8),
     "gpt2": GPT2Config(**GPT_LIKE),
     "gpt_neox": GPTNeoXConfig(**{key: value for key, value in LLAMA_LIKE.items() if key != "num_key_value_heads"}),
@@ -213,7 +218,6 @@ NOT_SHARING = {
     ),
     "bloom": (BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4), "bloom uses ALiBi"),
     "mpt": (MptConfig(vocab_size=61, d_model=32, n_layers=2, n_heads=4), "mpt uses ALiBi"),
-    "gptj": (GPTJConfig(**GPT_LIKE, rotary_dim=4), "gptj"),
     "gpt_neo": (
         GPTNeoConfig(
             vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
@@ -225,6 +229,10 @@ NOT_SHARING = {
         "gpt_neo",
     ),
     "mamba": (MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2), "mamba has recurrent layers"),
+    "llama4": (
+        Llama4TextConfig(**LLAMA_LIKE, head_dim=8, intermediate_size_mlp=48, num_local_experts=2),
+        "`attn_temperature_tuning`",
+    ),
     "gpt_oss": (GptOssConfig(**LLAMA_LIKE, head_dim=8, num_local_experts=4, sliding_window=64), "s_aux"),
     "mistral beyond its window": (MistralConfig(**LLAMA_LIKE, sliding_window=59), "attention window of mistral"),
     "gemma3 beyond its window": (Gemma3TextConfig(**LLAMA_LIKE, head_dim=8, sliding_window=59), "attention window"),
@@ -480,6 +488,7 @@ def test_logps_are_those_of_the_model_before_a_penalty():
     assert output.logps.tolist() == pytest.approx(teacher_forced(model, completions), abs=1e-3)
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="no penalty knows of padding")
 def test_a_penalty_knows_the_padding_of_every_row_and_is_left_as_it_was():
     # Of the first prompt all tokens count, of the second the last three, of the third none; and all that is decoded
     model, ignored = build(SHARING["llama"]), torch.tensor([2, 3, 6])
@@ -777,6 +786,35 @@ def test_a_cache_that_has_tokens_is_refused_and_an_empty_one_is_not_needed():
     cache = model(input_ids=torch.tensor([[5], [6], [7]]), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="leave out `cache_implementation` and `past_key_values`"):
         shared(model, 2, max_new_tokens=4, past_key_values=cache)
+
+
+@pytest.mark.parametrize("novel", [None, {}, 3, True, "text", DynamicCache()], ids=repr)
+def test_what_generate_passes_anew_is_taken_where_it_is_no_input(novel):
+    model, options = build(SHARING["llama"]), {"do_sample": False, "max_new_tokens": 4, "num_completions": 2}
+    passing_more = functools.partial(decode_shared_prefix, novel=novel)
+    found = model.generate(**inputs_of(), **options, custom_generate=passing_more)
+    assert torch.equal(found, shared(model, **options))
+
+
+@pytest.mark.parametrize("breaks", ["generate", "attention"])
+def test_a_transformers_with_other_names_costs_the_sharing_alone(breaks, monkeypatch, caplog):
+    model, generate = build(SHARING["llama"]), LlamaForCausalLM.generate
+    if breaks == "attention":
+        monkeypatch.setattr(AttentionInterface, "register", None)
+        message = "llama cannot share a prompt's keys (TypeError"
+        with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+            assert [message in reason_not_to_share_prefix(model, 20) for _ in range(2)] == [True, True]
+    else:
+
+        def passing_more(self, *args, custom_generate, **kwargs):
+            novel = functools.partial(custom_generate, novel=torch.zeros(1, 2))
+            return generate(self, *args, custom_generate=novel, **kwargs)
+
+        monkeypatch.setattr(LlamaForCausalLM, "generate", passing_more)
+        message = "`generate` of this transformers cannot decode so (ValueError: novel"
+        with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+            assert [message in reason_not_to_decode(model) for _ in range(2)] == [True, True]
+    assert len(caplog.records) == 1 and message in caplog.text
 
 
 def test_inputs_that_belong_to_rows_are_refused():

@@ -2,12 +2,14 @@
 
 import inspect
 import logging
+import types
 
 import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.integrations.neftune import activate_neftune
 from trl.trainer.utils import add_fused_lm_head
 
 from prefopt_trl.shared_prefix import support
@@ -252,6 +254,38 @@ def test_a_model_that_cannot_share_is_run_without_groups(caplog):
             found = model(**inputs, fused_lm_head=True)
     assert torch.equal(found.log_probs, expected.log_probs) and torch.equal(found.loss, expected.loss)
     assert len(reasons(caplog)) == 1 and "sliding" in reasons(caplog)[0]
+
+
+def test_a_head_that_takes_no_packed_rows_is_given_plain_ones(caplog):
+    shared, inputs = build(share_prefix=False), ragged_batch()
+    fused_forward = shared.forward.__func__
+
+    def of_another_trl(self, *args, fused_lm_head=False, labels=None, **kwargs):
+        if "shift_labels" in kwargs:
+            raise TypeError("unexpected keyword argument 'shift_labels'")
+        return fused_forward(self, *args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+
+    shared.forward = types.MethodType(of_another_trl, shared)
+    add_shared_prefix(shared)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+        found = [shared(**inputs, fused_lm_head=True).log_probs for _ in range(2)]
+        expected = build(share_prefix=False)(**without_groups(inputs), fused_lm_head=True).log_probs
+    assert torch.equal(found[0], expected) and torch.equal(found[1], expected)
+    assert len(reasons(caplog)) == 1 and "the fused LM head of this TRL takes no packed rows" in reasons(caplog)[0]
+
+
+def test_the_noise_of_neftune_is_that_of_rows_of_their_own(caplog):
+    model, inputs, noise = build().train(), ragged_batch(), []
+    activate_neftune(model, 5.0)
+    embed = model.get_input_embeddings()
+    embed.register_forward_hook(lambda _, ids, noisy: noise.append((noisy - embed.weight[ids[0]]).abs().max()))
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl"), torch.no_grad():
+        model(**inputs, fused_lm_head=True)
+        assert len(reasons(caplog)) == 1 and "`neftune_noise_alpha`" in reasons(caplog)[0]
+        model.eval()(**inputs, fused_lm_head=True)  # without noise prompts are shared
+    # Uniform up to alpha / sqrt(20 * 32); that none of 4480 draws comes within 1% of it has probability e^-45
+    assert noise[0].item() == pytest.approx(5 / (20 * 32) ** 0.5, rel=0.01) and noise[-1] == 0
+    assert len(reasons(caplog)) == 1
 
 
 def test_groups_are_left_out_of_calls_without_the_switch():

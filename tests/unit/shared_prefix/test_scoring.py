@@ -116,6 +116,32 @@ def test_others_fall_back_with_one_logged_reason(family, caplog):
     assert len(messages) == 1 and reason in messages[0]
 
 
+LLAMA4 = {**GROUPED, "head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2, "no_rope_layers": [1, 0]}
+BY_PLACE = {
+    "temperature": ("Llama4TextConfig", {**LLAMA4, "floor_scale": 40, "attn_scale": 1.0}, "`floor_scale`"),
+    "mask": (*SHARING["gpt_neo, global attention"], "gpt_neo takes rows of at most 40 tokens"),
+}
+
+
+@pytest.mark.parametrize("kind", BY_PLACE)
+def test_no_more_tokens_are_packed_than_a_model_has_places_for(kind, caplog):
+    config_name, arguments, reason = BY_PLACE[kind]
+    model = build(config_name, arguments | {"max_position_embeddings": 40})
+    rows = torch.randint(3, 97, (4, 20), generator=torch.Generator().manual_seed(5))
+    rows[:, :12] = rows[0, :12]
+    completion_mask = (torch.arange(20) >= 12).long().expand(4, -1)
+    # Four completions make a packed row of 11 + 4 * 8 tokens, three one of 35, and no row is longer than 20
+    for num_rows, expected in ((3, []), (4, [reason])):
+        batch = {"input_ids": rows[:num_rows], "attention_mask": torch.ones_like(rows[:num_rows])}
+        batch["completion_mask"] = completion_mask[:num_rows]
+        with torch.no_grad(), caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+            logps, _ = completion_logps(model, **batch, group_ids=torch.zeros(num_rows, dtype=torch.long))
+            torch.testing.assert_close(logps.double(), reference_logps(model, batch), atol=1e-4, rtol=1e-6)
+        messages = [record.getMessage() for record in caplog.records if record.name.startswith("prefopt_trl")]
+        assert len(messages) == len(expected) and all(map(str.__contains__, messages, expected))
+    assert "43" in messages[0]
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_neo", "mpt", "bloom", "mamba"])
 def test_the_probe_alone_would_notice(family):
     config_name, arguments, _ = NOT_SHARING[family]
@@ -164,7 +190,8 @@ def gradients(model, share_prefix):
 def test_gradients_are_exact(how):
     model = build(*SHARING["llama"]).train()
     if how == "gradient checkpointing":
-        model.activation_checkpointing_enable()
+        # Its name is another before transformers 5.23
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     if how == "LoRA":
         from peft import LoraConfig, get_peft_model
 

@@ -242,17 +242,17 @@ def test_the_same_settings_reuse_the_samples_and_others_are_refused(
         )
 
     first = make()
-    assert len(generate_calls) == 1  # all six prompts with six candidates
+    assert len(generate_calls) == 2  # a probe, and then all six prompts with six candidates
     with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
         again = make(gamma=0.5, learning_rate=1e-4, loss_type="hinge-norm")  # not settings of the samples
-    assert len(generate_calls) == 1 and "Reusing the 12 pairs" in caplog.text
+    assert len(generate_calls) == 2 and "Reusing the 12 pairs" in caplog.text
     assert again.train_dataset["chosen_ids"] == first.train_dataset["chosen_ids"]
     assert again.train_dataset["rejected_ids"] == first.train_dataset["rejected_ids"]
     with pytest.raises(ValueError, match=r"other settings:\n  beta: 0.5 there, 1.5 now\n  num_candidates: 6 there, 5"):
         make(rejection_beta=1.5, num_candidates=5)
     with pytest.raises(ValueError, match=r"other settings:\n  ranker.function: 'brevity:"):
         make(ranker=lambda prompts, completions, **kwargs: [0.0] * len(completions))
-    assert len(generate_calls) == 1
+    assert len(generate_calls) == 2
 
 
 def test_conversations_are_sampled_as_conversations(policy_dir, tmp_path):

@@ -4,21 +4,31 @@ Where one of these fails after an upgrade, TRL has changed something private: th
 it.
 """
 
+import ast
 import dataclasses
+import importlib
 import inspect
 import re
 import types
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_state as fully_shard_state
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer, utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from prefopt_trl.shared_prefix.attention import PrefixLayer
+from prefopt_trl.shared_prefix.decoding import STATELESS, STATELESS_NAMES
+from prefopt_trl.shared_prefix.segments import SegmentLayer
+from prefopt_trl.trainers import upstream
 from prefopt_trl.trainers.arguments import REFERENCE_ARGUMENTS, TRL_LOSS_ARGUMENTS
 from prefopt_trl.trainers.base import PreferenceTrainer
 from prefopt_trl.trainers.rso_config import TRL_LOSSES
@@ -286,16 +296,13 @@ def test_the_names_of_the_losses():
 COMPLETION_TRAINER = f"CompletionTrainer in {COMPLETIONS}"
 
 
-@pytest.mark.parametrize(
-    ("how", "expected"), [("path", ["policy", "reference"]), ("instance", ["reference"]), ("LoRA", ["policy"])]
-)
+@pytest.mark.parametrize(("how", "expected"), [("path", 2), ("instance", 1), ("LoRA", 1)])
 def test_models_are_loaded_by_a_function_of_its_module(how, expected, tiny_llama_dir, tmp_path, monkeypatch):
     calls = []
     load = utils.create_model_from_path
 
     def recording(*args, **kwargs):
-        # The reference model is told the dtype of the policy, which exists by then
-        calls.append("reference" if "dtype" in kwargs else "policy")
+        calls.append(args)
         return load(*args, **kwargs)
 
     monkeypatch.setattr(dpo_trainer, "create_model_from_path", recording)
@@ -303,21 +310,18 @@ def test_models_are_loaded_by_a_function_of_its_module(how, expected, tiny_llama
     peft_config = LoraConfig(target_modules=["q_proj"]) if how == "LoRA" else None
     make(DPOTrainer, model, tmp_path, peft_config=peft_config)
     require(
-        calls == expected,
-        f"DPOTrainer.__init__ loads, by `dpo_trainer.create_model_from_path`, {calls}, was {expected}",
+        len(calls) == expected,
+        f"DPOTrainer.__init__ loads {len(calls)} models by `dpo_trainer.create_model_from_path`, was {expected}: the "
+        "policy where it is a path, then its reference",
         f"_no_reference_model in {BASE}, without which SLiC, PRO and RRHF hold two models",
     )
 
 
 def test_a_reference_model_may_be_none(tiny_llama_dir, tmp_path, monkeypatch):
-    load = utils.create_model_from_path
-    monkeypatch.setattr(
-        dpo_trainer,
-        "create_model_from_path",
-        lambda *args, **given: None if "dtype" in given else load(*args, **given),
-    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    monkeypatch.setattr(dpo_trainer, "create_model_from_path", lambda *args, **given: None)  # of the reference alone
     try:
-        found = make(DPOTrainer, tiny_llama_dir, tmp_path).ref_model
+        found = make(DPOTrainer, model, tmp_path).ref_model
     except (AttributeError, TypeError) as error:
         require(False, f"DPOTrainer.__init__ fails with a reference model that is None ({error})", COMPLETION_TRAINER)
     require(found is None, "`ref_model` is not what was loaded", f"_no_reference_model in {BASE}")
@@ -524,3 +528,57 @@ def test_a_missing_pad_token_is_set(tiny_llama_dir, tmp_path):
         f"a tokenizer without a pad token is left with {tokenizer.pad_token!r}, was EOS",
         f"_install_collator in {BASE}",
     )
+
+
+# What is used of the libraries below TRL
+
+
+def imports_of_submodules() -> list[tuple[str, str, str]]:
+    """Module, name and file of all that the package imports from below the top of these libraries."""
+    found = set()
+    for file in Path(upstream.__file__).parents[1].rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and re.match(
+                r"(trl|transformers|accelerate|peft|datasets)\.", node.module
+            ):
+                found |= {(node.module, name.name, "/".join(file.parts[-2:])) for name in node.names}
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("module", "name", "file"), imports_of_submodules())
+def test_what_is_imported_from_submodules_is_there(module, name, file):
+    require(hasattr(importlib.import_module(module), name), f"`{module}` has no `{name}`", f"prefopt_trl/{file}")
+
+
+def test_what_sharing_needs_of_transformers():
+    where = "prefopt_trl/shared_prefix"
+    missing = set(STATELESS_NAMES.split()) - {part.__name__ for part in STATELESS}
+    require(not missing, f"transformers has no {missing}", f"STATELESS_NAMES in {where}/decoding.py")
+    for layer in (PrefixLayer, SegmentLayer):
+        left = layer.__abstractmethods__
+        require(not left, f"layers of a cache have further methods, {set(left)}", f"{layer.__name__} in {where}")
+    config = LlamaConfig(attn_implementation="sdpa")
+    names = (config._attn_implementation_internal, config._attn_implementation)
+    require(names == ("sdpa", "sdpa"), f"a config holds its attention as {names}", f"attend_to_prefix in {where}")
+    require(transformers.MambaForCausalLM._is_stateful, "Mamba has no `_is_stateful`", f"support.py in {where}")
+
+
+def test_what_is_used_of_other_objects():
+    holds = "_setup_devices" in vars(transformers.TrainingArguments)
+    require(holds, "`TrainingArguments` has no `_setup_devices`", "prefopt_trl/cli/launch.py")
+    state = getattr(fully_shard_state, "FSDPState", None)
+    holds = hasattr(FSDPModule, "_get_fsdp_state") and hasattr(state, "_lazy_init")
+    require(holds, "FSDP2 has no `_get_fsdp_state()._lazy_init()`", "prefopt_trl/data/weights.py")
+    for method in ("_get_train_sampler", "_prepare_inputs"):
+        require(hasattr(DPOTrainer, method), f"`Trainer` has no `{method}`", "prefopt_trl/trainers/pro_trainer.py")
+
+
+def test_a_missing_name_is_one_sentence_with_the_versions_that_work():
+    upstream.require(DPOTrainer, upstream.METHODS)
+    match = rf"^trl {trl.__version__} with .* has no _metrics, _tp_size, which .* These work: trl 1.15 to 1.16 with"
+    with pytest.raises(ImportError, match=match):
+        upstream.require(DPOTrainer, "_compute_loss _metrics _tp_size")
+
+
+def test_the_constructor_sets_what_is_read_later(tiny_llama_dir, tmp_path):
+    upstream.require(make(DPOTrainer, tiny_llama_dir, tmp_path), upstream.ATTRIBUTES)
