@@ -1,6 +1,7 @@
 """Sampling completions of the policy itself with transformers' `generate`, each prompt computed once."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ OWN_OPTIONS = {
     "pad_token_id",
     "return_dict_in_generate",
 }
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of byte fallback, as the decoder of `tokenizers` knows it
+CONTEXT = 8  # tokens of the prompt that a completion is decoded after
 
 
 @dataclass(frozen=True)
@@ -408,17 +411,22 @@ def _read(
     whether it ended by itself."""
 
     def decode(skip_special_tokens: bool) -> str:
-        # Behind the end of its prompt: LLaMA's decoder would drop the space that the first word of a text begins with
-        before = prompt_ids[-8:]
-        prefix, text = (
-            cast(
-                str,
-                tokenizer.decode(part, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False),
-            )
-            for part in (before, before + ids[:end])
+        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+        before, text = (cast(str, tokenizer.decode(part, **options)) for part in (context, context + ids[:end]))
+        if text.startswith(before):
+            return text[len(before) :]
+        logger.warning_once(
+            "The tokenizer decodes the end of a prompt otherwise before a completion. Completions are decoded without "
+            f"it, which may cost them the space that they begin with. (Said once, of {before!r}.)"
         )
-        return text.removeprefix(prefix)
+        return cast(str, tokenizer.decode(ids[:end], **options))
 
+    # Decoded after the end of its prompt: LLaMA's decoder drops the space that the first word of a text begins with.
+    # Not after bytes: the decoder reads neighboring bytes as one, and writes all as U+FFFD where some are invalid.
+    last = len(prompt_ids)
+    while last and BYTE_TOKEN.fullmatch(str(tokenizer.convert_ids_to_tokens(prompt_ids[last - 1]))):
+        last -= 1
+    context = prompt_ids[:last][-CONTEXT:]
     end = next((place for place, token in enumerate(ids) if token in eos_token_ids), len(ids))
     text = decode(skip_special_tokens=True)
     found = [text.index(stop) for stop in stop_strings if stop in text]

@@ -13,7 +13,7 @@ import transformers
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import chisquare
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -940,6 +940,59 @@ def test_the_space_before_a_first_word_survives_the_decoder_of_llama(tiny_llama_
     read, read_ids, finished = generation._read(wrapped, prompt_ids, [*drawn, 0, 0], [wrapped.eos_token_id], [])
     assert (read, read_ids, finished) == (completion, drawn, True)
     assert wrapped(prompt + read)["input_ids"] == ids  # what is trained on is what was sampled
+
+
+def byte_fallback_tokenizer(algorithm: str, strips: bool) -> PreTrainedTokenizerFast:
+    """Characters outside "Answ: Hi" are bytes; with `strips`, a text begins with a space that decoding drops."""
+    words = ["<unk>", "</s>", "<|assistant|>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁Answ:Hi", "▁Hi"]
+    if algorithm == "BPE":
+        vocabulary = {word: index for index, word in enumerate(words)}
+        tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    else:
+        tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=0, byte_fallback=True))
+    space = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space] if strips else [space])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if strips else steps)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<|assistant|>"],
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}<|assistant|>\n",
+    )
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Answer:\n", "Answ:", "\n", "日本語日本語", [{"role": "user", "content": "Hi"}]], ids=str
+)
+@pytest.mark.parametrize("strips", [True, False], ids=["LLaMA", "Gemma"])
+@pytest.mark.parametrize("algorithm", ["BPE", "Unigram"])
+def test_nothing_of_a_prompt_that_ends_in_bytes_is_part_of_a_completion(
+    algorithm: str, strips: bool, prompt: str | list, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = byte_fallback_tokenizer(algorithm, strips)
+    (prompt_ids,) = tokenize_prompts(tokenizer, [prompt])
+    for drawn, text in {
+        "<0xF0> <0x9F>": "\ufffd\ufffd",
+        "<0xF0> <0x9F> <0x98> <0x80>": "😀",
+        "<0x9F> <0x0A> ▁Hi": "\ufffd\ufffd Hi",  # the decoder knows a run of bytes as a whole
+        "▁Hi <0x0A>": " Hi\n",
+        "H i": "Hi",
+    }.items():
+        ids = [*tokenizer.convert_tokens_to_ids(drawn.split()), tokenizer.eos_token_id]
+        assert generation._read(tokenizer, prompt_ids, ids, [tokenizer.eos_token_id], []) == (text, ids, True)
+    assert caplog.records == []
+
+
+def test_a_decoder_that_changes_the_end_of_a_prompt_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = letter_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "")])
+    a, b, c = tokenizer("abc")["input_ids"]
+    assert tokenizer.decode([c, a]) == "ca" and tokenizer.decode([c, a, b, c]) == "cc"
+    assert generation._read(tokenizer, [c, a], [b, c], [EOS], []) == ("bc", [b, c], False)
+    (record,) = caplog.records
+    assert "decodes the end of a prompt otherwise before a completion" in record.getMessage()
 
 
 def test_a_single_text_and_a_prompt_that_is_none_are_refused(tiny_llama_dir):
