@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -44,6 +45,14 @@ OWN_OPTIONS = {
     "output_scores",
     "pad_token_id",
     "return_dict_in_generate",
+}
+# Options whose law does not depend on padding. Others may: to `min_length`, `no_repeat_ngram_size` and
+# `encoder_repetition_penalty` padding is part of the prompt. With them only prompts of equal length share a batch.
+BLIND_TO_PADDING = {
+    *("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("max_new_tokens", "min_new_tokens", "exponential_decay_length_penalty", "repetition_penalty", "stop_strings"),
+    *("suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id"),
+    *("remove_invalid_values", "renormalize_logits", "cache_implementation"),
 }
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of byte fallback, as the decoder of `tokenizers` knows it
 CONTEXT = 8  # tokens of the prompt that a completion is decoded after
@@ -133,7 +142,8 @@ def sample_completions(
             an error there. `False`: plain `generate`.
         generation_kwargs (`dict`, *optional*):
             Further options of [`~transformers.GenerationConfig`], such as `{"stop_strings": ["\\n\\nHuman:"]}`. A stop
-            string is not part of the text.
+            string is not part of the text. Where an option would read padding as part of the prompt (`min_length`,
+            `no_repeat_ngram_size`), only prompts of equal length are sampled together.
 
     Returns:
         `list[list[str]]`: `num_completions` texts per prompt, in the order of `prompts`, without special tokens.
@@ -227,6 +237,10 @@ def sample_candidates(
 
     # Prompts of like length go together; the order of results is that of `prompt_ids`
     by_length = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]), reverse=True)
+    may_pad = generation.keys() <= BLIND_TO_PADDING
+    groups = [list(rows) for _, rows in groupby(by_length, key=lambda row: may_pad or len(prompt_ids[row]))]
+    batches = [rows[at : at + prompts_at_once] for rows in groups for at in range(0, len(rows), prompts_at_once)]
+    starts = np.cumsum([0, *map(len, batches)]).tolist()
     results, sampled = [Candidates([], []) for _ in prompt_ids], 0
     bar = tqdm(
         total=len(prompt_ids) * num_completions * config.max_new_tokens,
@@ -239,8 +253,7 @@ def sample_candidates(
     if not bar.disable:
         criteria.append(CountTokens(bar.update))
     with bar, _sampling_mode(model):
-        for start in range(0, len(by_length), prompts_at_once):
-            rows = by_length[start : start + prompts_at_once]
+        for start, rows in zip(starts, batches, strict=False):
             inputs = _pad([prompt_ids[row] for row in rows], pad_token_id, model)
             begin = 1 if in_decoder else inputs["input_ids"].shape[1]  # of the completions
             for done in range(0, num_completions, completions_at_once):
@@ -296,6 +309,8 @@ def check_sampling(
         raise ValueError(f"`memory_budget` must be a number of GiB, greater than 0 and finite, got {memory_budget!r}.")
     if share_prefix not in ("auto", True, False):
         raise ValueError(f"`share_prefix` must be 'auto', True or False, got {share_prefix!r}.")
+    if generation.get("stop_strings") == "" or "" in list(generation.get("stop_strings") or []):
+        raise ValueError("`stop_strings` has an empty text, which every completion begins with. Leave it out.")
     for name in ("max_new_tokens", "top_k"):
         if not isinstance(generation[name], int):
             raise ValueError(f"`{name}` must be a whole number, got {generation[name]!r}.")

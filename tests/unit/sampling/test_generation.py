@@ -277,6 +277,38 @@ def test_a_temperature_near_zero_is_greedy() -> None:
     assert completions == [[text] * 3 for text in expected]
 
 
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"min_length": 4},
+        {"no_repeat_ngram_size": 1},
+        {"encoder_repetition_penalty": 0.02},
+        {"encoder_no_repeat_ngram_size": 1},
+        {"sequence_bias": [[[PAD, 11, 9], 9.0]]},
+        {"bad_words_ids": [[PAD, 11, 5]]},
+        {"forced_bos_token_id": 6},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_that_read_the_prompt_have_the_law_of_one_unpadded_prompt(option: dict, share_prefix: bool) -> None:
+    model, tokenizer = random_model(seed=3).eval(), letter_tokenizer()
+    prompts = ["ihgfedcba", "i", "abcabc"]
+    completions = sample_completions(
+        model, tokenizer, prompts, 8000, max_new_tokens=1, share_prefix=share_prefix, generation_kwargs=option
+    )
+    for prompt, texts in zip(prompts, completions, strict=True):
+        law = dict.fromkeys(["", *LETTERS], 0.0)
+        how = {"max_new_tokens": 1, "do_sample": True, "top_k": 0, "output_scores": True, **option}
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        scores = model.generate(**inputs, **how, eos_token_id=EOS, return_dict_in_generate=True).scores[0][0]
+        for token, probability in enumerate(scores.double().softmax(-1).tolist()):
+            law[LETTERS[token - 3] if token > 2 else ""] += probability
+        counts = Counter(texts)
+        variation = sum(abs(counts[text] / 8000 - chance) for text, chance in law.items()) / 2
+        assert variation < 0.05  # of 10 texts: a chance of 2 ** 10 * exp(-2 * 8000 * 0.05 ** 2) = 4e-15 to fail
+
+
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="no penalty knows of padding")
 def test_a_penalty_of_repetition_counts_the_prompt_and_not_its_padding() -> None:
     model, tokenizer = random_model(seed=3), letter_tokenizer()
@@ -847,6 +879,7 @@ def test_a_tokenizer_without_eos_is_refused() -> None:
         ({"memory_budget": "4GiB"}, "`memory_budget` must be a number of GiB, .* got '4GiB'"),
         ({"share_prefix": "always"}, "`share_prefix` must be 'auto', True or False, got 'always'"),
         ({"generation_kwargs": {"top_k": 5}}, "`generation_kwargs` has `top_k`, .* Leave it out"),
+        *(({"generation_kwargs": {"stop_strings": stop}}, "has an empty text") for stop in ("", [""], ["a", ""])),
         (
             {"generation_kwargs": {"min_p": 0.1, "num_return_sequences": 5}},
             "has `num_return_sequences`, which sampling",
