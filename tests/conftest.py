@@ -110,3 +110,14 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def appending_tokenizer(tiny_llama_dir: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of `tiny_llama_dir`, which appends EOS to every text by itself."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_llama_dir)
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", "<s> $A $B </s>", special_tokens=special
+    )
+    return tokenizer

@@ -1,6 +1,5 @@
 """Rankings: prompts with any number of completions, each with a reward."""
 
-import json
 import logging
 from typing import Any
 
@@ -10,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
 
 from prefopt_trl.data.formats import EQUAL_REWARDS_HINT, check_completions, check_format, columns_of, normalize_pairs
-from prefopt_trl.data.tokenization import tokenize_completions
+from prefopt_trl.data.tokenization import chat_options, tokenize_completions
 
 logger = logging.getLogger(__name__)
 
@@ -126,10 +125,9 @@ def tokenize_rankings(
         check_ranking(example["completions"], example["rewards"], where)
         check_format(example["prompt"], f"The prompt of row {row} of the {name} dataset")
         check_completions(example["prompt"], example["completions"], f"row {row} of the {name} dataset")
-        tools = example.get("tools")
-        chat = {"tools": json.loads(tools) if isinstance(tools, str) else tools} if tools else {}
-        chat |= example.get("chat_template_kwargs") or {}
-        prompt_ids, completion_ids = tokenize_completions(tokenizer, example["prompt"], example["completions"], **chat)
+        prompt_ids, completion_ids = tokenize_completions(
+            tokenizer, example["prompt"], example["completions"], **chat_options(example)
+        )
         if not all(completion_ids):
             raise ValueError(
                 f"{where}: completion {completion_ids.index([])} has no tokens beyond the prompt's. Leave it out."

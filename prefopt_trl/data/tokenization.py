@@ -1,5 +1,6 @@
 """A prompt and its completions as token ids, cut where TRL's `DPOTrainer` cuts them."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,49 @@ from prefopt_trl.data.formats import Completion, Prompt
 logger = logging.get_logger(__name__)
 
 
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of plain text without what the tokenizer appends by itself (EOS, SEP): the text goes on."""
+    ids = tokenizer(text)["input_ids"]
+    return ids[: len(ids) - num_appended_tokens(tokenizer)]
+
+
+def num_appended_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many tokens the tokenizer appends to every text, as with `add_eos_token=True`."""
+    # A special token is in every vocabulary; where it is part of the text, the mask has 0 for it
+    text = next(iter(tokenizer.all_special_tokens), "a")
+    mask = tokenizer(text, return_special_tokens_mask=True)["special_tokens_mask"]
+    return mask[::-1].index(0) if 0 in mask else 0
+
+
+def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **chat_template_kwargs: Any) -> list[int]:
+    """Return the token ids of a prompt, as sampling and training both read them."""
+    if isinstance(prompt, str):
+        return encode_text(tokenizer, prompt)
+    template: Any = tokenizer.apply_chat_template
+    return template(prompt, add_generation_prompt=True, return_dict=True, **chat_template_kwargs)["input_ids"]
+
+
+def chat_options(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments for `apply_chat_template` in the columns `tools` and `chat_template_kwargs` of a row."""
+    tools = row.get("tools")
+    options = {"tools": json.loads(tools) if isinstance(tools, str) else tools} if tools else {}
+    return options | (row.get("chat_template_kwargs") or {})
+
+
+class WithoutAppendedTokens:
+    """A tokenizer for TRL's `_prepare_dataset`, which would train on a second EOS where the tokenizer appends one.
+
+    It may go once TRL leaves that out.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.apply_chat_template, self.decode = tokenizer.apply_chat_template, tokenizer.decode
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": encode_text(self.tokenizer, text)}
+
+
 def tokenize_completions(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
@@ -21,8 +65,8 @@ def tokenize_completions(
     """Tokenise a prompt with each of its completions, as TRL's `DPOTrainer` does for two of them.
 
     A prompt and a completion are tokenised together, because tokens may merge where they meet; the completions begin
-    where the first of them departs from the tokens of the prompt alone. A completion in plain text ends with EOS; the
-    chat template ends one that is conversational.
+    where the first of them departs from the tokens of the prompt alone. A completion in plain text ends with one EOS
+    (TRL leaves two where the tokenizer appends one by itself); the chat template ends one that is conversational.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -46,28 +90,22 @@ def tokenize_completions(
     prompt_ids, completion_ids = tokenize_completions(tokenizer, "The sky is", [" blue", " green"])
     ```
     """
-
-    template: Any = tokenizer.apply_chat_template
-
-    def encode(prompt: Any, completion: Any = None) -> list[int]:
-        if isinstance(prompt, str):
-            return tokenizer(prompt + (completion or ""))["input_ids"]
-        messages, is_prompt = prompt + (completion or []), completion is None
-        return template(messages, add_generation_prompt=is_prompt, return_dict=True, **chat_template_kwargs)[
-            "input_ids"
-        ]
-
     for index, completion in enumerate(completions):
         if not isinstance(completion, type(prompt)):
             raise TypeError(
                 f"Completion {index} is {type(completion).__name__} and its prompt is {type(prompt).__name__}: give "
                 "both as plain text, or both as lists of messages."
             )
-    if isinstance(prompt, str):
-        eos: Any = tokenizer.eos_token
-        completions = [text if str(text).endswith(eos) else str(text) + eos for text in completions]
-    prompt_ids = encode(prompt)
-    both_ids = [encode(prompt, completion) for completion in completions]
+
+    def encode(completion: Any) -> list[int]:
+        if isinstance(prompt, str):
+            eos: Any = tokenizer.eos_token
+            return encode_text(tokenizer, prompt + (completion if completion.endswith(eos) else completion + eos))
+        template: Any = tokenizer.apply_chat_template
+        return template([*prompt, *completion], return_dict=True, **chat_template_kwargs)["input_ids"]
+
+    prompt_ids = prompt_token_ids(tokenizer, prompt, **chat_template_kwargs)
+    both_ids = [encode(completion) for completion in completions]
     end = min(_common_length(prompt_ids, ids) for ids in both_ids)
     if end < len(prompt_ids):
         logger.warning_once(

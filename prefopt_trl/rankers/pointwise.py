@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.fingerprints import template_date
-from prefopt_trl.data.formats import Completion, Message, Prompt, completion_text, wrap_completion
+from prefopt_trl.data.formats import Completion, Prompt, completion_text, wrap_completion
+from prefopt_trl.data.tokenization import prompt_token_ids
 from prefopt_trl.rankers.base import PointwiseRanker
 from prefopt_trl.rankers.models import RankingModel
 from prefopt_trl.rankers.publishing import PublishedModel
@@ -24,7 +25,8 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
     """A sequence classification model with one label, whose output is the reward of a completion.
 
     Text is written as TRL's `RewardTrainer` does: a plain prompt, completion and EOS one after the other, or messages
-    through the chat template. `compare` and `score` are those of [`PointwiseRanker`].
+    through the chat template. It ends in one EOS, also where the tokenizer appends one by itself (`RewardTrainer` then
+    trains on two). `compare` and `score` are those of [`PointwiseRanker`].
 
     Args:
         model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
@@ -159,23 +161,17 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
                 "`tokenizer.chat_template` to the one the model was trained with, or give plain text."
             )
         messages = wrap_completion(prompt, completion) if isinstance(completion, str) else completion
-        return self._render([*prompt, *messages])
-
-    def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        return cast(str, text)
+        return cast(str, self.tokenizer.apply_chat_template([*prompt, *messages], tokenize=False))
 
     def _tokenize(self, text: str, prompt: Prompt) -> list[int]:
         # A chat template writes the special tokens itself
-        return self.ranking_model.token_ids([text], add_special_tokens=isinstance(prompt, str))[0]
+        token_ids = self.ranking_model.token_ids([text], add_special_tokens=isinstance(prompt, str))[0]
+        return token_ids[:-1] if token_ids[-2:] == [self.tokenizer.eos_token_id] * 2 else token_ids
 
     def _cut_prompt(self, token_ids: list[int], row: int, prompt: Prompt) -> list[int]:
-        text = prompt if isinstance(prompt, str) else self._render(list(prompt), add_generation_prompt=True)
         num_kept = 1 if token_ids[0] in self.tokenizer.all_special_ids else 0
         num_dropped = len(token_ids) - self.ranking_model.max_length
-        if num_kept + num_dropped > len(self._tokenize(text, prompt)):
+        if num_kept + num_dropped > len(prompt_token_ids(self.tokenizer, prompt)):
             raise ValueError(
                 f"Prompt row {row}: without any of the prompt, a completion exceeds `max_length` "
                 f"({self.ranking_model.max_length} tokens). Raise `max_length`, or drop the row or the completion."

@@ -18,7 +18,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from prefopt_trl.data.collators import DataCollatorForRanking
 from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
-from prefopt_trl.data.tokenization import tokenize_completions
+from prefopt_trl.data.tokenization import chat_options, tokenize_completions
 from prefopt_trl.data.weights import gathered, model_of
 from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
 from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
@@ -43,7 +43,8 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
     """
     Samples completions of a batch of prompts, ranks, rejects and pairs them (RSO section 5), and collates the pairs.
 
-    Each example has a `"prompt"`, as plain text or as messages. The batch is the one that TRL's
+    Each example has a `"prompt"`, as plain text or as messages, and perhaps `"tools"` and `"chat_template_kwargs"` for
+    the chat template. The batch is the one that TRL's
     `DataCollatorForPreference` makes of the pairs, or [`DataCollatorForRanking`] of the rankings. A batch size counts
     prompts, so `per_device_train_batch_size` does too. With n = `num_samples`, B prompts give
 
@@ -154,10 +155,10 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
         drawn = json.dumps([self.seed, self.epoch, rows, prompts]).encode()
         seed = int.from_bytes(hashlib.sha256(drawn).digest()[:4], "little")
         with gathered(self.policy, model_of(self.ranker)):
-            return self._collate(self._prefer(prompts, seed))
+            return self._collate(self._prefer(examples, prompts, seed))
 
-    def _prefer(self, prompts: list[Prompt], seed: int) -> list[dict[str, Any]]:
-        completions = self._sample(prompts, seed)
+    def _prefer(self, examples: list[dict[str, Any]], prompts: list[Prompt], seed: int) -> list[dict[str, Any]]:
+        completions = self._sample(examples, prompts, seed)
         rewards = check_rewards(
             self.ranker.score(prompts, completions), prompts, completions, type(self.ranker).__name__
         )
@@ -171,18 +172,18 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
 
         if self.pairing == RANKING:
             ranked = [rank(*scored) for scored in zip(completions, rewards, members, strict=True)]
-            return [self._tokenize(prompt, **ranking) for prompt, ranking in zip(prompts, ranked, strict=True)]
+            return [self._tokenize(example, **ranking) for example, ranking in zip(examples, ranked, strict=True)]
         labelled = label_pairs(self.ranker, prompts, completions, members, PAIRINGS[self.pairing], streams)
         num_pairs = NUM_PAIRS[self.pairing](self.num_samples)
         return [
-            self._tokenize(prompt, [row[chosen], row[rejected]])
-            for prompt, row, pairs in zip(prompts, completions, labelled, strict=True)
+            self._tokenize(example, [row[chosen], row[rejected]])
+            for example, row, pairs in zip(examples, completions, labelled, strict=True)
             # Repeated where there are few: TRL gathers a value of each pair, as many from every process
             for chosen, rejected in np.resize(np.stack([pairs.chosen, pairs.rejected], axis=1), (num_pairs, 2))
         ]
 
-    def _sample(self, prompts: list[Prompt], seed: int) -> list[list[Completion]]:
-        prompt_ids = tokenize_prompts(self.tokenizer, prompts)
+    def _sample(self, examples: list[dict[str, Any]], prompts: list[Prompt], seed: int) -> list[list[Completion]]:
+        prompt_ids = tokenize_prompts(self.tokenizer, prompts, list(map(chat_options, examples)))
         check_prompts_fit(prompt_ids, self.max_length)
         with self.while_sampling():
             sampled = sample_candidates(
@@ -219,9 +220,11 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
         self.num_short += short
 
     def _tokenize(
-        self, prompt: Prompt, completions: list[Completion], rewards: list[float] | None = None
+        self, example: dict[str, Any], completions: list[Completion], rewards: list[float] | None = None
     ) -> dict[str, Any]:
-        prompt_ids, completion_ids = tokenize_completions(self.tokenizer, prompt, completions)
+        prompt_ids, completion_ids = tokenize_completions(
+            self.tokenizer, example["prompt"], completions, **chat_options(example)
+        )
         if rewards is None:
             chosen_ids, rejected_ids = completion_ids
             return {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}

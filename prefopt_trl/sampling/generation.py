@@ -163,7 +163,7 @@ def sample_completions(
     options = generation_options(
         generation_kwargs, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k
     )
-    prompt_ids = tokenize_prompts(tokenizer, prompts)
+    prompt_ids = tokenize_prompts(tokenizer, prompts, for_encoder=model.config.is_encoder_decoder)
     check_vocabulary(tokenizer, model)
     candidates = sample_candidates(
         model,

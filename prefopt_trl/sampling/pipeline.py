@@ -18,12 +18,12 @@ from prefopt_trl.data.fingerprints import dataset_fingerprint, model_fingerprint
 from prefopt_trl.data.formats import Prompt, check_columns, check_prompts, normalize_pairs
 from prefopt_trl.data.jsonl import check_candidates, read_jsonl
 from prefopt_trl.data.processes import interruptible, process_state
-from prefopt_trl.data.tokenization import check_vocabulary
+from prefopt_trl.data.tokenization import chat_options, check_vocabulary
 from prefopt_trl.data.weights import gathered, model_of
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.sampling.card import dataset_card
 from prefopt_trl.sampling.generation import check_sampling, eos_token_ids, generation_options, sizes_of_batch
-from prefopt_trl.sampling.prompts import check_positions, check_prompts_fit, check_unused_columns, tokenize_prompts
+from prefopt_trl.sampling.prompts import check_positions, check_prompts_fit, tokenize_prompts
 from prefopt_trl.sampling.reference import pair_logps
 from prefopt_trl.sampling.selection import RANKING, STRATEGIES, check_selection
 from prefopt_trl.sampling.shards import Rows, Shards, sample_rows
@@ -160,12 +160,13 @@ def build_preference_dataset(
     if ranker is None:
         raise ValueError(f"`ranker` is missing, and strategy={strategy!r} needs one to label the pairs.")
     check_ranker(ranker)
-    check_unused_columns(dataset, "`prompts`")
     dataset = dataset.with_format(None)
     given = "completions" in dataset.column_names
     check_selection(pairing, num_samples, beta, num_candidates=None if given else num_candidates)
     if keep_logps and pairing == RANKING:
         raise ValueError("`keep_logps` is for pairs only, and pairing='ranking' makes rankings. Leave it out.")
+    if isinstance(tokenizer, str):
+        raise TypeError(f"`tokenizer` is {tokenizer!r}. Load it, with `AutoTokenizer.from_pretrained`.")
     if given:
         check_candidates(dataset, "`prompts`")
         if keep_logps and "logps" not in dataset.column_names:
@@ -173,8 +174,6 @@ def build_preference_dataset(
                 "`keep_logps` needs a column `logps` beside the `completions` of `prompts`, with the log-probability "
                 "of each. Add it, or leave `keep_logps` out."
             )
-    elif isinstance(tokenizer, str):
-        raise TypeError(f"`tokenizer` is {tokenizer!r}. Load it, with `AutoTokenizer.from_pretrained`.")
     elif isinstance(policy, str):
         raise TypeError(
             f"`policy` is the path {policy!r}. Load the model, with `AutoModelForCausalLM.from_pretrained`, and its "
@@ -238,7 +237,8 @@ def build_preference_dataset(
             )
         if not store.finished(settings):
             if policy is not None and tokenizer is not None and not given:
-                prompt_ids = tokenize_prompts(tokenizer, list(dataset["prompt"]))
+                chat = list(map(chat_options, dataset))
+                prompt_ids = tokenize_prompts(tokenizer, list(dataset["prompt"]), chat)
                 check_prompts_fit(prompt_ids, max_length)
                 check_positions(policy, prompt_ids, max_new_tokens)
                 sizes = max(map(len, prompt_ids)), max_new_tokens, batch_size, memory_budget
@@ -248,7 +248,8 @@ def build_preference_dataset(
             score_pairs = None
             if keep_logps and policy is not None and tokenizer is not None:
                 score_pairs = partial(pair_logps, policy, tokenizer, max_length=max_length)
-            shards = Shards(store, dataset, sample, ranker, selection, seed, keep_logps, max_length, score_pairs)
+            how = (selection, seed, keep_logps, max_length, score_pairs)
+            shards = Shards(store, dataset, sample, ranker, *how)
             if not process.is_main_process:
                 store.wait_for_settings(settings)
                 _make_shards(shards, process)

@@ -2,27 +2,12 @@
 
 import re
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Prompt, check_prompts
-
-
-def check_unused_columns(dataset: Dataset, where: str) -> None:
-    """Refuse columns that would change how prompts are tokenised for training, and that sampling does not use.
-
-    Raises:
-        ValueError: naming them.
-    """
-    unused = {"tools", "chat_template_kwargs"} & set(dataset.column_names)
-    if unused:
-        raise ValueError(
-            f"{where} has the column {' and '.join(sorted(unused))}, which sampling does not use. Write its content "
-            "into the prompts and remove it with `dataset.remove_columns`."
-        )
+from prefopt_trl.data.tokenization import prompt_token_ids
 
 
 def check_prompts_fit(prompt_ids: Sequence[Sequence[int]], max_length: int | None) -> None:
@@ -67,19 +52,32 @@ def check_positions(model: PreTrainedModel, prompt_ids: Sequence[Sequence[int]],
         )
 
 
-def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt, as TRL's `DPOTrainer` tokenises it for training."""
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    chat: Sequence[dict[str, Any]] | None = None,
+    *,
+    for_encoder: bool = False,
+) -> list[list[int]]:
+    """Return the token ids of each prompt, as training reads them.
+
+    `chat` has the arguments of each prompt for `apply_chat_template` (see [`chat_options`]). An encoder reads a whole
+    text, so with `for_encoder` what the tokenizer appends stays, such as T5's EOS.
+
+    Raises:
+        ValueError: naming the row of a prompt that is empty, or neither text nor messages.
+    """
     check_prompts(prompts)
-    encode: Any = tokenizer
-    if len(prompts) and not isinstance(prompts[0], str):
-        if tokenizer.chat_template is None:
+    made = []
+    for row, (prompt, options) in enumerate(zip(prompts, chat or [{}] * len(prompts), strict=True)):
+        if not isinstance(prompt, str) and tokenizer.chat_template is None:
             raise ValueError(
                 "`prompts` are conversational and the tokenizer has no chat template. Set `tokenizer.chat_template`, "
                 "or give the prompts as plain text."
             )
-        encode = partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True)
-    ids = [encode(prompt)["input_ids"] for prompt in prompts]
-    for row, prompt_ids in enumerate(ids):
-        if not prompt_ids:
+        is_whole = for_encoder and isinstance(prompt, str)
+        ids = tokenizer(prompt)["input_ids"] if is_whole else prompt_token_ids(tokenizer, prompt, **options)
+        if not ids:
             raise ValueError(f"The prompt of row {row} is empty: it has no tokens to start from. Leave the row out.")
-    return ids
+        made.append(ids)
+    return made

@@ -1,6 +1,7 @@
 """Log-probabilities under the policy that was sampled, so that training need not hold it as a reference model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ def sampled_logps(
     completions: Sequence[Completion],
     candidates: Candidates,
     max_length: int | None,
+    **chat_template_kwargs: Any,
 ) -> list[float | None]:
     """Log-probabilities that the decoder summed, for the completions that training reads as the same tokens.
 
@@ -40,7 +42,7 @@ def sampled_logps(
     """
     logps: list[float | None] = []
     for completion, (ids, logp) in zip(completions, candidates.sampled, strict=True):
-        prompt_ids, (trained_ids,) = tokenize_completions(tokenizer, prompt, [completion])
+        prompt_ids, (trained_ids,) = tokenize_completions(tokenizer, prompt, [completion], **chat_template_kwargs)
         fits = max_length is None or len(prompt_ids) + len(trained_ids) <= max_length
         logps.append(logp if trained_ids == ids and fits else None)
     return logps
@@ -52,6 +54,7 @@ def pair_logps(
     prompts: Sequence[Prompt],
     pairs: Sequence[tuple[Completion, Completion]],
     max_length: int | None,
+    **chat_template_kwargs: Any,
 ) -> np.ndarray:
     """Log-probabilities of pairs, as TRL's `DPOTrainer` would compute those of its reference model.
 
@@ -76,6 +79,7 @@ def pair_logps(
                 prompts[start : start + PAIRS_AT_ONCE],
                 pairs[start : start + PAIRS_AT_ONCE],
                 max_length,
+                **chat_template_kwargs,
             )
             for start in range(0, len(prompts), PAIRS_AT_ONCE)
         ]
@@ -88,10 +92,11 @@ def _logps(
     prompts: Sequence[Prompt],
     pairs: Sequence[tuple[Completion, Completion]],
     max_length: int | None,
+    **chat_template_kwargs: Any,
 ) -> np.ndarray:
     rows: list[tuple[int, list[int]]] = []
     for prompt, pair in zip(prompts, pairs, strict=True):
-        prompt_ids, completion_ids = tokenize_completions(tokenizer, prompt, pair)
+        prompt_ids, completion_ids = tokenize_completions(tokenizer, prompt, pair, **chat_template_kwargs)
         rows += [(len(prompt_ids), (prompt_ids + ids)[:max_length]) for ids in completion_ids]
     longest = max(len(ids) for _, ids in rows)
     place = torch.arange(longest)

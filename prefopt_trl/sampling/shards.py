@@ -8,7 +8,8 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
+from prefopt_trl.data.formats import wrap_completion
+from prefopt_trl.data.tokenization import chat_options
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.sampling.generation import sample_candidates
 from prefopt_trl.sampling.prompts import tokenize_prompts
@@ -52,7 +53,7 @@ class Shards:
     seed: int
     keep_logps: bool
     max_length: int | None = None
-    score_pairs: Callable[[list[Prompt], list[tuple[Completion, Completion]]], np.ndarray] | None = None
+    score_pairs: Callable[..., np.ndarray] | None = None
 
     def make(self, shard: int) -> None:
         """Sample and rank the prompts of a shard."""
@@ -96,7 +97,8 @@ class Shards:
             if unknown and self.score_pairs is not None:
                 texts = candidates["completions"]
                 to_score = [(texts[pairs[place][0]], texts[pairs[place][1]]) for place in unknown]
-                scored = self.score_pairs([candidates["prompt"]] * len(unknown), to_score).tolist()
+                prompts = [candidates["prompt"]] * len(unknown)
+                scored = self.score_pairs(prompts, to_score, **chat_options(candidates)).tolist()
                 for place, (chosen, rejected) in zip(unknown, scored, strict=True):
                     logps[place] = (chosen, rejected)
             made.append(replace(one, ref_logps=logps))
@@ -182,16 +184,17 @@ def sample_rows(
     **sampling: Any,
 ) -> Rows:
     """Candidates of each prompt: `completions`, `finished` (whether each ended by itself) and perhaps `logps`."""
-    prompt_ids = tokenize_prompts(tokenizer, [row["prompt"] for row in rows])
+    chat, in_encoder = list(map(chat_options, rows)), policy.config.is_encoder_decoder
+    prompt_ids = tokenize_prompts(tokenizer, [row["prompt"] for row in rows], chat, for_encoder=in_encoder)
     sampled = sample_candidates(
         policy, tokenizer, prompt_ids, num_candidates, seed=seed, keep_logps=keep_logps, **sampling
     )
     made = []
-    for row, candidates in zip(rows, sampled, strict=True):
+    for row, options, candidates in zip(rows, chat, sampled, strict=True):
         completions = [wrap_completion(row["prompt"], text) for text in candidates.texts]
         columns = {name: value for name, value in row.items() if name == "prompt" or name not in OWN_COLUMNS}
         columns |= {"completions": completions, "finished": candidates.finished}
         if keep_logps:
-            columns["logps"] = sampled_logps(tokenizer, row["prompt"], completions, candidates, max_length)
+            columns["logps"] = sampled_logps(tokenizer, row["prompt"], completions, candidates, max_length, **options)
         made.append(columns)
     return made

@@ -31,6 +31,7 @@ from trl.trainer import utils
 from prefopt_trl.data.collators import DataCollatorForRanking
 from prefopt_trl.data.formats import columns_of, normalize_pairs
 from prefopt_trl.data.rankings import pairs_to_rankings, tokenize_rankings, warn_of_full_prompts
+from prefopt_trl.data.tokenization import WithoutAppendedTokens, num_appended_tokens
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
 from prefopt_trl.shared_prefix.forward import add_shared_prefix
@@ -294,7 +295,7 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         if dataset is self._online_prompts:
-            return check_prompts(dataset, processing_class, args)
+            return check_prompts(dataset, getattr(processing_class, "tokenizer", processing_class), args)
         if self._takes_rankings(args):
             return tokenize_rankings(
                 self.as_rankings(dataset, dataset_name, args),
@@ -314,6 +315,8 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
                 "`dataset.rename_column(old, new)`."
             )
         dataset = normalize_pairs(dataset, f"the {dataset_name} dataset")
+        if isinstance(processing_class, PreTrainedTokenizerBase) and num_appended_tokens(processing_class):
+            processing_class = WithoutAppendedTokens(processing_class)
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset):
             warn_of_full_prompts(len(dataset), len(prepared), dataset_name, args.max_length)
@@ -322,7 +325,8 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        own = ["completion_ids", "rewards", "row", *(["prompt"] if self.args.sampling == "online" else [])]
+        own = ["completion_ids", "rewards", "row"]
+        own += ["prompt", "tools", "chat_template_kwargs"] if self.args.sampling == "online" else []
         columns += [column for column in own if column not in columns]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:

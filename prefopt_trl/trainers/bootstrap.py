@@ -17,11 +17,11 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
 from prefopt_trl.data.formats import wrap_completion
-from prefopt_trl.data.tokenization import tokenize_completions
+from prefopt_trl.data.tokenization import chat_options, tokenize_completions
 from prefopt_trl.data.weights import gathered, model_of
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.sampling.generation import sample_candidates
-from prefopt_trl.sampling.prompts import check_unused_columns, tokenize_prompts
+from prefopt_trl.sampling.prompts import tokenize_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Bootstrap(TrainerCallback):
             `max_new_tokens`, `temperature`, `top_p` and `top_k` of sampling.
 
     Raises:
-        ValueError: for more parts than rows, or columns that sampling does not use.
+        ValueError: for more parts than rows.
     """
 
     def __init__(
@@ -70,7 +70,6 @@ class Bootstrap(TrainerCallback):
             raise ValueError(
                 f"`bootstrap_parts`={num_parts} is more than the training dataset's {len(dataset)} rows. Lower it."
             )
-        check_unused_columns(dataset, "The train dataset")
         self.dataset, self.tokenizer, self.ranker = dataset, tokenizer, ranker
         self.folder, self.seed, self.generation = Path(folder), seed, generation
         # As they will be read back: what a run that is resumed must have in common with the interrupted one
@@ -139,7 +138,8 @@ class Bootstrap(TrainerCallback):
                 self._write(file, {"global_step": global_step, "settings": self.settings, "rankings": saved[0]})
         for ranking in saved[0] or []:
             prompt, completions = ranking["prompt"], ranking["completions"]
-            prompt_ids, completion_ids = tokenize_completions(self.tokenizer, prompt, completions)
+            options = chat_options(self.dataset[ranking["row"]])
+            prompt_ids, completion_ids = tokenize_completions(self.tokenizer, prompt, completions, **options)
             self.rankings[ranking["row"]] = {
                 "prompt_ids": prompt_ids,
                 "completion_ids": completion_ids,
@@ -149,7 +149,8 @@ class Bootstrap(TrainerCallback):
     def _sample_rows(self, rows: np.ndarray, model: PreTrainedModel, stream: list[int]) -> list[dict[str, Any]]:
         prompts, completions = (list(self.dataset[rows.tolist()][name]) for name in ("prompt", "completions"))
         seed = int(np.random.SeedSequence(stream).generate_state(1)[0])
-        prompt_ids = tokenize_prompts(self.tokenizer, prompts)
+        chat = [chat_options(self.dataset[row]) for row in rows.tolist()]
+        prompt_ids = tokenize_prompts(self.tokenizer, prompts, chat)
         sampled = sample_candidates(model, self.tokenizer, prompt_ids, 1, seed=seed, **self.generation)
         extended = [
             [*row, wrap_completion(prompt, candidates.texts[0])]

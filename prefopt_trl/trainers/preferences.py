@@ -11,9 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import columns_of, number_rows
 from prefopt_trl.data.rankings import pairs_to_rankings
+from prefopt_trl.data.tokenization import chat_options
 from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.sampling.pipeline import build_preference_dataset
-from prefopt_trl.sampling.prompts import check_prompts_fit, check_unused_columns, tokenize_prompts
+from prefopt_trl.sampling.prompts import check_prompts_fit, tokenize_prompts
 from prefopt_trl.trainers.base_config import PreferenceConfig
 from prefopt_trl.trainers.scoring import score_or_read
 
@@ -196,16 +197,15 @@ def check_prompts(
     """Refuse, before training, prompts that could not be sampled while it goes on; number the others.
 
     Raises:
-        ValueError: for a stream, columns that sampling does not use, or a prompt that fills `max_length` (naming its
-            row).
+        ValueError: for a stream, or a prompt that fills `max_length` (naming its row).
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(
             "The train dataset is an `IterableDataset` of prompts. Pass a `Dataset`, such as "
             "`Dataset.from_list(list(dataset.take(1000)))`."
         )
-    check_unused_columns(dataset, "The train dataset")
-    check_prompts_fit(tokenize_prompts(tokenizer, list(dataset["prompt"])), args.max_length)
+    chat = list(map(chat_options, dataset))
+    check_prompts_fit(tokenize_prompts(tokenizer, list(dataset["prompt"]), chat), args.max_length)
     return number_rows(dataset)  # so that prompts that repeat are sampled anew
 
 

@@ -7,6 +7,8 @@ from trl import DPOConfig, DPOTrainer
 from prefopt_trl import FunctionRanker, PairwiseRanker, build_preference_dataset, sample_completions
 from prefopt_trl.data.tiny import train_tokenizer
 from prefopt_trl.data.tokenization import check_vocabulary, tokenize_completions
+from prefopt_trl.trainers.rso_config import RSOConfig
+from prefopt_trl.trainers.rso_trainer import RSOTrainer
 
 ROWS = [
     ("The quick brown fox", " jumps over", " sleeps on the lazy dog."),
@@ -71,6 +73,19 @@ def test_the_template_gets_its_arguments(tiny_llama_dir):
     row = messages(PLAIN[0])
     ids, _ = tokenize_completions(tokenizer, row["prompt"], [row["chosen"]], style="terse")
     assert tokenizer.decode(ids).startswith("terse")
+
+
+def test_eos_that_a_tokenizer_appends_is_read_once_also_by_trls_tokenisation(
+    appending_tokenizer, tiny_llama_dir, tmp_path
+):
+    plain, arguments = AutoTokenizer.from_pretrained(tiny_llama_dir), {"use_cpu": True, "bf16": False}
+    args = RSOConfig(str(tmp_path), **arguments, report_to="none", max_length=None)
+    trainer = RSOTrainer(tiny_llama_dir, args=args, train_dataset=PLAIN, processing_class=appending_tokenizer)
+    for row, trained in zip(PLAIN, trainer.train_dataset, strict=True):
+        completions = [row["chosen"], row["rejected"]]
+        expected = tokenize_completions(plain, row["prompt"], completions)
+        assert tokenize_completions(appending_tokenizer, row["prompt"], completions) == expected
+        assert (trained["prompt_ids"], [trained["chosen_ids"], trained["rejected_ids"]]) == expected
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [("text", [{"role": "assistant", "content": "a"}]), ([], "text")])

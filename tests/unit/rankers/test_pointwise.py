@@ -376,6 +376,19 @@ def test_the_model_is_left_as_it_was(model, tokenizer):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_eos_that_the_tokenizer_appends_is_no_second_one_and_no_part_of_the_prompt(
+    model, tokenizer, appending_tokenizer
+):
+    expected = RewardModelRanker(model, tokenizer).score(PROMPTS, COMPLETIONS)
+    found = RewardModelRanker(model, appending_tokenizer).score(PROMPTS, COMPLETIONS)
+    assert np.concatenate(found) == pytest.approx(np.concatenate(expected), abs=1e-6)
+    room = len(tokenizer(COMPLETIONS[0][0], add_special_tokens=False)["input_ids"]) + 2  # with BOS and EOS
+    one = PROMPTS[:1], [COMPLETIONS[0][:1]]
+    RewardModelRanker(model, appending_tokenizer, max_length=room).score(*one)
+    with pytest.raises(ValueError, match="without any of the prompt, a completion exceeds `max_length`"):
+        RewardModelRanker(model, appending_tokenizer, max_length=room - 1).score(*one)
+
+
 def test_a_folder_loads_model_and_tokenizer(model, tokenizer, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

@@ -1028,6 +1028,20 @@ def test_a_decoder_that_changes_the_end_of_a_prompt_is_told_of(caplog: pytest.Lo
     assert "decodes the end of a prompt otherwise before a completion" in record.getMessage()
 
 
+def test_eos_that_a_tokenizer_appends_is_no_part_of_a_prompt_but_for_an_encoder(
+    tiny_llama_dir: str, appending_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    prompts = ["The dog", "", "ends in </s>", [{"role": "user", "content": "Hi"}]]
+    expected = tokenize_prompts(AutoTokenizer.from_pretrained(tiny_llama_dir), prompts)
+    eos = appending_tokenizer.eos_token_id
+    assert appending_tokenizer("The dog")["input_ids"] == [*expected[0], eos]
+    assert tokenize_prompts(appending_tokenizer, prompts) == expected
+    whole = [[*ids, eos] for ids in expected[:3]]
+    assert tokenize_prompts(appending_tokenizer, prompts, for_encoder=True) == [*whole, expected[3]]
+    model = scripted_model(len(appending_tokenizer), [*expected[0], 70, eos], [eos, 71])
+    assert sample_completions(model, appending_tokenizer, ["The dog"], 1, max_new_tokens=2) == [["a"]]
+
+
 def test_a_single_text_and_a_prompt_that_is_none_are_refused(tiny_llama_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     with pytest.raises(TypeError, match="`prompts` is a single text"):

@@ -734,10 +734,22 @@ def test_a_bare_function_is_no_ranker(build, tmp_path: Path) -> None:
         build(tmp_path / "pairs", ranker=lambda prompts, completions: [0.0])
 
 
-@pytest.mark.parametrize("column", ["tools", "chat_template_kwargs"])
-def test_columns_that_sampling_does_not_use_are_refused(build, column: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"`prompts` has the column {column}, which sampling does not use"):
-        build(tmp_path / "pairs", Dataset.from_dict({"prompt": ["a", "b"], column: ["x", "y"]}))
+@pytest.mark.parametrize("keep_logps", [False, True])
+def test_prompts_are_written_with_the_tools_and_arguments_of_their_row(
+    build, tiny_llama_dir: str, keep_logps: bool, tmp_path: Path
+) -> None:
+    reads, says = (AutoTokenizer.from_pretrained(tiny_llama_dir) for _ in range(2))
+    reads.chat_template = "{{ style }}{{ tools[0]['name'] }}" + reads.chat_template
+    says.chat_template = "tersesum" + says.chat_template
+    options = {"chat_template_kwargs": [{"style": "terse"}] * 3, "tools": [json.dumps([{"name": "sum"}])] * 3}
+    prompts = Dataset.from_dict({"prompt": CONVERSATIONS, **options})
+    how = {"keep_logps": keep_logps, "max_length": 80}
+    pairs = build(tmp_path / "columns", prompts, tokenizer=reads, **how)
+    assert {name: pairs[name][0] for name in options} == {name: values[0] for name, values in options.items()}
+    expected = build(tmp_path / "template", CONVERSATIONS, tokenizer=says, **how)
+    assert pairs.remove_columns([*options]).to_dict() == expected.to_dict()
+    with pytest.raises(ValueError, match="fills `max_length`=20"):
+        build(tmp_path / "long", prompts, tokenizer=reads, max_length=20)
 
 
 def test_rankings_are_saved_with_the_columns_of_their_prompts(policy, tokenizer, tmp_path, capsys, caplog):

@@ -74,6 +74,17 @@ def test_logps_of_pairs_are_those_of_single_rows(model, tokenizer, num_pairs, ma
     assert found.min() < -20
 
 
+def test_logps_know_the_arguments_of_the_template_and_one_eos(model, tokenizer, appending_tokenizer):
+    expected = pair_logps(model, tokenizer, PROMPTS, PAIRS, None)
+    assert pair_logps(model, appending_tokenizer, PROMPTS, PAIRS, None) == pytest.approx(expected, abs=1e-6)
+    prompt, said = as_message("user", "Why?"), as_message("assistant", " So.")
+    fixed = pair_logps(model, tokenizer, [prompt], [(said, said)], None)
+    tokenizer.chat_template = "{{ style }}" + tokenizer.chat_template
+    assert pair_logps(model, tokenizer, [prompt], [(said, said)], None) == pytest.approx(fixed, abs=1e-6)
+    styled = pair_logps(model, tokenizer, [prompt], [(said, said)], None, style="terse")
+    assert abs(styled - fixed).min() > 0.1
+
+
 def test_no_pairs_have_no_logps(model, tokenizer):
     assert pair_logps(model, tokenizer, [], [], None).shape == (0, 2)
 

@@ -631,11 +631,6 @@ def test_a_stream_is_refused(tiny_llama_dir, tmp_path):
     ("dataset", "message"),
     [
         (rankings(2), "`bootstrap_parts`=3 is more than the training dataset's 2 rows. Lower it."),
-        (
-            rankings(3).add_column("tools", ["[]"] * 3),
-            "has the column tools, which sampling does not use. .* remove it with `dataset.remove_columns`",
-        ),
-        (rankings(3).add_column("chat_template_kwargs", [{"x": 1}] * 3), "has the column chat_template_kwargs, which"),
     ],
 )
 def test_data_that_cannot_be_bootstrapped_are_refused(dataset, message, tiny_llama_dir, tmp_path):

@@ -213,14 +213,18 @@ def test_the_data_of_training_are_prompts_as_they_came(make, tmp_path):
 
 
 def test_conversations_are_sampled_as_conversations(make):
-    prompts = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in ("Why?", "How?")]})
+    conversations = [[{"role": "user", "content": text}] for text in ("Why?", "How?")]
+    prompts = Dataset.from_dict({"prompt": conversations, "chat_template_kwargs": [{"style": "terse"}] * 2})
 
     def ranker(prompts, completions, **kwargs):
         return checksum(prompts, [completion[0]["content"] for completion in completions])
 
     trainer = make(RSOTrainer, prompts, ranker=FunctionRanker(ranker), **SAMPLING)
+    prefer, seen = trainer.data_collator._prefer, []
+    trainer.data_collator._prefer = lambda examples, *rest: seen.extend(examples) or prefer(examples, *rest)
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(0.693147, abs=1e-5)
+    assert seen and all(example["chat_template_kwargs"] == {"style": "terse"} for example in seen)
 
 
 # What cannot be
@@ -249,7 +253,6 @@ def test_settings_that_do_not_go_with_it_are_refused(given, message, trainer_cla
             "`sampling='online'` needs a training dataset of prompts, and this one has completions. Remove them",
         ),
         (PROMPTS.to_iterable_dataset(), "is an `IterableDataset` of prompts. Pass a `Dataset`"),
-        (PROMPTS.add_column("tools", ["[]"] * 6), "has the column tools, which sampling does not use"),
     ],
 )
 @pytest.mark.parametrize("trainer_class", TRAINERS)
