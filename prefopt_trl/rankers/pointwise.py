@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from prefopt_trl.data.fingerprints import template_date
 from prefopt_trl.data.formats import Completion, Prompt, completion_text, wrap_completion
-from prefopt_trl.data.tokenization import prompt_token_ids
+from prefopt_trl.data.tokenization import num_appended_tokens, prompt_token_ids
 from prefopt_trl.rankers.base import PointwiseRanker
 from prefopt_trl.rankers.models import RankingModel
 from prefopt_trl.rankers.publishing import PublishedModel
@@ -166,7 +166,8 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
     def _tokenize(self, text: str, prompt: Prompt) -> list[int]:
         # A chat template writes the special tokens itself
         token_ids = self.ranking_model.token_ids([text], add_special_tokens=isinstance(prompt, str))[0]
-        return token_ids[:-1] if token_ids[-2:] == [self.tokenizer.eos_token_id] * 2 else token_ids
+        appends = isinstance(prompt, str) and num_appended_tokens(self.tokenizer) > 0
+        return token_ids[:-1] if appends and token_ids[-2:] == [self.tokenizer.eos_token_id] * 2 else token_ids
 
     def _cut_prompt(self, token_ids: list[int], row: int, prompt: Prompt) -> list[int]:
         num_kept = 1 if token_ids[0] in self.tokenizer.all_special_ids else 0

@@ -1031,13 +1031,15 @@ def test_a_decoder_that_changes_the_end_of_a_prompt_is_told_of(caplog: pytest.Lo
 def test_eos_that_a_tokenizer_appends_is_no_part_of_a_prompt_but_for_an_encoder(
     tiny_llama_dir: str, appending_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    prompts = ["The dog", "", "ends in </s>", [{"role": "user", "content": "Hi"}]]
+    prompts, chat = ["The dog", "", "ends in </s>"], [[{"role": "user", "content": "Hi"}]]
     expected = tokenize_prompts(AutoTokenizer.from_pretrained(tiny_llama_dir), prompts)
     eos = appending_tokenizer.eos_token_id
     assert appending_tokenizer("The dog")["input_ids"] == [*expected[0], eos]
     assert tokenize_prompts(appending_tokenizer, prompts) == expected
-    whole = [[*ids, eos] for ids in expected[:3]]
-    assert tokenize_prompts(appending_tokenizer, prompts, for_encoder=True) == [*whole, expected[3]]
+    assert tokenize_prompts(appending_tokenizer, prompts, for_encoder=True) == [[*ids, eos] for ids in expected]
+    for for_encoder in (False, True):
+        ids = tokenize_prompts(appending_tokenizer, chat, for_encoder=for_encoder)
+        assert ids == tokenize_prompts(AutoTokenizer.from_pretrained(tiny_llama_dir), chat)
     model = scripted_model(len(appending_tokenizer), [*expected[0], 70, eos], [eos, 71])
     assert sample_completions(model, appending_tokenizer, ["The dog"], 1, max_new_tokens=2) == [["a"]]
 
@@ -1045,7 +1047,7 @@ def test_eos_that_a_tokenizer_appends_is_no_part_of_a_prompt_but_for_an_encoder(
 def test_a_single_text_and_a_prompt_that_is_none_are_refused(tiny_llama_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     with pytest.raises(TypeError, match="`prompts` is a single text"):
-        sample_completions(None, tokenizer, "a prompt", 1, max_new_tokens=1)
+        tokenize_prompts(tokenizer, "a prompt")
     with pytest.raises(TypeError, match="`prompts` is a single list of messages. Give a list of prompts."):
         tokenize_prompts(tokenizer, [{"role": "user", "content": "a"}])
     with pytest.raises(ValueError, match="The prompt of row 1 is NoneType"):
