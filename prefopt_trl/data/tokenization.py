@@ -1,6 +1,7 @@
 """A prompt and its completions as token ids, cut where TRL's `DPOTrainer` cuts them."""
 
 import json
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers.utils import logging
 from prefopt_trl.data.formats import Completion, Prompt
 
 logger = logging.get_logger(__name__)
+
+_told: weakref.WeakSet[PreTrainedTokenizerBase] = weakref.WeakSet()  # whose template was said to leave out text
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -115,6 +118,40 @@ def tokenize_completions(
             f"{tokenizer.decode(prompt_ids[end:])!r}.)"
         )
     return prompt_ids[:end], [ids[end:] for ids in both_ids]
+
+
+def merge_equal_in_training(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], completions: Sequence[Sequence[Completion]]
+) -> list[list[Completion]]:
+    """Replace each candidate by the first of its prompt that the chat template writes alike.
+
+    Templates of thinking models leave out what stands before `</think>`. Candidates that differ only there have equal
+    tokens in training, so they are repeats. One logged line counts the candidates that lose text. `rows` have
+    `prompt`, and perhaps `tools` and `chat_template_kwargs`.
+    """
+    template: Any = tokenizer.apply_chat_template
+    merged, num_lost = [list(candidates) for candidates in completions], 0
+    for row, candidates in zip(rows, merged, strict=True):
+        if isinstance(row["prompt"], str) or tokenizer.chat_template is None:  # plain text is read as it is
+            continue
+        first: dict[str, Any] = {}
+        for place, candidate in enumerate(candidates):
+            written = template([*row["prompt"], *candidate], tokenize=False, **chat_options(row))
+            candidates[place] = first.setdefault(written, candidate)
+            squeezed = "".join(written.split())  # templates trim and add space
+            texts = [str(message["content"] or "") for message in candidate if isinstance(message, dict)]
+            num_lost += any("".join(text.split()) not in squeezed for text in texts)
+    if num_lost and tokenizer not in _told:
+        _told.add(tokenizer)
+        logger.warning(
+            "The chat template leaves out text of %d of %d candidates, such as what stands before `</think>`, so "
+            "training does not read it. Candidates that it writes alike count as one. Set `tokenizer.chat_template` "
+            "to one that keeps the text, such as `trl.get_training_chat_template(tokenizer)`, or have the ranker "
+            "judge what is left. (Said once, of the first candidates.)",
+            num_lost,
+            sum(map(len, merged)),
+        )
+    return merged
 
 
 def _common_length(ids: list[int], others: list[int]) -> int:

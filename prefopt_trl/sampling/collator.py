@@ -18,7 +18,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from prefopt_trl.data.collators import DataCollatorForRanking
 from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
-from prefopt_trl.data.tokenization import chat_options, tokenize_completions
+from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training, tokenize_completions
 from prefopt_trl.data.weights import gathered, model_of
 from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
 from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
@@ -162,6 +162,7 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
         rewards = check_rewards(
             self.ranker.score(prompts, completions), prompts, completions, type(self.ranker).__name__
         )
+        completions = merge_equal_in_training(self.tokenizer, examples, completions)
         streams = [np.random.default_rng([seed, index]) for index in range(len(prompts))]
         kept = [
             keep(row_rewards, first_occurrences(row), self.strategy, self.num_samples, self.beta, stream)

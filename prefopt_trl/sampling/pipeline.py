@@ -94,7 +94,8 @@ def build_preference_dataset(
         policy ([`~transformers.PreTrainedModel`]):
             Policy to sample from, the SFT model in the paper. May be None where the candidates are given.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer. May be None where the candidates are given.
+            Its tokenizer. May be None where the candidates are given; otherwise candidates that its chat template
+            writes alike count as one.
         ranker ([`~prefopt_trl.rankers.Ranker`]):
             Scores candidates and labels pairs.
         output_dir (`str` or `Path`):
@@ -204,6 +205,7 @@ def build_preference_dataset(
             "keep_logps": keep_logps,
             "prompts": dataset_fingerprint(dataset),
             "ranker": ranker.settings(),
+            **({} if tokenizer is None else {"tokenizer": tokenizer_fingerprint(tokenizer)}),
             **({"max_length": max_length} if keep_logps else {}),
         }
         sample: Callable[[Rows, int], Rows] | None = None
@@ -223,7 +225,6 @@ def build_preference_dataset(
                 "prompts_are_shared": bool(share_prefix) and reason_not_to_share_prefix(policy, 2) is None,
                 "eos_token_ids": eos_token_ids(policy, tokenizer),
                 "policy": model_fingerprint(policy),
-                "tokenizer": tokenizer_fingerprint(tokenizer),
                 **({} if isinstance(dataset.features["prompt"], Value) else template_date(tokenizer)),
             }
             sample = partial(
@@ -248,7 +249,7 @@ def build_preference_dataset(
             score_pairs = None
             if keep_logps and policy is not None and tokenizer is not None:
                 score_pairs = partial(pair_logps, policy, tokenizer, max_length=max_length)
-            how = (selection, seed, keep_logps, max_length, score_pairs)
+            how = (selection, seed, keep_logps, max_length, score_pairs, tokenizer)
             shards = Shards(store, dataset, sample, ranker, *how)
             if not process.is_main_process:
                 store.wait_for_settings(settings)

@@ -9,7 +9,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import wrap_completion
-from prefopt_trl.data.tokenization import chat_options
+from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.sampling.generation import sample_candidates
 from prefopt_trl.sampling.prompts import tokenize_prompts
@@ -43,6 +43,8 @@ class Shards:
             Tokens of prompt and completion for which these hold.
         score_pairs (`Callable`, *optional*):
             Log-probabilities, of shape `(n, 2)`, of prompts and pairs whose candidates have none; None without policy.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            That of the training, whose chat template decides which candidates are distinct.
     """
 
     store: SampleStore
@@ -54,6 +56,7 @@ class Shards:
     keep_logps: bool
     max_length: int | None = None
     score_pairs: Callable[..., np.ndarray] | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def make(self, shard: int) -> None:
         """Sample and rank the prompts of a shard."""
@@ -78,6 +81,8 @@ class Shards:
         else:
             rewards, source = self.ranker.score(prompts, completions), type(self.ranker).__name__
         checked = check_rewards(rewards, prompts, completions, source)
+        if self.tokenizer is not None:
+            completions = merge_equal_in_training(self.tokenizer, rows, completions)
         return select_and_pair(
             prompts, completions, checked, self.ranker, seed=self.seed, first_row=first_row, **self.selection
         )

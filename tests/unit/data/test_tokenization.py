@@ -6,7 +6,7 @@ from trl import DPOConfig, DPOTrainer
 
 from prefopt_trl import FunctionRanker, PairwiseRanker, build_preference_dataset, sample_completions
 from prefopt_trl.data.tiny import train_tokenizer
-from prefopt_trl.data.tokenization import check_vocabulary, tokenize_completions
+from prefopt_trl.data.tokenization import check_vocabulary, merge_equal_in_training, tokenize_completions
 from prefopt_trl.trainers.rso_config import RSOConfig
 from prefopt_trl.trainers.rso_trainer import RSOTrainer
 
@@ -86,6 +86,24 @@ def test_eos_that_a_tokenizer_appends_is_read_once_also_by_trls_tokenisation(
         expected = tokenize_completions(plain, row["prompt"], completions)
         assert tokenize_completions(appending_tokenizer, row["prompt"], completions) == expected
         assert (trained["prompt_ids"], [trained["chosen_ids"], trained["rejected_ids"]]) == expected
+
+
+def test_what_the_template_leaves_out_is_counted_and_said_once(tiny_llama_dir, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    rows = [messages(PLAIN[0]), PLAIN[0]]
+    said = [
+        [{"role": "assistant", "content": text}] for text in ("a</think>yes", "b</think> yes ", "b</think>yes", "no")
+    ]
+    plain = ["a</think>yes", "b</think>yes"]
+    assert merge_equal_in_training(tokenizer, rows, [said, plain]) == [said, plain]
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "['content']", "['content'].split('</think>')[-1] | trim"
+    )
+    assert caplog.records == []
+    for _ in range(2):
+        assert merge_equal_in_training(tokenizer, rows, [said, plain]) == [[said[0]] * 3 + [said[3]], plain]
+    (record,) = caplog.records
+    assert "leaves out text of 3 of 6 candidates" in record.getMessage()
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [("text", [{"role": "assistant", "content": "a"}]), ([], "text")])

@@ -170,6 +170,19 @@ def test_conversations_are_sampled_as_messages(policy, tokenizer, texts):
 # Few distinct candidates
 
 
+@pytest.mark.parametrize("pairing", ["first-round", "ranking"])
+def test_the_template_of_each_example_decides_what_is_distinct(policy, tiny_llama_dir, texts, pairing):
+    texts += [["1</think>a", "2</think>a", "3</think>a", "1</think>b", "2</think>b", "3</think>b"]] * 2
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    tokenizer.chat_template = "{{ style }}" + tokenizer.chat_template.replace("ent']", "ent'].split('</think>')[-1]")
+    content = FunctionRanker(lambda prompts, completions, **kwargs: [float(c[0]["content"][0]) for c in completions])
+    collator = make(policy, tokenizer, ranker=content, strategy="top-k", num_samples=2, pairing=pairing)
+    examples = [{"prompt": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": {"style": s}} for s in "xy"]
+    rows = tokenizer.batch_decode(collator(examples)["input_ids"])
+    assert [row[0] for row in rows] == (["x", "y"] * 2 if pairing == "first-round" else ["x", "x", "y", "y"])
+    assert len(set(rows)) == 4 and collator.num_short == 0
+
+
 def test_a_prompt_with_few_distinct_candidates_keeps_those_it_has(policy, tokenizer, texts, caplog):
     texts += [["1", "2", "1", " 2", "1", "2"], ["5"] * 6, ["1", "2", "3", "4", "5", "6"]]
     collator = make(policy, tokenizer)

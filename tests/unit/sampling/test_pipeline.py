@@ -752,6 +752,24 @@ def test_prompts_are_written_with_the_tools_and_arguments_of_their_row(
         build(tmp_path / "long", prompts, tokenizer=reads, max_length=20)
 
 
+def test_candidates_that_training_reads_as_equal_tokens_count_as_one(tiny_llama_dir: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    tokenizer.chat_template = tokenizer.chat_template.replace("['content']", "['content'].split('</think>')[-1]")
+    texts = [
+        ["<think>a</think>yes", "<think>b</think>yes", "<think>b</think>no", "c</think>no"],
+        ["x</think>", "y</think>"],
+    ]
+    candidates = [[[{"role": "assistant", "content": said}] for said in row] for row in texts]
+    given = Dataset.from_dict({"prompt": CONVERSATIONS[:2], "completions": candidates})
+    folder = tmp_path / "pairs"
+    (pair,) = build_preference_dataset(given, None, tokenizer, RANKER, output_dir=folder, num_samples=2)
+    assert {text(pair["chosen"]), text(pair["rejected"])} == {texts[0][0], texts[0][2]}
+    statistics = json.loads((folder / "statistics.json").read_text())
+    assert (statistics["num_duplicates"], statistics["num_skipped"]) == (3, 1)
+    saved = load_from_disk(str(folder / "candidates"))["completions"]
+    assert [[text(said) for said in row] for row in saved] == texts  # what was drawn is kept
+
+
 def test_rankings_are_saved_with_the_columns_of_their_prompts(policy, tokenizer, tmp_path, capsys, caplog):
     prompts = Dataset.from_dict({"prompt": PROMPTS, "target": ["a", "b", "c"]})
     how = {"output_dir": tmp_path, "pairing": "ranking", "strategy": "top-k", **OPTIONS}
