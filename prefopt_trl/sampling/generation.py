@@ -46,13 +46,13 @@ OWN_OPTIONS = {
     "pad_token_id",
     "return_dict_in_generate",
 }
-# Options whose law does not depend on padding. Others may: to `min_length`, `no_repeat_ngram_size` and
-# `encoder_repetition_penalty` padding is part of the prompt. With them only prompts of equal length share a batch.
+# Options whose law does not depend on padding. Others may: to `min_length` and `no_repeat_ngram_size` it is part of
+# the prompt, to `repetition_penalty` before transformers 5.23. With them only prompts of equal length share a batch.
 BLIND_TO_PADDING = {
-    *("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-    *("max_new_tokens", "min_new_tokens", "exponential_decay_length_penalty", "repetition_penalty", "stop_strings"),
-    *("suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id"),
-    *("remove_invalid_values", "renormalize_logits", "cache_implementation"),
+    *("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "stop_strings"),
+    *("max_new_tokens", "min_new_tokens", "exponential_decay_length_penalty", "forced_eos_token_id"),
+    *("suppress_tokens", "begin_suppress_tokens", "remove_invalid_values", "renormalize_logits"),
+    "cache_implementation",
 }
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of byte fallback, as the decoder of `tokenizers` knows it
 CONTEXT = 8  # tokens of the prompt that a completion is decoded after

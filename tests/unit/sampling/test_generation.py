@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import chisquare
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -309,7 +307,6 @@ def test_options_that_read_the_prompt_have_the_law_of_one_unpadded_prompt(option
         assert variation < 0.05  # of 10 texts: a chance of 2 ** 10 * exp(-2 * 8000 * 0.05 ** 2) = 4e-15 to fail
 
 
-@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="no penalty knows of padding")
 def test_a_penalty_of_repetition_counts_the_prompt_and_not_its_padding() -> None:
     model, tokenizer = random_model(seed=3), letter_tokenizer()
     prompts, penalty = ["abcabc", "i"], 4.0  # after "i" both "i" and the padding before it are probable
