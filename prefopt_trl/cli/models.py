@@ -32,9 +32,6 @@ def model_to_train(model: ModelConfig, args: Any) -> dict[str, Any]:
 
     A path to an adapter gives its base with the adapter on top, to be trained further; TRL keeps a frozen copy of it
     as the reference model. For another path `args.model_init_kwargs` get what the model's arguments say.
-
-    Raises:
-        ValueError: if there is no such model, an adapter does not fit its base, or the tokenizer its model.
     """
     path: Any = model.model_name_or_path
     init = {**_init_kwargs(model), **(args.model_init_kwargs or {})}
@@ -54,11 +51,7 @@ def model_to_train(model: ModelConfig, args: Any) -> dict[str, Any]:
 
 
 def model_to_run(path: str, model: ModelConfig, device: Any, trust_remote_code: bool) -> Any:
-    """Load a policy to sample from, with its adapter if it is one, onto a device.
-
-    Raises:
-        ValueError: if there is no such model, or an adapter does not fit its base.
-    """
+    """Load a policy to sample from, with its adapter if it is one, onto a device."""
     init = {**_init_kwargs(model), "trust_remote_code": trust_remote_code}
     if find_adapter_config_file(path, revision=model.model_revision) is not None:
         loaded = load_adapter(path, model, init, is_trainable=False)
@@ -97,11 +90,7 @@ def load_adapter(path: str, model: ModelConfig, init: dict[str, Any], is_trainab
 
 
 def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, or of an adapter's base where the adapter has none.
-
-    Raises:
-        ValueError: if it has token ids for which the model has no embedding, or a folder has none.
-    """
+    """Load the tokenizer of a model, which it must fit, or of an adapter's base if the adapter has none."""
     source, is_adapter = path, find_adapter_config_file(path, revision=revision) is not None
     if is_adapter and not _has_tokenizer(path):
         source = str(PeftConfig.from_pretrained(path, revision=revision).base_model_name_or_path)
@@ -125,11 +114,7 @@ def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> 
 
 
 def load_ranker(arguments: RankerArguments) -> Ranker | None:
-    """Load the ranker that is named: a model by the class its configuration names, or a function by its path.
-
-    Raises:
-        ValueError: if there is no such model, or a function cannot be imported.
-    """
+    """Load the ranker that is named: a model by the class its configuration names, or a function by its path."""
     name = arguments.ranker
     if name is None:
         return None

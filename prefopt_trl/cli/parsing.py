@@ -37,11 +37,7 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[list[Any], list[str]]:
 
 
 def launch_options(name: str, arguments: Sequence[str]) -> tuple[list[str], Namespace]:
-    """The options of `accelerate launch`, and the command's own arguments before its dataclasses check them.
-
-    Raises:
-        SystemExit: as [`parse`].
-    """
+    """The options of `accelerate launch`, and the command's own arguments before its dataclasses check them."""
     with _failing(name):
         _, _, given, launching = _read(name, arguments)
         return launching, given

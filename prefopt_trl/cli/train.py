@@ -65,11 +65,7 @@ def load_splits(own: TrainingData, args: Any) -> dict[str, Any]:
 
 
 def require_columns(rows: Dataset, dataset_name: str, *alternatives: set[str]) -> None:
-    """Require one of some sets of columns.
-
-    Raises:
-        ValueError: naming the columns that are there and those that are needed.
-    """
+    """Require one of some sets of columns; a ValueError names the columns that are there."""
     if not any(columns <= set(rows.column_names) for columns in alternatives):
         needed = ", or ".join(" and ".join(f"`{column}`" for column in sorted(columns)) for columns in alternatives)
         raise ValueError(
@@ -96,10 +92,7 @@ def prompts_that_fit(
 
 
 def completions_that_fit(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Dataset:
-    """The rows that training would not cut, as the ranker would read what is not learned.
-
-    Rows with `rewards`, which the ranker does not read, are all kept, and so are those that the trainer refuses.
-    """
+    """The rows that training would not cut. Those that the ranker does not read, or the trainer refuses, are kept."""
     pairs = "completions" not in rows.column_names
     if max_length is None or "rewards" in rows.column_names or (pairs and not GIVEN.keys() <= set(rows.column_names)):
         return rows
@@ -114,11 +107,7 @@ def completions_that_fit(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_
 
 
 def rows_that_fit(lengths: list[int], max_length: int, rows: str, reason: str) -> list[int]:
-    """Numbers of the rows of at most `max_length` tokens. How many others there are is printed.
-
-    Raises:
-        ValueError: if no row fits.
-    """
+    """Numbers of the rows of at most `max_length` tokens. How many others there are is printed; some row must fit."""
     fitting = [row for row, length in enumerate(lengths) if length <= max_length]
     left_out = f"{len(lengths) - len(fitting):,} of {len(lengths):,} {rows} are left out: {reason}"
     if not fitting:

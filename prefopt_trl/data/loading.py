@@ -48,11 +48,8 @@ def load_rows(name: str, config: str | None = None, split: str = "train", num_ro
     Example:
 
     ```python
-    >>> load_rows("data/hh_rlhf/harmless-base/test.jsonl.gz", num_rows=100)
-    Dataset({
-        features: ['prompt', 'chosen', 'rejected'],
-        num_rows: 100
-    })
+    >>> load_rows("data/hh_rlhf/harmless-base/test.jsonl.gz", num_rows=100).column_names
+    ['prompt', 'chosen', 'rejected']
     ```
     """
     if num_rows is not None and num_rows < 1:

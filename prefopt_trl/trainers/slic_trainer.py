@@ -87,9 +87,8 @@ class SLiCTrainer(CompletionTrainer):
             columns = [] if dataset is None or target is None else columns_of(dataset, name)
             if are_prompts(columns, self.learns_from) and (target not in columns or target in OWN_COLUMNS):
                 raise ValueError(
-                    f"`target_column`={target!r} is not a column of the {name} dataset that is kept when pairs are "
-                    f"sampled for its prompts; it has {', '.join(columns)}. Give the target a name of its own with "
-                    "`dataset.rename_column(old, new)`, or leave `target_column` out to take the chosen completion."
+                    f"`target_column`={target!r} is no column of the {name} dataset that sampling keeps: "
+                    f"it has {', '.join(columns)}. Rename the target's with `dataset.rename_column(old, new)`."
                 )
 
     def _takes_rankings(self, args: Any) -> bool:

@@ -151,14 +151,6 @@ def test_other_columns_are_named_with_the_way_to_rename_them(name, training, tin
     assert "`dataset.rename_column('question', " in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "needed"), [("rso", "'rejected'"), ("pro", "'completions'"), ("ranker", "rejected")])
-def test_half_a_pair_is_refused_in_one_line(name, needed, training, run_in_process, function_ranker):
-    Path("pairs.jsonl").write_text('{"prompt": "Why?", "chosen": " So."}\n')
-    ranker = [] if name == "ranker" else function_ranker
-    with pytest.raises(ValueError, match=f"(no|the) column {needed}"):
-        run_in_process(name, [*training, *ranker, "--max_length", "64", "--output_dir", "o"])
-
-
 def test_pairs_whose_prompt_is_what_both_begin_with_are_scored(training, run_in_process, function_ranker):
     Path("pairs.jsonl").write_text('{"chosen": "Why? So.", "rejected": "Why? No idea."}\n' * 2)
     run_in_process("pro", [*training, *function_ranker, "--max_length", "64", "--output_dir", "out"])
@@ -296,16 +288,6 @@ def test_evaluate_writes_what_it_prints(tiny, run_in_process, function_ranker, t
     printed = capsys.readouterr().out
     assert "KL from the reference (nats per completion)" in printed
     assert Path("out/evaluation.md").read_text().split("\n\n")[1].strip() in printed
-
-
-def test_evaluate_needs_targets(tiny, run_in_process, function_ranker, tiny_llama_dir):
-    Path("prompts.jsonl").write_text('{"prompt": "Why?"}\n{"prompt": "How?"}\n')
-    arguments = [word if word != "pairs.jsonl" else "prompts.jsonl" for word in tiny]
-    arguments += [*function_ranker, "--reference", tiny_llama_dir, "--output_dir", "out"]
-    with pytest.raises(ValueError, match="prompts.jsonl must have at least 2 rows with columns `prompt`"):
-        run_in_process(
-            "evaluate", [*arguments, *function_ranker, "--reference", tiny_llama_dir, "--output_dir", "out"]
-        )
 
 
 def test_a_saved_configuration_has_no_tokens_in_it():

@@ -162,6 +162,6 @@ def test_a_missing_target_is_named(missing, make):
 def test_a_target_that_sampling_would_replace_is_refused_before_it(columns, target, make):
     prompts = Dataset.from_dict({"prompt": ["Why?", "The dog"], **columns})
     ranker = FunctionRanker(lambda prompts, completions: pytest.fail("nothing is to be sampled"))
-    message = f"`target_column`='{target}' is not a column of the train dataset that is kept when pairs are sampled"
+    message = f"`target_column`='{target}' is no column of the train dataset that sampling keeps: it has prompt"
     with pytest.raises(ValueError, match=message):
         make(SLiCTrainer, prompts, ranker=ranker, regularization_weight=0.1, target_column=target)
