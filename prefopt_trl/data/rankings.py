@@ -32,6 +32,12 @@ def pairs_to_rankings(dataset: Dataset | IterableDataset, where: str = "the data
         ValueError: as [`normalize_pairs`].
     """
 
+    if "rewards" in (dataset.column_names or []):
+        raise ValueError(
+            f"{where.capitalize()} has `chosen`, `rejected` and `rewards`. Remove `rewards`, which pairs do not have, or "
+            "put both completions into a column `completions` in the order of the rewards."
+        )
+
     def to_ranking(example: dict[str, Any]) -> dict[str, Any]:
         example = example if "prompt" in example else extract_prompt(example)
         completions = [example["chosen"], example["rejected"]]

@@ -12,6 +12,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import prefopt_trl
+from prefopt_trl.trainers.upstream import TESTED
 
 REPO_ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -121,3 +122,15 @@ def test_pre_commit_and_ci_run_the_same_make_targets() -> None:
     assert {repo["repo"] for repo in hooks} == {"local"}
     in_ci = (REPO_ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()[-4:]
     assert in_ci == ["make test", "make test-distributed", "make test-oldest", "make test-newest"]
+
+
+def test_the_documented_versions_are_those_of_the_constraints() -> None:
+    page = (REPO_ROOT / "docs/versions.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    names = [canonicalize_name(name) for name in rows[0][2:-1]]
+    tested = {row[0]: dict(zip(names, row[2:-1], strict=True)) for row in rows[2:6]}
+    for name, file in (("oldest", "constraints-oldest.txt"), ("pinned", "constraints.txt")):
+        assert tested[name].items() <= constraints(file).items()
+    trl, transformers = re.findall(r"(\S+) to (\S+)", TESTED)
+    for bounds, name in ((trl, "trl"), (transformers, "transformers")):
+        assert [f"{bound}.0" for bound in bounds] == [tested[row][name] for row in ("oldest", "newest")]
