@@ -29,13 +29,12 @@ def pairs_to_rankings(dataset: Dataset | IterableDataset, where: str = "the data
         The same rows with `prompt`, `completions` and `rewards` in place of `chosen` and `rejected`.
 
     Raises:
-        ValueError: as [`normalize_pairs`].
+        ValueError: for a column `rewards` beside the pairs, and as [`normalize_pairs`].
     """
-
     if "rewards" in (dataset.column_names or []):
         raise ValueError(
-            f"{where.capitalize()} has `chosen`, `rejected` and `rewards`. Remove `rewards`, which pairs do not have, or "
-            "put both completions into a column `completions` in the order of the rewards."
+            f"{where} has pairs and a column `rewards`. Remove it, or put both completions into a column "
+            "`completions`, in the order of their rewards."
         )
 
     def to_ranking(example: dict[str, Any]) -> dict[str, Any]:

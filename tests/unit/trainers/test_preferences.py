@@ -241,6 +241,12 @@ def test_evaluation_prompts_are_sampled_and_training_data_are_not(make, tmp_path
     assert [len(row) for row in trainer.eval_dataset["new"]["completions"]] == [4] * 4
 
 
+def test_rewards_of_pairs_are_not_replaced_in_silence(make):
+    pairs = dataset({**PAIRS, "rewards": [[0.1, 0.9], [0.2, 0.8]]})
+    with pytest.raises(ValueError, match="has pairs and a column `rewards`. Remove it"):
+        make(PROTrainer, pairs)
+
+
 @pytest.mark.parametrize("trainer_class", [SLiCTrainer, *ON_RANKINGS])
 def test_prompts_need_a_ranker(trainer_class, make):
     with pytest.raises(ValueError, match="The train dataset has prompts but no .* Pass a `ranker`"):
