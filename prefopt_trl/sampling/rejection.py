@@ -10,24 +10,18 @@ def statistical_rejection_sampling(
     beta: float,
     *,
     rng: np.random.Generator | int | None = None,
-    method: str = "sequential",
 ) -> NDArray[np.int64]:
     """
     Accepts `num_samples` of a prompt's candidates so that they look drawn from the optimal policy.
 
     With candidates drawn from the SFT policy, the accepted ones follow, as the number of candidates grows, the policy
     that maximises reward under a KL penalty of `beta` (RSO eq. 4): `pi_sft(y | x) * exp(reward(x, y) / beta)`,
-    normalised. Neither method favours a candidate for its position, and equal rewards are equally likely. The two
-    differ while the candidates are few:
+    normalised. No candidate is favoured for its position, and equal rewards are equally likely.
 
-    - `"sequential"` is RSO Algorithm 1. Each pass takes as `max` the highest reward not yet accepted, proposes every
-      candidate not yet accepted once, in random order, and accepts it with probability `exp((reward - max) / beta)`,
-      until `num_samples` are accepted. This follows the paper's listing except where that accepts more than
-      `num_samples`, prefers early candidates or takes equal texts for one.
-    - `"gumbel"` draws one candidate after the other without replacement, each with probability proportional to
-      `exp(reward / beta)` among those left: rejection sampling that proposes at random, rejected candidates included,
-      until enough are accepted. It is one sort by `reward + beta * noise`, with Gumbel noise. Of a small pool it
-      accepts the best less often than `"sequential"`, where who is rejected has to wait for the next pass.
+    Each pass of RSO Algorithm 1 takes as `max` the highest reward not yet accepted, proposes every candidate not yet
+    accepted once, in random order, and accepts it with probability `exp((reward - max) / beta)`, until `num_samples`
+    are accepted. This follows the paper's listing except where that accepts more than `num_samples`, prefers early
+    candidates or takes equal texts for one.
 
     A candidate is an index: whether two of them have the same text is for the caller to look at.
 
@@ -42,8 +36,6 @@ def statistical_rejection_sampling(
             random) to `inf` (uniform without replacement). A small value trusts the rewards.
         rng (`numpy.random.Generator` or `int`, *optional*):
             Source of randomness, or the seed of a new one.
-        method (`str`, *optional*, defaults to `"sequential"`):
-            `"sequential"` or `"gumbel"`.
 
     Returns:
         int64 array of shape `(num_samples,)` or `(num_prompts, num_samples)`: distinct indices of candidates, in the
@@ -51,7 +43,7 @@ def statistical_rejection_sampling(
 
     Raises:
         ValueError: if `rewards` has another shape, no element or one that is not finite, if `num_samples` is out of
-            range, if `beta` is negative or NaN, or if `method` is unknown.
+            range, or if `beta` is negative or NaN.
         TypeError: if `num_samples` is not an integer.
 
     Example:
@@ -72,15 +64,10 @@ def statistical_rejection_sampling(
             "sample more candidates or accept fewer"
         )
     rng = np.random.default_rng(rng)
-    rank: NDArray[np.int64] | NDArray[np.float64]
-    if method == "sequential":
-        rank = _num_rejections(values, num_samples, beta, rng)
-    elif method == "gumbel":
-        rank = -(values + beta * rng.gumbel(size=values.shape))
-    else:
-        raise ValueError(f'method must be "sequential" or "gumbel", got {method!r}')
-    # Lowest rank first. Equal ranks come in random order, so nobody gains by position when the last pass is cut short.
-    return np.lexsort((rng.random(values.shape), rank))[..., :num_samples]
+    num_rejections = _num_rejections(values, num_samples, beta, rng)
+    # Fewest rejections first. Equal ones come in random order, so nobody gains by position when the last pass is cut
+    # short.
+    return np.lexsort((rng.random(values.shape), num_rejections))[..., :num_samples]
 
 
 def _num_rejections(

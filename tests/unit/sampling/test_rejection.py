@@ -9,8 +9,6 @@ import pytest
 
 from prefopt_trl.sampling.rejection import acceptance_rate, statistical_rejection_sampling
 
-METHODS = ["sequential", "gumbel"]
-
 
 def total_variation(counts: Counter, law: dict) -> float:
     num_draws = sum(counts.values())
@@ -50,128 +48,94 @@ def algorithm_1(rewards: list[float], num_samples: int, beta: float) -> dict[tup
     return dict(law)
 
 
-def without_replacement(rewards: list[float], num_samples: int, beta: float) -> dict[tuple[int, ...], float]:
-    """The exact law of draws without replacement with weights exp(reward / beta)."""
-    law = {}
-    for draw in itertools.permutations(range(len(rewards)), num_samples):
-        weights = [math.exp(reward / beta) for reward in rewards]
-        law[draw] = 1.0
-        for candidate in draw:
-            law[draw] *= weights[candidate] / sum(weights)
-            weights[candidate] = 0.0
-    return law
-
-
-def draws(rewards: list[float], num_samples: int, beta: float, method: str, num_draws: int, seed: int) -> Counter:
-    accepted = statistical_rejection_sampling(
-        np.tile(rewards, (num_draws, 1)), num_samples, beta, rng=seed, method=method
-    )
+def draws(rewards: list[float], num_samples: int, beta: float, num_draws: int, seed: int) -> Counter:
+    accepted = statistical_rejection_sampling(np.tile(rewards, (num_draws, 1)), num_samples, beta, rng=seed)
     return Counter(map(tuple, accepted.tolist()))
 
 
-def test_the_exact_laws_are_those_derived_by_hand() -> None:
-    # Two candidates with weights 1 and 1/2, one sample. Algorithm 1: the worse one is accepted only if it is proposed
-    # first (1/2) and passes (1/2). Without replacement: 1/2 of the total weight 3/2.
+def test_the_exact_law_is_that_derived_by_hand() -> None:
+    # Two candidates with weights 1 and 1/2, one sample: the worse one is accepted only if it is proposed first (1/2)
+    # and passes (1/2).
     rewards = [0.0, -math.log(2)]
     assert algorithm_1(rewards, 1, beta=1.0) == pytest.approx({(0,): 3 / 4, (1,): 1 / 4})
-    assert without_replacement(rewards, 1, beta=1.0) == pytest.approx({(0,): 2 / 3, (1,): 1 / 3})
 
 
 @pytest.mark.parametrize("rewards", [[0.0, 1.0, 2.0], [2.0, 0.0, 1.0], [1.0, 2.0, 0.0]])
 @pytest.mark.parametrize("num_samples", [1, 2, 3])
-@pytest.mark.parametrize(("method", "exact_law"), [("sequential", algorithm_1), ("gumbel", without_replacement)])
-def test_law_of_three_candidates_in_any_position_is_exact(method, exact_law, num_samples, rewards) -> None:
-    """Chance of failing: below 1e-7 for each of the 18 cases."""
-    law = exact_law(rewards, num_samples, beta=1.0)
-    counts = draws(rewards, num_samples, 1.0, method, num_draws=40_000, seed=0)
+def test_law_of_three_candidates_in_any_position_is_exact(num_samples: int, rewards: list[float]) -> None:
+    """Chance of failing: below 1e-7 for each of the 9 cases."""
+    law = algorithm_1(rewards, num_samples, beta=1.0)
+    counts = draws(rewards, num_samples, 1.0, num_draws=40_000, seed=0)
     assert chance_of_exceeding(0.02 - expected_total_variation(len(law), 40_000), 40_000) < 1e-7
     assert total_variation(counts, law) < 0.02
 
 
-@pytest.mark.parametrize("num_samples", [1, 2, 3])
-def test_the_methods_laws_are_far_enough_apart_to_be_told_apart(num_samples: int) -> None:
-    first, second = (law([0.0, 1.0, 2.0], num_samples, 1.0) for law in (algorithm_1, without_replacement))
-    assert sum(abs(first[key] - second[key]) for key in first) / 2 > 0.08
-
-
-@pytest.mark.parametrize(("method", "num_samples", "num_pools"), [("sequential", 2000, 50), ("gumbel", 80, 450)])
-def test_accepted_of_a_large_pool_follow_the_optimal_policy(method: str, num_samples: int, num_pools: int) -> None:
+def test_accepted_of_a_large_pool_follow_the_optimal_policy() -> None:
     """RSO Theorem 1: pools of 20,000 draws from a proposal law p; the accepted follow p * exp(reward / beta).
 
-    Chance of failing: below 1e-3. The first pass of "sequential" accepts half the pool, and of independent candidates
-    the first to pass are independent draws from that very law. The largest keys of "gumbel" are independent too, given
-    the key at which they are cut off; an outcome's share among them is then off by a factor between 1 and 1 - d,
-    where 2 * d is the expected number of times that the heaviest candidate of the pool would be drawn.
+    Chance of failing: below 1e-3. The first pass accepts half the pool, and of independent candidates the first to
+    pass are independent draws from that very law.
     """
-    pool_size, beta = 20_000, 1.0
+    num_pools, pool_size, num_samples, beta = 50, 20_000, 2000, 1.0
     proposal = np.array([0.05, 0.10, 0.15, 0.20, 0.20, 0.30])
     outcome_rewards = np.array([1.0, 0.5, 0.8, 0.0, -0.5, 0.3])
     weights = np.exp(outcome_rewards / beta)
     law = proposal * weights / (proposal @ weights)
 
     rng = np.random.default_rng(0)
-    counts = np.zeros(6)
-    for _ in range(num_pools // 50):
-        pools = rng.choice(6, size=(50, pool_size), p=proposal)
-        accepted = statistical_rejection_sampling(outcome_rewards[pools], num_samples, beta, rng=rng, method=method)
-        counts += np.bincount(np.take_along_axis(pools, accepted, axis=1).ravel(), minlength=6)
+    pools = rng.choice(6, size=(num_pools, pool_size), p=proposal)
+    accepted = statistical_rejection_sampling(outcome_rewards[pools], num_samples, beta, rng=rng)
+    counts = np.bincount(np.take_along_axis(pools, accepted, axis=1).ravel(), minlength=6)
 
     num_draws = num_samples * num_pools
     assert counts.sum() == num_draws
-    depletion = num_samples * weights.max() / (proposal @ weights) / pool_size / 2 if method == "gumbel" else 0.0
-    excess = 0.02 - depletion - expected_total_variation(6, num_draws)
-    assert chance_of_exceeding(excess, num_draws) < 1e-3
+    assert chance_of_exceeding(0.02 - expected_total_variation(6, num_draws), num_draws) < 1e-3
     assert np.abs(counts / num_draws - law).sum() / 2 < 0.02
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("rewards", "beta"), [([0.0, 5.0, -3.0, 1.0], math.inf), ([2.0] * 4, 0.5), ([2.0] * 4, 0.0), ([2.0] * 4, 1e-300)]
 )
-def test_infinite_beta_and_equal_rewards_are_uniform_without_replacement(rewards, beta: float, method: str) -> None:
-    """Chance of failing: below 1e-7 for each of the 8 cases."""
+def test_infinite_beta_and_equal_rewards_are_uniform_without_replacement(rewards, beta: float) -> None:
+    """Chance of failing: below 1e-7 for each of the 4 cases."""
     law = dict.fromkeys(itertools.permutations(range(4), 2), 1 / 12)
-    counts = draws(rewards, 2, beta, method, num_draws=40_000, seed=1)
+    counts = draws(rewards, 2, beta, num_draws=40_000, seed=1)
     assert chance_of_exceeding(0.023 - expected_total_variation(12, 40_000), 40_000) < 1e-7
     assert total_variation(counts, law) < 0.023
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("beta", [0.0, 1e-300])
-def test_beta_zero_takes_the_highest_rewards_and_breaks_ties_at_random(beta: float, method: str) -> None:
-    """Chance of failing: below 1e-7 for each of the 4 cases."""
-    assert statistical_rejection_sampling([3.0, -1e300, 1e300, 7.0], 3, beta, method=method).tolist() == [2, 3, 0]
-    counts = draws([1.0, 1.0, 2.0, 1.0, 0.0], 2, beta, method, num_draws=40_000, seed=2)
+def test_beta_zero_takes_the_highest_rewards_and_breaks_ties_at_random(beta: float) -> None:
+    """Chance of failing: below 1e-7 for each of the 2 cases."""
+    assert statistical_rejection_sampling([3.0, -1e300, 1e300, 7.0], 3, beta).tolist() == [2, 3, 0]
+    counts = draws([1.0, 1.0, 2.0, 1.0, 0.0], 2, beta, num_draws=40_000, seed=2)
     assert chance_of_exceeding(0.02 - expected_total_variation(3, 40_000), 40_000) < 1e-7
     assert total_variation(counts, {(2, 0): 1 / 3, (2, 1): 1 / 3, (2, 3): 1 / 3}) < 0.02
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("beta", [0.0, 1e-300, 0.5, 1e300, math.inf])
 @pytest.mark.parametrize("num_samples", [1, 8, 64])
-def test_accepted_are_distinct_and_as_many_as_asked(num_samples: int, beta: float, method: str) -> None:
+def test_accepted_are_distinct_and_as_many_as_asked(num_samples: int, beta: float) -> None:
     rewards = np.random.default_rng(3).choice([-1e300, -1.0, 0.0, 0.1, 1e300], size=64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        accepted = statistical_rejection_sampling(rewards, num_samples, beta, rng=4, method=method)
+        accepted = statistical_rejection_sampling(rewards, num_samples, beta, rng=4)
     assert accepted.shape == (num_samples,)
     assert accepted.dtype == np.int64
     assert len(set(accepted.tolist()) & set(range(64))) == num_samples
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_prompts_in_a_batch_are_sampled_apart(method: str) -> None:
+def test_prompts_in_a_batch_are_sampled_apart() -> None:
     rewards = [[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0], [1.0, 0.0, 3.0, 2.0]]
-    accepted = statistical_rejection_sampling(rewards, 2, 0.0, method=method)
+    accepted = statistical_rejection_sampling(rewards, 2, 0.0)
     assert accepted.tolist() == [[0, 1], [3, 2], [2, 3]]
     # Equal prompts do not share their luck: 64 draws of 1 among 8 agree with a chance of 8**-63.
-    assert len(set(statistical_rejection_sampling(np.zeros((64, 8)), 1, 0.5, method=method).ravel().tolist())) > 1
+    assert len(set(statistical_rejection_sampling(np.zeros((64, 8)), 1, 0.5).ravel().tolist())) > 1
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_seed_decides_and_a_generator_moves_on(method: str) -> None:
+def test_seed_decides_and_a_generator_moves_on() -> None:
     def sample(rng: np.random.Generator | int | None) -> list[int]:
-        return statistical_rejection_sampling(np.zeros(1000), 10, 0.5, rng=rng, method=method).tolist()
+        return statistical_rejection_sampling(np.zeros(1000), 10, 0.5, rng=rng).tolist()
 
     generator = np.random.default_rng(5)
     first, second = sample(generator), sample(generator)
@@ -196,7 +160,6 @@ def bad_arguments() -> Iterator[tuple[dict, type[Exception], str]]:
     yield {"rewards": np.zeros((2, 3, 4))}, ValueError, r"got \(2, 3, 4\)"
     yield {"beta": -0.1}, ValueError, "beta must be 0 .* got -0.1"
     yield {"beta": math.nan}, ValueError, "beta must be 0 .* got nan"
-    yield {"method": "best"}, ValueError, '"sequential" or "gumbel", got \'best\''
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), list(bad_arguments()))
@@ -223,7 +186,7 @@ def test_acceptance_rate_is_the_share_that_the_first_pass_accepts() -> None:
     # Asked for one sample, the algorithm makes a single pass; the candidate -100 is never accepted in it. So the share
     # of prompts where candidate 1 comes first is half its chance to pass.
     rewards = [0.0, -1.0, -100.0]
-    counts = draws(rewards, 1, 1.0, "sequential", num_draws=100_000, seed=6)
+    counts = draws(rewards, 1, 1.0, num_draws=100_000, seed=6)
     rate = (1 + 2 * counts[(1,)] / 100_000) / 3
     assert 2 * math.exp(-2 * 100_000 * (0.007 * 3 / 2) ** 2) < 1e-7
     assert acceptance_rate(rewards, beta=1.0) == pytest.approx(rate, abs=0.007)
