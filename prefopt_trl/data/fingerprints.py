@@ -1,4 +1,4 @@
-"""Fingerprints of what a sampled dataset was made with: equal ones mean that its rows may be used again."""
+"""Fingerprints (SHA-256 in hex) of what a sampled dataset was made with: equal ones let its rows be used again."""
 
 import hashlib
 import inspect
@@ -28,22 +28,6 @@ def model_fingerprint(model: nn.Module) -> str:
     It covers the config, the adapters and which of them is active, and names, shapes, dtypes and a few dozen evenly
     spaced elements of each parameter. So it is cheap for a 7B model and differs after any training, but not after a
     change that spares those elements.
-
-    Args:
-        model ([`~torch.nn.Module`]):
-            Model on any device, in any dtype.
-
-    Returns:
-        `str`: SHA-256 in hexadecimal.
-
-    Example:
-
-    ```python
-    >>> before = model_fingerprint(model)
-    >>> trainer.train()
-    >>> model_fingerprint(model) == before
-    False
-    ```
     """
     digest = hashlib.sha256(_settings_of(model).encode())
     # What stands idle behind a trained copy: a new classification head's is random in every process
@@ -91,15 +75,7 @@ def _settings_of(model: Any) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Fingerprint a tokenizer by all it does to a text, its special tokens and its chat template.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer.
-
-    Returns:
-        `str`: SHA-256 in hexadecimal.
-    """
+    """Fingerprint a tokenizer by all it does to a text, its special tokens and its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = (
         sorted(tokenizer.get_vocab().items()) if backend is None else _without_calls(backend.to_str()),
@@ -144,25 +120,9 @@ def cache_of_contents(path: Path) -> str:
 def function_fingerprint(function: Callable[..., Any]) -> str:
     """Fingerprint a function by its name, its source code, its defaults and the values it closes over.
 
-    Of a method, the attributes of its object count too. What is read from elsewhere (a global, a file) is not seen.
-
-    Args:
-        function (`Callable`):
-            Function, or any other callable. One whose source Python cannot find (typed at a prompt, a
-            `functools.partial`, an object with `__call__`) is fingerprinted by what it pickles to.
-
-    Returns:
-        `str`: name and SHA-256 in hexadecimal, joined by a colon.
-
-    Raises:
-        ValueError: if it has no source and does not pickle.
-
-    Example:
-
-    ```python
-    >>> function_fingerprint(length_reward)
-    'length_reward:6b3c...'
-    ```
+    Of a method, the attributes of its object count too. What is read from elsewhere (a global, a file) is not seen. A
+    callable whose source Python cannot find (typed at a prompt, a `functools.partial`, an object with `__call__`) is
+    fingerprinted by what it pickles to, and one that does not pickle is refused. The name and a colon come first.
     """
     name = getattr(function, "__qualname__", type(function).__qualname__)
     try:
@@ -177,22 +137,13 @@ def function_fingerprint(function: Callable[..., Any]) -> str:
     except Exception as error:  # whatever its parts raise on pickling
         raise ValueError(
             f"Cannot tell whether {name} changes between runs: what it holds does not pickle, or Python finds no "
-            "source "
-            "for it. Wrap it in a plain `def` function saved in a file."
+            "source for it. Wrap it in a plain `def` function saved in a file."
         ) from error
     return f"{name}:{hashlib.sha256((source + values).encode()).hexdigest()}"
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:
-    """Fingerprint the rows of a dataset: columns, order and values, not where they are stored.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Dataset whose values can be written as JSON.
-
-    Returns:
-        `str`: SHA-256 in hexadecimal.
-    """
+    """Fingerprint the rows of a dataset, as JSON: columns, order and values, not where they are stored."""
     digest = hashlib.sha256()
     for row in dataset:
         try:

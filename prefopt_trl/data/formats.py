@@ -25,17 +25,9 @@ EQUAL_REWARDS_HINT = (
 
 
 def transcript(messages: Sequence[Message]) -> str:
-    r"""Write messages as the "conversation between human and assistant" of RSO section 2.
+    r"""Write messages as the conversation of RSO section 2: `"\n\nHuman: Hi\n\nAssistant: Hi"`.
 
-    Raises:
-        ValueError: if a role is not `"system"`, `"user"` or `"assistant"`, or content is not text.
-
-    Example:
-
-    ```python
-    >>> transcript([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
-    '\n\nHuman: Hi\n\nAssistant: Hello'
-    ```
+    Raise `ValueError` for a role other than `"system"`, `"user"` and `"assistant"`, or content that is not text.
     """
     for index, message in enumerate(messages):
         if message["role"] not in TURN_NAMES:
@@ -49,34 +41,12 @@ def transcript(messages: Sequence[Message]) -> str:
 
 
 def prompt_text(prompt: Prompt) -> str:
-    r"""Write a prompt as text that ends where the completion begins: messages as a transcript and `"\n\nAssistant:"`.
-
-    Raises:
-        ValueError: as `transcript`.
-
-    Example:
-
-    ```python
-    >>> prompt_text([{"role": "user", "content": "Hi"}])
-    '\n\nHuman: Hi\n\nAssistant:'
-    ```
-    """
+    r"""Write a prompt as text that ends where the completion begins: a transcript ends with `"\n\nAssistant:"`."""
     return prompt if isinstance(prompt, str) else transcript(prompt) + ASSISTANT_TURN
 
 
 def completion_text(completion: Completion) -> str:
-    r"""Write a completion as the text that follows `prompt_text`: messages as a transcript without `"\n\nAssistant:"`.
-
-    Raises:
-        ValueError: if the first message is not the assistant's, and as `transcript`.
-
-    Example:
-
-    ```python
-    >>> completion_text([{"role": "assistant", "content": "Hello"}])
-    ' Hello'
-    ```
-    """
+    r"""Write a completion as text that follows `prompt_text`: a transcript without the first `"\n\nAssistant:"`."""
     if isinstance(completion, str):
         return completion
     text = transcript(completion)
@@ -86,29 +56,12 @@ def completion_text(completion: Completion) -> str:
 
 
 def wrap_completion(prompt: Prompt, text: str) -> str | list[Message]:
-    """Give a generated text the format of the prompt that it completes.
-
-    Example:
-
-    ```python
-    >>> wrap_completion([{"role": "user", "content": "Hi"}], "Hello")
-    [{'role': 'assistant', 'content': 'Hello'}]
-    ```
-    """
+    """Give a generated text the format of the prompt that it completes: text, or one message of the assistant."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def check_format(value: Prompt | Completion, where: str) -> None:
-    """Require text or a list of messages; the error begins with `where`.
-
-    Example:
-
-    ```python
-    >>> check_format([{"from": "human", "value": "Hi"}], "The prompt of row 3")
-    Traceback (most recent call last):
-    ValueError: The prompt of row 3 has a message with the keys from, value; a message has `role` and `content`.
-    ```
-    """
+    """Require text or a list of messages; the error begins with `where`."""
     if isinstance(value, str):
         return
     if not isinstance(value, list | tuple) or not value:
@@ -165,10 +118,8 @@ def normalize_pairs(dataset: Any, where: str) -> Any:
     """Return preference pairs as TRL reads them: plain Python values, with prompts in the format of their completions.
 
     UltraFeedback on the Hub has prompts of text, and completions that are whole conversations, which begin with a
-    user's message of that text. Such a prompt becomes the messages with which both completions begin.
-
-    Raises:
-        ValueError: naming the row of `where` with None in a cell, or completions that do not begin with the prompt.
+    user's message of that text. Such a prompt becomes the messages with which both completions begin. The `ValueError`
+    for None in a cell, or for completions that do not begin with the prompt, names the row of `where`.
     """
     if not isinstance(dataset, Dataset | IterableDataset) or dataset.features is None:
         return dataset
@@ -198,20 +149,7 @@ def _split_conversations(pair: dict[str, Any], row: int, where: str) -> dict[str
 
 
 def check_columns(dataset: Dataset, required: Sequence[str], where: str) -> None:
-    """Require a dataset with these columns and at least one row; the error begins with `where`.
-
-    Raises:
-        TypeError: if `dataset` is not a [`~datasets.Dataset`], for example all the splits at once.
-        ValueError: if a column is missing, or if there is no row.
-
-    Example:
-
-    ```python
-    >>> check_columns(Dataset.from_dict({"text": ["Hi"]}), ["prompt"], "train_dataset")
-    Traceback (most recent call last):
-    ValueError: train_dataset lacks the column prompt; it has text. Rename yours with dataset.rename_column(old, new).
-    ```
-    """
+    """Require a dataset, not all its splits, with these columns and one row or more; the error begins with `where`."""
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"{where} must be a datasets.Dataset, got {type(dataset).__name__}; "
@@ -228,12 +166,7 @@ def check_columns(dataset: Dataset, required: Sequence[str], where: str) -> None
 
 
 def columns_of(dataset: Dataset | IterableDataset, name: str) -> list[str]:
-    """Names of the columns of a dataset with at least one row; a stream may know them from its rows only.
-
-    Raises:
-        TypeError: for anything but a dataset.
-        ValueError: for an empty one.
-    """
+    """Return the columns of a dataset with at least one row; a stream may know them from its rows only."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
             f"The {name} dataset must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`. Of several "

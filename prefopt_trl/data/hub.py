@@ -39,46 +39,14 @@ def push_folder(
     token: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """Upload a folder to a repository on the Hub, which is made where there is none. Call it in one process.
+    """Upload a folder to a repository on the Hub, which is made where there is none, and return its address.
 
-    A push that failed halfway is repeated in the same way: what is there already is not sent again.
+    Call it in one process. A push that failed halfway is repeated in the same way: what is there already is not sent
+    again. `write_card(repo_id)` writes the folder's README.md: before anything is sent, and once more where the
+    repository turns out to be called otherwise. `include` (by default everything) and `exclude` are patterns of the
+    files to send, `delete` of those to remove from the repository where the folder does not have them.
 
-    Args:
-        folder (`str` or `Path`):
-            Folder that holds everything.
-        repo_id (`str`):
-            Repository, such as `"my-org/my-model"`. Without an organisation it is the user's.
-        write_card (`Callable`, *optional*):
-            Writes the folder's README.md for a repository of this name. It is called before anything is sent, and once
-            more where the repository turns out to be called otherwise.
-        commit_message (`str`):
-            First line of the commit.
-        repo_type (`str`, *optional*, defaults to `"model"`):
-            `"model"` or `"dataset"`.
-        path_in_repo (`str`, *optional*):
-            Folder in the repository. By default its root.
-        include, exclude (`Sequence[str]`, *optional*):
-            Patterns of the files that are sent (by default all), and that are not.
-        delete (`Sequence[str]`, *optional*):
-            Patterns of files in the repository that are removed where the folder does not have them.
-        private (`bool`, *optional*):
-            Whether a repository made here is private. By default as the organisation has it.
-        token (`str`, *optional*):
-            Access token. By default the one you are logged in with.
-        revision (`str`, *optional*):
-            Branch. By default `main`.
-
-    Returns:
-        `str`: address of the repository.
-
-    Raises:
-        PushError: if anything fails, with the reason and with the command that repeats the push.
-
-    Example:
-
-    ```python
-    push_folder("outputs/rso", "my-org/my-model", exclude=["checkpoint-*"], commit_message="End of training")
-    ```
+    Raise `PushError` if anything fails, with the reason and the command that repeats the push.
     """
     if write_card is not None:
         write_card(repo_id)
@@ -133,11 +101,7 @@ def _command(
 
 
 def push_in_background(*args: Any, commit_message: str, **kwargs: Any) -> Future[str]:
-    """[`push_folder`] in a thread, after those that were asked for before. A failure is logged as a warning, too.
-
-    Returns:
-        `Future`: of what `push_folder` returns.
-    """
+    """[`push_folder`] in a thread, after those that were asked for before. A failure is logged as a warning, too."""
 
     def warn_of_failure(push: Future[str]) -> None:
         if error := push.exception():
@@ -157,27 +121,9 @@ def reserve_repository(
     token: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """Make the repository of a model where there is none, and see that it may be written to.
+    """Make the repository of a model where there is none, see that it may be written to, and return its whole name.
 
-    Args:
-        repo_id (`str`):
-            Repository, such as `"my-org/my-model"`.
-        folder (`str` or `Path`):
-            Folder that the model will be in.
-        exclude (`Sequence[str]`, *optional*):
-            Patterns of its files that will not be sent.
-        private (`bool`, *optional*):
-            Whether a repository made here is private.
-        token (`str`, *optional*):
-            Access token. By default the one you are logged in with.
-        revision (`str`, *optional*):
-            Branch that it will be sent to.
-
-    Returns:
-        `str`: its whole name, with the organisation or user.
-
-    Raises:
-        PushError: if it can be neither made nor written to, with the command that pushes the folder once it can.
+    Raise `PushError`, with the command that pushes the folder later, if it can be neither made nor written to.
     """
     try:
         api = HfApi(token=token)

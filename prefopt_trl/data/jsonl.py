@@ -16,7 +16,7 @@ ROWS_AT_A_TIME = 1000  # held as Python objects, which take many times the room 
 
 
 def read_jsonl(path: str | Path) -> Dataset:
-    """Read prompts, or prompts with their candidates, from a JSON Lines file.
+    """Read prompts, or prompts with their candidates, from a JSON Lines file in UTF-8.
 
     Each line is an object with
 
@@ -26,24 +26,7 @@ def read_jsonl(path: str | Path) -> Dataset:
     - `finished` (optional): true or false for each completion;
     - any other columns, which are kept. All lines have the same columns.
 
-    Args:
-        path (`str` or `Path`):
-            File in UTF-8. Blank lines are left out.
-
-    Returns:
-        [`~datasets.Dataset`] with one row per line, to be given to [`build_preference_dataset`].
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: for a line that is not as above, naming it, or a file without rows.
-
-    Example:
-
-    ```python
-    >>> _ = Path("candidates.jsonl").write_text('{"prompt": "The sky is", "completions": [" blue.", " green."]}')
-    >>> read_jsonl("candidates.jsonl")[0]
-    {'prompt': 'The sky is', 'completions': [' blue.', ' green.']}
-    ```
+    Blank lines are left out. The `ValueError` for any other line names it.
     """
     rows, tables = _rows(Path(path)), []
     try:
@@ -57,25 +40,7 @@ def read_jsonl(path: str | Path) -> Dataset:
 
 
 def check_candidates(dataset: Dataset, name: str) -> None:
-    """Require candidates of every prompt, in its format, and one reward for each where there are rewards.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Columns `prompt` and `completions`, and perhaps `rewards`, `logps` and `finished`.
-        name (`str`):
-            What the dataset is to the user, for the error, such as ``"`prompts`"``.
-
-    Raises:
-        ValueError: naming the row, what was found and the remedy.
-
-    Example:
-
-    ```python
-    >>> check_candidates(Dataset.from_dict({"prompt": ["Hi"], "completions": [[]]}), "`prompts`")
-    Traceback (most recent call last):
-    ValueError: The completions of row 0 of `prompts` are []. Give a list of one or more, or leave the row out.
-    ```
-    """
+    """Require candidates of every prompt, and one reward for each where there are rewards; the error names the row."""
     for row, example in enumerate(dataset):
         _check_row(example, f"row {row} of {name}")
 

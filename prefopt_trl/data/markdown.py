@@ -10,19 +10,7 @@ from typing import Any
 def code(text: str) -> str:
     """Write text as code on one line: nothing in it ends the code or the cell of a table, or is read as HTML.
 
-    Args:
-        text (`str`):
-            Any text. Line breaks become spaces, and a SHA-256 in it is shortened.
-
-    Returns:
-        `str`: Markdown.
-
-    Example:
-
-    ```python
-    >>> code("a | b")
-    '`a \\| b`'
-    ```
+    Line breaks become spaces, and a SHA-256 is shortened.
     """
     text = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", " ".join(text.splitlines()))
     if "`" in text:
@@ -42,17 +30,7 @@ def public_name(source: str) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Write a table whose cells are Markdown already.
-
-    Args:
-        head (`list[str]`):
-            Titles of the columns.
-        rows (`list[list[str]]`):
-            Cells of each row, as many as there are columns.
-
-    Returns:
-        `str`: Markdown.
-    """
+    """Write a table whose cells are Markdown already."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

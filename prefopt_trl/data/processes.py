@@ -24,11 +24,7 @@ def is_main_process() -> bool:
 
 
 def process_state() -> PartialState:
-    """The state of this process among those that `accelerate launch` or `torchrun` started.
-
-    Raises:
-        RuntimeError: if there are others that it does not know of, and would do the same work over theirs.
-    """
+    """Return the state of this process among those that were started; raise if others are not known to it."""
     state = PartialState(cpu=not torch.accelerator.is_available())
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and state.num_processes == 1:
@@ -82,11 +78,7 @@ def _is_json(file: Path) -> bool:
 
 
 def last_checkpoint(folder: str | Path) -> str:
-    """The path of a run's last whole checkpoint; one logged line names a later one that is not whole.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """Return the path of a run's last whole checkpoint or raise; a logged line names a later one that is not whole."""
     if not (names := checkpoints(folder)):
         raise ValueError(f"`resume_from_checkpoint` finds no checkpoint in {folder}. Leave it out to start anew.")
     last, latest = os.path.join(folder, names[-1]), get_last_checkpoint(str(folder))

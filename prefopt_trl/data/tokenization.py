@@ -65,33 +65,13 @@ def tokenize_completions(
     completions: Sequence[Completion],
     **chat_template_kwargs: Any,
 ) -> tuple[list[int], list[list[int]]]:
-    """Tokenise a prompt with each of its completions, as TRL's `DPOTrainer` does for two of them.
+    """Tokenise a prompt with each of its completions, as TRL's `DPOTrainer` does for two; return the ids of each.
 
     A prompt and a completion are tokenised together, because tokens may merge where they meet; the completions begin
     where the first of them departs from the tokens of the prompt alone. A completion in plain text ends with one EOS
     (TRL leaves two where the tokenizer appends one by itself); the chat template ends one that is conversational.
 
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer with an EOS token, and a chat template for conversational prompts.
-        prompt (`str` or `list[dict]`):
-            Prompt as plain text or as messages.
-        completions (sequence of `str` or `list[dict]`):
-            Its completions, in the same format.
-        **chat_template_kwargs:
-            Passed to `apply_chat_template`, such as `tools`.
-
-    Returns:
-        `tuple[list[int], list[list[int]]]`: ids of the prompt, and of each completion.
-
-    Raises:
-        TypeError: if a completion is not in the prompt's format.
-
-    Example:
-
-    ```python
-    prompt_ids, completion_ids = tokenize_completions(tokenizer, "The sky is", [" blue", " green"])
-    ```
+    Raise `TypeError` if a completion is not in the prompt's format.
     """
     for index, completion in enumerate(completions):
         if not isinstance(completion, type(prompt)):
@@ -166,15 +146,6 @@ def check_vocabulary(
 
     Tokens that stand for images, videos or sounds are left out: a model of text alone, such as Gemma 3 of 1B, may
     share the tokenizer of one that sees.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer.
-        model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or [`~transformers.PreTrainedConfig`]):
-            Model, or the config of one that is not loaded yet.
-
-    Raises:
-        ValueError: naming the largest token id and the number of embeddings.
     """
     num_embeddings = None
     if not isinstance(model, PreTrainedConfig):
@@ -192,11 +163,7 @@ def check_vocabulary(
 
 
 def decoder_start_token_id(model: PreTrainedModel) -> int:
-    """Token that the decoder of an encoder-decoder begins with.
-
-    Raises:
-        ValueError: if the model names none.
-    """
+    """Return the token that the decoder of an encoder-decoder begins with, or raise if the model names none."""
     for config in (model.generation_config, model.config):
         if (token := getattr(config, "decoder_start_token_id", None)) is not None:
             return token
