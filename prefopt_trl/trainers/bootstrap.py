@@ -31,29 +31,13 @@ SHARD_ROWS = 32  # sampled together, from a stream of their own, so that samples
 class Bootstrap(TrainerCallback):
     """The parts of a dataset of rankings, and what the policy has sampled for their prompts in this epoch.
 
-    A part is sampled when its first row is about to be trained on, and saved in `folder` before that, with the number
-    of steps trained by then. A run that resumes from a checkpoint reads the parts sampled before the checkpoint, and
-    samples those after it anew, so it goes on as if it had not been interrupted. A run that starts anew removes what
-    an earlier one has saved in `folder`.
+    A part is sampled when its first row is about to be trained on, and saved in `folder` before that, as
+    `epoch-0-part-0.json`, with the number of steps trained by then. A run that resumes from a checkpoint reads the
+    parts sampled before the checkpoint, and samples those after it anew, so it goes on as if it had not been
+    interrupted. A run that starts anew moves what an earlier one has saved in `folder` aside.
 
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Columns `prompt` and `completions`.
-        num_parts (`int`):
-            Parts to split it into, K of Algorithm 1.
-        tokenizer, ranker:
-            Those of the trainer.
-        folder (`str` or `Path`):
-            Where samples are saved, as `epoch-0-part-0.json`.
-        seed (`int`):
-            Seed of the split, the order of rows and the samples.
-        batch_size (`int`):
-            Completions generated at a time.
-        generation (`dict`):
-            `max_new_tokens`, `temperature`, `top_p` and `top_k` of sampling.
-
-    Raises:
-        ValueError: for more parts than rows.
+    `num_parts` is K of Algorithm 1, at most the number of rows. `seed` decides the split, the order of rows and the
+    samples. `generation` has the options of [`sample_candidates`].
     """
 
     def __init__(
@@ -199,22 +183,8 @@ def re_rank(completions: list[Any], rewards: np.ndarray) -> dict[str, list[Any]]
     The sample never takes the first place: where its reward is the highest it goes second, and the rewards, which stay
     descending, are dealt out anew to the places.
 
-    Args:
-        completions (`list` of length `n`):
-            Completions of one prompt.
-        rewards (`np.ndarray` of shape `(n,)`):
-            Their rewards.
-
-    Returns:
-        `dict[str, list]`: `completions` and `rewards`.
-
-    Example:
-
-    ```python
     >>> re_rank(["good", "bad", "sampled"], np.array([1.0, 0.0, 2.0]))
     {'completions': ['good', 'sampled', 'bad'], 'rewards': [2.0, 1.0, 0.0]}
-
-    ```
     """
     order = np.argsort(-rewards, kind="stable").tolist()
     if order[0] == len(completions) - 1:

@@ -134,19 +134,10 @@ class Resumable:
 
 
 def training_settings(method: str, args: TrainingArguments, samples: bool = True) -> dict[str, Any]:
-    """The settings that decide what is trained: loss, data order, optimiser, schedule, lengths and sampling.
+    """Return the settings that decide what is trained: loss, data order, optimiser, schedule, lengths and sampling.
 
-    Args:
-        method (`str`):
-            Name of the method, such as `"RSO"`.
-        args ([`~transformers.TrainingArguments`]):
-            Configuration of the trainer.
-        samples (`bool`, *optional*, defaults to `True`):
-            Whether the trainer samples what it learns from. Else the options of sampling are left out.
-
-    Returns:
-        `dict`: as it would be read back from JSON, without what is not in force. The batch size is that of a step of
-            the optimiser on all processes.
+    They are as they would be read back from JSON, without what is not in force, such as the options of sampling where
+    the trainer does not sample. The batch size is that of a step of the optimiser on all processes.
     """
     general = {field.name for field in fields(TrainingArguments)}
     names = {field.name for field in fields(args)} - general - NOT_DECIDING | DECIDING
@@ -165,15 +156,9 @@ def training_settings(method: str, args: TrainingArguments, samples: bool = True
 
 
 def adapter_settings(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
-    """The config of the adapter that is trained, as it would be read back from JSON.
+    """Return the config of the adapter that is trained, as it would be read back from JSON.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model that is trained.
-
-    Returns:
-        `dict`: values by `"peft_config.<name>"`, as far as they decide what is trained. Without an adapter
-        `"peft_config.peft_type"`, which is None, is the only one.
+    Its keys are `"peft_config.<name>"`. Without an adapter `"peft_config.peft_type"`, which is None, is the only key.
     """
     config = model.active_peft_config.to_dict() if isinstance(model, PeftModel) else {"peft_type": None}
     settings = {
@@ -187,14 +172,7 @@ def adapter_settings(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
 def data_fingerprint(dataset: Any, columns: set[str]) -> str | None:
     """Fingerprint the training data as the model is given them, on any number of processes and in any folder.
 
-    Args:
-        dataset ([`~datasets.Dataset`] or any other):
-            Prepared training data.
-        columns (`set[str]`):
-            Those that training reads. Images and log-probabilities of the reference model are left out.
-
-    Returns:
-        `str` or `None`: None for a stream.
+    Images and log-probabilities of the reference model are left out of the `columns`. A stream has no fingerprint.
     """
     if not isinstance(dataset, Dataset):
         return None
@@ -210,19 +188,10 @@ def save_settings(checkpoint: str | Path, settings: dict[str, Any]) -> None:
 
 
 def check_settings(checkpoint: str | Path, settings: dict[str, Any]) -> None:
-    """Refuse to resume a checkpoint with settings other than those it was trained with.
+    """Refuse to resume a checkpoint with settings other than those it was trained with, naming each.
 
     A checkpoint without settings, such as one of TRL's `DPOTrainer`, passes with a logged line, and so does a run of
     another length.
-
-    Args:
-        checkpoint (`str` or `Path`):
-            Folder of the checkpoint.
-        settings (`dict`):
-            Of the run that resumes.
-
-    Raises:
-        ValueError: naming each setting, with its old and new value.
     """
     file = Path(checkpoint) / SETTINGS_FILE
     if not file.exists():
@@ -270,16 +239,7 @@ def as_written(method: str, name: str, value: Any) -> Any:
 def check_length(checkpoint: str | Path, args: TrainingArguments) -> None:
     """Refuse to resume a checkpoint beyond the end of this run, which would train nothing and save it as its result.
 
-    One of the very end passes: a finished run may be started again.
-
-    Args:
-        checkpoint (`str` or `Path`):
-            Folder of the checkpoint. One without `trainer_state.json` passes.
-        args ([`~transformers.TrainingArguments`]):
-            Of the run that resumes.
-
-    Raises:
-        ValueError: naming the steps, or epochs, of both.
+    One of the very end passes, as a finished run may be started again, and so does one without `trainer_state.json`.
     """
     file = Path(checkpoint) / TRAINER_STATE_NAME
     if not file.exists():
@@ -297,16 +257,7 @@ def check_length(checkpoint: str | Path, args: TrainingArguments) -> None:
 def check_model(model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, args: Any) -> None:
     """Refuse, before anything is sampled, a model with another one's tokenizer; warn of an adapter of another.
 
-    Args:
-        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model that is trained, or its path.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        args ([`PreferenceConfig`]):
-            Configuration of the trainer.
-
-    Raises:
-        ValueError: for an encoder-decoder, and as [`check_vocabulary`].
+    `model` may be a path. An encoder-decoder is refused, too.
     """
     config: Any = None if isinstance(model, str) else model.config
     if isinstance(model, str):
@@ -325,12 +276,8 @@ def check_model(model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedT
 def check_adapter(model: PeftModel) -> None:
     """Warn of an adapter that says that it was trained on another base model than the one it is on.
 
-    Names are compared by their last part, so that a model of the Hub and a folder with a copy of it are the same. An
-    adapter of other shapes does not load at all.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            Base model with adapters. A base or an adapter that does not say where it comes from passes.
+    Names are compared by their last part, so that a model of the Hub and a folder with a copy of it are the same; a
+    name that is missing passes. An adapter of other shapes does not load at all.
     """
     base = str(getattr(model.get_base_model().config, "_name_or_path", None) or "")
     for name, adapter in model.peft_config.items():

@@ -59,40 +59,16 @@ class ScoredCompletions:
 
 
 def columns_of_rows(group_ids: Tensor) -> Tensor:
-    """How many rows of the same prompt stand before each row of a batch.
-
-    Args:
-        group_ids (`torch.LongTensor` of shape `(num_rows,)`):
-            Whose prompt a row has, numbered from 0.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_rows,)`.
-    """
+    """Return how many rows of the same prompt stand before each row; `group_ids` and the result are `(num_rows,)`."""
     same_prompt = group_ids[:, None] == group_ids[None, :]
     return same_prompt.tril(diagonal=-1).sum(dim=1)
 
 
 def by_prompt(values: Tensor, group_ids: Tensor) -> Tensor:
-    """One value per row of a batch, as one row per prompt and one column per completion; 0 (False) where none is.
+    """Return one value per row, shape `(num_rows,)`, as one row per prompt and one column per completion.
 
-    Args:
-        values (`torch.Tensor` of shape `(num_rows,)`):
-            A value of each row.
-        group_ids (`torch.LongTensor` of shape `(num_rows,)`):
-            Whose prompt a row has, numbered from 0.
-
-    Returns:
-        `torch.Tensor` of shape `(num_prompts, n)`, with n that of the prompt with the most rows, in their order.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> by_prompt(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 1]))
-    tensor([[1., 0.],
-            [2., 3.]])
-
-    ```
+    `group_ids` say whose prompt a row has, numbered from 0. There are as many columns as the prompt with the most rows
+    has, in the order of its rows; 0 (False) where there is no completion.
     """
     columns = columns_of_rows(group_ids)
     shape = int(group_ids.max()) + 1, int(columns.max()) + 1
@@ -100,24 +76,17 @@ def by_prompt(values: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def ranking_metrics(scores: Tensor, completions: ScoredCompletions) -> dict[str, tuple[Tensor, Tensor]]:
-    """How the order of the policy's own scores agrees with that of the rewards.
+    """Measure how the order of the policy's own scores, shape `(batch_size, n)`, agrees with that of the rewards.
 
-    Args:
-        scores (`torch.Tensor` of shape `(batch_size, n)`):
-            What the method takes as the policy's reward of a completion.
-        completions ([`ScoredCompletions`]):
-            The completions.
+    Each metric is a sum and a count, of which it is the quotient, so that batches add up. Chosen is the best
+    completion, rejected the mean over the others of its prompt.
 
-    Returns:
-        `dict[str, tuple[torch.Tensor, torch.Tensor]]`: sum and count, of which the metric is the quotient, so that
-        batches add up. Chosen is the best completion, rejected the mean over the others of its prompt.
-
-        - `rewards/chosen`, `rewards/rejected`, `rewards/margins`: scores, in the scores' unit.
-        - `rewards/accuracies`: share of the pairs with different rewards that the scores order alike.
-        - `ranking/kendall_tau`: of a prompt, the share of such pairs ordered alike minus that ordered otherwise, in
-          [-1, 1]; averaged over prompts with such a pair.
-        - `ranking/top1`: share of those prompts whose highest score is that of a completion with the highest reward.
-        - `logps/chosen`, `logps/rejected`: nats, summed over tokens.
+    - `rewards/chosen`, `rewards/rejected`, `rewards/margins`: scores, in the scores' unit.
+    - `rewards/accuracies`: share of the pairs with different rewards that the scores order alike.
+    - `ranking/kendall_tau`: of a prompt, the share of such pairs ordered alike minus that ordered otherwise, in
+      [-1, 1]; averaged over prompts with such a pair.
+    - `ranking/top1`: share of those prompts whose highest score is that of a completion with the highest reward.
+    - `logps/chosen`, `logps/rejected`: nats, summed over tokens.
     """
     mask, rewards = completions.mask, completions.rewards
     better = (rewards[:, :, None] > rewards[:, None, :]) & mask[:, :, None] & mask[:, None, :]

@@ -77,24 +77,11 @@ class TrainingData:
 def model_card(
     trainer: Any, trl_card: ModelCard, model_name: str, repo_id: str, dataset_name: str | None
 ) -> ModelCard:
-    """Write the card of a trainer's model.
+    """Write the card of a trainer's model, with its metadata in YAML first.
 
-    Texts of others are shown as code: names of models and datasets and settings are not read as Markdown.
-
-    Args:
-        trainer ([`PreferenceTrainer`]):
-            Its arguments, model, reference model and training data are described.
-        trl_card ([`~huggingface_hub.ModelCard`]):
-            The card that TRL writes: its tags, base model and links to the trackers of the run are kept.
-        model_name (`str`):
-            Title.
-        repo_id (`str`):
-            What the model is loaded from: its repository, or its folder.
-        dataset_name (`str`, *optional*):
-            Dataset repository on the Hub, or a folder or file, whose name alone is told.
-
-    Returns:
-        [`~huggingface_hub.ModelCard`]: with its metadata in YAML first.
+    Texts of others are shown as code: names of models and datasets and settings are not read as Markdown. Of the card
+    that TRL writes, the tags, the base model and the links to the trackers of the run are kept. `repo_id` is what the
+    model is loaded from: its repository, or its folder. Of a local `dataset_name` the last part alone is told.
     """
     paper, model = trainer._paper, trainer.accelerator.unwrap_model(trainer.model)
     data = ModelCardData(

@@ -30,25 +30,11 @@ def with_completions(
     keeps_ranker: bool,
     args: PreferenceConfig,
 ) -> dict[str, Any]:
-    """The datasets with what a trainer learns from: prompts are sampled, and completions scored where need be.
+    """Return the datasets with what a trainer learns from: prompts are sampled, and completions scored where need be.
 
-    Args:
-        splits (`dict`):
-            Datasets by name, of which `"train"` is trained on; None where there is none.
-        learns_from (`str`):
-            `"pairs"` or `"rankings"`.
-        load_policy (`Callable`):
-            Loads the policy to sample from.
-        tokenizer, ranker, args:
-            Those of the trainer.
-        keeps_ranker (`bool`):
-            Whether the ranker is used during training, too.
-
-    Returns:
-        `dict`: datasets of the same names.
-
-    Raises:
-        ValueError: where completions, rewards or a ranker are missing.
+    `splits` are datasets by name, of which `"train"` is trained on, or None. `learns_from` is `"pairs"` or
+    `"rankings"`; `keeps_ranker` says that the ranker is used during training, too. A `ValueError` says which
+    completions, rewards or ranker are missing.
     """
     columns = {name: columns_of(dataset, name) for name, dataset in splits.items() if dataset is not None}
     to_sample = [name for name in columns if are_prompts(columns[name], learns_from)]
@@ -105,11 +91,7 @@ def are_prompts(columns: list[str], learns_from: str) -> bool:
 
 
 def check_text(dataset: Dataset | IterableDataset | None, name: str) -> None:
-    """Refuse images where the batches are rankings.
-
-    Raises:
-        ValueError: naming the column.
-    """
+    """Refuse images where the batches are rankings, naming the column."""
     images = {"image", "images"} & set(columns_of(dataset, name) if dataset is not None else [])
     if images:
         raise ValueError(
@@ -159,11 +141,8 @@ def score_completions(
 ) -> tuple[Dataset | IterableDataset, bool]:
     """Give pairs and completions without rewards those of the ranker; pairs may do without one.
 
-    Returns:
-        The dataset, of rankings where it had completions, and whether the ranker was used.
-
-    Raises:
-        ValueError: where a ranker is missing, or the rows cannot be counted.
+    Return the dataset, of rankings where it had completions, and whether the ranker was used. Refuse to score without
+    a ranker, and a stream.
     """
     are_pairs = {"chosen", "rejected"} <= set(columns)
     are_candidates = {"prompt", "completions"} <= set(columns)
@@ -194,11 +173,7 @@ def score_completions(
 def check_prompts(
     dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: PreferenceConfig
 ) -> Dataset:
-    """Refuse, before training, prompts that could not be sampled while it goes on; number the others.
-
-    Raises:
-        ValueError: for a stream, or a prompt that fills `max_length` (naming its row).
-    """
+    """Refuse, before training, a stream or prompts that fill `max_length`, naming the row; number the others."""
     if not isinstance(dataset, Dataset):
         raise ValueError(
             "The train dataset is an `IterableDataset` of prompts. Pass a `Dataset`, such as "
@@ -212,16 +187,7 @@ def check_prompts(
 def with_sampled_logps(dataset: Dataset, name: str, max_length: int | None) -> Dataset:
     """Require the log-probabilities of the reference model that were written down when the pairs were sampled.
 
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Pairs, tokenised.
-        name (`str`):
-            For the error.
-        max_length (`int`, *optional*):
-            That of the training.
-
-    Raises:
-        ValueError: naming the columns, where they are missing, or the first row that training cuts at another length.
+    The `ValueError` names the columns that are missing, or the first row that training cuts at another length.
     """
     missing = [column for column in ("ref_chosen_logps", "ref_rejected_logps") if column not in dataset.column_names]
     if missing:

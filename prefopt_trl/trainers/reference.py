@@ -24,15 +24,7 @@ SPLITTING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def check_policy(model: Any, ref_model: Any, peft_config: PeftConfig | None, has_reference: bool) -> None:
     """Refuse, before anything is sampled, a policy that could not be trained, or that has no reference model.
 
-    Args:
-        model, ref_model, peft_config:
-            The trainer's.
-        has_reference (`bool`):
-            Whether the trainer has a reference model.
-
-    Raises:
-        TypeError: for a `ref_model` that is not a model.
-        ValueError: saying how to load or wrap the model.
+    The errors say how to load or wrap the model.
     """
     if isinstance(ref_model, str):
         raise TypeError(
@@ -74,17 +66,10 @@ def check_policy(model: Any, ref_model: Any, peft_config: PeftConfig | None, has
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model with the weights, adapters and hooks it has now, in evaluation mode.
+    """Copy a model with the weights, adapters and hooks it has now, in evaluation mode and without gradients.
 
     The memory is that of one more copy of the weights. What trainers have patched onto the forward of the model stays
-    behind, as it is bound to the weights of the original.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Model, also one that DeepSpeed ZeRO-3 has partitioned.
-
-    Returns:
-        [`~transformers.PreTrainedModel`] without parameters that require a gradient.
+    behind, as it is bound to the weights of the original. The model may be one that DeepSpeed ZeRO-3 has partitioned.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         copied = _copy_of_partitioned(model)

@@ -18,27 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 def score_or_read(dataset: Dataset, name: str, ranker: Ranker, output_dir: str | Path) -> list[list[float]]:
-    """Rewards of completions, from the file of an earlier run where it scored the same with the same ranker.
+    """Return rewards of completions, from the file of an earlier run where it scored the same with the same ranker.
 
-    The file is `<output_dir>/scored/<name>.json`, which the main process alone reads and writes. Call it on all
-    processes.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Columns `prompt` and `completions`.
-        name (`str`):
-            Of the split.
-        ranker ([`~prefopt_trl.rankers.Ranker`]):
-            Scores them.
-        output_dir (`str` or `Path`):
-            Folder of the run.
-
-    Returns:
-        `list[list[float]]`: for each row the rewards of its completions, the same on every process.
-
-    Raises:
-        ValueError: as [`check_rewards`], on the process whose share it is.
-        OSError: if the file cannot be written.
+    The file is `<output_dir>/scored/<split name>.json`, which the main process alone reads and writes. Call it on all
+    processes: each gets the rewards of all rows, and raises the errors of [`check_rewards`] for its share.
     """
     process, store = process_state(), SampleStore(Path(output_dir) / "scored")
     rows = dataset.select_columns(["prompt", "completions"]).with_format(None)
