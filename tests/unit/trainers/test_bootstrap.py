@@ -1,6 +1,5 @@
 import copy
 import json
-import logging
 import math
 import shutil
 import subprocess
@@ -39,21 +38,17 @@ def checksum(prompts, completions, **kwargs):
 
 
 def config(output_dir: Path | str, **given) -> PROConfig:
-    settings = {
-        "bootstrap_parts": 3,
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 2,
-        "max_new_tokens": 6,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        **given,
-    }
-    return PROConfig(str(output_dir), **settings)
+    algorithm = {"bootstrap_parts": 3, "num_train_epochs": 2, "per_device_train_batch_size": 2, "max_new_tokens": 6}
+    outputs = {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    machine = {"bf16": False, "use_cpu": True}
+    return PROConfig(str(output_dir), **{**algorithm, "learning_rate": 1e-2, **outputs, **machine, **given})
+
+
+def make_trainer(model_dir, output_dir, dataset, ranker=checksum, trainer_class=PROTrainer, **given) -> PROTrainer:
+    """Make a trainer whose further arguments are its own or its config's."""
+    own = {name: given.pop(name) for name in ("eval_dataset", "callbacks") if name in given}
+    own["ranker"] = ranker and FunctionRanker(ranker)
+    return trainer_class(model_dir, args=config(output_dir, **given), train_dataset=dataset, **own)
 
 
 def samples(folder: Path) -> dict[str, Any]:
@@ -106,11 +101,6 @@ def test_parts_share_the_rows_out(num_rows, num_parts, sizes):
 
 def test_another_seed_splits_otherwise():
     assert make_bootstrap(50, 2, seed=0).parts[0].tolist() != make_bootstrap(50, 2, seed=1).parts[0].tolist()
-
-
-def test_more_parts_than_rows_are_refused():
-    with pytest.raises(ValueError, match="`bootstrap_parts`=6 is more than the training dataset's 5 rows. Lower it."):
-        make_bootstrap(5, 6)
 
 
 def test_rows_come_part_after_part_in_an_order_of_the_epoch():
@@ -199,16 +189,9 @@ def run(tiny_llama_dir, tmp_path_factory) -> SimpleNamespace:
         def on_optimizer_step(self, args, state, control, **kwargs):
             trainer.events.append(("step", state.global_step))
 
-    trainer = RecordingTrainer(
-        tiny_llama_dir,
-        args=config(
-            folder, max_new_tokens=16, save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=3
-        ),
-        train_dataset=dataset,
-        eval_dataset=dataset,
-        callbacks=[Steps()],
-        ranker=FunctionRanker(record_scores),
-    )
+    every_three_steps = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+    given = {"eval_dataset": dataset, "callbacks": [Steps()], "max_new_tokens": 16, **every_three_steps}
+    trainer = make_trainer(tiny_llama_dir, folder, dataset, record_scores, RecordingTrainer, **given)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bootstrap, "sample_candidates", record_samples)
         trainer.train()
@@ -339,15 +322,9 @@ def test_every_step_minimises_pro_on_the_extended_rankings(run, tiny_llama_dir):
 
 
 def test_evaluation_is_on_the_plain_rankings(run, tmp_path):
-    plain = PROTrainer(
-        str(run.folder / "checkpoint-3"),
-        args=config(tmp_path, bootstrap_parts=0),
-        train_dataset=run.dataset,
-        eval_dataset=run.dataset,
-    )
-    expected = {
-        name: value for name, value in plain.evaluate().items() if "/" in name or name in ("eval_loss", "eval_entropy")
-    }
+    given = {"eval_dataset": run.dataset, "ranker": None, "bootstrap_parts": 0}
+    values = make_trainer(str(run.folder / "checkpoint-3"), tmp_path, run.dataset, **given).evaluate()
+    expected = {name: values[name] for name in values if "/" in name or name in ("eval_loss", "eval_entropy")}
     assert {"eval_loss/sft", "eval_rewards/accuracies", "eval_ranking/kendall_tau"} < expected.keys()
     (logged,) = [log for log in run.trainer.state.log_history if "eval_loss" in log and log["step"] == 3]
     assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=1e-6)
@@ -361,20 +338,10 @@ def test_conversations_are_sampled_as_conversations(tiny_llama_dir, tmp_path):
         return checksum(prompts, [completion[0]["content"] for completion in completions])
 
     texts = rankings(4)
-    dataset = Dataset.from_dict(
-        {
-            "prompt": [say("user", text) for text in texts["prompt"]],
-            "completions": [[say("assistant", text) for text in row] for row in texts["completions"]],
-            "rewards": list(texts["rewards"]),
-        }
-    )
-    trainer = PROTrainer(
-        tiny_llama_dir,
-        args=config(tmp_path, bootstrap_parts=1, max_steps=1),
-        train_dataset=dataset,
-        ranker=FunctionRanker(message_checksum),
-    )
-    trainer.train()
+    prompts = [say("user", text) for text in texts["prompt"]]
+    completions = [[say("assistant", text) for text in row] for row in texts["completions"]]
+    dataset = Dataset.from_dict({"prompt": prompts, "completions": completions, "rewards": texts["rewards"][:]})
+    make_trainer(tiny_llama_dir, tmp_path, dataset, message_checksum, bootstrap_parts=1, max_steps=1).train()
     (content,) = samples(tmp_path / "bootstrap").values()
     for ranking in content["rankings"]:
         (sample,) = [one for one in ranking["completions"] if one not in dataset[ranking["row"]]["completions"]]
@@ -400,13 +367,7 @@ class StopAt(TrainerCallback):
 
 def train(model_dir, output_dir, resume=None, stop_at=0, ranker=checksum, **given) -> PROTrainer:
     """Ten rows, so parts of 4, 3 and 3: the third begins inside a step, in its batch or the second of two."""
-    trainer = PROTrainer(
-        model_dir,
-        args=config(output_dir, **given),
-        train_dataset=rankings(10),
-        callbacks=[StopAt(stop_at)],
-        ranker=FunctionRanker(ranker),
-    )
+    trainer = make_trainer(model_dir, output_dir, rankings(10), ranker, callbacks=[StopAt(stop_at)], **given)
     trainer.train(resume_from_checkpoint=str(output_dir / f"checkpoint-{resume}") if resume else None)
     return trainer
 
@@ -456,6 +417,12 @@ def copy_of(folder: Path, checkpoint: int, to: Path) -> Path:
     return to
 
 
+@pytest.fixture
+def interrupted(uninterrupted, tmp_path) -> Path:
+    """The folder of the plain run, stopped in the middle of the second part."""
+    return copy_of(uninterrupted("plain")[1], 3, tmp_path / "resumed")
+
+
 @pytest.mark.parametrize("name", list(RUNS))
 @pytest.mark.parametrize(
     ("checkpoint", "later_parts"),
@@ -467,9 +434,7 @@ def copy_of(folder: Path, checkpoint: int, to: Path) -> Path:
         (8, 1),  # in the middle of a part of the second epoch
     ],
 )
-def test_a_resumed_run_is_the_one_that_was_not_interrupted(
-    name, checkpoint, later_parts, uninterrupted, tiny_llama_dir, tmp_path
-):
+def test_a_resumed_run_is_the_whole_one(name, checkpoint, later_parts, uninterrupted, tiny_llama_dir, tmp_path):
     whole, folder = uninterrupted(name)
     output_dir = copy_of(folder, checkpoint, tmp_path / "resumed")
     assert poison(output_dir / "bootstrap", from_step=checkpoint) == later_parts
@@ -493,11 +458,10 @@ def test_the_runs_resumed_are_three_different_ones(uninterrupted):
     assert first_steps[0]["loss"] != pytest.approx(first_steps[2]["loss"], rel=1e-5)
 
 
-def test_samples_from_before_the_checkpoint_are_what_a_resumed_run_trains_on(uninterrupted, tiny_llama_dir, tmp_path):
-    whole, folder = uninterrupted("plain")
-    output_dir = copy_of(folder, 3, tmp_path / "resumed")
-    poison(output_dir / "bootstrap", from_step=0)
-    resumed = train(tiny_llama_dir, output_dir, resume=3, stop_at=4)
+def test_a_resumed_run_trains_on_the_samples_from_before(interrupted, uninterrupted, tiny_llama_dir):
+    whole, _ = uninterrupted("plain")
+    poison(interrupted / "bootstrap", from_step=0)
+    resumed = train(tiny_llama_dir, interrupted, resume=3, stop_at=4)
     assert logs_after(resumed, 3)[0]["loss"] != pytest.approx(logs_after(whole, 3)[0]["loss"], rel=1e-3)
 
 
@@ -509,9 +473,7 @@ def test_a_new_run_in_the_same_folder_samples_anew(uninterrupted, tiny_llama_dir
     assert samples(tmp_path / "bootstrap") == samples(folder / "bootstrap")
 
 
-def test_samples_of_an_earlier_run_in_larger_steps_are_not_taken_for_this_ones(
-    uninterrupted, tiny_llama_dir, tmp_path
-):
+def test_samples_of_an_earlier_run_in_larger_steps_are_not_taken(uninterrupted, tiny_llama_dir, tmp_path):
     whole, folder = uninterrupted("plain")
     train(tiny_llama_dir, tmp_path, per_device_train_batch_size=5, learning_rate=1e-3)
     assert samples(tmp_path / "bootstrap")["epoch-0-part-2.json"]["global_step"] == 1
@@ -520,47 +482,37 @@ def test_samples_of_an_earlier_run_in_larger_steps_are_not_taken_for_this_ones(
     assert samples(tmp_path / "bootstrap") == samples(folder / "bootstrap")
 
 
-@pytest.mark.parametrize("other", [{"bootstrap_parts": 2}, {"seed": 7}, {"max_new_tokens": 5}])
-def test_samples_of_another_split_are_refused(other, uninterrupted, tiny_llama_dir, tmp_path):
-    output_dir = copy_of(uninterrupted("plain")[1], 3, tmp_path / "resumed")
-    (output_dir / "checkpoint-3" / SETTINGS_FILE).unlink()  # which would refuse it first
-    (name,) = other
+@pytest.mark.parametrize(("name", "value"), [("bootstrap_parts", 2), ("seed", 7), ("max_new_tokens", 5)])
+def test_samples_of_another_split_are_refused(name, value, interrupted, tiny_llama_dir):
+    (interrupted / "checkpoint-3" / SETTINGS_FILE).unlink()  # which would refuse it first
     remedy = f"epoch-0-part-0.json was sampled with another `{name}`. Resume with the settings of the run"
     with pytest.raises(ValueError, match=remedy):
-        train(tiny_llama_dir, output_dir, resume=3, **other)
+        train(tiny_llama_dir, interrupted, resume=3, **{name: value})
 
 
-@pytest.mark.parametrize(("missing", "checkpoint"), [(1, 3), (0, 3)])
-def test_a_part_begun_before_the_checkpoint_is_not_sampled_again(
-    missing, checkpoint, uninterrupted, tiny_llama_dir, tmp_path
-):
-    output_dir = copy_of(uninterrupted("plain")[1], checkpoint, tmp_path / "resumed")
-    (output_dir / "bootstrap" / f"epoch-0-part-{missing}.json").unlink()
-    with pytest.raises(
-        ValueError, match=f"after the beginning of part {missing}, whose samples are not in .* `output_dir`"
-    ):
-        train(tiny_llama_dir, output_dir, resume=checkpoint)
+@pytest.mark.parametrize("missing", [1, 0])
+def test_a_part_begun_before_the_checkpoint_is_not_sampled_again(missing, interrupted, tiny_llama_dir):
+    (interrupted / "bootstrap" / f"epoch-0-part-{missing}.json").unlink()
+    message = f"after the beginning of part {missing}, whose samples are not in .* `output_dir`"
+    with pytest.raises(ValueError, match=message):
+        train(tiny_llama_dir, interrupted, resume=3)
 
 
-def test_another_ranker_is_said(uninterrupted, tiny_llama_dir, tmp_path, caplog):
-    output_dir = copy_of(uninterrupted("plain")[1], 3, tmp_path / "resumed")
-
+def test_another_ranker_is_said(interrupted, tiny_llama_dir, caplog):
     def other(prompts, completions, **kwargs):
         return [-float(len(completion)) for completion in completions]
 
-    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
-        train(tiny_llama_dir, output_dir, resume=3, stop_at=4, ranker=other)
+    train(tiny_llama_dir, interrupted, resume=3, stop_at=4, ranker=other)
     assert "epoch-0-part-1.json was scored by a ranker with other settings. Its rewards are kept." in caplog.text
 
 
-def test_samples_of_other_prompts_are_refused(uninterrupted, tiny_llama_dir, tmp_path):
-    output_dir = copy_of(uninterrupted("plain")[1], 3, tmp_path / "resumed")
-    file = output_dir / "bootstrap" / "epoch-0-part-0.json"
+def test_samples_of_other_prompts_are_refused(interrupted, tiny_llama_dir):
+    file = interrupted / "bootstrap" / "epoch-0-part-0.json"
     content = json.loads(file.read_text())
     content["rankings"][0]["prompt"] += " indeed"
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="part-0.json was sampled for other prompts. Resume with the dataset of"):
-        train(tiny_llama_dir, output_dir, resume=3)
+        train(tiny_llama_dir, interrupted, resume=3)
 
 
 def test_samples_of_an_earlier_run_are_moved_aside(uninterrupted, tiny_llama_dir, tmp_path, caplog):
@@ -568,8 +520,7 @@ def test_samples_of_an_earlier_run_are_moved_aside(uninterrupted, tiny_llama_dir
     for number in (1, 2):
         shutil.rmtree(tmp_path / "bootstrap", ignore_errors=True)
         shutil.copytree(folder / "bootstrap", tmp_path / "bootstrap")
-        with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
-            train(tiny_llama_dir, tmp_path, stop_at=1)
+        train(tiny_llama_dir, tmp_path, stop_at=1)
         assert f"samples of an earlier run are kept in {tmp_path / f'bootstrap-{number}'}" in caplog.text
         assert samples(tmp_path / f"bootstrap-{number}") == samples(folder / "bootstrap")
 
@@ -581,8 +532,7 @@ def test_tokens_and_operations_are_counted(tiny_llama_dir, tmp_path):
 
 def test_the_seed_of_the_data_is_that_of_the_parts(tiny_llama_dir, tmp_path):
     def parts(**given):
-        args = config(tmp_path, **given)
-        trainer = PROTrainer(tiny_llama_dir, args=args, train_dataset=rankings(10), ranker=FunctionRanker(checksum))
+        trainer = make_trainer(tiny_llama_dir, tmp_path, rankings(10), **given)
         return [rows.tolist() for rows in trainer.bootstrap.parts]
 
     assert parts(data_seed=7) == parts(seed=7) != parts()
@@ -591,67 +541,49 @@ def test_the_seed_of_the_data_is_that_of_the_parts(tiny_llama_dir, tmp_path):
 # Bad input
 
 
-def test_uneven_batches_are_refused(tiny_llama_dir, tmp_path):
-    args = config(tmp_path, accelerator_config={"even_batches": False})
-    with pytest.raises(ValueError, match="`even_batches=False` gives processes batches of different lengths"):
-        PROTrainer(tiny_llama_dir, args=args, train_dataset=rankings(3), ranker=FunctionRanker(checksum))
-
-
-def test_another_order_of_rows_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match="`train_sampling_strategy`='sequential' has no effect with `bootstrap_parts`"
-    ):
-        config(tmp_path, train_sampling_strategy="sequential")
-
-
 def test_the_ranker_is_used(tiny_llama_dir, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
-        PROTrainer(tiny_llama_dir, args=config(tmp_path), train_dataset=rankings(3), ranker=FunctionRanker(checksum))
+    make_trainer(tiny_llama_dir, tmp_path, rankings(3))
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("prefopt_trl")]
     assert message.startswith("The ranker scores all completions of a prompt for `bootstrap_parts`, in place of the")
 
 
-def test_a_missing_ranker_is_said(tiny_llama_dir, tmp_path):
-    with pytest.raises(ValueError, match="`ranker` is missing, and `bootstrap_parts` needs one"):
-        PROTrainer(tiny_llama_dir, args=config(tmp_path), train_dataset=rankings(3))
-
-
-def test_a_stream_is_refused(tiny_llama_dir, tmp_path):
-    stream = IterableDataset.from_generator(lambda: iter(rankings(3)))
-    with pytest.raises(ValueError, match="an `IterableDataset` cannot be split. Pass a `Dataset`"):
-        PROTrainer(
-            tiny_llama_dir,
-            args=config(tmp_path, max_steps=1),
-            train_dataset=stream,
-            ranker=FunctionRanker(checksum),
-        )
+STREAM = IterableDataset.from_generator(lambda: iter(rankings(3)))
+TOOLS = rankings(3).add_column("tools", ["[]"] * 3)
+CHAT = rankings(3).add_column("chat_template_kwargs", [{"x": 1}] * 3)
+UNEVEN = {"accelerator_config": {"even_batches": False}}
 
 
 @pytest.mark.parametrize(
-    ("dataset", "message"),
+    ("dataset", "given", "message"),
     [
-        (rankings(2), "`bootstrap_parts`=3 is more than the training dataset's 2 rows. Lower it."),
+        (rankings(3), UNEVEN, "`even_batches=False` gives processes batches of different lengths"),
+        (rankings(3), {"ranker": None}, "`ranker` is missing, and `bootstrap_parts` needs one"),
+        (STREAM, {"max_steps": 1}, "an `IterableDataset` cannot be split. Pass a `Dataset`"),
+        (rankings(2), {}, "`bootstrap_parts`=3 is more than the training dataset's 2 rows. Lower it."),
     ],
 )
-def test_data_that_cannot_be_bootstrapped_are_refused(dataset, message, tiny_llama_dir, tmp_path):
+def test_what_cannot_be_bootstrapped_is_refused(dataset, given, message, tiny_llama_dir, tmp_path):
     with pytest.raises(ValueError, match=message):
-        PROTrainer(tiny_llama_dir, args=config(tmp_path), train_dataset=dataset, ranker=FunctionRanker(checksum))
+        make_trainer(tiny_llama_dir, tmp_path, dataset, **given)
 
 
-def test_a_negative_number_of_parts_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match="`bootstrap_parts` must be a whole number, at least 0, got -1. 0 turns it off."
-    ):
-        config(tmp_path, bootstrap_parts=-1)
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("train_sampling_strategy", "sequential", "='sequential' has no effect with `bootstrap_parts`"),
+        ("bootstrap_parts", -1, " must be a whole number, at least 0, got -1. 0 turns it off."),
+    ],
+)
+def test_a_setting_that_has_no_sense_is_refused(name, value, message, tmp_path):
+    with pytest.raises(ValueError, match=f"`{name}`{message}"):
+        config(tmp_path, **{name: value})
 
 
 # Two processes
 
 
 def train_in_one_of_two_processes(model_dir: str, output_dir: str) -> None:
-    trainer = RecordingTrainer(
-        model_dir, args=config(output_dir), train_dataset=rankings(11), ranker=FunctionRanker(checksum)
-    )
+    trainer = make_trainer(model_dir, output_dir, rankings(11), trainer_class=RecordingTrainer)
     seen = []
 
     class Seen(TrainerCallback):
@@ -700,19 +632,10 @@ def test_two_processes_share_the_sampling_and_train_as_one_does(tiny_llama_dir, 
         assert sorted(set(rows)) == list(range(11)) and rows[11:] == rows[:1]  # the sampler fills the last batch up
 
     extended = [by_row[step // 3][row] for step, batch in enumerate(trained) for row in batch]
-    alone = PROTrainer(
-        tiny_llama_dir,
-        args=config(
-            tmp_path / "alone",
-            bootstrap_parts=0,
-            num_train_epochs=1,
-            per_device_train_batch_size=4,
-            train_sampling_strategy="sequential",
-        ),
-        train_dataset=Dataset.from_list(
-            [{"prompt": dataset[ranking["row"]]["prompt"], **ranking} for ranking in extended]
-        ),
-    )
+    given = {"bootstrap_parts": 0, "num_train_epochs": 1, "per_device_train_batch_size": 4, "ranker": None}
+    in_order = Dataset.from_list([{"prompt": dataset[row["row"]]["prompt"], **row} for row in extended])
+    given["train_sampling_strategy"] = "sequential"
+    alone = make_trainer(tiny_llama_dir, tmp_path / "alone", in_order, **given)
     alone.train()
     assert first["losses"] == pytest.approx([log["loss"] for log in logs_after(alone, 0)], rel=1e-4)
 
