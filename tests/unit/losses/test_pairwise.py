@@ -12,26 +12,10 @@ LOSSES = {
         lambda chosen, rejected: -math.log(1 / (1 + math.exp(-(0.3 * chosen - 0.3 * rejected)))),
         "logratios",
     ),
-    "hinge_norm": (
-        lambda x: hinge_norm(x, gamma=0.3),
-        lambda chosen, rejected: max(0.0, 1 - (0.3 * chosen - 0.3 * rejected)),
-        "logratios",
-    ),
-    "hinge": (
-        lambda x: hinge(x, gamma=0.3),
-        lambda chosen, rejected: max(0.0, 1 - (0.3 * chosen - 0.3 * rejected)),
-        "logps",
-    ),
-    "slic": (
-        lambda x: slic(x, delta=2.5),
-        lambda chosen, rejected: max(0.0, 2.5 - chosen + rejected),
-        "logps",
-    ),
-    "unlikelihood": (
-        lambda x: unlikelihood(x, alpha=0.4),
-        lambda chosen, rejected: -chosen + 0.4 * rejected,
-        "logps",
-    ),
+    "hinge_norm": (lambda x: hinge_norm(x, gamma=0.3), lambda c, r: max(0.0, 1 - (0.3 * c - 0.3 * r)), "logratios"),
+    "hinge": (lambda x: hinge(x, gamma=0.3), lambda c, r: max(0.0, 1 - (0.3 * c - 0.3 * r)), "logps"),
+    "slic": (lambda x: slic(x, delta=2.5), lambda chosen, rejected: max(0.0, 2.5 - chosen + rejected), "logps"),
+    "unlikelihood": (lambda x: unlikelihood(x, alpha=0.4), lambda chosen, rejected: -chosen + 0.4 * rejected, "logps"),
 }
 all_losses = pytest.mark.parametrize(("loss", "naive", "argument"), LOSSES.values(), ids=LOSSES)
 
@@ -70,11 +54,6 @@ def test_half_precision_is_computed_in_float32(loss, naive, argument, dtype):
 
 
 @all_losses
-def test_float64_is_kept(loss, naive, argument):
-    assert loss(random_pairs(3)).dtype == torch.float64
-
-
-@all_losses
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tails(loss, naive, argument, dtype):
     pairs = torch.tensor([[1e4, -1e4], [-1e4, 1e4], [1e4, 1e4]], dtype=dtype, requires_grad=True)
@@ -105,9 +84,8 @@ def test_policy_equal_to_reference(gamma):
 
 def test_values_by_hand():
     # odds of 3 to 1: sigmoid(ln 3) = 3/4
-    torch.testing.assert_close(
-        sigmoid_norm(torch.tensor([[2 * math.log(3), 0.0]]), gamma=0.5), torch.tensor([math.log(4 / 3)])
-    )
+    values = sigmoid_norm(torch.tensor([[2 * math.log(3), 0.0]]), gamma=0.5)
+    torch.testing.assert_close(values, torch.tensor([math.log(4 / 3)]))
     # the margin is 1 / gamma = 4: differences of 1, 4 and 6 leave 3/4, nothing and nothing
     pairs = torch.tensor([[-9.0, -10.0], [-6.0, -10.0], [-4.0, -10.0]])
     assert hinge(pairs, gamma=0.25).tolist() == [0.75, 0.0, 0.0]
@@ -122,10 +100,9 @@ def test_sigmoid_norm_gradient_is_dpos():
     # DPO's gradient weight: gamma * sigmoid(gamma * (rejected - chosen))
     pairs = random_pairs(16).requires_grad_()
     sigmoid_norm(pairs, gamma=0.3).sum().backward()
-    weight = torch.tensor(
-        [0.3 / (1 + math.exp(0.3 * (chosen - rejected))) for chosen, rejected in pairs.tolist()], dtype=torch.float64
-    )
-    torch.testing.assert_close(pairs.grad, torch.stack([-weight, weight], dim=1))
+    weights = [0.3 / (1 + math.exp(0.3 * (chosen - rejected))) for chosen, rejected in pairs.tolist()]
+    expected = torch.tensor([[-weight, weight] for weight in weights], dtype=torch.float64)
+    torch.testing.assert_close(pairs.grad, expected)
 
 
 @pytest.mark.parametrize("gamma", [0.05, 0.4, 3.0])
@@ -161,13 +138,9 @@ def test_slic_regularization_in_half_precision():
 
 @all_losses
 @pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 3), (2, 2, 2)])
-def test_wrong_shape(loss, naive, argument, shape):
+def test_wrong_shape_or_dtype(loss, naive, argument, shape):
     with pytest.raises(ValueError, match=rf"`{argument}` must have shape \(batch_size, 2\)"):
         loss(torch.zeros(shape))
-
-
-@all_losses
-def test_wrong_dtype(loss, naive, argument):
     with pytest.raises(TypeError, match=f"`{argument}` must be floating point, but is torch.int64"):
         loss(torch.zeros(4, 2, dtype=torch.int64))
 
