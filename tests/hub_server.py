@@ -3,11 +3,12 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
@@ -50,6 +51,12 @@ class Hub:
     @property
     def url(self) -> str:
         return self.server.url_for("").rstrip("/")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment of a process that uses this server."""
+        settings = {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "CI": "1"}
+        return os.environ | settings
 
     def files(self, repo: str, type: str = "model") -> dict[str, bytes]:
         return self.repos[type, repo]
@@ -225,6 +232,14 @@ ROUTES: dict[str, Callable[..., Response]] = {
     rf"POST {API}/paths-info/\w+": Hub.paths_info,
     rf"(?:GET|HEAD) /(?P<type>datasets/)?{REPO}/resolve/\w+/(?P<path>.+)": Hub.resolve,
 }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def said(caplog: Any) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "prefopt_trl.data.hub"]
 
 
 def answer(content: Any, status: int = 200) -> Response:

@@ -1,5 +1,3 @@
-import logging
-import os
 import re
 import shlex
 import subprocess
@@ -11,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from prefopt_trl.data.hub import PushError, push_folder, push_in_background, reserve_repository
-from tests.hub_server import TOKEN, Hub
+from tests.hub_server import Hub, contents, said
 
 REPO = "my-org/my-model"
 CARD = "---\nlibrary_name: transformers\n---\n\nA model.\n"
@@ -30,10 +28,6 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def belonging(folder: Path) -> dict[str, bytes]:
     return {name: content for name, content in contents(folder).items() if not name.startswith("checkpoint-")}
 
@@ -42,17 +36,12 @@ def push(folder: Path, **given: Any) -> str:
     return push_folder(folder, REPO, exclude=["checkpoint-*"], commit_message="Upload", **given)
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "prefopt_trl.data.hub"]
-
-
 def run_command(message: str, hub: Hub) -> None:
     """Run the command that an error ends with, as a user would in a shell."""
     (line,) = re.findall(r"^    (hf .*)$", message, flags=re.MULTILINE)
     hf, *arguments = shlex.split(line)
-    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     command = [str(Path(sys.executable).with_name(hf)), *arguments]
-    ended = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, env=hub.environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
 
 
@@ -75,9 +64,7 @@ def test_the_pipeline_of_xet_pushes_the_same(hub: Hub, folder: Path, monkeypatch
     assert hub.files(REPO) == belonging(folder)
 
 
-def test_it_is_said_to_be_saved_before_the_first_byte_leaves(
-    hub: Hub, folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_it_is_said_to_be_saved_before_the_first_byte_leaves(hub: Hub, folder: Path, caplog: Any) -> None:
     written: list[tuple[str, list[str]]] = []
 
     def write_card(repo_id: str) -> None:
@@ -118,10 +105,7 @@ FAILURES = {
         "the Hub refused the access token (403: You do not have write access to this storage region).",
     ),
     "lost connection": (("PUT /lfs/", None), "the connection to the Hub was lost, or none could be made (Remote"),
-    "lost at the end": (
-        ("POST .*/commit/", None),
-        "the connection to the Hub was lost, or none could be made (Remote",
-    ),
+    "lost at the end": (("POST .*/commit/", None), "the connection to the Hub was lost, or none could be made (Remo"),
     "full": (("POST .*/batch", 403, FULL), f"the Hub has no room for it (403: {FULL[:-1]}). Make room there"),
     "asked to write": (("POST .*/commit/", 403, TRIPPED), f"the Hub has no room for it (403: {TRIPPED})."),
     "too large": (("PUT /lfs/", 413, "Too large"), "the Hub has no room for it (413: Too large)."),
@@ -152,24 +136,16 @@ def test_a_failure_is_one_clear_error_and_the_same_push_completes_later(hub: Hub
     assert hub.files(REPO) == belonging(folder)
 
 
-def test_what_went_through_before_the_failure_is_not_sent_again(hub: Hub, folder: Path) -> None:
-    hub.fail("PUT /lfs/", 413, "Too large", after=1)
-    with pytest.raises(PushError):
-        push(folder)
-    assert len(hub.objects) == 1
-    hub.failures.clear()
-    hub.requests.clear()
-    push(folder)
-    assert len([line for line in hub.requests if line.startswith("PUT")]) == 1
-    assert hub.files(REPO) == belonging(folder)
-
-
-def test_the_command_of_the_error_pushes_the_rest(hub: Hub, folder: Path) -> None:
+@pytest.mark.parametrize("by_command", [False, True])
+def test_what_went_through_before_the_failure_is_not_sent_again(hub: Hub, folder: Path, by_command: bool) -> None:
     hub.fail("PUT /lfs/", 413, "Too large", after=1)
     with pytest.raises(PushError) as error:
         push(folder, private=True)
+    assert len(hub.objects) == 1
     hub.failures.clear()
-    run_command(str(error.value), hub)
+    hub.requests.clear()
+    run_command(str(error.value), hub) if by_command else push(folder, private=True)
+    assert len([line for line in hub.requests if line.startswith("PUT")]) == 1
     assert hub.files(REPO) == belonging(folder)
     assert hub.private == {REPO: True}
 
@@ -177,26 +153,15 @@ def test_the_command_of_the_error_pushes_the_rest(hub: Hub, folder: Path) -> Non
 def test_the_command_has_every_option_of_the_push(hub: Hub, folder: Path) -> None:
     hub.repos["dataset", REPO] = {"data/old.bin": b"old", "data/config.json": b"old", "kept.txt": b"kept"}
     hub.fail("POST .*/commit/", 422, "No")
+    given = {"repo_type": "dataset", "path_in_repo": "data", "revision": "main"}
     with pytest.raises(PushError) as error:
-        push_folder(
-            folder,
-            REPO,
-            commit_message="Upload",
-            repo_type="dataset",
-            path_in_repo="data",
-            include=["*.json", "*.pt"],
-            exclude=["checkpoint-*"],
-            delete=["*"],
-            revision="main",
-        )
+        push(folder, include=["*.json", "*.pt"], delete=["*"], **given)
     hub.failures.clear()
     run_command(str(error.value), hub)
     assert hub.files(REPO, "dataset") == {"data/config.json": b"{}", "kept.txt": b"kept"}
 
 
-def test_xet_tells_a_refusal_as_a_lost_connection_and_we_do_not(
-    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refusal_that_xet_calls_a_lost_connection(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     hub.fail("GET .*/xet-write-token/", 403, TRIPPED)
     with pytest.raises(PushError, match=r"the Hub refused the access token \(403: .*; where the token may write,"):
@@ -227,15 +192,13 @@ def test_a_name_that_cannot_be(hub: Hub, folder: Path) -> None:
 # In the background
 
 
-def test_a_push_in_the_background_tells_of_its_failure(
-    hub: Hub, folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_push_in_the_background_tells_of_its_failure(hub: Hub, folder: Path, caplog: Any) -> None:
     hub.fail("POST .*/commit/", 507, "Insufficient storage", times=1)
     pushes = [push_in_background(folder, REPO, exclude=["checkpoint-*"], commit_message="Upload") for _ in range(2)]
     assert isinstance(pushes[0].exception(timeout=20), PushError)
     assert pushes[1].result(timeout=20) == f"{hub.url}/{REPO}"
     (told,) = [record for record in caplog.records if record.getMessage().startswith("The push 'Upload' failed")]
-    assert told.levelno == logging.WARNING
+    assert told.levelname == "WARNING"
     assert str(pushes[0].exception()) in told.getMessage()
     assert hub.files(REPO) == belonging(folder)
 
@@ -250,20 +213,12 @@ def test_a_repository_is_made_and_has_its_whole_name(hub: Hub) -> None:
     assert reserve_repository("my-model", "outputs") == "someone/my-model"  # it is there
 
 
-@pytest.mark.parametrize(
-    "failing",
-    [
-        [("POST /api/repos/create", 401, "Invalid credentials")],
-        [("POST /api/repos/create", 403, "No rights"), ("GET .*/auth-check/write", 403, "No rights")],  # it is there
-    ],
-)
-def test_a_repository_that_cannot_be_written_to_is_refused_before_anything(
-    hub: Hub, failing: list[tuple[str, int, str]]
-) -> None:
-    if len(failing) == 2:
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_repository_that_cannot_be_written_to_is_refused_before_anything(hub: Hub, is_there: bool) -> None:
+    hub.fail("POST /api/repos/create", 403 if is_there else 401, "No rights")
+    if is_there:
         hub.repos["model", REPO] = {}
-    for failure in failing:
-        hub.fail(*failure)
+        hub.fail("GET .*/auth-check/write", 403, "No rights")
     with pytest.raises(PushError) as error:
         reserve_repository(REPO, "my outputs", exclude=["checkpoint-*"], private=True, revision="next")
     assert f"Nothing could be pushed to {REPO} later: the Hub refused the access token" in str(error.value)

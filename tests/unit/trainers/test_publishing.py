@@ -1,6 +1,5 @@
 import gc
 import json
-import logging
 import os
 import re
 import subprocess
@@ -20,30 +19,26 @@ from trl import DPOTrainer
 
 from prefopt_trl import FunctionRanker, PROTrainer, RSOTrainer, SLiCTrainer
 from prefopt_trl.data.hub import PushError
-from tests.hub_server import TOKEN, Hub
+from tests.hub_server import TOKEN, Hub, contents, said
 
 REPO = "my-org/my-model"
 PROMPTS = Dataset.from_dict({"prompt": ["The sky is", "Why?"]})
 PAIRS = Dataset.from_dict({"prompt": ["Hi", "Ho"], "chosen": [" blue", " wet"], "rejected": [" green", " no"]})
-SAMPLING = {"num_candidates": 8, "num_samples": 4, "max_new_tokens": 5, "rejection_beta": 5.0}
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
+EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
 
 
 def brevity(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:
     return [-float(len(completion)) for completion in completions]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+SAMPLING = {"num_candidates": 8, "num_samples": 4, "max_new_tokens": 5, "rejection_beta": 5.0}
+SAMPLING |= {"ranker": FunctionRanker(brevity)}
 
 
 def of_the_model(folder: Path) -> dict[str, bytes]:
     apart = ("checkpoint-", "_pushed/", "sampled/", "training_args.bin")
     return {name: content for name, content in contents(folder).items() if not name.startswith(apart)}
-
-
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "prefopt_trl.data.hub"]
 
 
 def section(card: str, title: str) -> str:
@@ -56,18 +51,8 @@ def section(card: str, title: str) -> str:
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_pushed_model_loads_by_its_card(hub: Hub, make: Any, tmp_path: Path, capsys: Any, lora: bool) -> None:
     folder = tmp_path / "rso"
-    trainer = make(
-        RSOTrainer,
-        PROMPTS,
-        ranker=FunctionRanker(brevity),
-        peft_config=LoraConfig(init_lora_weights=False) if lora else None,
-        output_dir=folder,
-        hub_model_id=REPO,
-        hub_token=TOKEN,
-        save_strategy="steps",
-        save_steps=1,
-        **SAMPLING,
-    )
+    given = {"output_dir": folder, "hub_model_id": REPO, "hub_token": TOKEN, **EVERY_STEP, **SAMPLING}
+    trainer = make(RSOTrainer, PROMPTS, peft_config=LoraConfig(init_lora_weights=False) if lora else None, **given)
     trainer.train()
     assert trainer.push_to_hub() == f"{hub.url}/{REPO}"
     pushed = hub.files(REPO)
@@ -86,9 +71,7 @@ def test_a_pushed_model_loads_by_its_card(hub: Hub, make: Any, tmp_path: Path, c
         assert not torch.allclose(base(IDS).logits, expected)
 
 
-def test_it_is_said_to_be_saved_and_is_before_a_push_that_fails_and_then_succeeds(
-    hub: Hub, make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_all_is_saved_before_a_push_that_fails_and_then_succeeds(hub: Hub, make: Any, tmp_path: Path, caplog: Any):
     trainer = make(SLiCTrainer, PAIRS, output_dir=tmp_path / "slic", hub_model_id=REPO)
     trainer.train()
     hub.fail("PUT /lfs/", None)
@@ -106,9 +89,7 @@ def test_it_is_said_to_be_saved_and_is_before_a_push_that_fails_and_then_succeed
     assert hub.files(REPO) == of_the_model(tmp_path / "slic")
 
 
-def test_nothing_is_asked_of_the_hub_before_all_is_saved(
-    hub: Hub, make: Any, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_nothing_is_asked_of_the_hub_before_all_is_saved(hub: Hub, make: Any, tmp_path: Path, monkeypatch: Any):
     """A sharded model is saved by all processes together: the main one must not fail before it."""
     trainer = make(SLiCTrainer, PAIRS, output_dir=tmp_path / "slic", hub_model_id=REPO)
     asked: list[list[str]] = []
@@ -136,24 +117,14 @@ def test_a_push_that_does_not_block(hub: Hub, make: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("given", ["refused", "reads only"])
-def test_a_token_that_may_not_write_is_told_before_anything_is_sampled(
-    hub: Hub, make: Any, tmp_path: Path, given: str
-) -> None:
+def test_a_token_that_may_not_write_is_told_before_sampling(hub: Hub, make: Any, tmp_path: Path, given: str) -> None:
     if given == "refused":
         hub.fail("POST /api/repos/create", 401, "Invalid credentials")
     else:
         hub.repos["model", REPO] = {}
         hub.fail("GET .*/auth-check/write", 403, "You may only read")
     with pytest.raises(PushError) as error:
-        make(
-            RSOTrainer,
-            PROMPTS,
-            ranker=FunctionRanker(brevity),
-            output_dir=tmp_path / "rso",
-            push_to_hub=True,
-            hub_model_id=REPO,
-            **SAMPLING,
-        )
+        make(RSOTrainer, PROMPTS, output_dir=tmp_path / "rso", push_to_hub=True, hub_model_id=REPO, **SAMPLING)
     assert f"Nothing could be pushed to {REPO} later: the Hub refused the access token" in str(error.value)
     assert "Nothing was sampled or trained yet." in str(error.value)
     assert f"\n    hf upload {REPO} {tmp_path / 'rso'} --exclude '_*' --exclude 'checkpoint-*'" in str(error.value)
@@ -168,33 +139,26 @@ class _Slow(TrainerCallback):
             self.trainer.push_in_progress.wait_until_done()
 
 
-@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
-def test_a_checkpoint_that_is_not_pushed_is_told_and_training_goes_on(
-    hub: Hub, make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, strategy: str
+@pytest.mark.parametrize(
+    ("strategy", "checkpoints"),
+    [
+        ("every_save", []),
+        ("checkpoint", ["last-checkpoint"]),
+        ("all_checkpoints", ["checkpoint-1", "checkpoint-2"]),
+    ],
+)
+def test_training_goes_on_without_a_push(
+    hub: Hub, make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, strategy: str, checkpoints: list[str]
 ) -> None:
     folder, waiting = tmp_path / "rso", _Slow()
-    trainer = make(
-        RSOTrainer,
-        PROMPTS,
-        ranker=FunctionRanker(brevity),
-        output_dir=folder,
-        callbacks=[waiting],
-        push_to_hub=True,
-        hub_model_id=REPO,
-        hub_strategy=strategy,
-        hub_token=TOKEN,
-        save_strategy="steps",
-        save_steps=1,
-        save_total_limit=None if strategy == "all_checkpoints" else 1,
-        max_steps=2,
-        **SAMPLING,
-    )
-    waiting.trainer = trainer
+    given = {"push_to_hub": True, "hub_model_id": REPO, "hub_strategy": strategy, "hub_token": TOKEN, **EVERY_STEP}
+    given |= {"save_total_limit": None if strategy == "all_checkpoints" else 1, "callbacks": [waiting], **SAMPLING}
+    trainer = waiting.trainer = make(RSOTrainer, PROMPTS, output_dir=folder, max_steps=2, **given)
     hub.fail("POST .*/commit/", 507, "Insufficient storage", times=1)
     trainer.train()
     assert trainer.state.global_step == 2
     (told,) = [record for record in caplog.records if "and the run goes on" in record.getMessage()]
-    assert told.levelno == logging.WARNING
+    assert told.levelname == "WARNING"
     latest = folder / "_pushed"
     assert told.getMessage().startswith(
         f"The push 'Training in progress, checkpoint-1' failed, and the run goes on. {latest} was not pushed to "
@@ -205,28 +169,14 @@ def test_a_checkpoint_that_is_not_pushed_is_told_and_training_goes_on(
     pushed = hub.files(REPO)
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= pushed.keys()
     torch_state = {name for name in pushed if name.endswith("optimizer.pt")}
-    checkpoints = {
-        "every_save": [],
-        "checkpoint": ["last-checkpoint"],
-        "all_checkpoints": ["checkpoint-1", "checkpoint-2"],
-    }
-    assert torch_state == {f"{name}/optimizer.pt" for name in checkpoints[strategy]}
+    assert torch_state == {f"{name}/optimizer.pt" for name in checkpoints}
     assert not [name for name in pushed if "sampled" in name or "training_args" in name]
     assert not any(TOKEN.encode() in content for content in pushed.values())
     assert pushed["model.safetensors"] == (folder / "checkpoint-2" / "model.safetensors").read_bytes()
 
 
 def test_hub_strategy_end_pushes_nothing_during_training(hub: Hub, make: Any) -> None:
-    trainer = make(
-        SLiCTrainer,
-        PAIRS,
-        push_to_hub=True,
-        hub_model_id=REPO,
-        hub_strategy="end",
-        save_strategy="steps",
-        save_steps=1,
-    )
-    trainer.train()
+    make(SLiCTrainer, PAIRS, push_to_hub=True, hub_model_id=REPO, hub_strategy="end", **EVERY_STEP).train()
     assert hub.files(REPO) == {}
 
 
@@ -236,11 +186,10 @@ def test_hub_strategy_end_pushes_nothing_during_training(hub: Hub, make: Any) ->
 @pytest.mark.parametrize("log_completions", [False, True])
 def test_prompts_are_not_pushed_with_a_model(log_completions: bool, hub: Hub, make: Any, tmp_path: Path) -> None:
     given = {"bootstrap_parts": 1, "max_new_tokens": 4, "log_completions": log_completions, "report_to": "tensorboard"}
+    given |= {"ranker": FunctionRanker(brevity), "hub_model_id": REPO}
     prompts = {"prompt": ["Only between us: why?"], "completions": [[" So", " no."]], "rewards": [[1.0, 0.0]]}
     for _ in range(2):  # the second run puts the parts of the first aside
-        trainer = make(
-            PROTrainer, Dataset.from_dict(prompts), ranker=FunctionRanker(brevity), hub_model_id=REPO, **given
-        )
+        trainer = make(PROTrainer, Dataset.from_dict(prompts), **given)
         trainer.train()
     trainer.push_to_hub()
     kept = [file for file in tmp_path.rglob("*") if file.is_file() and b"Only between us" in file.read_bytes()]
@@ -260,7 +209,7 @@ def test_a_ranker_that_has_scored_is_let_go_and_the_card_has_its_settings(make: 
 
 
 def test_the_card_says_how_the_data_were_sampled(make: Any, tmp_path: Path) -> None:
-    trainer = make(RSOTrainer, PROMPTS, ranker=FunctionRanker(brevity), seed=3, gamma=0.25, **SAMPLING)
+    trainer = make(RSOTrainer, PROMPTS, seed=3, gamma=0.25, **SAMPLING)
     trainer.train()
     trainer.create_model_card(model_name="My model", dataset_name="my-org/my-prompts", tags="extra")
     card = ModelCard.load(tmp_path / "README.md")
@@ -284,7 +233,7 @@ def test_the_card_says_how_the_data_were_sampled(make: Any, tmp_path: Path) -> N
 
 
 def test_a_dataset_that_was_sampled_before_this_run(make: Any, tmp_path: Path) -> None:
-    made = make(RSOTrainer, PROMPTS, ranker=FunctionRanker(brevity), output_dir=tmp_path / "first", **SAMPLING)
+    made = make(RSOTrainer, PROMPTS, output_dir=tmp_path / "first", **SAMPLING)
     sampled = tmp_path / "first" / "sampled" / "train"
     here = make(RSOTrainer, Dataset.load_from_disk(str(sampled / "pairs")), output_dir=tmp_path / "second")
     here.create_model_card()
@@ -295,26 +244,17 @@ def card_of(folder: Path) -> str:
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
+ONLINE = {"sampling": "online", "remove_unused_columns": False, **SAMPLING}
+
+
 @pytest.mark.parametrize(
     ("trainer_class", "dataset", "given", "data", "reference"),
     [
         (SLiCTrainer, PAIRS, {}, "Preference pairs that were given.", "None: SLiC needs none."),
         (PROTrainer, PAIRS, {}, "Rankings that were given.", "None: PRO needs none."),
         (PROTrainer, PAIRS, {"ranker": FunctionRanker(brevity)}, "given, scored by the ranker.", "None: PRO needs"),
-        (
-            RSOTrainer,
-            PROMPTS,
-            {"ranker": FunctionRanker(brevity), "sampling": "online", "remove_unused_columns": False, **SAMPLING},
-            "sampled from the reference model during training",
-            "A copy of the model",
-        ),
-        (
-            RSOTrainer,
-            PAIRS,
-            {"peft_config": LoraConfig()},
-            "pairs that were given",
-            "The base model, without the adapter",
-        ),
+        (RSOTrainer, PROMPTS, ONLINE, "sampled from the reference model during training", "A copy of the model"),
+        (RSOTrainer, PAIRS, {"peft_config": LoraConfig()}, "that were given", "The base model, without the adapter"),
     ],
 )
 def test_data_ranker_and_reference_model(
@@ -333,14 +273,10 @@ def test_other_reference_models(make: Any, policy_dir: str, tmp_path: Path) -> N
     make(RSOTrainer, PAIRS, ref_model=reference).create_model_card()
     assert f"A model of its own: `{Path(policy_dir).name}`." in card_of(tmp_path)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(policy_dir), LoraConfig(task_type="CAUSAL_LM", r=3))
-    make(RSOTrainer, PAIRS, model=adapted).create_model_card()
+    make(RSOTrainer, PAIRS, model=adapted, loss_type="hinge-norm").create_model_card()
     assert "The base model with a frozen copy of the adapter" in card_of(tmp_path)
     assert "| `adapter.r` | `3` |" in card_of(tmp_path)
-
-
-def test_the_loss_has_the_papers_name(make: Any, tmp_path: Path) -> None:
-    make(RSOTrainer, PAIRS, loss_type="hinge-norm").create_model_card()
-    assert '| `loss_type` | `"hinge-norm"` |' in card_of(tmp_path)
+    assert '| `loss_type` | `"hinge-norm"` |' in card_of(tmp_path)  # the paper's name
 
 
 @pytest.mark.parametrize(
@@ -357,24 +293,14 @@ def test_the_card_names_an_adapters_modules_in_few_words(make: Any, tmp_path: Pa
     assert f"| `adapter.target_modules` | `{json.dumps(shown)}` |" in card_of(tmp_path)
 
 
+NF4 = {"bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+NF4 |= {"load_in_4bit": True}
+
+
 @pytest.mark.parametrize(
     ("quantization", "shown"),
     [
-        (
-            BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype="bfloat16",
-            ),
-            {
-                "bnb_4bit_compute_dtype": "bfloat16",
-                "bnb_4bit_quant_type": "nf4",
-                "bnb_4bit_use_double_quant": True,
-                "load_in_4bit": True,
-                "quant_method": "bitsandbytes",
-            },
-        ),
+        (BitsAndBytesConfig(**NF4), {**NF4, "quant_method": "bitsandbytes"}),
         ({"quant_method": "gptq", "bits": 4}, {"bits": 4, "quant_method": "gptq"}),
     ],
 )
@@ -411,9 +337,8 @@ def test_the_card_keeps_what_trl_knows(make: Any, tmp_path: Path, monkeypatch: p
     badge = '[<img src="https://example.org/badge.svg" alt="Visualize"/>](https://example.org/run)'
 
     def write(self: Any, *args: Any) -> None:
-        ModelCard(f"---\ntags: [hf_jobs, slic]\nbase_model: my-org/base\n---\n\n# Card\n\n{badge} \n").save(
-            tmp_path / "README.md"
-        )
+        written = f"---\ntags: [hf_jobs, slic]\nbase_model: my-org/base\n---\n\n# Card\n\n{badge} \n"
+        ModelCard(written).save(tmp_path / "README.md")
 
     monkeypatch.setattr(DPOTrainer, "create_model_card", write)
     make(SLiCTrainer, PAIRS).create_model_card()
@@ -441,13 +366,11 @@ def test_a_push_that_fails_halfway_and_then_succeeds(hub: Hub, policy_dir: str, 
     """The transcript in docs/hub.md: run with `-s` to print it. The client really waits and tries again."""
     (tmp_path / "my-sft-model").symlink_to(policy_dir)
     (tmp_path / "train.py").write_text(USERS_SCRIPT)
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "CI": "1"}
-    settings |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
     def run(command: str) -> subprocess.CompletedProcess[str]:
-        ended = subprocess.run(
-            command, shell=True, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True, timeout=240
-        )
+        options = {"cwd": tmp_path, "env": hub.environment | env, "capture_output": True, "text": True, "timeout": 240}
+        ended = subprocess.run(command, shell=True, **options)
         print(f"$ {command}\n{ended.stdout}{ended.stderr}")
         return ended
 
@@ -491,15 +414,9 @@ def launch(hub: Hub, model_dir: str, folder: Path, early: bool) -> tuple[subproc
     script = folder.with_suffix(".py")
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "CI": "1"}
+    command += [model_dir, str(folder), "early" if early else "late"]
     started = time.monotonic()
-    ended = subprocess.run(
-        [*command, model_dir, str(folder), "early" if early else "late"],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    ended = subprocess.run(command, env=hub.environment, capture_output=True, text=True, timeout=240)
     return ended, time.monotonic() - started
 
 
