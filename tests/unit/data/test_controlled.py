@@ -72,13 +72,8 @@ def test_only_six_ingredients_count_and_each_further_one_is_two_faults():
 
 def test_more_is_better_up_to_the_optimum_and_worse_beyond():
     prompt = "Ada wants a hot, light soup."  # heat 5, richness 1
-    dishes = [
-        "carrot",
-        "carrot and ginger",
-        "carrot and chili",
-        "carrot, chili and pepper",
-        "carrot, chili and wasabi",
-    ]
+    dishes = ["carrot", "carrot and ginger", "carrot and chili"]
+    dishes += ["carrot, chili and pepper", "carrot, chili and wasabi"]
     marks = [reward(f" Take {dish}.", prompt) for dish in dishes]
     assert marks == pytest.approx([0, 2, 6, 10, 8])  # heat 0, 1, 3, 5, 6
 
