@@ -1,5 +1,4 @@
 import json
-import logging
 import math
 
 import numpy as np
@@ -31,6 +30,7 @@ from prefopt_trl.rankers.templates import ANSWER_CUE, dialogue, summary
 
 PROMPTS = ["What is the capital of France?", "Bake bread.", "Tell me how to bake bread, and then wait for the dog."]
 FIRST = ["Paris.", "Mix the flour, the water and the salt.", "No."]
+SFT_ON_CPU = {"report_to": [], "use_cpu": True, "disable_tqdm": True}
 TINY = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SECOND = ["The dog sleeps on, and on.", "Wait.", "The quick brown fox jumps over it."]
 
@@ -55,12 +55,25 @@ def model(tiny_llama_dir):
     return randomise(AutoModelForCausalLM.from_pretrained(tiny_llama_dir))
 
 
+def softmax_of_a(tokenizer, logits: torch.Tensor) -> float:
+    """Softmax over the two answers, in float64."""
+    odds = logits.double()[tokenizer.convert_tokens_to_ids(["A", "B"])]
+    return odds.softmax(0)[0].item()
+
+
 def probability_of_a(model, tokenizer, text: str) -> float:
-    """Slow reference: one unpadded row, float64 softmax over the two answers."""
+    """Slow reference: one unpadded row."""
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([tokenizer(text).input_ids])).logits[0, -1].double()
-    odds = logits[tokenizer.convert_tokens_to_ids("A")] - logits[tokenizer.convert_tokens_to_ids("B")]
-    return 1 / (1 + math.exp(-odds))
+        logits = model(input_ids=torch.tensor([tokenizer(text).input_ids])).logits[0, -1]
+    return softmax_of_a(tokenizer, logits)
+
+
+def over_both_orders(probability, write) -> list[float]:
+    """Slow reference: the mean of both orders of each comparison, where A stands for the first completion shown."""
+    return [
+        (probability(write(prompt, first, second)) + 1 - probability(write(prompt, second, first))) / 2
+        for prompt, first, second in zip(PROMPTS, FIRST, SECOND, strict=True)
+    ]
 
 
 def record_inputs(model) -> list[list[int]]:
@@ -82,15 +95,7 @@ def logged(caplog) -> list[str]:
 @pytest.mark.parametrize(("name", "write"), [("dialogue", dialogue), ("summary", summary)])
 def test_compare_is_the_softmax_over_the_answers_averaged_over_both_orders(model, tokenizer, name, write):
     ranker = PairwiseRanker(model, tokenizer, template=name, batch_size=4)
-    expected = [
-        (
-            probability_of_a(model, tokenizer, write(prompt, first, second))
-            + 1
-            - probability_of_a(model, tokenizer, write(prompt, second, first))
-        )
-        / 2
-        for prompt, first, second in zip(PROMPTS, FIRST, SECOND, strict=True)
-    ]
+    expected = over_both_orders(lambda text: probability_of_a(model, tokenizer, text), write)
     assert max(abs(p - 0.5) for p in expected) > 0.05  # the order and the completions do matter to this model
     probabilities = ranker.compare(PROMPTS, FIRST, SECOND)
     assert probabilities.dtype == np.float64
@@ -160,17 +165,12 @@ def test_a_batch_of_unequal_lengths_changes_nothing_for_any_family(config, token
 # What comparisons begin with
 
 
-CANDIDATES = [
-    "Paris.",
-    "The dog sleeps on.",
-    "Paris.",
-    "",
-    "It is Paris, and no other town is.",
-    "No.",
-    "P",
-    "Yes",
-    "b",
-]
+CANDIDATES = ["Paris.", "The dog sleeps on.", "Paris.", "", "It is Paris, and no other town is.", "No."]
+CANDIDATES += ["P", "Yes", "b"]
+
+
+def shared_and_plain(*given, **options) -> list[PairwiseRanker]:
+    return [PairwiseRanker(*given, share_prefix=share_prefix, **options) for share_prefix in (True, False)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
@@ -180,12 +180,8 @@ def test_sharing_changes_no_score(model, tokenizer, caplog, batch_size, own_base
     prompts = [*PROMPTS, "Why did the dog sleep on and on, and what did the fox do in the end?"]
     completions = [CANDIDATES[:1], CANDIDATES[:2], CANDIDATES, CANDIDATES[4:]]
     baselines = ["Perhaps.", "Paris.", "No.", "Perhaps."] if own_baselines else None
-    shared, plain = (
-        PairwiseRanker(
-            model, tokenizer, batch_size=batch_size, max_length=max_length, share_prefix=share_prefix
-        ).score(prompts, completions, baselines)
-        for share_prefix in (True, False)
-    )
+    rankers = shared_and_plain(model, tokenizer, batch_size=batch_size, max_length=max_length)
+    shared, plain = (ranker.score(prompts, completions, baselines) for ranker in rankers)
     assert [len(row) for row in shared] == [1, 2, 9, 5]
     assert np.concatenate(shared) == pytest.approx(np.concatenate(plain), abs=1e-5)
     assert np.ptp(shared[2]) > 0.1
@@ -199,12 +195,8 @@ def test_sharing_changes_no_comparison(model, tokenizer, batch_size):
     prompts = [*["Bake bread."] * 6, "Why?", "Bake bread.", "Why?"]
     first = ["Mix.", "Mix.", "Wait.", "Mix.", "Wait.", "a", "So.", "b", "So."]
     second = ["Wait.", "Flour.", "Mix.", "Mix.", "Flour.", "b", "No.", "a", "Yes."]
-    shared, plain = (
-        PairwiseRanker(model, tokenizer, batch_size=batch_size, share_prefix=share_prefix).compare(
-            prompts, first, second
-        )
-        for share_prefix in (True, False)
-    )
+    rankers = shared_and_plain(model, tokenizer, batch_size=batch_size)
+    shared, plain = (ranker.compare(prompts, first, second) for ranker in rankers)
     assert shared == pytest.approx(plain, abs=1e-5)
     assert shared[3] == 0.5 and shared[0] == 1 - shared[2] and len(set(shared.round(4))) > 5
 
@@ -223,10 +215,7 @@ def test_sharing_changes_no_comparison(model, tokenizer, batch_size):
 def test_sharing_changes_no_score_of_other_families(config, tokenizer, caplog):
     torch.manual_seed(0)
     model = randomise(AutoModelForCausalLM.from_config(config))
-    shared, plain = (
-        PairwiseRanker(model, tokenizer, share_prefix=share_prefix).score(PROMPTS, [CANDIDATES] * 3)
-        for share_prefix in (True, False)
-    )
+    shared, plain = (ranker.score(PROMPTS, [CANDIDATES] * 3) for ranker in shared_and_plain(model, tokenizer))
     assert np.concatenate(shared) == pytest.approx(np.concatenate(plain), abs=1e-5)
     assert logged(caplog) == [] and np.ptp(shared[0]) > 0.05
 
@@ -265,14 +254,10 @@ def test_prompt_and_baseline_are_computed_once(model, tokenizer):
 
 
 def test_a_model_that_cannot_share_is_ranked_as_rows_of_their_own(tokenizer, caplog):
-    torch.manual_seed(0)
-    model = randomise(
-        AutoModelForCausalLM.from_config(BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=300))
-    )
-    first, again, plain = (
-        PairwiseRanker(model, tokenizer, share_prefix=share_prefix).score(PROMPTS, [CANDIDATES] * 3)
-        for share_prefix in (True, True, False)
-    )
+    config = BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=300)
+    model = randomise(AutoModelForCausalLM.from_config(config))
+    rankers = [PairwiseRanker(model, tokenizer), *shared_and_plain(model, tokenizer)]
+    first, again, plain = (ranker.score(PROMPTS, [CANDIDATES] * 3) for ranker in rankers)
     assert all((one == other).all() for one, other in zip(first + again, plain + plain, strict=True))
     assert [message for message in logged(caplog) if "not shared" in message] == [
         "Prompts are not shared, each completion is run as a row of its own: bloom uses ALiBi, which takes distances "
@@ -284,21 +269,12 @@ def test_a_model_that_cannot_share_is_ranked_as_rows_of_their_own(tokenizer, cap
 
 
 def tiny_encoder_decoder(family: str):
-    special = {"vocab_size": 300, "pad_token_id": 0, "eos_token_id": 2}
+    special = {"vocab_size": 300, "pad_token_id": 0, "eos_token_id": 2, "d_model": 32}
+    bart = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    bart |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_start_token_id": 2, "bos_token_id": 1}
     config = {
-        "t5": T5Config(**special, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0),
-        "bart": BartConfig(
-            **special,
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=32,
-            decoder_ffn_dim=32,
-            decoder_start_token_id=2,
-            bos_token_id=1,
-        ),
+        "t5": T5Config(**special, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0),
+        "bart": BartConfig(**special, **bart),
     }[family]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -315,13 +291,12 @@ def ending_with_eos(tokenizer, beginning: str = ""):
 
 
 def answer_of_decoder(model, tokenizer, text: str, before_answer: list[int]) -> float:
-    """Slow reference: P(A) after the decoder's first tokens, in float64, for a text without the answer cue."""
+    """Slow reference: P(A) after the decoder's first tokens, for a text without the answer cue."""
     assert text.endswith(ANSWER_CUE)
     input_ids = torch.tensor([tokenizer(text[: -len(ANSWER_CUE)]).input_ids])
     with torch.no_grad():
-        logits = model(input_ids=input_ids, decoder_input_ids=torch.tensor([before_answer])).logits[0, -1].double()
-    odds = logits[tokenizer.convert_tokens_to_ids("A")] - logits[tokenizer.convert_tokens_to_ids("B")]
-    return 1 / (1 + math.exp(-odds))
+        logits = model(input_ids=input_ids, decoder_input_ids=torch.tensor([before_answer])).logits[0, -1]
+    return softmax_of_a(tokenizer, logits)
 
 
 @pytest.mark.parametrize(
@@ -331,15 +306,7 @@ def answer_of_decoder(model, tokenizer, text: str, before_answer: list[int]) -> 
 def test_an_encoder_decoder_answers_in_its_decoder(tokenizer, caplog, family, beginning, before_answer, batch_size):
     model, tokenizer = tiny_encoder_decoder(family), ending_with_eos(tokenizer, beginning)
     for template, write in (("dialogue", dialogue), ("summary", summary)):
-        expected = [
-            (
-                answer_of_decoder(model, tokenizer, write(prompt, first, second), before_answer)
-                + 1
-                - answer_of_decoder(model, tokenizer, write(prompt, second, first), before_answer)
-            )
-            / 2
-            for prompt, first, second in zip(PROMPTS, FIRST, SECOND, strict=True)
-        ]
+        expected = over_both_orders(lambda text: answer_of_decoder(model, tokenizer, text, before_answer), write)
         assert max(abs(p - 0.5) for p in expected) > 0.002
         ranker = PairwiseRanker(model, tokenizer, template=template, batch_size=batch_size, max_length=512)
         assert ranker.compare(PROMPTS, FIRST, SECOND) == pytest.approx(expected, abs=1e-6)
@@ -367,15 +334,12 @@ def test_an_encoder_decoder_cuts_a_long_prompt_and_keeps_its_eos(tokenizer, capl
     model, tokenizer = tiny_encoder_decoder("t5"), ending_with_eos(tokenizer)
     prompt = "".join(chr(ord("a") + place % 26) for place in range(200))
     whole = len(tokenizer(dialogue(prompt, "yes", "no")[: -len(ANSWER_CUE)]).input_ids)
-    rows = []
-    model.encoder.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.extend(kwargs["input_ids"].tolist()), with_kwargs=True
+    rows = record_inputs(model.encoder)
+    PairwiseRanker(model, tokenizer, max_length=whole - 10).compare([prompt], ["yes"], ["no"])
+    (message,) = logged(caplog)
+    assert (
+        message == f"2 of 2 comparisons exceeded max_length={whole - 10} tokens: their prompts lost their beginning."
     )
-    with caplog.at_level(logging.WARNING):
-        PairwiseRanker(model, tokenizer, max_length=whole - 10).compare([prompt], ["yes"], ["no"])
-    assert logged(caplog) == [
-        f"2 of 2 comparisons exceeded max_length={whole - 10} tokens: their prompts lost their beginning."
-    ]
     for row, texts in zip(sorted(rows), (("no", "yes"), ("yes", "no")), strict=True):
         text = tokenizer.decode(row)
         kept = text.removeprefix("[CONTEXT] ").split(" ")[0]
@@ -383,12 +347,14 @@ def test_an_encoder_decoder_cuts_a_long_prompt_and_keeps_its_eos(tokenizer, capl
         assert text == dialogue(kept, *texts)[: -len(ANSWER_CUE)] + "</s>"
 
 
-def test_a_decoder_that_writes_the_answers_as_several_tokens_is_refused():
+def test_a_tokenizer_that_does_not_know_the_answers_is_refused(model):
     words = Tokenizer(models.WordLevel({"<unk>": 0, "yes": 1, "no": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     with pytest.raises(ValueError, match="The decoder: the tokenizer does not write the answers A and B as one token"):
         PairwiseRanker(tiny_encoder_decoder("t5"), tokenizer)
+    with pytest.raises(ValueError, match=r"Prompt row 0: the tokenizer does not write the answers.*another tokenizer"):
+        PairwiseRanker(model, tokenizer).compare(["p"], ["yes"], ["no"])
 
 
 def test_a_model_that_knows_no_logits_to_keep_gives_the_same(model, tokenizer):
@@ -402,7 +368,7 @@ def test_the_answer_is_read_where_trls_sft_trainer_puts_it(model, tokenizer, tmp
     pairs = Dataset.from_dict({"prompt": PROMPTS, "chosen": FIRST, "rejected": SECOND})
     trainer = SFTTrainer(
         model,
-        SFTConfig(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, max_length=None),
+        SFTConfig(str(tmp_path), **SFT_ON_CPU, max_length=None),
         train_dataset=pairwise_ranker_dataset(pairs),
         processing_class=tokenizer,
     )
@@ -422,10 +388,7 @@ def test_the_answer_is_read_where_trls_sft_trainer_puts_it(model, tokenizer, tmp
 
 def test_an_eos_that_the_tokenizer_appends_is_not_read(model, tokenizer):
     expected = PairwiseRanker(model, tokenizer).compare(PROMPTS, FIRST, SECOND)
-    special_tokens = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        "<s> $A </s>", special_tokens=special_tokens
-    )
+    tokenizer = ending_with_eos(tokenizer, "<s>")
     assert tokenizer("Hi").input_ids[-1] == tokenizer.eos_token_id
     assert PairwiseRanker(model, tokenizer).compare(PROMPTS, FIRST, SECOND) == pytest.approx(expected, abs=1e-6)
 
@@ -462,47 +425,34 @@ def test_answers_that_are_not_one_token_each_are_refused(model, tokenizer, vocab
         return f"{prompt} {first} {second}?y"
 
     ranker = PairwiseRanker(model, tokenizer, template=into_a_word)
-    with pytest.raises(
-        ValueError, match=r"Prompt row 0: the tokenizer does not write the answers.*End the `template`"
-    ):
+    with pytest.raises(ValueError, match="Prompt row 0: the tokenizer does not write the answers.*End the `template`"):
         ranker.compare(["p"], ["a"], ["b"])
-
-
-def test_a_tokenizer_that_does_not_know_the_answers_is_refused(model):
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "yes": 1, "no": 2}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    ranker = PairwiseRanker(model, PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>"))
-    with pytest.raises(ValueError, match=r"Prompt row 0: the tokenizer does not write the answers.*another tokenizer"):
-        ranker.compare(["p"], ["yes"], ["no"])
 
 
 def test_a_long_prompt_loses_its_beginning_and_nothing_else(model, tokenizer, caplog):
     prompt = "".join(chr(ord("a") + place % 26) for place in range(200))
     whole = len(tokenizer(dialogue(prompt, "yes", "no")).input_ids)
     rows = record_inputs(model)
-    with caplog.at_level(logging.WARNING):
-        ranker = PairwiseRanker(model, tokenizer, max_length=whole - 10, share_prefix=False)
-        ranker.compare([prompt, "p"], ["yes"] * 2, ["no"] * 2)
+    ranker = PairwiseRanker(model, tokenizer, max_length=whole - 10, share_prefix=False)
+    ranker.compare([prompt, "p"], ["yes"] * 2, ["no"] * 2)
     seen = [tokenizer.decode(row) for row in rows]
-    assert logged(caplog) == [
-        f"2 of 4 comparisons exceeded max_length={whole - 10} tokens: their prompts lost their beginning."
-    ]
+    (message,) = logged(caplog)
+    assert (
+        message == f"2 of 4 comparisons exceeded max_length={whole - 10} tokens: their prompts lost their beginning."
+    )
     longest = max(seen, key=len)
     assert longest.startswith("<s>[CONTEXT] ")
     context = longest.removeprefix("<s>[CONTEXT] ").split(" ")[0]
     assert prompt.endswith(context) and len(context) < 200
     assert seen[0][-40:] == dialogue("", "yes", "no")[-40:]
     # As much is kept as fits
-    kept = [
-        len(tokenizer(dialogue(prompt[-size:], "yes", "no")).input_ids) for size in (len(context), len(context) + 1)
-    ]
-    assert kept[0] <= whole - 10 < kept[1]
+    kept = [dialogue(prompt[-size:], "yes", "no") for size in (len(context), len(context) + 1)]
+    assert len(tokenizer(kept[0]).input_ids) <= whole - 10 < len(tokenizer(kept[1]).input_ids)
 
 
 def test_a_comparison_that_fills_max_length_is_whole(model, tokenizer, caplog):
     length = len(tokenizer(dialogue("p", "yes", "no")).input_ids)
-    with caplog.at_level(logging.WARNING):
-        exact = PairwiseRanker(model, tokenizer, max_length=length).compare(["p"], ["yes"], ["no"])
+    exact = PairwiseRanker(model, tokenizer, max_length=length).compare(["p"], ["yes"], ["no"])
     assert exact == PairwiseRanker(model, tokenizer).compare(["p"], ["yes"], ["no"])
     assert logged(caplog) == []
 
@@ -520,9 +470,8 @@ def test_completions_that_exceed_max_length_name_their_row(model, tokenizer, cal
 def test_scores_are_the_logit_against_the_baseline(model, tokenizer):
     ranker = PairwiseRanker(model, tokenizer)
     rewards = ranker.score(PROMPTS[:2], [["No.", "Paris."], ["Wait.", "Mix.", "Flour."]], baselines=["Yes.", "Mix."])
-    probabilities = ranker.compare(
-        [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, ["No.", "Paris.", "Wait.", "Flour."], ["Yes."] * 2 + ["Mix."] * 2
-    )
+    prompts, baselines = [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, ["Yes."] * 2 + ["Mix."] * 2
+    probabilities = ranker.compare(prompts, ["No.", "Paris.", "Wait.", "Flour."], baselines)
     expected = [math.log(p / (1 - p)) for p in probabilities]
     assert rewards[0] == pytest.approx(expected[:2], abs=1e-5)
     assert rewards[1][[0, 2]] == pytest.approx(expected[2:], abs=1e-5)
@@ -565,8 +514,7 @@ def test_certainty_is_a_large_finite_reward_and_said_once(model, tokenizer, capl
     digits = [str(number) for number in range(1, 10)]
     ranker = PairwiseRanker(model, tokenizer, template=lambda prompt, first, second: f"{prompt} {first} {second}")
     probabilities = ranker.compare(["p"] * 9, digits, ["0"] * 9)
-    with caplog.at_level(logging.WARNING):
-        rewards = ranker.score(["p"], [digits], baselines=["0"])[0]
+    rewards = ranker.score(["p"], [digits], baselines=["0"])[0]
     assert set(probabilities) == {0.0, 0.5, 1.0}
     largest = math.log((1 - 1e-6) / 1e-6)
     expected = np.select([probabilities == 0, probabilities == 1], [-largest, largest], 0)
@@ -595,18 +543,12 @@ def test_a_model_that_overflows_names_the_row_and_the_completion(model, tokenize
 def test_the_model_is_left_as_it_was(model, tokenizer):
     model.config.attention_dropout = 0.5
     model.train()
-    ranker = PairwiseRanker(model, tokenizer)
-    assert (ranker.compare(PROMPTS, FIRST, SECOND) == ranker.compare(PROMPTS, FIRST, SECOND)).all()  # no dropout
-    assert model.training
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_every_part_of_the_model_is_left_in_its_mode(model, tokenizer):
-    model.train()
     model.model.layers[0].eval()  # frozen
     before = [module.training for module in model.modules()]
-    assert any(before) and not all(before)
-    PairwiseRanker(model, tokenizer).compare(PROMPTS, FIRST, SECOND)
+    assert before[0] and not all(before)
+    ranker = PairwiseRanker(model, tokenizer)
+    assert (ranker.compare(PROMPTS, FIRST, SECOND) == ranker.compare(PROMPTS, FIRST, SECOND)).all()  # no dropout
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert [module.training for module in model.modules()] == before
 
 
@@ -632,25 +574,21 @@ def test_settings_are_json_and_change_with_the_results(model, tokenizer):
     ranker = PairwiseRanker(model, tokenizer)
     settings = ranker.settings()
     assert json.loads(json.dumps(settings)) == settings == PairwiseRanker(model, tokenizer).settings()
-    assert changed(PairwiseRanker(model, tokenizer, batch_size=1)) == {"batch_size"}  # which changes the rounding
-    assert changed(PairwiseRanker(model, tokenizer, share_prefix=False)) == {"share_prefix"}
-    assert changed(PairwiseRanker(model, tokenizer, seed=1)) == {"seed"}
-    assert changed(PairwiseRanker(model, tokenizer, max_length=64)) == {"max_length"}
-    assert changed(PairwiseRanker(model, tokenizer, template="summary")) == {"template"}
-    assert changed(PairwiseRanker(model, tokenizer, template=mine)) == {"template"}
+    others = {"batch_size": 1, "share_prefix": False, "seed": 1, "max_length": 64, "template": "summary"}
+    for name, value in [*others.items(), ("template", mine)]:  # also the batch's size, which changes the rounding
+        assert changed(PairwiseRanker(model, tokenizer, **{name: value})) == {name}
     with torch.no_grad():
         model.lm_head.weight += 1e-3
     assert changed(ranker) == {"weights"}
 
 
+def questions(number: int, chosen: str, rejected: str) -> Dataset:
+    prompts = [f"Question {number}" for number in range(number)]
+    return Dataset.from_dict({"prompt": prompts, "chosen": [chosen] * number, "rejected": [rejected] * number})
+
+
 def test_pairs_become_prompts_with_the_chosen_completion_in_either_place():
-    pairs = Dataset.from_dict(
-        {
-            "prompt": [f"Question {number}" for number in range(400)],
-            "chosen": ["yes"] * 400,
-            "rejected": ["no"] * 400,
-        }
-    )
+    pairs = questions(400, "yes", "no")
     dataset = pairwise_ranker_dataset(pairs, template="summary")
     assert dataset.column_names == ["prompt", "completion"]
     for number, row in enumerate(dataset):
@@ -663,15 +601,9 @@ def test_pairs_become_prompts_with_the_chosen_completion_in_either_place():
 
 
 def test_conversations_become_transcripts():
-    pairs = Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": "Hi"}],
-                "chosen": [{"role": "assistant", "content": "Hello"}],
-                "rejected": [{"role": "assistant", "content": "Go away"}],
-            }
-        ]
-    )
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("Hello", "Go away"))
+    prompt = [{"role": "user", "content": "Hi"}]
+    pairs = Dataset.from_list([{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
     plain = Dataset.from_list([{"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello", "rejected": " Go away"}])
     assert pairwise_ranker_dataset(pairs).to_list() == pairwise_ranker_dataset(plain).to_list()
 
@@ -689,24 +621,9 @@ def test_a_dataset_that_cannot_be_used_is_refused(pairs, message):
 
 
 def test_a_model_trained_by_trl_on_a_simple_rule_ranks_by_it(tiny_llama_dir, tmp_path):
-    pairs = Dataset.from_dict(
-        {
-            "prompt": [f"Question {number}" for number in range(300)],
-            "chosen": ["the the the the"] * 300,
-            "rejected": ["fox fox fox fox"] * 300,
-        }
-    )
-    arguments = SFTConfig(
-        str(tmp_path),
-        max_steps=60,
-        per_device_train_batch_size=16,
-        learning_rate=1e-2,
-        bf16=False,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    pairs = questions(300, "the the the the", "fox fox fox fox")
+    settings = {"max_steps": 60, "per_device_train_batch_size": 16, "learning_rate": 1e-2, "bf16": False}
+    arguments = SFTConfig(str(tmp_path), **settings, **SFT_ON_CPU, save_strategy="no")
     trainer = SFTTrainer(tiny_llama_dir, arguments, train_dataset=pairwise_ranker_dataset(pairs))
     untrained = PairwiseRanker(tiny_llama_dir)
     trainer.train()
