@@ -23,6 +23,7 @@ from prefopt_trl.shared_prefix.segments import Segments
 
 LENGTHS = [7, 4, 6]  # of the prompts, padded on the left to 7
 SIZE = 8
+heads = pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)], ids=["MHA", "GQA", "MQA"])
 
 
 def attend_naively(query, keys, values, scaling: float, softcap: float | None) -> torch.Tensor:
@@ -56,12 +57,9 @@ class SlowPrompts:
         self.mask = (place >= max(lengths) - torch.tensor(lengths)[:, None]).long()
         for layer in range(2):
             # What stands at padding is no token and must not be seen: make it as large as can be
-            keys, values = (
-                self.random(len(lengths), num_kv_heads, max(lengths), size).masked_fill(
-                    self.mask[:, None, :, None] == 0, 50.0
-                )
-                for size in (SIZE, value_size)
-            )
+            shapes = [(len(lengths), num_kv_heads, max(lengths), size) for size in (SIZE, value_size)]
+            padding = self.mask[:, None, :, None] == 0
+            keys, values = (self.random(*shape).masked_fill(padding, 50.0) for shape in shapes)
             self.prompts.update(keys, values, layer)
             self.of_prompts.append(
                 [(keys[row][:, visible], values[row][:, visible]) for row, visible in enumerate(self.mask == 1)]
@@ -86,17 +84,16 @@ class SlowRows(SlowPrompts):
         self.cache.keep_rows(torch.tensor(rows))
         self.rows = [[layer[row] for row in rows] for layer in self.rows]
 
-    def error(self, num_queries: int, *, softcap=None, scaling=SIZE**-0.5, magnitude: float = 1.0) -> float:
+    def error(self, num_tokens: int, **options) -> float:
         """Append as many tokens to each row, one by one, and say how far attention is from the naive one at most."""
-        return max(self._error_of_step(softcap, scaling, magnitude) for _ in range(num_queries))
+        return max(self._error_of_step(**options) for _ in range(num_tokens))
 
-    def _error_of_step(self, softcap, scaling, magnitude) -> float:
-        num_queries = 1
+    def _error_of_step(self, softcap=None, scaling=SIZE**-0.5, magnitude: float = 1.0) -> float:
         largest = 0.0
         for layer, rows in enumerate(self.rows):
-            keys = self.random(len(rows), self.num_kv_heads, num_queries, SIZE)
-            values = self.random(len(rows), self.num_kv_heads, num_queries, self.value_size)
-            query = self.random(len(rows), self.num_heads, num_queries, SIZE) * magnitude
+            keys = self.random(len(rows), self.num_kv_heads, 1, SIZE)
+            values = self.random(len(rows), self.num_kv_heads, 1, self.value_size)
+            query = self.random(len(rows), self.num_heads, 1, SIZE) * magnitude
             rows[:] = [
                 (torch.cat([row[0], key], dim=1), torch.cat([row[1], value], dim=1))
                 for row, key, value in zip(rows, keys, values, strict=True)
@@ -106,15 +103,13 @@ class SlowRows(SlowPrompts):
                 None, query.clone(), all_keys, all_values, None, scaling=scaling, softcap=softcap
             )
             assert weights is None and found.dtype == self.dtype
-            assert found.shape == (len(rows), num_queries, self.num_heads, self.value_size)
-            expected = torch.stack(
-                [attend_naively(one, *row, scaling, softcap) for one, row in zip(query, rows, strict=True)]
-            )
-            largest = max(largest, (found.double() - expected).abs().max().item())
+            assert found.shape == (len(rows), 1, self.num_heads, self.value_size)
+            expected = [attend_naively(one, *row, scaling, softcap) for one, row in zip(query, rows, strict=True)]
+            largest = max(largest, (found.double() - torch.stack(expected)).abs().max().item())
         return largest
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)], ids=["MHA", "GQA", "MQA"])
+@heads
 @pytest.mark.parametrize("counts", [[1, 1, 1], [3, 3, 3], [4, 1, 2]], ids=str)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_every_step_equals_naive_attention(num_heads, num_kv_heads, counts, softcap):
@@ -126,8 +121,8 @@ def test_every_step_equals_naive_attention(num_heads, num_kv_heads, counts, soft
     assert rows.cache.layers[0].keys.shape[2] == 80
 
 
-def test_all_tokens_at_once_take_the_room_of_the_longest_and_equal_naive_attention():
-    rows = SlowRows([4, 1, 2], 4, 2, longest=5)
+def test_all_tokens_take_the_room_of_the_longest_and_values_may_have_another_size_than_keys():
+    rows = SlowRows([4, 1, 2], 4, 4, longest=5, value_size=5)
     assert rows.error(5) < 2e-6
     assert rows.cache.layers[0].keys.shape[2] == 5
 
@@ -136,11 +131,6 @@ def test_prompts_of_one_length_need_no_mask():
     rows = SlowRows([2, 3], 4, 2, longest=6, lengths=[5, 5])
     assert rows.cache.layers[0].hidden is None
     assert max(rows.error(1), rows.error(5)) < 2e-6
-
-
-def test_values_may_have_another_size_than_keys():
-    rows = SlowRows([2, 1, 3], 4, 4, longest=9, value_size=5)
-    assert max(rows.error(1), rows.error(3)) < 2e-6
 
 
 def test_scaling_is_that_of_the_model_and_by_default_of_the_size():
@@ -174,11 +164,8 @@ def test_rows_and_prompts_leave():
     rows.keep([2])
     assert rows.cache.rows.counts == [1]
     assert max(rows.error(1), rows.error(2)) < 2e-6
-
-
-def test_rows_may_leave_before_they_have_tokens():
     rows = SlowRows([3, 1, 2], 4, 2, longest=8)
-    rows.keep([1, 3])
+    rows.keep([1, 3])  # before they have tokens
     assert rows.cache.rows.counts == [1, 1]
     assert max(rows.error(1), rows.error(5)) < 2e-6
 
@@ -195,12 +182,9 @@ def test_keys_of_another_cache_sinks_and_dropout_are_refused():
     with pytest.raises(ValueError, match="keys that do not come from the cache"):
         shared_prefix_attention(None, query, new, new, None)
     keys, values = rows.cache.update(new, new, 0)
-    with pytest.raises(ValueError, match="attention has s_aux"):
-        shared_prefix_attention(None, query, keys, values, None, s_aux=torch.zeros(4))
-    with pytest.raises(ValueError, match="attention has position_bias"):
-        shared_prefix_attention(None, query, keys, values, None, position_bias=torch.zeros(1))
-    with pytest.raises(ValueError, match="attention has dropout"):
-        shared_prefix_attention(None, query, keys, values, None, dropout=0.1)
+    for name, value in {"s_aux": torch.zeros(4), "position_bias": torch.zeros(1), "dropout": 0.1}.items():
+        with pytest.raises(ValueError, match=f"attention has {name}"):
+            shared_prefix_attention(None, query, keys, values, None, **{name: value})
     assert not rows.cache.layers[0].was_attended
     shared_prefix_attention(None, query, keys, values, None, s_aux=None)
     assert [layer.was_attended for layer in rows.cache.layers] == [True, False]
@@ -241,7 +225,7 @@ class SlowSegments(SlowPrompts):
         return largest
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)], ids=["MHA", "GQA", "MQA"])
+@heads
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize(
     ("lengths", "segment_lengths"),
@@ -261,7 +245,7 @@ def test_segments_equal_naive_attention(num_heads, num_kv_heads, softcap, length
     assert [layer.was_attended for layer in slow.cache.layers] == [True, True]
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)], ids=["MHA", "GQA", "MQA"])
+@heads
 @pytest.mark.parametrize("most", [1, 150, 300])
 def test_segments_in_parts_equal_naive_attention(monkeypatch, num_heads, num_kv_heads, most):
     numbers, of = [], Scores.of
@@ -325,9 +309,8 @@ def test_two_parts_of_a_softmax_are_one(shift):
 
 def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -1,7 +1,5 @@
 """Rows that follow a common beginning have the hidden states of whole rows, and a probe says where they would not."""
 
-import logging
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -38,18 +36,10 @@ from prefopt_trl.shared_prefix.continuation import (
 from prefopt_trl.shared_prefix.segments import SegmentLayer
 
 PAD = 0
-LLAMA_LIKE = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": PAD,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"max_position_embeddings": 128, "pad_token_id": PAD}
+NEOX_LIKE = {**SIZES, "intermediate_size": 48, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA_LIKE = {**NEOX_LIKE, "num_key_value_heads": 2}
 FAMILIES = {
     "llama": LlamaConfig(**LLAMA_LIKE),
     "qwen3": Qwen3Config(**LLAMA_LIKE, head_dim=8),
@@ -61,17 +51,8 @@ FAMILIES = {
     "cohere": CohereConfig(**LLAMA_LIKE, logit_scale=0.25),
     "granite": GraniteConfig(**LLAMA_LIKE, logits_scaling=0.5),
     "gpt2": GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=128, pad_token_id=PAD),
-    "gpt_neox": GPTNeoXConfig(**{key: value for key, value in LLAMA_LIKE.items() if key != "num_key_value_heads"}),
-    "opt": OPTConfig(
-        vocab_size=61,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        word_embed_proj_dim=32,
-        pad_token_id=PAD,
-    ),
+    "gpt_neox": GPTNeoXConfig(**NEOX_LIKE),
+    "opt": OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32),
 }
 A, B, C = [5, 6, 7, 8, 9], [10, 11], [5, 12, 13, 14]
 ROWS = {
@@ -181,14 +162,6 @@ def test_beginnings_and_what_follows_them_are_run_once_without_padding_and_the_h
     ends = [*(row[30:] for row in rows[:10]), [20, 21], [22], [23]]
     assert tokens.tolist() == [[token for end in ends for token in end]]
     assert num_logits == [(1, 13)]
-
-
-def test_logits_after_the_last_token_as_in_the_example():
-    model = build(FAMILIES["llama"])
-    with torch.no_grad():
-        rows = RowsAfterPrefix(model, [[5, 6, 7, 1], [5, 6, 7, 2, 3]], [0, 0], pad_token_id=0)
-        logits = rows.last_logits(model)
-    torch.testing.assert_close(logits, logits_of_single_rows(model, [[5, 6, 7, 1], [5, 6, 7, 2, 3]]), **CLOSE)
 
 
 # Classification heads
@@ -370,25 +343,19 @@ def out_of_memory(*args, **kwargs):
     raise torch.OutOfMemoryError("out of memory")
 
 
-@pytest.mark.parametrize("layer", [SegmentLayer, PrefixLayer])
-def test_a_probe_that_runs_out_of_memory_says_nothing_of_the_model(monkeypatch, layer):
-    model = build(FAMILIES["llama"])
+@pytest.mark.parametrize(
+    ("owner", "method"), [(SegmentLayer, "attend"), (PrefixLayer, "attend"), (RowsAfterPrefix, "head_logits")]
+)
+def test_a_probe_that_runs_out_of_memory_says_nothing_of_the_model_or_its_head(monkeypatch, owner, method):
+    model, reason, argument = build(FAMILIES["llama"]), reason_not_to_share_prefix, 20
+    if method == "head_logits":
+        model, reason, argument = with_head("llama"), reason_not_to_share_head, PAD
     with monkeypatch.context() as patch:
-        patch.setattr(layer, "attend", out_of_memory)
+        patch.setattr(owner, method, out_of_memory)
         for _ in range(2):
             with pytest.raises(torch.OutOfMemoryError):
-                reason_not_to_share_prefix(model, 20)
-    assert reason_not_to_share_prefix(model, 20) is None
-
-
-def test_a_probe_of_a_head_that_runs_out_of_memory_says_nothing_of_the_head(monkeypatch):
-    model = with_head("llama")
-    with monkeypatch.context() as patch:
-        patch.setattr(RowsAfterPrefix, "head_logits", out_of_memory)
-        for _ in range(2):
-            with pytest.raises(torch.OutOfMemoryError):
-                reason_not_to_share_head(model, PAD)
-    assert reason_not_to_share_head(model, PAD) is None
+                reason(model, argument)
+    assert reason(model, argument) is None
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "mixtral", "gemma2", "gpt2", "gpt_neox", "opt"])
@@ -401,11 +368,10 @@ def test_a_head_that_reads_the_last_token_may_be_given_it_alone(family):
 
 def test_rows_as_long_as_the_window_share_and_longer_ones_do_not(caplog):
     model = build(MistralConfig(**LLAMA_LIKE, sliding_window=20))
-    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
-        assert reason_not_to_share_prefix(model, 20) is None
-        for length in (21, 21):
-            reason = reason_not_to_share_prefix(model, length)
-            assert reason == "rows of up to 21 tokens exceed the attention window of mistral (`sliding_window`=20)"
+    assert reason_not_to_share_prefix(model, 20) is None
+    for length in (21, 21):
+        reason = reason_not_to_share_prefix(model, length)
+        assert reason == "rows of up to 21 tokens exceed the attention window of mistral (`sliding_window`=20)"
     assert len(caplog.records) == 1
     # and rightly so: at the window a row is what it was, beyond it is not
     for length in (20, 21):
@@ -445,12 +411,13 @@ def of_another_row(attend, layer, query, key, value, score):
     return attend(layer, query, key.flip(0), value.flip(0), score)
 
 
+OF_BOTH = with_another_scale, without_prompt, of_the_wrong_prompt
+
+
 @pytest.mark.parametrize(
     ("layer", "wrong"),
     [
-        *[(layer, wrong) for layer in (SegmentLayer, PrefixLayer) for wrong in (with_another_scale, without_prompt)],
-        (SegmentLayer, of_the_wrong_prompt),
-        (PrefixLayer, of_the_wrong_prompt),
+        *[(layer, wrong) for layer in (SegmentLayer, PrefixLayer) for wrong in OF_BOTH],
         (SegmentLayer, of_the_token_that_follows),
         (PrefixLayer, of_another_row),
     ],
