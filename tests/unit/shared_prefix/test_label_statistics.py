@@ -5,41 +5,27 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     Cohere2Config,
-    Cohere2ForCausalLM,
     Gemma2Config,
-    Gemma2ForCausalLM,
     GPTJConfig,
-    GPTJForCausalLM,
     GraniteConfig,
-    GraniteForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     MixtralConfig,
-    MixtralForCausalLM,
 )
 
 from prefopt_trl.shared_prefix import label_statistics as module
 from prefopt_trl.shared_prefix.forward import add_shared_prefix
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "pad_token_id": 0,
-}
-MODELS: dict[str, Any] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
-    "tied": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)),
-    "soft cap": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=0.5)),
-    "scale": lambda: Cohere2ForCausalLM(Cohere2Config(**SHAPE, logit_scale=0.25)),
-    "divisor": lambda: GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=4.0)),
-    "bias": lambda: GPTJForCausalLM(
-        GPTJConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64)
-    ),
+SHAPE: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0}
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**SHAPE),
+    "tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "soft cap": Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=0.5),
+    "scale": Cohere2Config(**SHAPE, logit_scale=0.25),
+    "divisor": GraniteConfig(**SHAPE, logits_scaling=4.0),
+    "bias": GPTJConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64),
 }
 
 
@@ -52,7 +38,7 @@ def _several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def large(name: str, dtype: torch.dtype = torch.float64) -> Any:
     """A model whose logits differ by whole nats, with a bias in the head where it has one."""
     torch.manual_seed(0)
-    model = MODELS[name]()
+    model = AutoModelForCausalLM.from_config(CONFIGS[name])
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.3)
     model = model.to(dtype).eval()
@@ -65,7 +51,13 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, ids.masked_fill(torch.rand(3, 8, generator=torch.Generator().manual_seed(2)) < 0.4, -100)
 
 
-@pytest.mark.parametrize("name", MODELS)
+def log_probs_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Of each label, 0 where there is none, from the logits before it."""
+    labels = labels[:, 1:]
+    return logits.log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0].masked_fill(labels == -100, 0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_values_and_gradients_are_those_of_the_logits(name, caplog):
     model = large(name)
     ids, labels = rows()
@@ -73,8 +65,7 @@ def test_values_and_gradients_are_those_of_the_logits(name, caplog):
     found = model(input_ids=ids, attention_mask=mask, labels=labels, label_statistics=True)
     logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
     asked, targets = labels[:, 1:] != -100, labels[:, 1:].clamp(min=0)
-    log_probs = logits.log_softmax(-1)
-    expected = log_probs.gather(2, targets[..., None])[..., 0].masked_fill(~asked, 0)
+    log_probs, expected = logits.log_softmax(-1), log_probs_of(logits, labels)
     torch.testing.assert_close(found.log_probs, expected, rtol=1e-7, atol=1e-7)  # gpt-j has a part in float32
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     torch.testing.assert_close(found.entropy, entropy.masked_fill(~asked, 0).detach(), rtol=1e-7, atol=1e-7)
@@ -99,9 +90,8 @@ def test_sums_are_in_float32(dtype):
     ids, labels = rows()
     found = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, label_statistics=True).log_probs
     logits = model(input_ids=ids).logits[:, :-1].double()
-    expected = logits.log_softmax(-1).gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected.masked_fill(labels[:, 1:] == -100, 0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.double(), log_probs_of(logits, labels), rtol=1e-5, atol=1e-5)
 
 
 def test_autocast_computes_the_products_in_its_precision():
@@ -111,11 +101,9 @@ def test_autocast_computes_the_products_in_its_precision():
         found = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, label_statistics=True)
         logits = model(input_ids=ids).logits[:, :-1]
     found.log_probs.sum().backward()
-    expected = logits.double().log_softmax(-1).gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
     assert logits.dtype == torch.bfloat16 and found.log_probs.dtype == torch.float32
-    torch.testing.assert_close(
-        found.log_probs.double(), expected.masked_fill(labels[:, 1:] == -100, 0), rtol=1e-5, atol=1e-5
-    )
+    expected = log_probs_of(logits.double(), labels)
+    torch.testing.assert_close(found.log_probs.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_head_that_does_more_is_found_out_and_its_logits_are_read(caplog):
@@ -133,9 +121,8 @@ def test_a_head_that_does_more_is_found_out_and_its_logits_are_read(caplog):
 
     ids, labels = rows()
     found = module.label_statistics(model, scaled, labels, input_ids=ids)
-    expected = (3 * head(model.base_model(input_ids=ids).last_hidden_state))[:, :-1].log_softmax(-1)
-    expected = expected.gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0].masked_fill(labels[:, 1:] == -100, 0)
-    torch.testing.assert_close(found.log_probs, expected)
+    expected = 3 * head(model.base_model(input_ids=ids).last_hidden_state)[:, :-1]
+    torch.testing.assert_close(found.log_probs, log_probs_of(expected, labels))
     module.label_statistics(model, scaled, labels, input_ids=ids)
     assert [record.getMessage()[:45] for record in caplog.records] == ["All logits of llama are computed for its log-"]
 
@@ -150,7 +137,7 @@ def test_rows_without_labels_still_have_a_backward_pass():
 
 def test_the_load_balancing_loss_is_the_models_own():
     torch.manual_seed(0)
-    model = MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2))
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2))
     add_shared_prefix(model)
     ids, labels = rows()
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "output_router_logits": True}

@@ -1,7 +1,7 @@
 """Which model is the reference, proved by its log-probabilities in every step of a training."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +26,32 @@ RANKINGS = {
     "rewards": [[1.0, 0.0]] * 4,
 }
 DATA = {RSOTrainer: Dataset.from_dict(PAIRS), ListwiseDPOTrainer: Dataset.from_dict(RANKINGS)}
+PROMPTS = Dataset.from_dict({"prompt": PAIRS["prompt"]})
 NUM_STEPS = 3
 
 
-def lora(**given) -> LoraConfig:
-    return LoraConfig(target_modules=["q_proj", "v_proj"], r=4, task_type="CAUSAL_LM", **given)
+def lora(modules: Sequence[str] = ("q_proj", "v_proj"), **given: Any) -> LoraConfig:
+    return LoraConfig(target_modules=list(modules), r=4, task_type="CAUSAL_LM", **given)
 
 
 @pytest.fixture(scope="module")
 def adapter_dir(policy_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that changes its base model by nats."""
     folder = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(0)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(policy_dir), lora(init_lora_weights=False)).save_pretrained(
-        folder
-    )
+    with_adapter(policy_dir).save_pretrained(folder)
     return folder
+
+
+def with_adapter(policy_dir: str) -> PeftModel:
+    torch.manual_seed(0)
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(policy_dir), lora(init_lora_weights=False))
 
 
 def summed_logps(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Slow reference: each row by itself, in the precision of the model."""
     summed = []
-    for ids, attended, in_completion in zip(
-        batch["input_ids"], batch["attention_mask"].bool(), batch["completion_mask"].bool(), strict=True
-    ):
+    masks = batch["attention_mask"].bool(), batch["completion_mask"].bool()
+    for ids, attended, in_completion in zip(batch["input_ids"], *masks, strict=True):
         ids, in_completion = ids[attended], in_completion[attended]
         with torch.no_grad():
             logps = model(ids[None]).logits[0, :-1].log_softmax(-1)
@@ -73,14 +75,8 @@ def test_the_reference_stays_what_it_is(how, trainer_class, make, policy_dir, ti
     elif how == "reference model":
         given["ref_model"] = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
         expected = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float64)
-    trainer = make(
-        trainer_class,
-        DATA[trainer_class],
-        max_steps=NUM_STEPS,
-        learning_rate=0.05,
-        **given,
-        per_device_train_batch_size=4,
-    )
+    given |= {"max_steps": NUM_STEPS, "learning_rate": 0.05, "per_device_train_batch_size": 4}
+    trainer = make(trainer_class, DATA[trainer_class], **given)
     seen, compute_loss = [], trainer.compute_loss
 
     def record(model, inputs, *args, **kwargs):
@@ -108,9 +104,8 @@ def test_the_reference_stays_what_it_is(how, trainer_class, make, policy_dir, ti
 
 def fine_tuned(policy_dir: str, tmp_path: Path) -> Any:
     """In memory, by TRL's `SFTTrainer`, which leaves a forward on the model that is bound to it."""
-    args = SFTConfig(
-        str(tmp_path / "sft"), max_steps=2, learning_rate=0.05, use_cpu=True, bf16=False, report_to="none"
-    )
+    given = {"max_steps": 2, "learning_rate": 0.05, "use_cpu": True, "bf16": False, "report_to": "none"}
+    args = SFTConfig(str(tmp_path / "sft"), **given)
     trainer = SFTTrainer(policy_dir, args=args, train_dataset=Dataset.from_dict({"text": PAIRS["chosen"]}))
     trainer.train()
     return trainer.model
@@ -125,8 +120,7 @@ def with_noise(policy_dir: str, tmp_path: Path) -> Any:
 
 
 def merged(policy_dir: str, tmp_path: Path) -> Any:
-    base = AutoModelForCausalLM.from_pretrained(policy_dir)
-    return get_peft_model(base, lora(init_lora_weights=False)).merge_and_unload().requires_grad_(True)
+    return with_adapter(policy_dir).merge_and_unload().requires_grad_(True)
 
 
 def resized(policy_dir: str, tmp_path: Path) -> Any:
@@ -138,10 +132,7 @@ def resized(policy_dir: str, tmp_path: Path) -> Any:
 
 def with_loaded_adapter(policy_dir: str, tmp_path: Path) -> Any:
     """With transformers' own `load_adapter`, which is no `PeftModel`."""
-    torch.manual_seed(0)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(policy_dir), lora(init_lora_weights=False)).save_pretrained(
-        tmp_path / "adapter"
-    )
+    with_adapter(policy_dir).save_pretrained(tmp_path / "adapter")
     model = AutoModelForCausalLM.from_pretrained(policy_dir)
     model.load_adapter(str(tmp_path / "adapter"), is_trainable=True)
     return model
@@ -162,7 +153,7 @@ def assert_starts_at_its_reference(make, trainer_class, how="given", rel=1e-6, *
     """Where policy and reference are equal, sigmoid-norm is ln 2 and a ranking of two too, and rewards are 0."""
     data = DATA[trainer_class]
     if how not in ("given", "precomputed"):
-        data = Dataset.from_dict({"prompt": PAIRS["prompt"]})
+        data = PROMPTS
         given["ranker"] = FunctionRanker(lambda prompts, completions, **_: [float(len(text)) for text in completions])
     pairing = {} if trainer_class is RSOTrainer else {"num_samples": 2}  # n = 2, whose loss is ln 2
     options = {**DATA_PATHS[how], **(pairing if DATA_PATHS[how] else {})}
@@ -203,39 +194,32 @@ def test_hinge_norm_begins_at_one(make, policy_dir, tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(1, rel=1e-4)
 
 
+CAUSAL: Any = {"task_type": "CAUSAL_LM"}
 ADAPTERS: dict[str, Any] = {
-    "LoRA, embeddings": lambda: lora_on(["embed_tokens", "q_proj"]),
-    "LoRA, tokens": lambda: lora_on(["q_proj"], trainable_token_indices=[5, 6, 7]),
-    "LoRA, saved modules": lambda: lora_on(["q_proj"], modules_to_save=["norm"]),
-    "DoRA": lambda: lora_on(["q_proj"], use_dora=True),
-    "LoRA, parameters": lambda: LoraConfig(
-        target_modules=[], target_parameters=["q_proj.weight"], task_type="CAUSAL_LM"
-    ),
-    "PiSSA": lambda: lora_on(["q_proj"], init_lora_weights="pissa"),
-    "IA3": lambda: peft.IA3Config(
-        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
-    ),
-    "LoKr": lambda: peft.LoKrConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
-    "LoHa": lambda: peft.LoHaConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
-    "AdaLoRA": lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, task_type="CAUSAL_LM"),
-    "VeRA": lambda: peft.VeraConfig(target_modules=["q_proj"], r=4, task_type="CAUSAL_LM"),
-    "OFT": lambda: peft.OFTConfig(target_modules=["q_proj"], oft_block_size=8, task_type="CAUSAL_LM"),
-    "BOFT": lambda: peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=8, task_type="CAUSAL_LM"),
-    "HRA": lambda: peft.HRAConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
-    "MiSS": lambda: peft.MissConfig(target_modules=["q_proj"], r=8, task_type="CAUSAL_LM"),
+    "LoRA, embeddings": lambda: lora(["embed_tokens", "q_proj"]),
+    "LoRA, tokens": lambda: lora(["q_proj"], trainable_token_indices=[5, 6, 7]),
+    "LoRA, saved modules": lambda: lora(["q_proj"], modules_to_save=["norm"]),
+    "DoRA": lambda: lora(["q_proj"], use_dora=True),
+    "LoRA, parameters": lambda: lora([], target_parameters=["q_proj.weight"]),
+    "PiSSA": lambda: lora(["q_proj"], init_lora_weights="pissa"),
+    "IA3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **CAUSAL),
+    "LoKr": lambda: peft.LoKrConfig(target_modules=["q_proj"], **CAUSAL),
+    "LoHa": lambda: peft.LoHaConfig(target_modules=["q_proj"], **CAUSAL),
+    "AdaLoRA": lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, **CAUSAL),
+    "VeRA": lambda: peft.VeraConfig(target_modules=["q_proj"], r=4, **CAUSAL),
+    "OFT": lambda: peft.OFTConfig(target_modules=["q_proj"], oft_block_size=8, **CAUSAL),
+    "BOFT": lambda: peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=8, **CAUSAL),
+    "HRA": lambda: peft.HRAConfig(target_modules=["q_proj"], **CAUSAL),
+    "MiSS": lambda: peft.MissConfig(target_modules=["q_proj"], r=8, **CAUSAL),
     "VB-LoRA": lambda: peft.VBLoRAConfig(target_modules=["q_proj"], vector_length=8, num_vectors=4),
-    "RandLoRA": lambda: peft.RandLoraConfig(target_modules=["q_proj"], r=8, task_type="CAUSAL_LM"),
-    "FourierFT": lambda: peft.FourierFTConfig(target_modules=["q_proj"], n_frequency=8, task_type="CAUSAL_LM"),
-    "trainable tokens": lambda: peft.TrainableTokensConfig(token_indices=[5, 6, 7], task_type="CAUSAL_LM"),
-    "layer norms": lambda: peft.LNTuningConfig(target_modules=["norm"], task_type="CAUSAL_LM"),
-    "prompt tuning": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
-    "prefix tuning": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
-    "P-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="CAUSAL_LM"),
+    "RandLoRA": lambda: peft.RandLoraConfig(target_modules=["q_proj"], r=8, **CAUSAL),
+    "FourierFT": lambda: peft.FourierFTConfig(target_modules=["q_proj"], n_frequency=8, **CAUSAL),
+    "trainable tokens": lambda: peft.TrainableTokensConfig(token_indices=[5, 6, 7], **CAUSAL),
+    "layer norms": lambda: peft.LNTuningConfig(target_modules=["norm"], **CAUSAL),
+    "prompt tuning": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, **CAUSAL),
+    "prefix tuning": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, **CAUSAL),
+    "P-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, **CAUSAL),
 }
-
-
-def lora_on(modules: list[str], **given: Any) -> LoraConfig:
-    return LoraConfig(target_modules=modules, r=4, task_type="CAUSAL_LM", **given)
 
 
 def trained(policy_dir: str, adapter: str) -> PeftModel:
@@ -285,29 +269,22 @@ def test_an_init_that_changes_the_base_is_refused_as_a_fresh_adapter(make):
         make(RSOTrainer, DATA[RSOTrainer], peft_config=lora(init_lora_weights="pissa"))
 
 
-PROMPTS = Dataset.from_dict({"prompt": PAIRS["prompt"]})
-
-
 @pytest.mark.parametrize("trainer_class", [RSOTrainer, ListwiseDPOTrainer])
 def test_what_cannot_be_trained_is_refused_before_sampling(trainer_class, make, policy_dir, adapter_dir, tmp_path):
     asked = []
     ranker = FunctionRanker(lambda prompts, completions, **_: asked.append(prompts))
     base = AutoModelForCausalLM.from_pretrained(policy_dir)
-    for name, given, message in [
-        ("untrainable adapter", PeftModel.from_pretrained(base, str(adapter_dir)), "Load the adapter with `is_trai"),
-        ("merged", lambda: merged(policy_dir, tmp_path).requires_grad_(False), "Call `model.requires_grad_"),
-        ("named", lambda: named_adapter(policy_dir, adapter_dir), "active adapter of `model` is 'sft'"),
-        ("folder", str(adapter_dir), "is an adapter. Load it on its base"),
-        ("nothing", "./no/such/model", "There is no folder"),
+    named = AutoModelForCausalLM.from_pretrained(policy_dir)
+    named = PeftModel.from_pretrained(named, str(adapter_dir), adapter_name="sft", is_trainable=True)
+    for model, message in [
+        (PeftModel.from_pretrained(base, str(adapter_dir)), "Load the adapter with `is_trai"),
+        (merged(policy_dir, tmp_path).requires_grad_(False), "Call `model.requires_grad_"),
+        (named, "active adapter of `model` is 'sft'"),
+        (str(adapter_dir), "is an adapter. Load it on its base"),
+        ("./no/such/model", "There is no folder"),
     ]:
-        model = given() if not isinstance(given, str | PeftModel) else given
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             make(trainer_class, PROMPTS, model=model, ranker=ranker, **SAMPLING)
-        assert not asked, name
+        assert not asked, message
     with pytest.raises(TypeError, match="`ref_model` is the path .* Load it"):
         make(trainer_class, PROMPTS, ref_model=str(adapter_dir), ranker=ranker, **SAMPLING)
-
-
-def named_adapter(policy_dir: str, adapter_dir: Path) -> PeftModel:
-    base = AutoModelForCausalLM.from_pretrained(policy_dir)
-    return PeftModel.from_pretrained(base, str(adapter_dir), adapter_name="sft", is_trainable=True)
