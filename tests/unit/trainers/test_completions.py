@@ -51,13 +51,8 @@ def test_the_gradient_reaches_every_row():
 
 
 def test_means_are_over_tokens_and_log_ratios_are_not():
-    scored = completions(
-        [[-6.0, -3.0, 0.0]],
-        [[2.0, 1.0, 0.0]],
-        mask=[[True, True, False]],
-        num_tokens=[[3, 2, 0]],
-        ref_logps=torch.tensor([[-5.0, -4.0, 0.0]]),
-    )
+    given = {"num_tokens": [[3, 2, 0]], "ref_logps": torch.tensor([[-5.0, -4.0, 0.0]])}
+    scored = completions([[-6.0, -3.0, 0.0]], [[2.0, 1.0, 0.0]], mask=[[True, True, False]], **given)
     assert scored.mean_logps.tolist() == [[-2.0, -1.5, 0.0]]
     assert scored.logratios.tolist() == [[-1.0, 1.0, 0.0]]
 
@@ -74,16 +69,9 @@ def test_the_first_columns_alone():
 
 def test_metrics_of_a_pair():
     right, wrong = (quotients([scores], completions([[-4.0, -6.0]], [[1.0, 0.0]])) for scores in ([2, 0.5], [0.5, 2]))
-    assert right == {
-        "rewards/chosen": 2.0,
-        "rewards/rejected": 0.5,
-        "rewards/accuracies": 1.0,
-        "rewards/margins": 1.5,
-        "ranking/kendall_tau": 1.0,
-        "ranking/top1": 1.0,
-        "logps/chosen": -4.0,
-        "logps/rejected": -6.0,
-    }
+    rewards = {"rewards/chosen": 2.0, "rewards/rejected": 0.5, "rewards/accuracies": 1.0, "rewards/margins": 1.5}
+    orders = {"ranking/kendall_tau": 1.0, "ranking/top1": 1.0}
+    assert right == {**rewards, **orders, "logps/chosen": -4.0, "logps/rejected": -6.0}
     assert (wrong["rewards/accuracies"], wrong["ranking/kendall_tau"], wrong["ranking/top1"]) == (0.0, -1.0, 0.0)
 
 
@@ -147,10 +135,8 @@ def test_batches_add_up():
     scores = torch.tensor([[1.0, 2.0, 0.5], [2.0, 1.0, 0.0], [3.0, 4.0, 0.0]])
     logps, rewards = -scores - 1, [[2.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
     both = ranking_metrics(scores, completions(logps.tolist(), rewards))
-    parts = [
-        ranking_metrics(scores[rows], completions(logps[rows].tolist(), rewards[rows]))
-        for rows in (slice(0, 1), slice(1, 3))
-    ]
+    halves = slice(0, 1), slice(1, 3)
+    parts = [ranking_metrics(scores[rows], completions(logps[rows].tolist(), rewards[rows])) for rows in halves]
     for name, pair in both.items():
         for place, value in enumerate(pair):
             assert value.item() == pytest.approx(sum(part[name][place].item() for part in parts)), name

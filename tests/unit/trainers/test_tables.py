@@ -76,17 +76,15 @@ def test_tensorboard_shows_a_text_as_it_is(text):
     assert len(re.findall("<tr>", page)) == 2 and not set(re.findall(r"<(\w+)", cell)) - {"br"}
     shown = html.unescape(re.sub("<br ?/?>", "\n", cell))
     shown = re.sub("[\x02\x03\ufffd]", "", shown)  # no HTML has these
-    expected = re.sub("[\x02\x03]", "", text)
-    lines = expected.strip().splitlines()  # without empty ones at either end
+    lines = re.sub("[\x02\x03]", "", text).strip().splitlines()  # without empty ones at either end
     assert [line.split() for line in shown.split("\n")] == [line.split() for line in lines]
 
 
 def test_tensorboard_shows_numbers_in_few_digits(monkeypatch):
     logged = []
     monkeypatch.setattr(TensorBoardCallback, "on_log", lambda self, *_, logs: logged.append(logs["completions"]))
-    trainer = SimpleNamespace(
-        callback_handler=SimpleNamespace(callbacks=[TensorBoardCallback.__new__(TensorBoardCallback)])
-    )
+    callbacks = [TensorBoardCallback.__new__(TensorBoardCallback)]
+    trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=callbacks))
     pair = {"prompt": "\n\np", "chosen": "1.50000", "rejected": "r", "chosen_reward": 0.46000120043754721}
     pair |= {"rejected_reward": -12.0, "label_probability": 0.99999}
     callback = LogPreferencesCallback(trainer, [pair])
@@ -154,17 +152,8 @@ def trackers(tmp_path: Path, monkeypatch) -> Iterator[Path]:
 
 
 def test_every_tracker_receives_metrics_and_the_sampled_table(trackers, make):
-    trainer = make(
-        RSOTrainer,
-        PROMPTS,
-        ranker=FunctionRanker(brevity),
-        report_to=["tensorboard", "trackio", "wandb"],
-        log_completions=True,
-        project="ours",
-        run_name="one",
-        max_steps=2,
-        **SAMPLING,
-    )
+    given = {"report_to": ["tensorboard", "trackio", "wandb"], "project": "ours", "run_name": "one", "max_steps": 2}
+    trainer = make(RSOTrainer, PROMPTS, ranker=FunctionRanker(brevity), log_completions=True, **given, **SAMPLING)
     trainer.train()
     wandb.finish()
 
@@ -177,9 +166,8 @@ def test_every_tracker_receives_metrics_and_the_sampled_table(trackers, make):
     scalars, texts = of_tensorboard(trackers)
     ((step, markdown),) = texts
     assert step == 0 and len(markdown.splitlines()) == 2 + 6
-    assert cells(markdown) == [
-        ["0", *map(escape_markdown, row[1:4]), *(f"{number:.4g}" for number in row[4:])] for row in rows
-    ]
+    shown = [["0", *map(escape_markdown, row[1:4]), *(f"{number:.4g}" for number in row[4:])] for row in rows]
+    assert cells(markdown) == shown
 
     of_trackio = SQLiteStorage.get_logs("ours", "one")
     (table,) = [entry["completions"]["_value"] for entry in of_trackio if "completions" in entry]
@@ -199,12 +187,9 @@ def test_every_tracker_receives_metrics_and_the_sampled_table(trackers, make):
             expected = pytest.approx(log[name], rel=1e-6)
             assert scalars[f"train/{name}"][log["step"]] == expected
             for entries in (of_trackio, logged):
-                (found,) = [
-                    entry
-                    for entry in entries
-                    if entry.get("train/global_step") == log["step"] and f"train/{name}" in entry
-                ]
-                assert found[f"train/{name}"] == expected
+                at_step = [entry for entry in entries if entry.get("train/global_step") == log["step"]]
+                (found,) = [entry[f"train/{name}"] for entry in at_step if f"train/{name}" in entry]
+                assert found == expected
 
 
 # Batches that are sampled while training
@@ -220,9 +205,8 @@ class Brevity(FunctionRanker):
     def rewards(self, prompts, completions):
         rewards = super().rewards(prompts, completions)
         for row, of_row in zip(completions, rewards, strict=True):
-            self.seen |= {
-                escape_markdown(text + "</s>"): float(reward) for text, reward in zip(row, of_row, strict=True)
-            }
+            shown = [escape_markdown(text + "</s>") for text in row]
+            self.seen |= dict(zip(shown, map(float, of_row), strict=True))
         return rewards
 
 
