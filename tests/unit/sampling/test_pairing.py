@@ -16,13 +16,13 @@ from prefopt_trl.sampling.pairing import (
     tournament_pairs,
 )
 
-SIZES = [2, 3, 4, 5, 7, 8, 13, 64]
-NUM_PAIRS = [
-    (first_round_pairs, lambda n: n // 2),
-    (tournament_pairs, lambda n: n - 1),
-    (all_pairs, lambda n: n * (n - 1) // 2),
-]
-PAIRINGS = [pairing for pairing, _ in NUM_PAIRS]
+sizes = pytest.mark.parametrize("num_completions", [2, 3, 4, 5, 7, 8, 13, 64])
+NUM_PAIRS = {
+    first_round_pairs: lambda n: n // 2,
+    tournament_pairs: lambda n: n - 1,
+    all_pairs: lambda n: n * (n - 1) // 2,
+}
+pairings = pytest.mark.parametrize("pairing", NUM_PAIRS)
 
 
 class Ranker:
@@ -37,19 +37,19 @@ class Ranker:
         return 1 / (1 + np.exp(self.rewards[second] - self.rewards[first]))
 
 
-@pytest.mark.parametrize("num_completions", SIZES)
-@pytest.mark.parametrize(("pairing", "num_pairs"), NUM_PAIRS)
-def test_pairs_are_as_many_as_the_paper_says_and_labelled_as_the_ranker_says(pairing, num_pairs, num_completions):
+@sizes
+@pairings
+def test_pairs_are_as_many_as_the_paper_says_and_labelled_as_the_ranker_says(pairing, num_completions):
     ranker = Ranker(num_completions)
-    pairs = pairing(num_completions, ranker, rng=0)
-    assert pairs.chosen.shape == pairs.rejected.shape == pairs.probability.shape == (num_pairs(num_completions),)
+    pairs, num_pairs = pairing(num_completions, ranker, rng=0), NUM_PAIRS[pairing](num_completions)
+    assert pairs.chosen.shape == pairs.rejected.shape == pairs.probability.shape == (num_pairs,)
     assert pairs.chosen.dtype == pairs.rejected.dtype == np.int64
     margins = ranker.rewards[pairs.chosen] - ranker.rewards[pairs.rejected]
     assert (margins > 0).all()
     np.testing.assert_allclose(pairs.probability, 1 / (1 + np.exp(-margins)), rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("num_completions", SIZES)
+@sizes
 def test_first_round_uses_each_completion_at_most_once_in_one_call(num_completions: int) -> None:
     ranker = Ranker(num_completions)
     pairs = first_round_pairs(num_completions, ranker, rng=0)
@@ -58,7 +58,7 @@ def test_first_round_uses_each_completion_at_most_once_in_one_call(num_completio
     assert len(ranker.rounds) == 1
 
 
-@pytest.mark.parametrize("num_completions", SIZES)
+@sizes
 def test_tournament_is_single_elimination(num_completions: int) -> None:
     ranker = Ranker(num_completions)
     pairs = tournament_pairs(num_completions, ranker, rng=0)
@@ -69,12 +69,7 @@ def test_tournament_is_single_elimination(num_completions: int) -> None:
     for match in range(len(pairs.chosen)):
         lost = set(pairs.rejected[:match].tolist())
         assert not lost & {int(pairs.chosen[match]), int(pairs.rejected[match])}
-
-
-@pytest.mark.parametrize("num_completions", SIZES)
-def test_tournament_asks_once_a_round_and_nobody_rests_twice_running(num_completions: int) -> None:
-    ranker = Ranker(num_completions)
-    tournament_pairs(num_completions, ranker, rng=0)
+    # The ranker is asked once a round, and nobody rests twice running.
     assert len(ranker.rounds) == math.ceil(math.log2(num_completions))
     players, rested = set(range(num_completions)), set()
     for first, second in ranker.rounds:
@@ -96,7 +91,7 @@ def test_tournament_of_four_is_the_papers_example() -> None:
     assert [finalist.tolist(), other.tolist()] == [[better[0]], [better[1]]]
 
 
-@pytest.mark.parametrize("num_completions", SIZES)
+@sizes
 def test_all_pairs_meet_once_in_one_call(num_completions: int) -> None:
     ranker = Ranker(num_completions)
     pairs = all_pairs(num_completions, ranker, rng=0)
@@ -105,7 +100,7 @@ def test_all_pairs_meet_once_in_one_call(num_completions: int) -> None:
     assert len(ranker.rounds) == 1
 
 
-@pytest.mark.parametrize("pairing", PAIRINGS)
+@pairings
 def test_every_match_and_both_orders_are_equally_likely(pairing: Callable[..., Pairs]) -> None:
     """Chance of failing: below 1e-6 for each pairing, by Hoeffding's bound on each of the 12 ordered matches.
 
@@ -123,7 +118,7 @@ def test_every_match_and_both_orders_are_equally_likely(pairing: Callable[..., P
         assert count / num_runs == pytest.approx(len(pairs.chosen) / 12, abs=0.0225)
 
 
-@pytest.mark.parametrize("pairing", PAIRINGS)
+@pairings
 def test_ties_are_labelled_by_a_fair_coin(pairing: Callable[..., Pairs]) -> None:
     """Chance of failing: below 1e-6 for each pairing, by Hoeffding's bound."""
     firsts: list[np.ndarray] = []
@@ -150,7 +145,7 @@ def test_a_probability_near_one_half_is_no_tie() -> None:
     np.testing.assert_allclose(pairs.probability, 0.5 + 1e-12, rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("pairing", PAIRINGS)
+@pairings
 def test_seed_decides(pairing: Callable[..., Pairs]) -> None:
     runs = [pairing(32, Ranker(32), rng=seed).chosen.tolist() for seed in (3, 3, 4)]
     assert runs[0] == runs[1] != runs[2]
@@ -178,22 +173,21 @@ def test_many_prompts_side_by_side_get_the_pairs_each_would_get_alone() -> None:
 
 def test_different_pairings_can_be_played_side_by_side() -> None:
     rng = np.random.default_rng(0)
-    results = play(
-        [first_round(6, rng), round_robin(3, rng), tournament(4, rng)], lambda p, first, second: first > second
-    )
+    matches = [first_round(6, rng), round_robin(3, rng), tournament(4, rng)]
+    results = play(matches, lambda p, first, second: first > second)
     assert [len(pairs.chosen) for pairs in results] == [3, 3, 3]
     assert all((pairs.chosen > pairs.rejected).all() for pairs in results)
     assert play([], lambda p, first, second: first > second) == []
 
 
-@pytest.mark.parametrize("pairing", PAIRINGS)
+@pairings
 @pytest.mark.parametrize("num_completions", [0, 1])
 def test_fewer_than_two_completions_make_no_pair(num_completions: int, pairing: Callable[..., Pairs]) -> None:
     with pytest.raises(ValueError, match=f"num_completions must be at least 2 to make a pair, got {num_completions}"):
         pairing(num_completions, lambda first, second: first > second)
 
 
-@pytest.mark.parametrize("pairing", PAIRINGS)
+@pairings
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -202,10 +196,7 @@ def test_fewer_than_two_completions_make_no_pair(num_completions: int, pairing: 
         (lambda first, second: 0.7, r"shape \(\) for \d+ matches"),
         (lambda first, second: np.where(first == 2, np.nan, np.where(second == 2, np.nan, 0.7)), "returned nan for"),
         (lambda first, second: np.full(len(first), 1.0001), "returned 1.0001 for completion"),
-        (
-            lambda first, second: np.full(len(first), -0.5),
-            r"returned -0.5 .* of prompt 0: it must return the probability",
-        ),
+        (lambda first, second: np.full(len(first), -0.5), "returned -0.5 .* prompt 0: it must return the probability"),
     ],
 )
 def test_what_the_ranker_returns_is_checked(answer: Callable, message: str, pairing: Callable[..., Pairs]) -> None:
