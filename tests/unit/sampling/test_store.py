@@ -13,6 +13,7 @@ from datasets import Dataset, Features, List, Value, load_from_disk
 
 from prefopt_trl.sampling import store as module
 from prefopt_trl.sampling.store import SampleStore
+from tests.hub_server import contents
 
 SETTINGS = {"beta": 0.5, "seed": 0, "ranker": {"class": "Judge", "model": {"name": "one", "size": 3}}, "top": [1, 2]}
 ROWS = [{"prompt": "a", "rewards": [0.1 + 0.2, -1e-300]}, {"prompt": "b\u2028\r\né", "rewards": [2.0]}]
@@ -25,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def names(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return set(contents(folder))
 
 
 def begun_store(folder: Path, settings: dict = SETTINGS) -> SampleStore:
@@ -77,12 +78,8 @@ def test_the_steps_of_a_run(folder: Path) -> None:
     assert store.finished(SETTINGS) is store.is_finished() is True
     assert names(folder) == {"manifest.json"} | CANDIDATES | PAIRS
     assert not (folder / "shards").exists()
-    assert json.loads((folder / "manifest.json").read_text()) == {
-        "finished": True,
-        "num_shards": 3,
-        "prompts_per_shard": 2,
-        "settings": SETTINGS,
-    }
+    manifest = {"finished": True, "num_shards": 3, "prompts_per_shard": 2, "settings": SETTINGS}
+    assert json.loads((folder / "manifest.json").read_text()) == manifest
 
 
 def test_another_process_finds_it_all(folder: Path) -> None:
@@ -192,20 +189,18 @@ def test_settings_that_do_not_come_are_not_waited_for(folder: Path, there: bool,
         SampleStore(folder).wait_for_settings(SETTINGS)
 
 
-@pytest.mark.parametrize("name", ["candidates", "pairs"])
-def test_a_dataset_without_a_manifest_is_not_taken_over(folder: Path, name: str) -> None:
-    Dataset.from_list(ROWS).save_to_disk(str(folder / name))
-    with pytest.raises(ValueError, match="holds README.md, candidates, .* or shards, and no manifest.json that says"):
+@pytest.mark.parametrize("name", ["README.md", "statistics.json", "shards/00000.ranked.jsonl", "candidates", "pairs"])
+def test_what_would_be_overwritten_is_not_taken_over_without_a_manifest(folder: Path, name: str) -> None:
+    if name in ("candidates", "pairs"):
+        Dataset.from_list(ROWS).save_to_disk(str(folder / name))
+    else:
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("mine")
+    before = contents(folder)
+    message = "holds README.md, candidates, .* or shards, and no manifest.json that says how they were made"
+    with pytest.raises(ValueError, match=message):
         SampleStore(folder).finished(SETTINGS)
-
-
-@pytest.mark.parametrize("name", ["README.md", "statistics.json", "shards/00000.ranked.jsonl"])
-def test_files_that_would_be_overwritten_are_not_taken_over_without_a_manifest(folder: Path, name: str) -> None:
-    (folder / name).parent.mkdir(parents=True)
-    (folder / name).write_text("mine")
-    with pytest.raises(ValueError, match="and no manifest.json that says how they were made"):
-        SampleStore(folder).finished(SETTINGS)
-    assert (folder / name).read_text() == "mine"
+    assert contents(folder) == before
 
 
 def test_a_finished_folder_without_its_pairs_says_what_to_do(folder: Path) -> None:
@@ -259,9 +254,8 @@ with SampleStore(sys.argv[1]).held():
 
 
 def test_another_process_holds_a_folder_until_it_dies(folder: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], text=True, **pipes)
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(RuntimeError, match="Another run is making a dataset in"), SampleStore(folder).held():
@@ -315,7 +309,7 @@ def test_what_cannot_be_written_leaves_what_was_there(folder: Path, monkeypatch:
     store.write_shard(2, "ranked", ROWS)
     store.write_text("README.md", "old")
     store.write_dataset("pairs", ROWS, FEATURES)
-    before = {name: (folder / name).read_bytes() for name in names(folder)}
+    before = contents(folder)
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -336,7 +330,7 @@ def test_what_cannot_be_written_leaves_what_was_there(folder: Path, monkeypatch:
             f"saved in {folder}, which is as it was before; once it can be written to (a full disk: once there is "
             "space), the same call goes on from there"
         )
-        assert {name: (folder / name).read_bytes() for name in names(folder)} == before
+        assert contents(folder) == before
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"version": 1}'])
