@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "ds_configs"
 JSON_FILES = sorted(path.name for path in CONFIGS.glob("*.json"))
 YAML_FILES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+FOUR = ["--num_processes", "4"]
 STAGES = {"zero3.json": 3, "zero3_offload.json": 3, "zero2.json": 2}
 
 
@@ -76,14 +77,8 @@ def test_no_value_of_deepspeed_is_unknown_or_its_default(name):
 
 @pytest.mark.parametrize("name", JSON_FILES)
 def test_deepspeed_reads_what_the_trainer_fills_in(name, tmp_path, tiny_llama_dir):
-    arguments = TrainingArguments(
-        str(tmp_path),
-        use_cpu=True,
-        bf16=True,
-        per_device_train_batch_size=3,
-        gradient_accumulation_steps=5,
-        max_grad_norm=0.7,
-    )
+    given = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5, "max_grad_norm": 0.7}
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, bf16=True, **given)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)  # before the config, which ZeRO-3's loading looks at
     filled = HfTrainerDeepSpeedConfig(str(CONFIGS / name))
     filled.trainer_config_process(arguments)
@@ -100,13 +95,14 @@ def test_deepspeed_reads_what_the_trainer_fills_in(name, tmp_path, tiny_llama_di
     assert [place and place.device for place in offloaded] == (["cpu"] * 2 if "offload" in name else [None] * 2)
 
 
-def launched(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+def launched(monkeypatch: pytest.MonkeyPatch, config: Path | str, *arguments: str) -> Any:
     """The arguments with which `accelerate launch` would start its launcher."""
     started: list[Any] = []
     for launcher in ("deepspeed_launcher", "multi_gpu_launcher", "simple_launcher"):
         monkeypatch.setattr(launch, launcher, started.append)
     parser = launch.launch_command_parser()
-    launch.launch_command(parser.parse_args([*arguments, "--main_process_port", "0", "train.py"]))
+    config = f"--config_file={CONFIGS / config}"
+    launch.launch_command(parser.parse_args([config, *arguments, "--main_process_port", "0", "train.py"]))
     return started[0]
 
 
@@ -119,7 +115,7 @@ def enter(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
 @pytest.mark.parametrize("name", ["zero3", "zero3_offload", "zero2"])
 def test_accelerate_starts_deepspeed(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    arguments = launched(monkeypatch, "--config_file", f"ds_configs/{name}.yaml", "--num_processes", "4")
+    arguments = launched(monkeypatch, f"{name}.yaml", *FOUR)
     assert arguments.use_deepspeed and arguments.num_processes == 4 and arguments.num_machines == 1
     enter(monkeypatch, prepare_deepspeed_cmd_env(arguments)[1])
 
@@ -136,7 +132,7 @@ def test_the_readme_is_right_that_a_precision_beside_the_json_is_refused(monkeyp
     monkeypatch.chdir(ROOT)
     path = tmp_path / "zero3.yaml"
     path.write_text((CONFIGS / "zero3.yaml").read_text() + "mixed_precision: bf16\n")
-    arguments = launched(monkeypatch, "--config_file", str(path), "--num_processes", "4")
+    arguments = launched(monkeypatch, path, *FOUR)
     enter(monkeypatch, prepare_deepspeed_cmd_env(arguments)[1])
     with pytest.raises(ValueError, match="mixed_precision"):
         DeepSpeedPlugin()
@@ -144,23 +140,20 @@ def test_the_readme_is_right_that_a_precision_beside_the_json_is_refused(monkeyp
 
 def test_a_path_on_the_command_line_wins(monkeypatch):
     path = str(CONFIGS / "zero2.json")
-    yaml_file = str(CONFIGS / "zero3.yaml")
-    arguments = launched(
-        monkeypatch, "--config_file", yaml_file, "--num_processes", "2", "--deepspeed_config_file", path
-    )
+    arguments = launched(monkeypatch, "zero3.yaml", *FOUR, "--deepspeed_config_file", path)
     assert arguments.deepspeed_config_file == path
 
 
 @pytest.mark.parametrize("name", YAML_FILES)
 def test_accelerate_asks_for_the_number_of_processes(name, monkeypatch):
     with pytest.raises(ValueError, match="--num_processes"):
-        launched(monkeypatch, "--config_file", str(CONFIGS / name))
+        launched(monkeypatch, name)
 
 
 def test_several_nodes_need_no_hostfile(monkeypatch):
     monkeypatch.chdir(ROOT)
     nodes = ["--num_machines", "2", "--machine_rank", "1", "--main_process_ip", "10.0.0.1", "--num_processes", "16"]
-    arguments = launched(monkeypatch, "--config_file", "ds_configs/zero3.yaml", *nodes)
+    arguments = launched(monkeypatch, "zero3.yaml", *nodes)
     command, _ = prepare_deepspeed_cmd_env(arguments)
     assert command is None  # torch's launcher in this process, rather than DeepSpeed's
     assert (arguments.nproc_per_node, arguments.nnodes, arguments.node_rank) == ("8", "2", 1)
@@ -168,13 +161,13 @@ def test_several_nodes_need_no_hostfile(monkeypatch):
 
 
 def test_accelerate_starts_ddp(monkeypatch):
-    arguments = launched(monkeypatch, "--config_file", str(CONFIGS / "ddp.yaml"), "--num_processes", "4")
+    arguments = launched(monkeypatch, "ddp.yaml", *FOUR)
     assert arguments.multi_gpu and not arguments.use_deepspeed and not arguments.use_fsdp
     assert (arguments.num_processes, arguments.num_machines, arguments.mixed_precision) == (4, 1, "no")
 
 
 def test_accelerate_starts_fsdp2_and_wraps_decoder_layers(monkeypatch, tiny_llama_dir):
-    arguments = launched(monkeypatch, "--config_file", str(CONFIGS / "fsdp2.yaml"), "--num_processes", "4")
+    arguments = launched(monkeypatch, "fsdp2.yaml", *FOUR)
     assert arguments.use_fsdp
     enter(monkeypatch, prepare_multi_gpu_env(arguments))
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"

@@ -28,9 +28,8 @@ SIZE = plan.sizes(CONFIG)
 
 def tiny(dtype: torch.dtype = torch.float32) -> tuple[Any, LlamaConfig, plan.Sizes]:
     """A small model, its configuration and its sizes."""
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4
-    )
+    shape = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=96, **shape)
     return AutoModelForCausalLM.from_config(config, dtype=dtype), config, plan.sizes(config)
 
 
@@ -68,9 +67,8 @@ def test_parameters_of_llama_7b():
 @pytest.mark.parametrize("gpus", plan.GPUS)
 def test_zero3_agrees_with_deepspeeds_estimator(gpus):
     states = plan.zero3(SIZE, CONFIG, gpus)
-    _, on_gpu, largest = estimate_zero3_model_states_mem_needs(
-        SIZE.model, SIZE.largest, num_gpus_per_node=gpus, cpu_offload=False, cpu_offload_params=False
-    )
+    given = {"num_gpus_per_node": gpus, "cpu_offload": False, "cpu_offload_params": False}
+    _, on_gpu, largest = estimate_zero3_model_states_mem_needs(SIZE.model, SIZE.largest, **given)
     assert states.weights + states.gradients + states.optimizer + largest == pytest.approx(on_gpu, abs=1)
     # Beside what it counts, parameters stay gathered
     assert states.buffers - largest == 2 * DeepSpeedZeroConfig().max_live_parameters == 2e9
@@ -135,10 +133,9 @@ def test_lora_states_are_the_bytes_of_an_adapter_in_float32_on_a_bfloat16_model(
 
 
 def test_nf4_bytes_are_those_of_a_quantised_layer():
-    layer = bnb.nn.Linear4bit(512, 256, bias=False, quant_type="nf4", compress_statistics=True)
-    layer.weight = bnb.nn.Params4bit(
-        torch.randn(256, 512), requires_grad=False, quant_type="nf4", compress_statistics=True
-    )
+    nf4 = {"quant_type": "nf4", "compress_statistics": True}
+    layer = bnb.nn.Linear4bit(512, 256, bias=False, **nf4)
+    layer.weight = bnb.nn.Params4bit(torch.randn(256, 512), requires_grad=False, **nf4)
     layer.to("cpu")
     state = layer.weight.quant_state
     scales = num_bytes([state.absmax, state.state2.absmax])
