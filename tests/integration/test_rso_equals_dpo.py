@@ -1,7 +1,6 @@
 """`RSOTrainer` is a drop-in for TRL's `DPOTrainer`: the same losses and metrics, step by step, on HH-RLHF pairs."""
 
 import gc
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MixtralConfig, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from prefopt_trl.data.hh_rlhf import load_hh_rlhf
@@ -23,10 +22,8 @@ TRAINER_ARGUMENTS = ("model", "ref_model", "train_dataset", "eval_dataset", "pef
 NOT_COMPARED = ("runtime", "per_second")  # wall-clock times
 
 # TRL's metrics, all of which must come out of the shared rows too
-METRICS = {
-    "entropy", "num_tokens", "mean_token_accuracy", "logits/chosen", "logits/rejected", "logps/chosen",
-    "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-}  # fmt: skip
+METRICS = {f"{name}/{side}" for name in ("logits", "logps", "rewards") for side in ("chosen", "rejected")}
+METRICS |= {"entropy", "num_tokens", "mean_token_accuracy", "rewards/accuracies", "rewards/margins"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,8 +58,7 @@ def policy_dir(tiny_llama_dir: str, tmp_path_factory: pytest.TempPathFactory) ->
     return save(model, tmp_path_factory.mktemp("policy"), tiny_llama_dir)
 
 
-def lora() -> LoraConfig:
-    return LoraConfig(target_modules=["q_proj", "v_proj"], r=4)
+FINE_TUNING = {"full": {}, "LoRA": {"peft_config": LoraConfig(target_modules=["q_proj", "v_proj"], r=4)}}
 
 
 @dataclass
@@ -95,26 +91,15 @@ def train(
     trainer_class: type[DPOTrainer], config_class: type[DPOConfig], resume_from: str | None = None, **given: Any
 ) -> Run:
     arguments = {name: given.pop(name) for name in TRAINER_ARGUMENTS if name in given}
-    settings = {
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "max_length": 160,
-        "learning_rate": 1e-2 if "peft_config" in arguments else 1e-3,
-        "bf16": False,
-        "use_cpu": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        **given,
-    }
+    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": 160, "bf16": False, "use_cpu": True}
+    settings |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    settings |= {"learning_rate": 1e-2 if "peft_config" in arguments else 1e-3}
     with embedded_shapes() as shapes:
-        trainer = trainer_class(args=config_class(**settings), **arguments)
+        trainer = trainer_class(args=config_class(**settings | given), **arguments)
         trainer.train(resume_from_checkpoint=resume_from)
     batches = [shape for shape in shapes if shape.numel() > 50]  # the probe's are smaller
-    return Run(
-        trainer.state.log_history, sum(shape[0] for shape in batches), sum(map(torch.Size.numel, batches)), trainer
-    )
+    num_rows, num_tokens = sum(shape[0] for shape in batches), sum(map(torch.Size.numel, batches))
+    return Run(trainer.state.log_history, num_rows, num_tokens, trainer)
 
 
 def train_dpo(tmp_path: Path, **given: Any) -> Run:
@@ -140,6 +125,12 @@ def assert_same(run: Run, expected: Run) -> None:
                 assert log[name] == pytest.approx(value, abs=1e-4, rel=tolerance), f"{name} at step {log['step']}"
 
 
+def both(tmp_path: Path, **given: Any) -> tuple[Run, Run]:
+    """Our run and TRL's with the same arguments."""
+    expected = train_dpo(tmp_path, **given)
+    return train_rso(tmp_path, **given), expected
+
+
 def assert_shared(run: Run, expected: Run) -> None:
     """Require that policy and reference were given one row per pair, always."""
     assert run.num_rows == expected.num_rows // 2 > 0
@@ -150,18 +141,11 @@ def losses(run: Run) -> list[float]:
     return [log["loss"] for log in run.logs if "loss" in log]
 
 
-@pytest.mark.parametrize("fine_tuning", ["full", "LoRA"])
+@pytest.mark.parametrize("fine_tuning", FINE_TUNING)
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge"])
 def test_twenty_steps_are_those_of_trl(loss, fine_tuning, pairs, policy_dir, tmp_path):
-    given = {
-        "model": policy_dir,
-        "train_dataset": pairs.select(range(48)),
-        "eval_dataset": pairs.select(range(48, 54)),
-        "eval_strategy": "steps",
-        "eval_steps": 10,
-        "max_steps": 20,
-        **({"peft_config": lora()} if fine_tuning == "LoRA" else {}),
-    }
+    given = {"model": policy_dir, "train_dataset": pairs.select(range(48)), **FINE_TUNING[fine_tuning]}
+    given |= {"eval_dataset": pairs.select(range(48, 54)), "eval_strategy": "steps", "eval_steps": 10, "max_steps": 20}
     expected = train_dpo(tmp_path, loss_type=loss, **given)
     assert len(losses(expected)) == 20 and max(losses(expected)) - min(losses(expected)) > 0.1
     eval_logs = [log for log in expected.logs if "eval_loss" in log]
@@ -177,28 +161,17 @@ def test_twenty_steps_are_those_of_trl(loss, fine_tuning, pairs, policy_dir, tmp
             assert (run.num_rows, run.num_tokens) == (expected.num_rows, expected.num_tokens)
 
 
+ALPHA = {"f_alpha_divergence_coef": 0.3, "learning_rate": 1e-4}
+LOSS_TYPES = ["ipo", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop"]
 VARIANTS: dict[str, dict[str, Any]] = {
-    "ipo": {"loss_type": "ipo"},
+    **{name: {"loss_type": name} for name in [*LOSS_TYPES, "sft"]},
     "exo_pair": {"loss_type": "exo_pair", "label_smoothing": 1e-3},
-    "nca_pair": {"loss_type": "nca_pair"},
     "robust": {"loss_type": "robust", "label_smoothing": 0.1},
-    "bco_pair": {"loss_type": "bco_pair"},
-    "sppo_hard": {"loss_type": "sppo_hard"},
-    "aot": {"loss_type": "aot"},
-    "aot_unpaired": {"loss_type": "aot_unpaired"},
-    "apo_zero": {"loss_type": "apo_zero"},
-    "apo_down": {"loss_type": "apo_down"},
-    "discopop": {"loss_type": "discopop"},
-    "sft": {"loss_type": "sft"},
     "several losses": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
     "ld_alpha": {"ld_alpha": 0.5},
     # Exponentials of the log-ratios, which are kept small
     "forward_kl": {"f_divergence_type": "forward_kl", "learning_rate": 1e-4},
-    "alpha_divergence": {
-        "f_divergence_type": "alpha_divergence",
-        "f_alpha_divergence_coef": 0.3,
-        "learning_rate": 1e-4,
-    },
+    "alpha_divergence": {"f_divergence_type": "alpha_divergence", **ALPHA},
     "js_divergence": {"f_divergence_type": "js_divergence"},
     "use_weighting": {"use_weighting": True},
     "precompute_ref_log_probs": {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3},
@@ -215,9 +188,7 @@ NOT_WITH_LORA = {"sync_ref_model"}  # TRL refuses it
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_other_option_is_trls(variant, pairs, policy_dir, tmp_path):
-    given = {"model": policy_dir, "train_dataset": pairs.select(range(8)), **VARIANTS[variant]}
-    expected = train_dpo(tmp_path, **given)
-    run = train_rso(tmp_path, **given)
+    run, expected = both(tmp_path, model=policy_dir, train_dataset=pairs.select(range(8)), **VARIANTS[variant])
     assert_same(run, expected)
     if variant == "truncation of prompts":  # pairs cut at different places have nothing in common
         assert run.num_rows == expected.num_rows // 2
@@ -227,51 +198,39 @@ def test_every_other_option_is_trls(variant, pairs, policy_dir, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share_prefix", [True, False])
-@pytest.mark.parametrize("fine_tuning", ["full", "LoRA"])
+@pytest.mark.parametrize("fine_tuning", FINE_TUNING)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_other_option_is_trls_however_it_is_run(variant, fine_tuning, share_prefix, pairs, policy_dir, tmp_path):
+    given = {"model": policy_dir, "train_dataset": pairs, "max_steps": 10, **VARIANTS[variant]}
+    given |= FINE_TUNING[fine_tuning]
     if fine_tuning == "LoRA" and variant in NOT_WITH_LORA:
         with pytest.raises(NotImplementedError, match="sync_ref_model"):
-            train_rso(tmp_path, model=policy_dir, train_dataset=pairs, peft_config=lora(), **VARIANTS[variant])
+            train_rso(tmp_path, **given)
         return
-    given = {"model": policy_dir, "train_dataset": pairs, "max_steps": 10, **VARIANTS[variant]}
-    given |= {"peft_config": lora()} if fine_tuning == "LoRA" else {}
     assert_same(train_rso(tmp_path, share_prefix=share_prefix, **given), train_dpo(tmp_path, **given))
 
 
 def test_precomputing_shares_the_prompts_too(pairs, policy_dir, tmp_path):
-    given = {
-        "model": policy_dir,
-        "train_dataset": pairs.select(range(8)),
-        "eval_dataset": {"first": pairs.select(range(12, 16)), "second": pairs.select(range(16, 20))},
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "precompute_ref_log_probs": True,
-    }
-    expected = train_dpo(tmp_path, **given)
-    run = train_rso(tmp_path, **given)
+    splits = {"first": pairs.select(range(12, 16)), "second": pairs.select(range(16, 20))}
+    given = {"eval_dataset": splits, "eval_strategy": "steps", "eval_steps": 2, "precompute_ref_log_probs": True}
+    run, expected = both(tmp_path, model=policy_dir, train_dataset=pairs.select(range(8)), **given)
     assert_same(run, expected)
     assert {"eval_first_loss", "eval_second_loss"} <= {name for log in run.logs for name in log}
     assert_shared(run, expected)
-    for split in ("train_dataset", "eval_dataset"):
-        rows, expected_rows = getattr(run.trainer, split), getattr(expected.trainer, split)
+    rows, wanted = ([one.trainer.train_dataset, one.trainer.eval_dataset["first"]] for one in (run, expected))
+    for dataset, expected_dataset in zip(rows, wanted, strict=True):
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            got = rows[name] if split == "train_dataset" else rows["first"][name]
-            wanted = expected_rows[name] if split == "train_dataset" else expected_rows["first"][name]
-            assert list(got) == pytest.approx(list(wanted), abs=1e-4, rel=1e-6)
+            assert list(dataset[name]) == pytest.approx(list(expected_dataset[name]), abs=1e-4, rel=1e-6)
 
 
 def test_bfloat16_is_as_close_as_its_rounding(pairs, policy_dir, tmp_path):
-    given = {"model": policy_dir, "train_dataset": pairs.select(range(12))}
-    expected = train_dpo(tmp_path, bf16=True, **given)
-    run = train_rso(tmp_path, bf16=True, **given)
+    run, expected = both(tmp_path, bf16=True, model=policy_dir, train_dataset=pairs.select(range(12)))
     # bfloat16 keeps 8 bits. Sums in another order round otherwise: a completion of 100 tokens is off by some tenths of
     # a nat, which gamma = 0.1 makes some hundredths of a loss. The mean log-probability stays within 0.1%.
     assert losses(run) == pytest.approx(losses(expected), abs=5e-2)
     for name in ("logps/chosen", "logps/rejected"):
-        assert [log[name] for log in run.logs[:-1]] == pytest.approx(
-            [log[name] for log in expected.logs[:-1]], rel=1e-3
-        )
+        found, wanted = ([log[name] for log in logs[:-1]] for logs in (run.logs, expected.logs))
+        assert found == pytest.approx(wanted, rel=1e-3)
     assert run.logs[0].keys() == expected.logs[0].keys()
     # Both the policy and the reference share, though autocast returns the logits of the latter in float32
     assert_shared(run, expected)
@@ -315,16 +274,10 @@ def test_a_pretrained_adapter_is_its_own_reference(pairs, policy_dir, tmp_path):
         assert torch.equal(weights["model.embed_tokens.weight"], base.model.embed_tokens.weight)
 
 
-@pytest.mark.parametrize("fine_tuning", ["full", "LoRA"])
+@pytest.mark.parametrize("fine_tuning", FINE_TUNING)
 def test_resuming_gives_the_uninterrupted_losses(fine_tuning, pairs, policy_dir, tmp_path):
-    given = {
-        "model": policy_dir,
-        "train_dataset": pairs.select(range(8)),
-        "max_steps": 4,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        **({"peft_config": lora()} if fine_tuning == "LoRA" else {}),
-    }
+    given = {"model": policy_dir, "train_dataset": pairs.select(range(8)), **FINE_TUNING[fine_tuning]}
+    given |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = train_rso(tmp_path, **given)
     assert_same(whole, train_dpo(tmp_path, **given))
     resumed = train_rso(tmp_path / "resumed", resume_from=str(tmp_path / "rso" / "checkpoint-2"), **given)
@@ -334,22 +287,13 @@ def test_resuming_gives_the_uninterrupted_losses(fine_tuning, pairs, policy_dir,
 
 @pytest.fixture(scope="module")
 def mixtral_dir(tiny_llama_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    copied = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    copied += ["num_key_value_heads", "bos_token_id", "eos_token_id", "pad_token_id"]
+    llama = AutoConfig.from_pretrained(tiny_llama_dir).to_dict()
     config = MixtralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        router_aux_loss_coef=0.1,
-        sliding_window=None,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        num_local_experts=4, router_aux_loss_coef=0.1, sliding_window=None, **{name: llama[name] for name in copied}
     )
-    return save(MixtralForCausalLM(config), tmp_path_factory.mktemp("mixtral"), tiny_llama_dir)
+    return save(AutoModelForCausalLM.from_config(config), tmp_path_factory.mktemp("mixtral"), tiny_llama_dir)
 
 
 @pytest.mark.parametrize("output_router_logits", [True, False])
@@ -362,8 +306,7 @@ def test_the_auxiliary_loss_of_experts_is_trls(output_router_logits, mixtral_dir
 
     expected = train_dpo(tmp_path, **given())
     assert expected.logs[0]["aux_loss"] > 0
-    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
-        run = train_rso(tmp_path, **given())
+    run = train_rso(tmp_path, **given())
     assert_same(run, expected)
     reasons = [record.getMessage() for record in caplog.records if "not shared" in record.getMessage()]
     # Once per model that asks for the router's logits: the policy, and the reference if its config says so
@@ -372,21 +315,14 @@ def test_the_auxiliary_loss_of_experts_is_trls(output_router_logits, mixtral_dir
 
 def test_experts_without_auxiliary_loss_share(mixtral_dir, pairs, tmp_path):
     given = {"model": mixtral_dir, "train_dataset": pairs.select(range(8)), "router_aux_loss_coef": 0.0}
-    expected = train_dpo(tmp_path, **given)
-    run = train_rso(tmp_path, **given)
+    run, expected = both(tmp_path, **given)
     assert_same(run, expected)
     assert_shared(run, expected)
 
 
 def test_prefix_tuning_falls_back(pairs, policy_dir, tmp_path, caplog):
-    given = {
-        "model": policy_dir,
-        "train_dataset": pairs.select(range(8)),
-        "peft_config": PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
-        "gradient_checkpointing": False,  # PEFT refuses it
-    }
-    expected = train_dpo(tmp_path, **given)
-    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
-        run = train_rso(tmp_path, **given)
+    virtual = PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    given = {"peft_config": virtual, "gradient_checkpointing": False}  # PEFT refuses it
+    run, expected = both(tmp_path, model=policy_dir, train_dataset=pairs.select(range(8)), **given)
     assert_same(run, expected)
     assert [record.getMessage() for record in caplog.records if "past_key_values" in record.getMessage()]
