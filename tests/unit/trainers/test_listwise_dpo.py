@@ -1,5 +1,4 @@
 import copy
-import logging
 
 import pytest
 import torch
@@ -25,26 +24,16 @@ def converse(row):
     def say(role, text):
         return [{"role": role, "content": text}]
 
-    return {
-        "prompt": say("user", row["prompt"]),
-        "chosen": say("assistant", row["chosen"]),
-        "rejected": say("assistant", row["rejected"]),
-    }
+    return {name: say("user" if name == "prompt" else "assistant", text) for name, text in row.items()}
 
 
 def as_rankings(pairs):
     """The same data as rankings of two, with rewards of their own, and the worse completion first in every other."""
     rows = []
     for index, row in enumerate(pairs):
-        better, worse = (row["chosen"], 0.5 + index), (row["rejected"], -2.0 * index)
-        ranked = [better, worse] if index % 2 else [worse, better]
-        rows.append(
-            {
-                "prompt": row["prompt"],
-                "completions": [completion for completion, _ in ranked],
-                "rewards": [reward for _, reward in ranked],
-            }
-        )
+        completions, rewards = [row["rejected"], row["chosen"]], [-2.0 * index, 0.5 + index]
+        order = slice(None, None, -1 if index % 2 else 1)
+        rows.append({"prompt": row["prompt"], "completions": completions[order], "rewards": rewards[order]})
     return Dataset.from_list(rows)
 
 
@@ -68,13 +57,8 @@ def test_a_step_minimises_the_papers_equation(share_prefix, rankings, by_hand, t
         losses.append(plackett_luce(logratios, 0.2))
         scores.append([0.2 * float(logratio) for logratio in logratios])
     loss = sum(losses) / 7
-    step = one_step(
-        ListwiseDPOTrainer,
-        rankings,
-        ref_model=AutoModelForCausalLM.from_pretrained(tiny_llama_dir),
-        beta=0.2,
-        share_prefix=share_prefix,
-    )
+    ref_model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    step = one_step(ListwiseDPOTrainer, rankings, ref_model=ref_model, beta=0.2, share_prefix=share_prefix)
     step.assert_is(loss, by_hand.gradients(loss))
     assert step.num_rows == (7 if share_prefix else 35)
     assert step.log["rewards/chosen"] == pytest.approx(sum(row[0] for row in scores) / 7, rel=1e-4)
@@ -91,21 +75,11 @@ def test_it_begins_where_all_orders_are_as_likely(rankings, one_step):
 
 @pytest.fixture(scope="module")
 def mixtral_dir(policy_dir, tmp_path_factory):
-    config = AutoConfig.from_pretrained(policy_dir)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 4, "router_aux_loss_coef": 0.5, "sliding_window": None}
+    config = MixtralConfig(vocab_size=AutoConfig.from_pretrained(policy_dir).vocab_size, **sizes, **experts)
     torch.manual_seed(0)
-    model = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            router_aux_loss_coef=0.5,
-            sliding_window=None,
-        )
-    )
+    model = MixtralForCausalLM(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.2)
@@ -115,29 +89,18 @@ def mixtral_dir(policy_dir, tmp_path_factory):
     return str(folder)
 
 
-def run(make, trainer_class, train_dataset, eval_dataset, folder, **given):
-    trainer = make(
-        trainer_class,
-        train_dataset,
-        eval_dataset=eval_dataset,
-        output_dir=folder,
-        max_steps=6,
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=2,
-        eval_strategy="steps",
-        eval_steps=3,
-        max_grad_norm=1.0,
-        # Adam makes a full step of a gradient that is rounding alone, so weights agree under plain gradient descent
-        optim="sgd",
-        learning_rate=0.2 if "peft_config" in given else 0.03,
-        lr_scheduler_type="constant",
-        **given,
-    )
+def run(make, trainer_class, dataset, folder, **given):
+    given |= {"max_steps": 6, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+    given |= {"eval_dataset": dataset.select(range(3)), "eval_strategy": "steps", "eval_steps": 3}
+    # Adam makes a full step of a gradient that is rounding alone, so weights agree under plain gradient descent
+    given |= {"optim": "sgd", "learning_rate": 0.2 if "peft_config" in given else 0.03, "max_grad_norm": 1.0}
+    trainer = make(trainer_class, dataset, output_dir=folder, lr_scheduler_type="constant", **given)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.train()
     return trainer, before
 
 
+VIRTUAL = {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
 VARIANTS = {
     "full": {},
     "full, unshared": {"share_prefix": False},
@@ -151,14 +114,8 @@ VARIANTS = {
     "synchronised reference": {"sync_ref_model": True, "ref_model_sync_steps": 2},
     "experts": {},
     # Virtual tokens before each row; PEFT refuses gradient checkpointing
-    "prefix tuning": {
-        "peft_config": PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
-        "gradient_checkpointing": False,
-    },
-    "prompt tuning": {
-        "peft_config": PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
-        "gradient_checkpointing": False,
-    },
+    "prefix tuning": {"peft_config": PrefixTuningConfig(**VIRTUAL), "gradient_checkpointing": False},
+    "prompt tuning": {"peft_config": PromptTuningConfig(**VIRTUAL), "gradient_checkpointing": False},
 }
 NOT_SHARED = {"experts", "prefix tuning", "prompt tuning"}
 
@@ -168,16 +125,8 @@ def test_two_completions_are_trls_dpo_step_for_step(variant, make, mixtral_dir, 
     pairs = PAIRS.map(converse) if variant == "conversations" else PAIRS
     settings = {**VARIANTS[variant], **({"model": mixtral_dir} if variant == "experts" else {})}
     given = {name: value for name, value in settings.items() if name != "share_prefix"}
-    expected, before = run(make, DPOTrainer, pairs, pairs.select(range(3)), tmp_path / "dpo", **given)
-    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
-        found, _ = run(
-            make,
-            ListwiseDPOTrainer,
-            as_rankings(pairs),
-            as_rankings(pairs).select(range(3)),
-            tmp_path / "ours",
-            **settings,
-        )
+    expected, before = run(make, DPOTrainer, pairs, tmp_path / "dpo", **given)
+    found, _ = run(make, ListwiseDPOTrainer, as_rankings(pairs), tmp_path / "ours", **settings)
     assert any("not shared" in record.getMessage() for record in caplog.records) == (variant in NOT_SHARED)
 
     trls, ours = expected.state.log_history, found.state.log_history
@@ -215,31 +164,30 @@ def test_a_pretrained_adapter_is_its_own_reference(make, policy_dir, tmp_path):
         base = AutoModelForCausalLM.from_pretrained(policy_dir)
         model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True)
         trainer = make(trainer_class, dataset, model=model, max_steps=3, per_device_train_batch_size=2)
-        trainer.train()
+        losses.append(losses_of(trainer))
         assert "ref" in trainer.model.peft_config
-        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4) and losses[0][0] == pytest.approx(0.693147, abs=1e-5)
 
 
+def losses_of(trainer):
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
 def test_pairs_are_rankings_of_two(make):
-    logs = []
-    for dataset in (PAIRS, as_rankings(PAIRS)):
-        trainer = make(ListwiseDPOTrainer, dataset, max_steps=2, per_device_train_batch_size=2)
-        trainer.train()
-        logs.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
-    assert logs[0] == logs[1]
+    given = {"max_steps": 2, "per_device_train_batch_size": 2}
+    of_pairs, of_rankings = (make(ListwiseDPOTrainer, data, **given) for data in (PAIRS, as_rankings(PAIRS)))
+    assert losses_of(of_pairs) == losses_of(of_rankings)
+
+
+PRECOMPUTED = "`precompute_ref_log_probs`=True has no effect in .*: it works on pairs only, .* Leave it out"
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"beta": 0.0}, "`beta` must be greater than 0 and finite, got 0.0"),
-        ({"beta": float("inf")}, "`beta` must be greater than 0 and finite, got inf"),
-        ({"beta": float("nan")}, "`beta` must be greater than 0 and finite, got nan"),
-        (
-            {"precompute_ref_log_probs": True},
-            "`precompute_ref_log_probs`=True has no effect in .*: it works on pairs only, .* Leave it out",
-        ),
+        *[({"beta": float(b)}, f"`beta` must be greater than 0 and finite, got {b}") for b in ("0.0", "inf", "nan")],
+        ({"precompute_ref_log_probs": True}, PRECOMPUTED),
         ({"loss_type": "hinge"}, "`loss_type`=.*hinge.* has no effect in ListwiseDPOConfig"),
         ({"label_smoothing": 0.1}, "`label_smoothing`=0.1 has no effect in ListwiseDPOConfig"),
     ],
