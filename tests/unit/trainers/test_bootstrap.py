@@ -548,8 +548,6 @@ def test_the_ranker_is_used(tiny_llama_dir, tmp_path, caplog):
 
 
 STREAM = IterableDataset.from_generator(lambda: iter(rankings(3)))
-TOOLS = rankings(3).add_column("tools", ["[]"] * 3)
-CHAT = rankings(3).add_column("chat_template_kwargs", [{"x": 1}] * 3)
 UNEVEN = {"accelerator_config": {"even_batches": False}}
 
 
