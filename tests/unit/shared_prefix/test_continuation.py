@@ -169,7 +169,8 @@ def test_beginnings_and_what_follows_them_are_run_once_without_padding_and_the_h
 
 def with_head(family: str):
     config = FAMILIES[family] if family in FAMILIES else MistralConfig(**LLAMA_LIKE, sliding_window=64)
-    return build(type(config)(**config.to_diff_dict() | {"num_labels": 2}), AutoModelForSequenceClassification)
+    options = {"num_labels": 2, "attn_implementation": config._attn_implementation}
+    return build(type(config)(**config.to_diff_dict() | options), AutoModelForSequenceClassification)
 
 
 def head_logits_of_single_rows(model, rows) -> torch.Tensor:
