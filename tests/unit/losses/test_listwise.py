@@ -241,12 +241,9 @@ def test_pro_some_rewards_equal():
     torch.testing.assert_close(naive_pro(scores[0].tolist(), [1.0, -1.0, -1.0 - 1e-9]), expected, rtol=1e-7, atol=0)
 
 
-def test_pro_depends_on_reward_differences_only():
+def test_pro_depends_on_reward_differences_only_and_takes_integers():
     scores, rewards = random_rankings(16, 4)
     torch.testing.assert_close(pro(scores, rewards + 7), pro(scores, rewards))
-
-
-def test_pro_takes_integer_rewards():
     scores, _ = random_rankings(1, 3)
     expected = pro(scores, torch.tensor([[5.0, 3.0, 2.0]], dtype=torch.float64))
     torch.testing.assert_close(pro(scores, torch.tensor([[5, 3, 2]])), expected)

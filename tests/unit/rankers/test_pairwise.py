@@ -8,26 +8,19 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BartConfig,
-    BloomConfig,
-    Gemma2Config,
-    GPT2Config,
-    MambaConfig,
-    MistralConfig,
-    MptConfig,
-    OPTConfig,
     PreTrainedTokenizerFast,
-    T5Config,
 )
 from trl import SFTConfig, SFTTrainer
 
 from prefopt_trl.rankers import PairwiseRanker, pairwise_ranker_dataset
 from prefopt_trl.rankers.templates import ANSWER_CUE, dialogue, summary
 
+configure = AutoConfig.for_model
 PROMPTS = ["What is the capital of France?", "Bake bread.", "Tell me how to bake bread, and then wait for the dog."]
 FIRST = ["Paris.", "Mix the flour, the water and the salt.", "No."]
 SFT_ON_CPU = {"report_to": [], "use_cpu": True, "disable_tqdm": True}
@@ -144,12 +137,12 @@ def test_no_rows_give_no_probabilities_and_no_rewards(model, tokenizer):
 @pytest.mark.parametrize(
     "config",
     [
-        GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=300),
-        OPTConfig(**TINY, ffn_dim=32, word_embed_proj_dim=32),
-        BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=300),
-        MptConfig(d_model=16, n_layers=2, n_heads=2, vocab_size=300),
-        MistralConfig(**TINY, intermediate_size=32, num_key_value_heads=2, sliding_window=8),
-        MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=300, state_size=4),
+        configure("gpt2", n_embd=16, n_layer=2, n_head=2, vocab_size=300),
+        configure("opt", **TINY, ffn_dim=32, word_embed_proj_dim=32),
+        configure("bloom", hidden_size=16, n_layer=2, n_head=2, vocab_size=300),
+        configure("mpt", d_model=16, n_layers=2, n_heads=2, vocab_size=300),
+        configure("mistral", **TINY, intermediate_size=32, num_key_value_heads=2, sliding_window=8),
+        configure("mamba", hidden_size=16, num_hidden_layers=2, vocab_size=300, state_size=4),
     ],
     ids=lambda config: config.model_type,
 )
@@ -204,11 +197,11 @@ def test_sharing_changes_no_comparison(model, tokenizer, batch_size):
 @pytest.mark.parametrize(
     "config",
     [
-        GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=300),
-        OPTConfig(**TINY, ffn_dim=32, word_embed_proj_dim=32),
-        Gemma2Config(
-            **TINY, intermediate_size=32, num_key_value_heads=1, head_dim=16, attn_implementation="eager"
-        ),  # transformers 5.17 has a softcap in no other
+        configure("gpt2", n_embd=32, n_layer=2, n_head=2, vocab_size=300),
+        configure("opt", **TINY, ffn_dim=32, word_embed_proj_dim=32),
+        configure(  # transformers 5.17 has a softcap in eager attention alone
+            "gemma2", **TINY, intermediate_size=32, num_key_value_heads=1, head_dim=16, attn_implementation="eager"
+        ),
     ],
     ids=lambda config: config.model_type,
 )
@@ -254,7 +247,7 @@ def test_prompt_and_baseline_are_computed_once(model, tokenizer):
 
 
 def test_a_model_that_cannot_share_is_ranked_as_rows_of_their_own(tokenizer, caplog):
-    config = BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=300)
+    config = configure("bloom", hidden_size=16, n_layer=2, n_head=2, vocab_size=300)
     model = randomise(AutoModelForCausalLM.from_config(config))
     rankers = [PairwiseRanker(model, tokenizer), *shared_and_plain(model, tokenizer)]
     first, again, plain = (ranker.score(PROMPTS, [CANDIDATES] * 3) for ranker in rankers)
@@ -273,8 +266,8 @@ def tiny_encoder_decoder(family: str):
     bart = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
     bart |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_start_token_id": 2, "bos_token_id": 1}
     config = {
-        "t5": T5Config(**special, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0),
-        "bart": BartConfig(**special, **bart),
+        "t5": configure("t5", **special, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0),
+        "bart": configure("bart", **special, **bart),
     }[family]
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -78,9 +78,7 @@ def test_a_template_of_ones_own_is_asked_for(tiny_llama_dir: str, tmp_path: Path
     assert "template=your_template" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_push_that_fails_leaves_a_ranker_that_loads(
-    hub: Hub, tiny_llama_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_push_that_fails_leaves_a_ranker_that_loads(hub: Hub, tiny_llama_dir: str, tmp_path: Path, monkeypatch: Any):
     monkeypatch.chdir(tmp_path)
     ranker = make("pairwise", tiny_llama_dir)
     hub.fail("PUT /lfs/", None)
