@@ -95,6 +95,7 @@ def test_privacy_is_the_callers(hub: Hub, folder: Path, private: bool | None) ->
 FULL = "Private repository storage limit reached, please upgrade your plan to increase your private storage limit."
 TRIPPED = "Your storage patterns tripped our internal systems! Please contact us"
 LOGIN = "Log in with `hf auth login`, with a token that may write there."
+LOST = "the connection to the Hub was lost, or none could be made (Remote"
 FAILURES = {
     "refused token": (
         ("POST /api/repos/create", 401, "Invalid credentials in Authorization header"),
@@ -104,8 +105,8 @@ FAILURES = {
         ("POST .*/preupload/", 403, "You do not have write access to this storage region"),
         "the Hub refused the access token (403: You do not have write access to this storage region).",
     ),
-    "lost connection": (("PUT /lfs/", None), "the connection to the Hub was lost, or none could be made (Remote"),
-    "lost at the end": (("POST .*/commit/", None), "the connection to the Hub was lost, or none could be made (Remo"),
+    "lost connection": (("PUT /lfs/", None), LOST),
+    "lost at the end": (("POST .*/commit/", None), LOST),
     "full": (("POST .*/batch", 403, FULL), f"the Hub has no room for it (403: {FULL[:-1]}). Make room there"),
     "asked to write": (("POST .*/commit/", 403, TRIPPED), f"the Hub has no room for it (403: {TRIPPED})."),
     "too large": (("PUT /lfs/", 413, "Too large"), "the Hub has no room for it (413: Too large)."),
@@ -175,9 +176,7 @@ def test_a_refusal_that_xet_calls_a_lost_connection(hub: Hub, folder: Path, monk
         ("ENDPOINT", "http://127.0.0.1:9", "the connection to the Hub was lost, or none could be made (ConnectError"),
     ],
 )
-def test_no_way_to_the_hub(
-    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, setting: str, value: Any, reason: str
-) -> None:
+def test_no_way_to_the_hub(hub: Hub, folder: Path, monkeypatch: Any, setting: str, value: Any, reason: str) -> None:
     monkeypatch.setattr(constants, setting, value)
     with pytest.raises(PushError) as error:
         push(folder)

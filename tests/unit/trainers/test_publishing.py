@@ -141,15 +141,9 @@ class _Slow(TrainerCallback):
 
 @pytest.mark.parametrize(
     ("strategy", "checkpoints"),
-    [
-        ("every_save", []),
-        ("checkpoint", ["last-checkpoint"]),
-        ("all_checkpoints", ["checkpoint-1", "checkpoint-2"]),
-    ],
+    [("every_save", []), ("checkpoint", ["last-checkpoint"]), ("all_checkpoints", ["checkpoint-1", "checkpoint-2"])],
 )
-def test_training_goes_on_without_a_push(
-    hub: Hub, make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, strategy: str, checkpoints: list[str]
-) -> None:
+def test_training_goes_on_without_a_push(hub, make, tmp_path, caplog, strategy, checkpoints) -> None:
     folder, waiting = tmp_path / "rso", _Slow()
     given = {"push_to_hub": True, "hub_model_id": REPO, "hub_strategy": strategy, "hub_token": TOKEN, **EVERY_STEP}
     given |= {"save_total_limit": None if strategy == "all_checkpoints" else 1, "callbacks": [waiting], **SAMPLING}
@@ -244,6 +238,7 @@ def card_of(folder: Path) -> str:
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
+ADAPTER = {"peft_config": LoraConfig()}
 ONLINE = {"sampling": "online", "remove_unused_columns": False, **SAMPLING}
 
 
@@ -254,12 +249,10 @@ ONLINE = {"sampling": "online", "remove_unused_columns": False, **SAMPLING}
         (PROTrainer, PAIRS, {}, "Rankings that were given.", "None: PRO needs none."),
         (PROTrainer, PAIRS, {"ranker": FunctionRanker(brevity)}, "given, scored by the ranker.", "None: PRO needs"),
         (RSOTrainer, PROMPTS, ONLINE, "sampled from the reference model during training", "A copy of the model"),
-        (RSOTrainer, PAIRS, {"peft_config": LoraConfig()}, "that were given", "The base model, without the adapter"),
+        (RSOTrainer, PAIRS, ADAPTER, "pairs that were given", "The base model, without the adapter"),
     ],
 )
-def test_data_ranker_and_reference_model(
-    make: Any, tmp_path: Path, trainer_class: Any, dataset: Dataset, given: Any, data: str, reference: str
-) -> None:
+def test_data_ranker_and_reference_model(make, tmp_path, trainer_class, dataset, given, data, reference) -> None:
     trainer = make(trainer_class, dataset, **given)
     trainer.create_model_card()
     text = card_of(tmp_path)
@@ -304,9 +297,7 @@ NF4 |= {"load_in_4bit": True}
         ({"quant_method": "gptq", "bits": 4}, {"bits": 4, "quant_method": "gptq"}),
     ],
 )
-def test_the_card_has_the_settings_of_the_quantisation_that_is_used(
-    make: Any, tmp_path: Path, quantization: Any, shown: dict[str, Any]
-) -> None:
+def test_the_card_has_the_settings_of_the_quantisation(make: Any, tmp_path: Path, quantization: Any, shown: Any):
     trainer = make(SLiCTrainer, PAIRS)
     trainer.model.config.quantization_config = quantization
     trainer.create_model_card()
