@@ -1,6 +1,5 @@
 """`RSOTrainer` is a drop-in for TRL's `DPOTrainer`: the same losses and metrics, step by step, on HH-RLHF pairs."""
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from trl import DPOConfig, DPOTrainer
 from prefopt_trl.data.hh_rlhf import load_hh_rlhf
 from prefopt_trl.trainers.rso_config import RSOConfig
 from prefopt_trl.trainers.rso_trainer import RSOTrainer
+from tests.unit.trainers.conftest import _fast_collection  # noqa: F401
 
 TRAINER_ARGUMENTS = ("model", "ref_model", "train_dataset", "eval_dataset", "peft_config", "compute_metrics")
 NOT_COMPARED = ("runtime", "per_second")  # wall-clock times
@@ -24,14 +24,6 @@ NOT_COMPARED = ("runtime", "per_second")  # wall-clock times
 # TRL's metrics, all of which must come out of the shared rows too
 METRICS = {f"{name}/{side}" for name in ("logits", "logps", "rewards") for side in ("chosen", "rejected")}
 METRICS |= {"entropy", "num_tokens", "mean_token_accuracy", "rewards/accuracies", "rewards/margins"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fast_collection() -> Iterator[None]:
-    """Each training collects garbage, which takes longer than the training unless the libraries are left out."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -244,9 +236,8 @@ def test_an_explicit_reference_model(pairs, policy_dir, tiny_llama_dir, tmp_path
             "train_dataset": pairs.select(range(8)),
         }
 
-    expected = train_dpo(tmp_path, **given())
+    run, expected = train_rso(tmp_path, **given()), train_dpo(tmp_path, **given())
     assert abs(expected.logs[0]["rewards/margins"]) > 0.1  # the reference is another model from the start
-    run = train_rso(tmp_path, **given())
     assert_same(run, expected)
     assert_shared(run, expected)
 
