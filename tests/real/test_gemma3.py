@@ -15,9 +15,7 @@ TEXT = " ".join(f"Item {number} costs {3 * number} coins." for number in range(2
 
 # Rows of 450 tokens are within the window, and the packed row of 600 is not
 @pytest.mark.parametrize(("prompt", "completion"), [(504, 8), (300, 150), (505, 8), (600, 8)])
-def test_prompts_within_and_beyond_the_window(
-    gemma3: Any, prompt: int, completion: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_prompts_within_and_beyond_the_window(gemma3: Any, prompt: int, completion: int, caplog: Any) -> None:
     model, tokenizer = gemma3
     ids, length = torch.tensor(tokenizer(TEXT)["input_ids"]), prompt + completion
     rows = torch.stack([ids[:length], torch.cat([ids[:prompt], ids[-completion:]])])

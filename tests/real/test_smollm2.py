@@ -32,20 +32,9 @@ ON_CPU: Any = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strate
 SIXTEEN_STEPS: Any = {"max_steps": 16, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "logging_steps": 1}
 LORA: Any = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 GREEDY: Any = {"num_completions": 2, "max_new_tokens": 32, "top_k": 1}
-PLAIN = [
-    "The capital of France is",
-    "def fibonacci(n):\n    ",
-    "Once upon a time, by the sea,",
-    "1, 1, 2, 3, 5, 8,",
-    "Hi",
-]
-PLAIN += [
-    "Dear Sir,\n\n",
-    "Zwei Dinge sind unendlich:",
-    "日本の首都は",
-    "🦙🦙 means",
-    "Q: How many legs has a spider?\nA:",
-]
+PLAIN = ["The capital of France is", "def fibonacci(n):\n    ", "Once upon a time, by the sea,", "1, 1, 2, 3, 5, 8,"]
+PLAIN += ["Hi", "Dear Sir,\n\n", "Zwei Dinge sind unendlich:", "日本の首都は", "🦙🦙 means"]
+PLAIN += ["Q: How many legs has a spider?\nA:"]
 
 
 def messages(*contents: str) -> list[dict[str, str]]:
@@ -53,15 +42,8 @@ def messages(*contents: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(contents)]
 
 
-ASKED = [
-    "Give three tips for health.",
-    "What is 2 + 2?",
-    "Why is the sky blue?",
-    "Write a haiku.",
-    "Say: 🦙\n",
-    " A  b ",
-]
-CHAT = [*map(messages, [*ASKED, "Was ist ein Baum?", "Sort: pear, apple, fig."])]
+ASKED = ["Give three tips for health.", "What is 2 + 2?", "Why is the sky blue?", "Write a haiku.", "Say: 🦙\n"]
+CHAT = [*map(messages, [*ASKED, " A  b ", "Was ist ein Baum?", "Sort: pear, apple, fig."])]
 CHAT += [messages("Hi!", "Hello! What can I do?", "A joke!"), [{"role": "system", "content": "Be brief."}, *CHAT[0]]]
 
 
@@ -74,16 +56,15 @@ def text_of(tokenizer: Any, prompt: Any) -> str:
 def test_greedy_sampling_is_generate(smollm2: Any, prompts: Any, caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer = smollm2
     texts = [text_of(tokenizer, prompt) for prompt in prompts]
-    config: Any = {"do_sample": False, "max_new_tokens": 32}
-    expected = []
-    for text in texts:  # one by one, without padding
-        inputs = tokenizer(text, return_tensors="pt")
-        ids = model.generate(**inputs, **config)[0, inputs["input_ids"].shape[1] :].tolist()
-        expected.append(ids + [tokenizer.pad_token_id] * (32 - len(ids)))
-    inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-    config |= {"custom_generate": decode_shared_prefix, "num_completions": 2}
-    ids = model.generate(**inputs, **config)[:, inputs["input_ids"].shape[1] :]
-    assert ids.tolist() == [row[: ids.shape[1]] for row in expected for _ in range(2)]
+
+    def generated(texts: list[str], **given: Any) -> list[list[int]]:
+        inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=32, **given)[:, inputs["input_ids"].shape[1] :]
+        return [row + [tokenizer.pad_token_id] * (32 - len(row)) for row in ids.tolist()]
+
+    expected = [row for text in texts for row in generated([text])]  # one by one, without padding
+    shared = generated(texts, custom_generate=decode_shared_prefix, num_completions=2)
+    assert shared == [row for row in expected for _ in range(2)]
 
     decoded = [[tokenizer.decode(row, skip_special_tokens=True)] * 2 for row in expected]
     assert sample_completions(model, tokenizer, prompts, **GREEDY) == decoded
@@ -176,20 +157,16 @@ def logps(smollm2_dir: Path) -> list[list[list[torch.Tensor]]]:
 
 @pytest.mark.parametrize("share_prefix", [True, False], ids=["shared", "unshared"])
 @pytest.mark.parametrize("method", ["PRO", "listwise DPO", "listwise DPO from its reference"])
-def test_losses_on_rankings(
-    logps: Any, smollm2_dir: Path, method: str, share_prefix: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_losses_on_rankings(logps, smollm2_dir, method, share_prefix, tmp_path, caplog) -> None:
     trainer_class: Any = PROTrainer if method == "PRO" else ListwiseDPOTrainer
     given: Any = {"ref_model": scaled(load(smollm2_dir)[0])} if method == "listwise DPO" else {}
     policy, _ = logps
     expected = [torch.tensor([math.log(math.factorial(len(row)))]) for row in policy]  # from its reference
     if method == "PRO":
-        means = [torch.stack([tokens.mean() for tokens in row])[None] for row in policy]
-        sft = [-0.05 * (len(row) - 1) ** 2 * row[0].sum() for row in policy]
-        expected = [
-            losses.pro(row, torch.tensor([rewards])) for row, (_, _, rewards) in zip(means, RANKINGS, strict=True)
-        ]
-        expected = [ranking + term for ranking, term in zip(expected, sft, strict=True)]
+        for place, (row, (_, _, rewards)) in enumerate(zip(policy, RANKINGS, strict=True)):
+            means = torch.stack([tokens.mean() for tokens in row])[None]
+            sft = -0.05 * (len(row) - 1) ** 2 * row[0].sum()
+            expected[place] = losses.pro(means, torch.tensor([rewards])) + sft
     elif method == "listwise DPO":
         sums = [[torch.stack([tokens.sum() for tokens in row])[None] for row in model] for model in logps]
         expected = [losses.plackett_luce(row - ref_row, 0.1) for row, ref_row in zip(*sums, strict=True)]
@@ -209,11 +186,10 @@ def test_losses_on_rankings(
 
 def test_a_pairwise_ranker_prefers_what_its_pairs_prefer(smollm2_dir: Path, tmp_path: Path) -> None:
     subjects = ["gardens", "good books", "the weather", "my cat", "swimming", "rice", "old maps", "the moon"]
-    kind = ["I would love to help you with {}!", "That sounds wonderful, tell me more about {}."]
-    rude = ["Nobody cares about {}, go away.", "What a stupid thing to say about {}."]
+    kind = ["I would love to help you with {}!", "That sounds wonderful, tell me more about {}."] * 4
+    rude = ["Nobody cares about {}, go away."] * 4 + ["What a stupid thing to say about {}."] * 4
     prompts = [f"Let us talk about {subject}." for subject in subjects]
-    chosen = [kind[row % 2].format(subject) for row, subject in enumerate(subjects)]
-    rejected = [rude[row // 4].format(subject) for row, subject in enumerate(subjects)]
+    chosen, rejected = ([*map(str.format, texts, subjects)] for texts in (kind, rude))
     pairs = Dataset.from_dict({"prompt": prompts, "chosen": chosen, "rejected": rejected})
     trainer = SFTTrainer(
         str(smollm2_dir),
