@@ -2,13 +2,15 @@
 
 import ctypes
 import linecache
+import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -34,13 +36,19 @@ def main(name: str, arguments: Sequence[str]) -> None:
     """
     parsed, launching = parse(name, arguments)
     launched_with(launching)
+    owner = os.getpid()
     for number in INTERRUPTS:
-        signal.signal(number, _interrupt)
+        signal.signal(number, partial(_interrupt, owner))
+    folder, resumes = next(
+        ((part.output_dir, part.resume_from_checkpoint) for part in parsed if hasattr(part, "resume_from_checkpoint")),
+        (None, None),
+    )
+    before = checkpoints(folder) if folder and not resumes else []
     try:
         run(name, *parsed)
     except KeyboardInterrupt as interrupt:
-        folder = next((part.output_dir for part in parsed if hasattr(part, "resume_from_checkpoint")), None)
-        what = str(interrupt) or (what_is_trained(folder) if folder else "Interrupted before anything was saved.")
+        saved = what_is_trained(folder, before) if folder else "Interrupted before anything was saved."
+        what = str(interrupt) or saved
         if is_main_process():
             tqdm.write(f"prefopt-trl {name}: {what}", file=sys.stderr)  # not behind a bar
         raise SystemExit(128 + getattr(interrupt, "signal", signal.SIGINT)) from None
@@ -72,7 +80,10 @@ def run(name: str, *parsed: Any) -> None:
     COMMANDS[name].run(*parsed)
 
 
-def _interrupt(number: int, frame: Any) -> NoReturn:
+def _interrupt(owner: int, number: int, frame: Any) -> None:
+    if os.getpid() != owner:  # a forked child, such as one of a pool, has the handler too
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
     for each in INTERRUPTS:  # torchrun sends its processes once more what the terminal has sent them
         signal.signal(each, signal.SIG_IGN)
     interrupt: Any = KeyboardInterrupt()

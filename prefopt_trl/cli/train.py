@@ -12,7 +12,7 @@ from prefopt_trl.cli.arguments import PreferenceArguments, TrainingData
 from prefopt_trl.cli.config_file import config_text, write_config
 from prefopt_trl.cli.models import load_ranker, model_to_train
 from prefopt_trl.data.loading import load_rows
-from prefopt_trl.data.tokenization import tokenize_completions
+from prefopt_trl.data.tokenization import chat_options, tokenize_completions
 from prefopt_trl.sampling.prompts import tokenize_prompts
 from prefopt_trl.trainers.base import PreferenceTrainer
 from prefopt_trl.trainers.base_config import PreferenceConfig
@@ -86,7 +86,10 @@ def prompts_that_fit(
     """The rows whose prompts leave room for a completion."""
     if max_length is None:
         return rows
-    lengths = [len(ids) + max_new_tokens for ids in tokenize_prompts(tokenizer, list(rows["prompt"]))]
+    lengths = [
+        len(ids) + max_new_tokens
+        for ids in tokenize_prompts(tokenizer, list(rows["prompt"]), list(map(chat_options, rows)))
+    ]
     reason = f"with `max_new_tokens`={max_new_tokens} they would exceed"
     return rows.select(rows_that_fit(lengths, max_length, "prompts", reason))
 
@@ -100,7 +103,7 @@ def completions_that_fit(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_
     def length(row: dict[str, Any]) -> int:
         row = row if "prompt" in row else extract_prompt(row)
         completions = [row["chosen"], row["rejected"]] if pairs else row["completions"]
-        prompt_ids, completion_ids = tokenize_completions(tokenizer, row["prompt"], completions)
+        prompt_ids, completion_ids = tokenize_completions(tokenizer, row["prompt"], completions, **chat_options(row))
         return len(prompt_ids) + max(map(len, completion_ids))
 
     return rows.select(rows_that_fit(list(map(length, rows)), max_length, "rows", "training would cut them at"))

@@ -71,6 +71,8 @@ def check_format(value: Prompt | Completion, where: str) -> None:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             found = f"the keys {', '.join(message)}" if isinstance(message, dict) else f"type {type(message).__name__}"
             raise ValueError(f"{where} has a message with {found}; a message has `role` and `content`.")
+        if message["content"] is None and not message.get("tool_calls"):
+            raise ValueError(f"{where} has a message whose `content` is None. Give it text, or leave the row out.")
 
 
 def check_list(values: Any, name: str, wanted: str) -> None:
@@ -133,6 +135,11 @@ def normalize_pairs(dataset: Any, where: str) -> Any:
                     row = start + table[column].is_null().to_pylist().index(True)
                     raise ValueError(f"`{column}` of row {row} of {where} is None. Leave the row out.")
             start += len(table)
+    if len(columns) == 3 and isinstance(features["chosen"], Value) and not isinstance(features["prompt"], Value):
+        raise ValueError(
+            f"The prompts of {where} are lists of messages, and `chosen` is text. Give both as text, or both as "
+            "messages."
+        )
     if len(columns) == 3 and isinstance(features["prompt"], Value) and not isinstance(features["chosen"], Value):
         return dataset.map(_split_conversations, with_indices=True, fn_kwargs={"where": where})
     return dataset

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,10 @@ def interruptible(what_is_saved: Callable[[], str]) -> Iterator[None]:
     SIGTERM then ends the process as before. A handler of the caller's is left in place.
     """
 
+    owner = os.getpid()
+
     def end(number: int, frame: Any) -> None:
-        if is_main_process():
+        if is_main_process() and os.getpid() == owner:  # a forked child, such as one of a pool, has the handler too
             print(f"\n{what_is_saved()}", file=sys.stderr, flush=True)  # below a bar
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
@@ -87,9 +89,9 @@ def last_checkpoint(folder: str | Path) -> str:
     return last
 
 
-def what_is_trained(folder: str | Path) -> str:
-    """Say which checkpoint of a training that is stopped is saved, and how to go on."""
-    if not (names := checkpoints(folder)):
+def what_is_trained(folder: str | Path, before: Collection[str] = ()) -> str:
+    """Say which checkpoint of a training that is stopped is saved, not one from `before` it, and how to go on."""
+    if not (names := [name for name in checkpoints(folder) if name not in before]):
         return f"Interrupted before the first checkpoint was saved in {folder}. A lower `save_steps` saves sooner."
     return (
         f"Interrupted: {Path(folder, names[-1])} is saved, and `resume_from_checkpoint=True` (of a command: "

@@ -37,12 +37,15 @@ def pairs_to_rankings(dataset: Dataset | IterableDataset, where: str = "the data
             "`completions`, in the order of their rewards."
         )
 
-    def to_ranking(example: dict[str, Any]) -> dict[str, Any]:
-        example = example if "prompt" in example else extract_prompt(example)
+    def to_ranking(example: dict[str, Any], row: int) -> dict[str, Any]:
+        if "prompt" not in example and not (example := extract_prompt(example))["prompt"]:
+            raise _no_prompt(
+                row, where.removeprefix("the ").removesuffix(" dataset"), list(dataset.column_names or [])
+            )
         completions = [example["chosen"], example["rejected"]]
         return {"prompt": example["prompt"], "completions": completions, "rewards": [1.0, 0.0]}
 
-    return normalize_pairs(dataset, where).map(to_ranking, remove_columns=["chosen", "rejected"])
+    return normalize_pairs(dataset, where).map(to_ranking, with_indices=True, remove_columns=["chosen", "rejected"])
 
 
 def check_ranking(completions: Any, rewards: Any, where: str) -> None:
@@ -151,6 +154,7 @@ def tokenize_rankings(
 
     with PartialState().main_process_first():  # the others read what it has cached
         tokenized = dataset.map(tokenize, with_indices=True, num_proc=num_proc, desc=f"Tokenizing {name} dataset")
+    check_tokens(tokenized, columns, name)
     equal = sum(len(set(rewards)) == 1 for rewards in tokenized["rewards"])
     if equal:
         logger.warning(
@@ -183,6 +187,43 @@ def tokenize_rankings(
             max_length,
         )
     return tokenized
+
+
+def _no_prompt(row: int, name: str, columns: list[str]) -> ValueError:
+    return ValueError(
+        f"Row {row} of the {name} dataset has no prompt; its columns are {', '.join(columns)}. Without a column "
+        "`prompt`, it is what `chosen` and `rejected` both begin with. Rename yours with "
+        "`dataset.rename_column(old, new)`."
+    )
+
+
+def check_tokens(dataset: Dataset, columns: list[str], name: str) -> None:
+    """Refuse rows without a prompt, and count those whose different texts training reads as equal tokens.
+
+    The first 10,000 rows are looked at.
+
+    Raises:
+        ValueError: naming the row, and the columns that the dataset had.
+    """
+    rows = dataset.select(range(min(len(dataset), 10_000)))
+    for row, (ids, prompt) in enumerate(zip(rows["prompt_ids"], rows["prompt"], strict=True)):
+        if not ids or ("prompt" not in columns and not prompt):
+            raise _no_prompt(row, name, columns)
+    ids, texts = ("chosen_ids", "rejected_ids"), ("chosen", "rejected")
+    if "completion_ids" in rows.column_names:
+        of_rows = zip(rows["completion_ids"], rows["completions"], strict=True)
+    else:
+        of_rows = zip(*(zip(*(rows[column] for column in both), strict=True) for both in (ids, texts)), strict=True)
+    equal = sum(len(set(map(tuple, row_ids))) < len(set(map(repr, row_texts))) for row_ids, row_texts in of_rows)
+    if equal:
+        logger.warning(
+            "%d of the first %d rows of the %s dataset have completions of different text and equal tokens, as when "
+            "the chat template leaves out what stands before `</think>`. Nothing is learned from comparing them. Set "
+            "`tokenizer.chat_template` to one that keeps the text, or leave the rows out.",
+            equal,
+            len(rows),
+            name,
+        )
 
 
 def warn_of_full_prompts(num_rows: int, num_left: int, name: str, max_length: int | None) -> None:

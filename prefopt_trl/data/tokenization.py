@@ -106,11 +106,11 @@ def merge_equal_in_training(
     """Replace each candidate by the first of its prompt that the chat template writes alike.
 
     Templates of thinking models leave out what stands before `</think>`. Candidates that differ only there have equal
-    tokens in training, so they are repeats. One logged line counts the candidates that lose text. `rows` have
+    tokens in training, so they are repeats. One logged line counts them. `rows` have
     `prompt`, and perhaps `tools` and `chat_template_kwargs`.
     """
     template: Any = tokenizer.apply_chat_template
-    merged, num_lost = [list(candidates) for candidates in completions], 0
+    merged, num_merged = [list(candidates) for candidates in completions], 0
     for row, candidates in zip(rows, merged, strict=True):
         if isinstance(row["prompt"], str) or tokenizer.chat_template is None:  # plain text is read as it is
             continue
@@ -118,17 +118,15 @@ def merge_equal_in_training(
         for place, candidate in enumerate(candidates):
             written = template([*row["prompt"], *candidate], tokenize=False, **chat_options(row))
             candidates[place] = first.setdefault(written, candidate)
-            squeezed = "".join(written.split())  # templates trim and add space
-            texts = [str(message["content"] or "") for message in candidate if isinstance(message, dict)]
-            num_lost += any("".join(text.split()) not in squeezed for text in texts)
-    if num_lost and tokenizer not in _told:
+            num_merged += candidates[place] != candidate
+    if num_merged and tokenizer not in _told:
         _told.add(tokenizer)
         logger.warning(
-            "The chat template leaves out text of %d of %d candidates, such as what stands before `</think>`, so "
-            "training does not read it. Candidates that it writes alike count as one. Set `tokenizer.chat_template` "
-            "to one that keeps the text, such as `trl.get_training_chat_template(tokenizer)`, or have the ranker "
-            "judge what is left. (Said once, of the first candidates.)",
-            num_lost,
+            "The chat template writes %d of %d candidates as it writes another of their prompt, as when it leaves out "
+            "what stands before `</think>`. They have equal tokens in training and count as one. Set a "
+            "`tokenizer.chat_template` that keeps the text, such as `trl.get_training_chat_template(tokenizer)`, or "
+            "have the ranker judge what is left. (Said once, of the first candidates.)",
+            num_merged,
             sum(map(len, merged)),
         )
     return merged

@@ -1,4 +1,4 @@
-"""What every trainer shares: TRL's `DPOTrainer` with prompts computed once. The only file that touches TRL's
+"""What every trainer shares: TRL's `DPOTrainer` with prompts computed once. The only file that imports TRL's
 private names."""
 
 import contextlib
@@ -30,7 +30,7 @@ from trl.trainer import utils
 
 from prefopt_trl.data.collators import DataCollatorForRanking
 from prefopt_trl.data.formats import columns_of, normalize_pairs
-from prefopt_trl.data.rankings import pairs_to_rankings, tokenize_rankings, warn_of_full_prompts
+from prefopt_trl.data.rankings import check_tokens, pairs_to_rankings, tokenize_rankings, warn_of_full_prompts
 from prefopt_trl.data.tokenization import WithoutAppendedTokens, num_appended_tokens
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
@@ -320,6 +320,7 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset):
             warn_of_full_prompts(len(dataset), len(prepared), dataset_name, args.max_length)
+            check_tokens(prepared, columns, dataset_name)
         return prepared
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -368,6 +369,11 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
                 model: Any = self.accelerator.unwrap_model(wrapped)
                 if isinstance(model, PeftModel):
                     model = model.get_base_model()
+                if hasattr(model.get_output_embeddings(), "token_adapter") and not self.has_own_loss:
+                    raise ValueError(
+                        "`trainable_token_indices` trains rows of the LM head, as the embeddings are tied, and TRL's "
+                        "fused head does not read them. Train the whole head, with `modules_to_save=['lm_head']`."
+                    )
                 add_shared_prefix(model)
 
 

@@ -110,10 +110,13 @@ class PreferenceConfig(DPOConfig):
                 "`precompute_ref_log_probs` needs the pairs before training, and `sampling='online'` samples them "
                 "later. Set one of them."
             )
+        for name in ("num_candidates", "num_samples", "max_new_tokens", "top_k"):
+            if type(value := getattr(self, name)) is not int:
+                raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
+        if not isinstance(self.rejection_beta, int | float) or not self.rejection_beta >= 0:
+            raise ValueError(f"`rejection_beta` must be at least 0, got {self.rejection_beta!r}. The paper uses 0.5.")
         is_one_of(self, "strategy", STRATEGIES)
         is_one_of(self, "pairing", self._pairings())
-        if not self.rejection_beta >= 0:
-            raise ValueError(f"`rejection_beta` must be at least 0, got {self.rejection_beta}. The paper uses 0.5.")
         temperature = self.generation_options()["temperature"]
         if not isinstance(temperature, int | float) or not temperature > 0:
             raise ValueError(f"`temperature` must be greater than 0, got {temperature!r}. Algorithm 1 assumes 1.")

@@ -14,7 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefopt_trl.data.fingerprints import dataset_fingerprint
-from prefopt_trl.data.processes import interruptible, last_checkpoint, what_is_trained
+from prefopt_trl.data.processes import checkpoints, interruptible, last_checkpoint, what_is_trained
 from prefopt_trl.data.tokenization import check_vocabulary
 from prefopt_trl.trainers.rso_config import LOSS_NAMES
 
@@ -118,7 +118,8 @@ class Resumable:
         if checkpoint:
             check_settings(checkpoint, self._settings())
             check_length(checkpoint, self.args)
-        with interruptible(partial(what_is_trained, output_dir)):
+        before = [] if checkpoint else checkpoints(output_dir)
+        with interruptible(partial(what_is_trained, output_dir, before)):
             return super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]  # transformers'
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

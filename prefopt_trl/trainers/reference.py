@@ -38,6 +38,13 @@ def check_policy(model: Any, ref_model: Any, peft_config: PeftConfig | None, has
             "reference model. Call `get_peft_model(model, peft_config)` and pass the result as `model`, without "
             "`peft_config`: the reference is then a frozen copy of its adapter."
         )
+    config = peft_config or (model.peft_config.get("default") if isinstance(model, PeftModel) else None)
+    bias = getattr(config, "bias", "none")
+    if isinstance(bias, str) and bias != "none" and (has_reference or isinstance(model, PeftModel)):
+        raise ValueError(
+            f"`bias={bias!r}` of the adapter trains biases of the base model, which the reference model has, too. Set "
+            '`bias="none"`.'
+        )
     if isinstance(model, str):
         if is_lost(model):
             raise FileNotFoundError(f"There is no folder {model!r} for `model`. Check the path.")
@@ -53,12 +60,22 @@ def check_policy(model: Any, ref_model: Any, peft_config: PeftConfig | None, has
             "'default'. Load it with `PeftModel.from_pretrained(base, path, is_trainable=True)`, without "
             "`adapter_name`."
         )
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    of_base = [name for name in trained if isinstance(model, PeftModel) and "default" not in name.split(".")]
+    if has_reference and ref_model is None and of_base:
+        raise ValueError(
+            f"{len(of_base)} parameters of the base model are trained beside the adapter ({of_base[0]}, ...), and the "
+            "reference model has them in common. Name their modules in `modules_to_save` of the adapter's config, or "
+            "pass a `ref_model`."
+        )
+    if any(module is ref_model for module in model.modules() if module is not model):  # TRL refuses the model itself
+        raise ValueError("`ref_model` is a part of `model`, so it would change with it. Load it once more.")
     if isinstance(model, PeftModel) and "ref" in model.peft_config and ref_model is None:
         raise ValueError(
             "`model` has an adapter named 'ref', as an earlier trainer leaves one, and TRL adds another of that name. "
             "Call `model.delete_adapter('ref')`."
         )
-    if peft_config is None and not any(parameter.requires_grad for parameter in model.parameters()):
+    if peft_config is None and not trained:
         remedy = "Call `model.requires_grad_(True)`, or pass `peft_config`."
         if isinstance(model, PeftModel):
             remedy = "Load the adapter with `is_trainable=True`."

@@ -49,6 +49,27 @@ with interruptible(lambda: "3 of 4 are saved"):
     )
 
 
+def test_a_forked_child_such_as_one_of_a_pool_says_nothing():
+    code = """
+import os, signal
+from prefopt_trl.data.processes import interruptible
+with interruptible(lambda: "3 of 4 are saved"):
+    if (child := os.fork()) == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+"""
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0 and "saved" not in ended.stderr
+
+
+def test_a_checkpoint_of_an_earlier_run_is_not_what_is_trained(tmp_path):
+    state = tmp_path / "checkpoint-500" / "trainer_state.json"
+    state.parent.mkdir()
+    state.write_text("{}")
+    assert "checkpoint-500 is saved" in processes.what_is_trained(tmp_path)
+    assert "before the first checkpoint" in processes.what_is_trained(tmp_path, before=["checkpoint-500"])
+
+
 def test_a_handler_of_the_callers_is_left_in_place():
     received = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))

@@ -127,6 +127,21 @@ def test_a_head_that_does_more_is_found_out_and_its_logits_are_read(caplog):
     assert [record.getMessage()[:45] for record in caplog.records] == ["All logits of llama are computed for its log-"]
 
 
+def test_a_head_that_is_nearly_right_in_half_precision_is_found_out(caplog):
+    """By less than what a packed row may differ by, of which every token of a completion has as much."""
+    model = large("llama", torch.bfloat16)
+    original = model.forward
+
+    def scaled(*args, **kwargs):
+        outputs = original(*args, **kwargs)
+        outputs.logits = outputs.logits.float() * 1.01
+        return outputs
+
+    ids, labels = rows()
+    module.label_statistics(model, scaled, labels, input_ids=ids)
+    assert "All logits of llama" in caplog.text
+
+
 def test_rows_without_labels_still_have_a_backward_pass():
     model = large("llama")
     ids, _ = rows()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -602,3 +603,19 @@ def test_each_of_several_processes_has_a_policy_of_its_own_to_sample_from(proces
     RSOTrainer._reference_policy("path/to/a-model", None, stand_in, None)
     # Without `device_map`, TRL spreads the model over all devices that a process sees
     assert seen == {"trust_remote_code": False, **given}
+
+
+@pytest.mark.parametrize("trainer_class", [RSOTrainer, PROTrainer])
+def test_pairs_without_a_prompt_are_refused_and_equal_tokens_counted(
+    trainer_class, make, policy_dir, tmp_path, caplog
+):
+    question = {"question": ["What?"], "chosen": ["Yes."], "rejected": ["No."]}  # a misspelled `prompt`
+    with pytest.raises(ValueError, match="Row 0 of the train dataset has no prompt; its columns are .*question"):
+        make(trainer_class, dataset(question))
+    thinking = AutoTokenizer.from_pretrained(policy_dir)
+    thinking.chat_template = thinking.chat_template.replace("['content']", "['content'].split('</think>')[-1]")
+    says = [[{"role": "assistant", "content": f"{thought}</think>Yes"}] for thought in ("good", "bad")]
+    pairs = {"prompt": [[{"role": "user", "content": "Why?"}]], "chosen": says[:1], "rejected": says[1:]}
+    thinking.save_pretrained(shutil.copytree(policy_dir, tmp_path / "thinking"))
+    make(trainer_class, dataset(pairs), model=str(tmp_path / "thinking"))
+    assert "1 of the first 1 rows of the train dataset have completions of different text and equal" in caplog.text

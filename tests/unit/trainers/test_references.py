@@ -288,3 +288,52 @@ def test_what_cannot_be_trained_is_refused_before_sampling(trainer_class, make, 
         assert not asked, message
     with pytest.raises(TypeError, match="`ref_model` is the path .* Load it"):
         make(trainer_class, PROMPTS, ref_model=str(adapter_dir), ranker=ranker, **SAMPLING)
+
+
+def beside(policy_dir: str, name: str) -> Any:
+    """LoRA whose base has trainable parameters too, so that no adapter holds all that moves."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(policy_dir), lora())
+    model.get_parameter(name).requires_grad = True
+    return {"model": model}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            lambda path: {"peft_config": lora(bias="all")},
+            "`bias='all'` of the adapter trains biases of the base model",
+        ),
+        (
+            lambda path: beside(path, "base_model.model.model.norm.weight"),
+            "1 parameters of the base model are trained",
+        ),
+        (
+            lambda path: (lambda m: {"model": m, "ref_model": m.get_base_model()})(trained(path, "LoKr")),
+            "is a part of",
+        ),
+    ],
+)
+def test_a_reference_that_would_move_is_refused(given, message, make, policy_dir):
+    with pytest.raises(ValueError, match=message):
+        make(ListwiseDPOTrainer, DATA[ListwiseDPOTrainer], **given(policy_dir))
+
+
+def test_trained_tokens_of_tied_embeddings_are_read_from_the_logits(make, policy_dir, tmp_path):
+    """Their rows of the head stand in a wrapper, which neither TRL's head nor ours reads."""
+    model = AutoModelForCausalLM.from_pretrained(policy_dir, tie_word_embeddings=True)
+    config = lora(trainable_token_indices=[5, 6, 7])
+    with pytest.raises(ValueError, match="`trainable_token_indices` trains rows of the LM head"):
+        make(RSOTrainer, DATA[RSOTrainer], model=model, peft_config=config)
+    model = AutoModelForCausalLM.from_pretrained(policy_dir, tie_word_embeddings=True)
+    trainer = make(ListwiseDPOTrainer, DATA[ListwiseDPOTrainer], model=model, peft_config=config)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter += 1.0
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    rows = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        found = trainer.model(**rows, labels=labels, label_statistics=True).log_probs.sum(dim=1)
+    torch.testing.assert_close(found, summed_logps(trainer.model, batch), rtol=1e-4, atol=1e-4)
