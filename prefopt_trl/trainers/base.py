@@ -164,6 +164,12 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
+        needs_adapter = self.has_reference and ref_model is None and isinstance(model, PeftModel)
+        if needs_adapter and "ref" not in self.model.peft_config:
+            raise ValueError(
+                "This PEFT takes no second adapter with `target_parameters`, to be the reference model. Install "
+                "peft>=0.20, or pass a `ref_model`."
+            )
         if copies and args.precompute_ref_log_probs:
             self.ref_model = None  # as TRL lets go of one that it has loaded
         require(self, ATTRIBUTES)
@@ -364,6 +370,7 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
             self._has_reference_adapter = "ref" in self.model.peft_config
             if self._has_reference_adapter:
                 copy_adapter(self.model)
+                self.model.set_adapter("default")  # before 0.20 PEFT freezes it beside an adapter that is not trained
         for wrapped in (self.model, self.ref_model):
             if wrapped is not None and (self.args.share_prefix or self.has_own_loss):
                 model: Any = self.accelerator.unwrap_model(wrapped)

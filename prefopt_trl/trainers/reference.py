@@ -21,6 +21,10 @@ from prefopt_trl.data.loading import is_lost
 SPLITTING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+def _init_of(config: Any) -> Any:
+    return getattr(config, "init_lora_weights", None)
+
+
 def check_policy(model: Any, ref_model: Any, peft_config: PeftConfig | None, has_reference: bool) -> None:
     """Refuse, before anything is sampled, a policy that could not be trained, or that has no reference model.
 
@@ -31,7 +35,7 @@ def check_policy(model: Any, ref_model: Any, peft_config: PeftConfig | None, has
             f"`ref_model` is the path {ref_model!r}. Load it, with `AutoModelForCausalLM.from_pretrained` or, for an "
             "adapter, `AutoPeftModelForCausalLM.from_pretrained`."
         )
-    init = getattr(peft_config, "init_lora_weights", None)
+    init = _init_of(peft_config)
     if has_reference and isinstance(init, str) and init.startswith(SPLITTING_INITS):
         raise ValueError(
             f"`init_lora_weights={init!r}` changes the base weights, so the model without the adapter is not the "
@@ -119,14 +123,12 @@ def adding_reference_adapter(model: Any) -> Iterator[None]:
     """While entered, TRL can add the adapter "ref" with the config of "default".
 
     An initialization such as PiSSA would change the base weights a second time; what "ref" begins with does not
-    matter, as it is copied over. And it is not trained, or AdaLoRA would refuse it.
+    matter, as it is copied over. AdaLoRA refuses a second adapter, unless that is not to be trained.
     """
     config: Any = model.peft_config["default"] if isinstance(model, PeftModel) else None
-    changes: dict[str, Any] = {}
-    if config is not None and not config.is_prompt_learning:  # whose encoders have fewer parts in inference
+    changes: dict[str, Any] = {"init_lora_weights": True} if isinstance(_init_of(config), str) else {}
+    if config is not None and config.peft_type == "ADALORA":
         changes["inference_mode"] = True
-        if isinstance(getattr(config, "init_lora_weights", None), str):
-            changes["init_lora_weights"] = True
     before = {name: getattr(config, name) for name in changes}
     try:
         for name, value in changes.items():

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import chisquare
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -275,15 +277,18 @@ def test_a_temperature_near_zero_is_greedy() -> None:
     assert completions == [[text] * 3 for text in expected]
 
 
+SINCE_5_23 = pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="fails in `generate`")
+
+
 @pytest.mark.parametrize("share_prefix", [True, False])
 @pytest.mark.parametrize(
     "option",
     [
         {"min_length": 4},
         {"no_repeat_ngram_size": 1},
-        {"encoder_repetition_penalty": 0.02},
+        pytest.param({"encoder_repetition_penalty": 0.02}, marks=SINCE_5_23),  # reached the first rows alone
         {"encoder_no_repeat_ngram_size": 1},
-        {"sequence_bias": [[[PAD, 11, 9], 9.0]]},
+        pytest.param({"sequence_bias": [[[PAD, 11, 9], 9.0]]}, marks=SINCE_5_23),  # refused token 0
         {"bad_words_ids": [[PAD, 11, 5]]},
         {"forced_bos_token_id": 6},
     ],

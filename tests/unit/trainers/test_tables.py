@@ -157,7 +157,7 @@ def test_every_tracker_receives_metrics_and_the_sampled_table(trackers, make):
     trainer.train()
     wandb.finish()
 
-    sampled = list(Dataset.load_from_disk(str(trackers / "sampled" / "train" / "pairs")).take(8))
+    sampled = Dataset.load_from_disk(str(trackers / "sampled" / "train" / "pairs")).to_list()[:8]
     assert len(sampled) == 6
     columns = ["prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "label_probability"]
     rows = [[0, *(row[name] for name in columns)] for row in sampled]
