@@ -143,9 +143,10 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
         examples = first_examples(train_dataset) if args.log_completions and not samples_while_training else None
         # TRL loads no reference model where its log-probabilities are precomputed, but for FSDP
         precomputes = args.precompute_ref_log_probs and os.environ.get("ACCELERATE_USE_FSDP") != "true"
-        copies = self.has_reference and ref_model is None and peft_config is None and not precomputes
-        if copies := copies and isinstance(model, PreTrainedModel):
-            ref_model = frozen_copy(model)
+        needs_model = self.has_reference and ref_model is None and peft_config is None and not precomputes
+        is_copied = False
+        if needs_model and isinstance(model, PreTrainedModel):  # TRL would load the model of its name
+            ref_model, is_copied = frozen_copy(model), True
         elif isinstance(ref_model, PeftModel):
             ref_model = ref_model.get_base_model()  # with the adapter in its layers, and a head that TRL can fuse
         construct = super().__init__ if self.has_reference else partial(_init_without_reference_model(model), self)
@@ -170,7 +171,7 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]
                 "This PEFT takes no second adapter with `target_parameters`, to be the reference model. Install "
                 "peft>=0.20, or pass a `ref_model`."
             )
-        if copies and args.precompute_ref_log_probs:
+        if is_copied and args.precompute_ref_log_probs:
             self.ref_model = None  # as TRL lets go of one that it has loaded
         require(self, ATTRIBUTES)
         if not self.has_reference and isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
