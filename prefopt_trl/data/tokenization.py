@@ -13,7 +13,7 @@ from prefopt_trl.data.formats import Completion, Prompt
 
 logger = logging.get_logger(__name__)
 
-_told: weakref.WeakSet[PreTrainedTokenizerBase] = weakref.WeakSet()  # whose template was said to leave out text
+_told: weakref.WeakSet[PreTrainedTokenizerBase] = weakref.WeakSet()  # whose template was said to write candidates alike
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -106,8 +106,8 @@ def merge_equal_in_training(
     """Replace each candidate by the first of its prompt that the chat template writes alike.
 
     Templates of thinking models leave out what stands before `</think>`. Candidates that differ only there have equal
-    tokens in training, so they are repeats. One logged line counts them. `rows` have
-    `prompt`, and perhaps `tools` and `chat_template_kwargs`.
+    tokens in training, so they are repeats. One logged line counts them. `rows` have `prompt`, and perhaps `tools` and
+    `chat_template_kwargs`.
     """
     template: Any = tokenizer.apply_chat_template
     merged, num_merged = [list(candidates) for candidates in completions], 0
