@@ -42,7 +42,6 @@ def interruptible(what_is_saved: Callable[[], str]) -> Iterator[None]:
 
     SIGTERM then ends the process as before. A handler of the caller's is left in place.
     """
-
     owner = os.getpid()
 
     def end(number: int, frame: Any) -> None:
@@ -51,8 +50,9 @@ def interruptible(what_is_saved: Callable[[], str]) -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 
-    handles = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if handles := handles and threading.current_thread() is threading.main_thread():  # no other may set a handler
+    is_main_thread = threading.current_thread() is threading.main_thread()  # no other may set a handler
+    handles = is_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if handles:
         signal.signal(signal.SIGTERM, end)
     try:
         yield

@@ -209,12 +209,14 @@ def check_tokens(dataset: Dataset, columns: list[str], name: str) -> None:
     for row, (ids, prompt) in enumerate(zip(rows["prompt_ids"], rows["prompt"], strict=True)):
         if not ids or ("prompt" not in columns and not prompt):
             raise _no_prompt(row, name, columns)
-    ids, texts = ("chosen_ids", "rejected_ids"), ("chosen", "rejected")
     if "completion_ids" in rows.column_names:
-        of_rows = zip(rows["completion_ids"], rows["completions"], strict=True)
+        all_ids, all_texts = rows["completion_ids"], rows["completions"]
     else:
-        of_rows = zip(*(zip(*(rows[column] for column in both), strict=True) for both in (ids, texts)), strict=True)
-    equal = sum(len(set(map(tuple, row_ids))) < len(set(map(repr, row_texts))) for row_ids, row_texts in of_rows)
+        all_ids = zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)
+        all_texts = zip(rows["chosen"], rows["rejected"], strict=True)
+    equal = sum(
+        len(set(map(tuple, ids))) < len(set(map(repr, texts))) for ids, texts in zip(all_ids, all_texts, strict=True)
+    )
     if equal:
         logger.warning(
             "%d of the first %d rows of the %s dataset have completions of different text and equal tokens, as when "

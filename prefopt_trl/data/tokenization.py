@@ -13,7 +13,7 @@ from prefopt_trl.data.formats import Completion, Prompt
 
 logger = logging.get_logger(__name__)
 
-_told: weakref.WeakSet[PreTrainedTokenizerBase] = weakref.WeakSet()  # whose template was said to write candidates alike
+_told: weakref.WeakSet[PreTrainedTokenizerBase] = weakref.WeakSet()  # of the line about equal candidates
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
