@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from prefopt_trl.data.quiet import quiet_libraries
+from prefopt_trl.runtime.quiet import quiet_libraries
 
 if TYPE_CHECKING:  # `as` makes a name public for type checkers
     from prefopt_trl import losses as losses

@@ -239,7 +239,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def said(caplog: Any) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "prefopt_trl.data.hub"]
+    return [record.getMessage() for record in caplog.records if record.name == "prefopt_trl.runtime.hub"]
 
 
 def answer(content: Any, status: int = 200) -> Response:

@@ -1,3 +1,3 @@
-from prefopt_trl.data.quiet import quiet_libraries
+from prefopt_trl.runtime.quiet import quiet_libraries
 
 quiet_libraries()  # before a command imports them

@@ -13,7 +13,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from trl import ModelConfig
 
 from prefopt_trl.data.loading import check_name, is_lost
-from prefopt_trl.data.processes import checkpoints
+from prefopt_trl.runtime.processes import checkpoints
 
 ADAPTER_CONFIG = "adapter_config.json"
 

@@ -12,9 +12,9 @@ from prefopt_trl.cli.arguments import EvaluateConfig
 from prefopt_trl.cli.config_file import save_config
 from prefopt_trl.cli.models import load_ranker, load_tokenizer, model_to_run
 from prefopt_trl.data.loading import load_rows
-from prefopt_trl.data.processes import process_state
 from prefopt_trl.evaluation.policy import evaluate_policy
 from prefopt_trl.evaluation.report import as_percentage, table, with_error
+from prefopt_trl.runtime.processes import process_state
 
 
 def run(own: EvaluateConfig, model: ModelConfig) -> None:

@@ -61,7 +61,7 @@ def _run(arguments: Sequence[str]) -> None:
         return
     if options.seed < 0:
         parser.error(f"argument --seed: must be at least 0, got {options.seed}")
-    from prefopt_trl.cli.quickstart import run_quickstart  # after parsing: it imports torch
+    from prefopt_trl.quickstart.study import run_quickstart  # after parsing: it imports torch
 
     run_quickstart(options.output_dir, options.seed)
 

@@ -22,7 +22,7 @@ from prefopt_trl.cli.checks import is_function, look_beside_the_data, not_import
 from prefopt_trl.data.tokenization import check_vocabulary
 from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.rankers.function import FunctionRanker
-from prefopt_trl.rankers.models import is_reward_model
+from prefopt_trl.rankers.inference import is_reward_model
 from prefopt_trl.rankers.pairwise import PairwiseRanker
 from prefopt_trl.rankers.pointwise import RewardModelRanker
 

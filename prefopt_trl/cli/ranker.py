@@ -14,10 +14,10 @@ from prefopt_trl.cli.config_file import config_text
 from prefopt_trl.cli.models import model_to_train
 from prefopt_trl.cli.sft import SupervisedTrainer
 from prefopt_trl.cli.train import load_splits, rows_that_fit, train_and_save
-from prefopt_trl.data.weights import gathered
 from prefopt_trl.evaluation.policy import Estimate
 from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
 from prefopt_trl.rankers.publishing import ranker_card
+from prefopt_trl.runtime.weights import gathered
 
 # What the card says of the training
 HYPERPARAMETERS = ["learning_rate", "lr_scheduler_type", "max_length", "num_train_epochs", "optim", "seed"]

@@ -19,8 +19,8 @@ from prefopt_trl.cli.checks import check_arguments
 from prefopt_trl.cli.commands import COMMANDS
 from prefopt_trl.cli.config_file import launched_with
 from prefopt_trl.cli.parsing import fail, parse
-from prefopt_trl.data.hub import PushError
-from prefopt_trl.data.processes import checkpoints, is_main_process, last_checkpoint, what_is_trained
+from prefopt_trl.runtime.hub import PushError
+from prefopt_trl.runtime.processes import checkpoints, is_main_process, last_checkpoint, what_is_trained
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a scheduler sends

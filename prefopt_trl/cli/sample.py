@@ -11,7 +11,7 @@ from prefopt_trl.cli.config_file import save_config
 from prefopt_trl.cli.models import load_ranker, load_tokenizer, model_to_run, named
 from prefopt_trl.cli.train import keep_given, prompts_that_fit, require_columns
 from prefopt_trl.data.loading import load_rows
-from prefopt_trl.data.processes import process_state
+from prefopt_trl.runtime.processes import process_state
 from prefopt_trl.sampling.card import push_preference_dataset
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 

@@ -10,8 +10,8 @@ from prefopt_trl.cli.arguments import TrainingData
 from prefopt_trl.cli.config_file import config_text
 from prefopt_trl.cli.models import model_to_train
 from prefopt_trl.cli.train import load_splits, require_columns, train_and_save
-from prefopt_trl.data.markdown import name as as_code
-from prefopt_trl.data.markdown import public_name
+from prefopt_trl.runtime.cards import name as as_code
+from prefopt_trl.runtime.cards import public_name
 from prefopt_trl.trainers.publishing import Published, check_repository
 
 

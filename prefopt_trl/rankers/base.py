@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from prefopt_trl.data.formats import Completion, Prompt, check_completions, check_format, check_list, wrap_completion
-from prefopt_trl.data.processes import process_state
-from prefopt_trl.data.weights import gathered, model_of
+from prefopt_trl.runtime.processes import process_state
+from prefopt_trl.runtime.weights import gathered, model_of
 
 
 class Ranker(ABC):

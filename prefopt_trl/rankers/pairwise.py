@@ -14,14 +14,22 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt_trl.data.fingerprints import function_fingerprint
 from prefopt_trl.data.formats import Completion, Prompt, check_columns, completion_text, normalize_pairs, prompt_text
 from prefopt_trl.data.tokenization import decoder_start_token_id
 from prefopt_trl.rankers.base import Ranker, check_inputs, check_probabilities, check_rewards, logit
-from prefopt_trl.rankers.comparisons import Texts, Tokens, split_answers
-from prefopt_trl.rankers.models import RankingModel
+from prefopt_trl.rankers.inference import RankingModel
 from prefopt_trl.rankers.publishing import PublishedModel
-from prefopt_trl.rankers.templates import ANSWER_CUE, ANSWERS, TEMPLATES, Template, resolve_template
+from prefopt_trl.rankers.templates import (
+    ANSWER_CUE,
+    ANSWERS,
+    TEMPLATES,
+    Template,
+    Texts,
+    Tokens,
+    resolve_template,
+    split_answers,
+)
+from prefopt_trl.runtime.settings import function_fingerprint
 from prefopt_trl.shared_prefix.continuation import WholeRows
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from prefopt_trl.data.hub import push_folder
-from prefopt_trl.data.markdown import name, public_name, settings_table
-from prefopt_trl.rankers.models import RankingModel
+from prefopt_trl.rankers.inference import RankingModel
+from prefopt_trl.runtime.cards import name, public_name, settings_table
+from prefopt_trl.runtime.hub import push_folder
 
 
 class PublishedModel(ABC):

@@ -9,9 +9,9 @@ from typing import Any
 from datasets import Dataset
 from huggingface_hub import DatasetCardData
 
-from prefopt_trl.data.fingerprints import dataset_fingerprint
-from prefopt_trl.data.hub import push_folder
-from prefopt_trl.data.markdown import name, settings_table, table
+from prefopt_trl.runtime.cards import name, settings_table, table
+from prefopt_trl.runtime.hub import push_folder
+from prefopt_trl.runtime.settings import dataset_fingerprint
 from prefopt_trl.sampling.statistics import QUANTILES, SamplingStatistics
 
 PUSHED = ["README.md", "manifest.json", "statistics.json", "statistics.png"]

@@ -19,8 +19,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from prefopt_trl.data.collators import DataCollatorForRanking
 from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
 from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training, tokenize_completions
-from prefopt_trl.data.weights import gathered, model_of
 from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
+from prefopt_trl.runtime.weights import gathered, model_of
 from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
 from prefopt_trl.sampling.prompts import check_prompts_fit, tokenize_prompts
 from prefopt_trl.sampling.selection import (

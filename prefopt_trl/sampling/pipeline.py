@@ -14,17 +14,17 @@ from datasets import Dataset, Value
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt_trl.data.fingerprints import dataset_fingerprint, model_fingerprint, template_date, tokenizer_fingerprint
 from prefopt_trl.data.formats import Prompt, check_columns, check_prompts, normalize_pairs
 from prefopt_trl.data.jsonl import check_candidates, read_jsonl
-from prefopt_trl.data.processes import interruptible, process_state
 from prefopt_trl.data.tokenization import chat_options, check_vocabulary
-from prefopt_trl.data.weights import gathered, model_of
 from prefopt_trl.rankers.base import Ranker, check_ranker
+from prefopt_trl.runtime.processes import interruptible, process_state
+from prefopt_trl.runtime.settings import dataset_fingerprint, model_fingerprint, template_date, tokenizer_fingerprint
+from prefopt_trl.runtime.weights import gathered, model_of
 from prefopt_trl.sampling.card import dataset_card
 from prefopt_trl.sampling.generation import check_sampling, eos_token_ids, generation_options, sizes_of_batch
+from prefopt_trl.sampling.logps import pair_logps
 from prefopt_trl.sampling.prompts import check_positions, check_prompts_fit, tokenize_prompts
-from prefopt_trl.sampling.reference import pair_logps
 from prefopt_trl.sampling.selection import RANKING, STRATEGIES, check_selection
 from prefopt_trl.sampling.shards import Rows, Shards, sample_rows
 from prefopt_trl.sampling.statistics import plot_statistics, summarise

@@ -12,8 +12,8 @@ from prefopt_trl.data.formats import wrap_completion
 from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.sampling.generation import sample_candidates
+from prefopt_trl.sampling.logps import sampled_logps
 from prefopt_trl.sampling.prompts import tokenize_prompts
-from prefopt_trl.sampling.reference import sampled_logps
 from prefopt_trl.sampling.selection import OWN_COLUMNS, RANKING, SelectedPrompt, preference_rows, select_and_pair
 from prefopt_trl.sampling.store import SampleStore
 

@@ -36,9 +36,9 @@ from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
 from prefopt_trl.shared_prefix.forward import add_shared_prefix
 from prefopt_trl.trainers.base_config import PreferenceConfig
-from prefopt_trl.trainers.checkpoints import Resumable, check_model
+from prefopt_trl.trainers.callbacks import LogPreferencesCallback, first_examples
 from prefopt_trl.trainers.model_card import TrainingData
-from prefopt_trl.trainers.preferences import (
+from prefopt_trl.trainers.prepare import (
     are_prompts,
     check_prompts,
     check_text,
@@ -47,7 +47,7 @@ from prefopt_trl.trainers.preferences import (
 )
 from prefopt_trl.trainers.publishing import Published, check_repository
 from prefopt_trl.trainers.reference import adding_reference_adapter, check_policy, copy_adapter, frozen_copy
-from prefopt_trl.trainers.tables import LogPreferencesCallback, first_examples
+from prefopt_trl.trainers.resuming import Resumable, check_model
 from prefopt_trl.trainers.upstream import ATTRIBUTES, FUNCTIONS, METHODS, require
 
 create_model_from_path, get_config_model_id, use_adapter = require(utils, FUNCTIONS)

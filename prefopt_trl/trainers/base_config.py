@@ -7,7 +7,7 @@ from trl import DPOConfig
 
 from prefopt_trl.sampling.selection import PAIRINGS, RANKING, STRATEGIES
 from prefopt_trl.trainers.arguments import TRL_LOSS_ARGUMENTS, is_number, is_one_of, refuse
-from prefopt_trl.trainers.tables import TABLE_TRACKERS
+from prefopt_trl.trainers.callbacks import TABLE_TRACKERS
 
 
 @dataclass

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from prefopt_trl.data.formats import wrap_completion
 from prefopt_trl.data.tokenization import chat_options, tokenize_completions
-from prefopt_trl.data.weights import gathered, model_of
 from prefopt_trl.rankers.base import Ranker, check_rewards
+from prefopt_trl.runtime.weights import gathered, model_of
 from prefopt_trl.sampling.generation import sample_candidates
 from prefopt_trl.sampling.prompts import tokenize_prompts
 

@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from transformers import ProcessorMixin
 
-from prefopt_trl.data.markdown import code, name, public_name, settings_table, table
-from prefopt_trl.data.weights import gathered, model_of
+from prefopt_trl.runtime.cards import code, name, public_name, settings_table, table
+from prefopt_trl.runtime.weights import gathered, model_of
 from prefopt_trl.sampling.card import counts_table, how_sampled, read_sampled
 from prefopt_trl.trainers.base_config import PreferenceConfig, RankingConfig
-from prefopt_trl.trainers.checkpoints import as_written
+from prefopt_trl.trainers.resuming import as_written
 
 # Beside those of the method itself
 HYPERPARAMETERS = [

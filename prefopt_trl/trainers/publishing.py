@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from prefopt_trl.data.hub import PushError, push_folder, push_in_background, reserve_repository
+from prefopt_trl.runtime.hub import PushError, push_folder, push_in_background, reserve_repository
 from prefopt_trl.trainers.model_card import TrainingData, model_card
 
 # Of `output_dir`: checkpoints, what was sampled (a dataset of its own), and pickled arguments, which hold the token

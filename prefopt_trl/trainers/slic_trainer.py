@@ -10,7 +10,7 @@ from prefopt_trl import losses
 from prefopt_trl.data.formats import columns_of
 from prefopt_trl.sampling.selection import OWN_COLUMNS
 from prefopt_trl.trainers.completions import CompletionTrainer, ScoredCompletions
-from prefopt_trl.trainers.preferences import are_prompts
+from prefopt_trl.trainers.prepare import are_prompts
 from prefopt_trl.trainers.slic_config import SLiCConfig
 
 

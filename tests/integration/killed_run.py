@@ -21,7 +21,7 @@ import matplotlib.figure  # noqa: F401  here, so that no run spends its time on 
 from accelerate import PartialState
 from transformers import GenerationMixin
 
-from prefopt_trl.data.tiny import tiny_llama, train_tokenizer
+from prefopt_trl.quickstart.tiny import tiny_llama, train_tokenizer
 from prefopt_trl.rankers import PairwiseRanker
 from prefopt_trl.sampling import pipeline
 

@@ -6,7 +6,7 @@ import math
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefopt_trl.cli import quickstart
+from prefopt_trl.quickstart import study
 
 
 @pytest.fixture(scope="module")
@@ -14,15 +14,15 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
     with pytest.MonkeyPatch.context() as patch:
         sizes = {"num_prompts": 12, "num_eval_prompts": 24, "num_sft": 2000, "num_comparisons": 400}
-        patch.setattr(quickstart, "TASK", sizes)
-        patch.setattr(quickstart, "SFT", {**quickstart.SFT, "max_steps": 120, "per_device_train_batch_size": 32})
-        patch.setattr(quickstart, "RANKER", {**quickstart.RANKER, "max_steps": 4, "per_device_train_batch_size": 16})
-        patch.setattr(quickstart, "POLICY", {**quickstart.POLICY, "max_steps": 4, "per_device_train_batch_size": 8})
-        patch.setattr(quickstart, "NUM_CANDIDATES", 16)
-        fewer = {name: {**how, "num_samples": how["num_samples"] // 2} for name, how in quickstart.SAMPLED.items()}
-        patch.setattr(quickstart, "SAMPLED", fewer)
-        patch.setattr(quickstart, "CHECKPOINT_EVERY", 2)
-        quickstart.run_quickstart(str(folder), seed=1)
+        patch.setattr(study, "TASK", sizes)
+        patch.setattr(study, "SFT", {**study.SFT, "max_steps": 120, "per_device_train_batch_size": 32})
+        patch.setattr(study, "RANKER", {**study.RANKER, "max_steps": 4, "per_device_train_batch_size": 16})
+        patch.setattr(study, "POLICY", {**study.POLICY, "max_steps": 4, "per_device_train_batch_size": 8})
+        patch.setattr(study, "NUM_CANDIDATES", 16)
+        fewer = {name: {**how, "num_samples": how["num_samples"] // 2} for name, how in study.SAMPLED.items()}
+        patch.setattr(study, "SAMPLED", fewer)
+        patch.setattr(study, "CHECKPOINT_EVERY", 2)
+        study.run_quickstart(str(folder), seed=1)
     return folder
 
 
@@ -36,7 +36,7 @@ def test_everything_promised_is_written(folder):
 
 def test_results_hold_every_method_its_curve_and_the_seed(folder):
     results = json.loads((folder / "results.json").read_text())
-    assert set(results["results"]) == {"SFT policy", *quickstart.METHODS}
+    assert set(results["results"]) == {"SFT policy", *study.METHODS}
     assert results["seed"] == 1
     assert results["results"]["SFT policy"]["kl"] == {"mean": 0.0, "standard_error": 0.0}
     assert 0 <= results["ranker_accuracy"] <= 1
@@ -56,7 +56,7 @@ def test_report_prints_the_numbers_of_the_results(folder):
 
 def test_all_sampled_methods_used_the_same_candidates(folder):
     sampling = json.loads((folder / "results.json").read_text())["sampling"]
-    assert set(sampling) == set(quickstart.SAMPLED)
+    assert set(sampling) == set(study.SAMPLED)
     rso, *others = (made["reward_quantiles"] for made in sampling.values())
     assert all(other["candidates"] == rso["candidates"] for other in others)
     # The ranker of the short form has learned little: its rewards lie so close that beta 0.5 accepts nearly all

@@ -15,11 +15,13 @@ REPO_ROOT = Path(__file__).parents[2]
 
 # Lowest first. A file imports from lower floors and from its own package.
 FLOORS = [
-    {"losses", "data", "shared_prefix"},
+    {"losses", "runtime", "shared_prefix"},
+    {"data"},
     {"rankers"},
     {"sampling"},
     {"trainers", "evaluation"},
     {"prefopt_trl"},  # __init__.py, the public names
+    {"quickstart"},
     {"cli"},
 ]
 ALLOWED_LIBRARIES = {
@@ -143,7 +145,7 @@ def slow_commands(files: list[SourceFile]) -> Iterator[str]:
         for imported in file.imports:
             standard = imported.target.split(".")[0] in sys.stdlib_module_names
             # Both import the standard library alone
-            own = imported.target in ("prefopt_trl.__version__", "prefopt_trl.data.quiet.quiet_libraries")
+            own = imported.target in ("prefopt_trl.__version__", "prefopt_trl.runtime.quiet.quiet_libraries")
             if imported.eager and not standard and not own:
                 yield f"{file.path}:{imported.line} imports {imported.target} outside of a function"
 
@@ -179,7 +181,7 @@ LOSSES_INIT = SourceFile("prefopt_trl/losses/__init__.py", "from .pairwise impor
     [
         (upward_imports, "prefopt_trl/rankers/base.py", "from prefopt_trl.sampling.store import x"),
         (upward_imports, "prefopt_trl/rankers/base.py", "def f():\n    from ..sampling import store"),
-        (upward_imports, "prefopt_trl/data/formats.py", "from prefopt_trl import losses"),
+        (upward_imports, "prefopt_trl/data/formats.py", "from prefopt_trl import rankers"),
         (upward_imports, "prefopt_trl/trainers/base.py", "from prefopt_trl import RSOTrainer"),
         (homeless_files, "prefopt_trl/utils/text.py", ""),
         (homeless_files, "prefopt_trl/utils.py", ""),
@@ -192,7 +194,7 @@ LOSSES_INIT = SourceFile("prefopt_trl/losses/__init__.py", "from .pairwise impor
         (private_trl_names, "prefopt_trl/data/collators.py", "import trl\ntrl.trainer.utils.pad(x)"),
         (private_trl_names, "prefopt_trl/data/collators.py", "from trl import _compat"),
         (slow_commands, "prefopt_trl/cli/main.py", "if True:\n    import torch"),
-        (slow_commands, "prefopt_trl/cli/main.py", "from prefopt_trl.cli import quickstart"),
+        (slow_commands, "prefopt_trl/cli/main.py", "from prefopt_trl.quickstart import study"),
         (long_files, "prefopt_trl/trainers/rso_trainer.py", "\n" * 200),
         (long_files, "prefopt_trl/sampling/pipeline.py", "\n" * 450),
     ],
@@ -212,7 +214,7 @@ def test_a_rule_sees_what_breaks_it(rule: Rule, path: str, text: str) -> None:
         ("prefopt_trl/rankers/pairwise.py", "import trl\nfrom trl import SFTTrainer\ntrl.SFTConfig(x)"),
         ("prefopt_trl/cli/main.py", "import argparse\ndef main():\n    import torch\n    import prefopt_trl.losses"),
         ("prefopt_trl/cli/main.py", "from prefopt_trl import __version__"),
-        ("prefopt_trl/cli/quickstart.py", "import torch"),
+        ("prefopt_trl/quickstart/study.py", "import torch"),
         ("prefopt_trl/trainers/rso_trainer.py", "\n" * 199),
     ],
 )

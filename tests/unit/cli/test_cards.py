@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from prefopt_trl.data.hub import PushError
 from prefopt_trl.rankers import PairwiseRanker
 from prefopt_trl.rankers.templates import TEMPLATES
+from prefopt_trl.runtime.hub import PushError
 
 REPO = "my-org/my-model"
 LORA = ["--use_peft", "--lora_target_modules", "all-linear"]

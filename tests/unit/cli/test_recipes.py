@@ -10,7 +10,7 @@ from datasets import load_from_disk
 from transformers import AutoTokenizer
 
 from prefopt_trl.cli.parsing import parse
-from prefopt_trl.data.tiny import tiny_llama
+from prefopt_trl.quickstart.tiny import tiny_llama
 
 FOLDER = Path(__file__).parents[3] / "examples" / "recipes" / "llama-7b"
 COMMANDS = {path.stem: path.stem.split("_")[0] for path in FOLDER.glob("*.yaml")}

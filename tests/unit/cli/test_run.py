@@ -8,8 +8,8 @@ import pytest
 
 from prefopt_trl.cli import run
 from prefopt_trl.cli.main import main
-from prefopt_trl.data.hub import PushError
 from prefopt_trl.data.loading import load_rows
+from prefopt_trl.runtime.hub import PushError
 
 
 @pytest.fixture

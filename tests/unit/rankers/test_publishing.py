@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from prefopt_trl.data.hub import PushError
 from prefopt_trl.rankers import PairwiseRanker, RewardModelRanker
+from prefopt_trl.runtime.hub import PushError
 from tests.hub_server import Hub
 
 PROMPTS, FIRST, SECOND = ["What is 2 + 2?", "Why?"], ["It is 4.", "No."], ["It is 5.", "Because."]

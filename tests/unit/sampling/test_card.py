@@ -10,7 +10,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 from huggingface_hub import DatasetCard
 from huggingface_hub.utils import filter_repo_objects
 
-from prefopt_trl.data.hub import PushError
+from prefopt_trl.runtime.hub import PushError
 from prefopt_trl.sampling import card
 from prefopt_trl.sampling.card import dataset_card, push_preference_dataset, read_sampled
 from prefopt_trl.sampling.statistics import SamplingStatistics

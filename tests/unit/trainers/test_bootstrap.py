@@ -18,7 +18,7 @@ from prefopt_trl import FunctionRanker, PROConfig, PROTrainer
 from prefopt_trl.sampling.generation import sample_candidates
 from prefopt_trl.trainers import bootstrap
 from prefopt_trl.trainers.bootstrap import Bootstrap, PartSampler, re_rank
-from prefopt_trl.trainers.checkpoints import SETTINGS_FILE
+from prefopt_trl.trainers.resuming import SETTINGS_FILE
 
 WORDS = ["blue", "green and yellow and red", "wet", "seven", "a very long completion", "bb", "ccc", "dddd", "e"]
 

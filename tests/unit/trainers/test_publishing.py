@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 from trl import DPOTrainer
 
 from prefopt_trl import FunctionRanker, PROTrainer, RSOTrainer, SLiCTrainer
-from prefopt_trl.data.hub import PushError
+from prefopt_trl.runtime.hub import PushError
 from tests.hub_server import TOKEN, Hub, contents, said
 
 REPO = "my-org/my-model"

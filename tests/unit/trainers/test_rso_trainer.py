@@ -209,7 +209,7 @@ def test_every_sampling_setting_arrives(prompts, policy_dir, tmp_path, monkeypat
         received.update(settings, dataset=dataset, policy=policy, tokenizer=tokenizer, ranker=ranker)
         return Dataset.from_dict(PAIRS)
 
-    monkeypatch.setattr("prefopt_trl.trainers.preferences.build_preference_dataset", record)
+    monkeypatch.setattr("prefopt_trl.trainers.prepare.build_preference_dataset", record)
     given = {
         "strategy": "top-k",
         "num_candidates": 7,

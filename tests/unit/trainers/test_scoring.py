@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 
 from prefopt_trl import FunctionRanker, PairwiseRanker
-from prefopt_trl.trainers import scoring
+from prefopt_trl.trainers import prepare
 from prefopt_trl.trainers.pro_trainer import PROTrainer
 
 WORDS = [" So.", " No", " Because", " it is", " yes, indeed"]
@@ -59,9 +59,9 @@ def run_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
             barrier.wait()
             return everything
 
-        monkeypatch.setattr(scoring, "process_state", lambda: here.state)
-        monkeypatch.setattr(scoring, "gather_object", lambda own: list(chain(*exchange(own))))
-        monkeypatch.setattr(scoring, "broadcast_object_list", lambda own: exchange(own)[0])
+        monkeypatch.setattr(prepare, "process_state", lambda: here.state)
+        monkeypatch.setattr(prepare, "gather_object", lambda own: list(chain(*exchange(own))))
+        monkeypatch.setattr(prepare, "broadcast_object_list", lambda own: exchange(own)[0])
 
         def process(index: int) -> None:
             here.state = SimpleNamespace(process_index=index, num_processes=num_processes, is_main_process=index == 0)
@@ -84,7 +84,7 @@ def run_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 7])  # more than rows
 def test_each_process_scores_its_share_and_has_all_rewards(num_processes, run_processes, tmp_path):
     asked = [Asked() for _ in range(num_processes)]
-    found = run_processes(lambda n: scoring.score_or_read(ROWS, "train", ranker(asked[n]), tmp_path), num_processes)
+    found = run_processes(lambda n: prepare.score_or_read(ROWS, "train", ranker(asked[n]), tmp_path), num_processes)
     assert found == [LENGTHS] * num_processes
     shares = [one.prompts for one in asked]
     assert list(chain(*shares)) == ROWS["prompt"][:]
@@ -95,9 +95,9 @@ def test_each_process_scores_its_share_and_has_all_rewards(num_processes, run_pr
 
 def test_a_baseline_is_the_same_in_every_share(run_processes, tiny_llama_dir, tmp_path):
     rankers = [PairwiseRanker(tiny_llama_dir) for _ in range(3)]
-    alone = scoring.score_or_read(ROWS, "train", rankers[0], tmp_path / "alone")
+    alone = prepare.score_or_read(ROWS, "train", rankers[0], tmp_path / "alone")
     assert [0.0 in row for row in alone] == [True] * 5 and len({reward for row in alone for reward in row}) > 5
-    for found in run_processes(lambda n: scoring.score_or_read(ROWS, "train", rankers[n], tmp_path / "many"), 3):
+    for found in run_processes(lambda n: prepare.score_or_read(ROWS, "train", rankers[n], tmp_path / "many"), 3):
         for row, expected in zip(found, alone, strict=True):
             assert row == pytest.approx(expected, abs=1e-4)
 
@@ -107,7 +107,7 @@ def test_the_main_process_alone_reads_and_writes(run_processes, tmp_path):
 
     def score(asked):
         return run_processes(
-            lambda n: scoring.score_or_read(ROWS, "train", ranker(asked[n]), tmp_path / f"machine-{n}"), 2
+            lambda n: prepare.score_or_read(ROWS, "train", ranker(asked[n]), tmp_path / f"machine-{n}"), 2
         )
 
     assert score([Asked(), Asked()]) == [LENGTHS] * 2
@@ -121,7 +121,7 @@ def test_an_error_names_the_row_of_the_dataset(run_processes, tmp_path):
     def nan_for_the_last(prompts, completions, **kwargs):
         return [float("nan") if prompt == "A" else 1.0 for prompt in prompts]
 
-    _, error = run_processes(lambda n: scoring.score_or_read(ROWS, "train", ranker(nan_for_the_last), tmp_path), 2)
+    _, error = run_processes(lambda n: prepare.score_or_read(ROWS, "train", ranker(nan_for_the_last), tmp_path), 2)
     assert "nan for completion 0 of prompt row 2" in str(error)
     assert error.__notes__ == ["Row 0 of these 3 is row 2 of the train dataset."]
     assert not (tmp_path / "scored").exists()
@@ -130,7 +130,7 @@ def test_an_error_names_the_row_of_the_dataset(run_processes, tmp_path):
 @pytest.mark.parametrize("others", ["ranker", "completions"])
 def test_rewards_are_read_again_for_the_same_rows_and_ranker_only(others, tmp_path):
     def score(rows, function, version="1"):
-        return scoring.score_or_read(rows, "train", ranker(function, version), tmp_path)
+        return prepare.score_or_read(rows, "train", ranker(function, version), tmp_path)
 
     assert score(ROWS, Asked()) == LENGTHS
     same = Asked()
@@ -151,11 +151,11 @@ def test_a_trainer_that_starts_again_reads_the_rewards(make, caplog, tmp_path):
     assert sorted(file.name for file in (tmp_path / "scored").iterdir()) == ["eval_one.json", "train.json"]
     again = Asked()
     caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="prefopt_trl.trainers.scoring"):
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl.trainers.prepare"):
         read = make(PROTrainer, ROWS.remove_columns("source"), ranker=ranker(again), **given)
     assert again.prompts == []
     assert read.train_dataset["rewards"][:] == made.train_dataset["rewards"][:] == LENGTHS
-    assert [record.getMessage() for record in caplog.records if record.name == "prefopt_trl.trainers.scoring"] == [
+    assert [message for message in caplog.messages if message.startswith("Reusing")] == [
         f"Reusing the rewards of the {name} dataset in {tmp_path}/scored/{name}.json, made by the same ranker."
         for name in ("train", "eval_one")
     ]

@@ -102,8 +102,8 @@ def make(trainer_class, model_dir, tmp_path, **given):
             f"PreferenceTrainer._set_signature_columns_if_needed in {BASE}",
         ),
         # Of transformers' Trainer
-        (DPOTrainer._save_checkpoint, ["self", "model", "trial"], "Resumable in trainers/checkpoints.py"),
-        (DPOTrainer._get_output_dir, ["self", "trial"], "Resumable in trainers/checkpoints.py"),
+        (DPOTrainer._save_checkpoint, ["self", "model", "trial"], "Resumable in trainers/resuming.py"),
+        (DPOTrainer._get_output_dir, ["self", "trial"], "Resumable in trainers/resuming.py"),
         (DPOTrainer._push_from_checkpoint, ["self", "checkpoint_folder"], "Published in trainers/publishing.py"),
         (DPOTrainer._finish_current_push, ["self"], "Published in trainers/publishing.py"),
         (DPOTrainer.save_model, ["self", "output_dir", "_internal_call"], "Published in trainers/publishing.py"),
@@ -568,7 +568,7 @@ def test_what_is_used_of_other_objects():
     require(holds, "`TrainingArguments` has no `_setup_devices`", "prefopt_trl/cli/launch.py")
     state = getattr(fully_shard_state, "FSDPState", None)
     holds = hasattr(FSDPModule, "_get_fsdp_state") and hasattr(state, "_lazy_init")
-    require(holds, "FSDP2 has no `_get_fsdp_state()._lazy_init()`", "prefopt_trl/data/weights.py")
+    require(holds, "FSDP2 has no `_get_fsdp_state()._lazy_init()`", "prefopt_trl/runtime/weights.py")
     for method in ("_get_train_sampler", "_prepare_inputs"):
         require(hasattr(DPOTrainer, method), f"`Trainer` has no `{method}`", "prefopt_trl/trainers/pro_trainer.py")
 

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
 
-from prefopt_trl.data.markdown import table
+from prefopt_trl.runtime.cards import table
 
 TABLE_TRACKERS = ["tensorboard", "trackio", "wandb"]  # of `report_to`
 NUM_EXAMPLES = 8  # pairs or rankings of a table

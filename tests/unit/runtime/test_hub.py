@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from prefopt_trl.data.hub import PushError, push_folder, push_in_background, reserve_repository
+from prefopt_trl.runtime.hub import PushError, push_folder, push_in_background, reserve_repository
 from tests.hub_server import Hub, contents, said
 
 REPO = "my-org/my-model"

@@ -20,7 +20,7 @@ from transformers.integrations import TensorBoardCallback
 from wandb.proto.wandb_internal_pb2 import Record
 
 from prefopt_trl import FunctionRanker, ListwiseDPOTrainer, PROConfig, PROTrainer, RSOConfig, RSOTrainer
-from prefopt_trl.trainers.tables import LogPreferencesCallback, escape_markdown, first_examples, table_of
+from prefopt_trl.trainers.callbacks import LogPreferencesCallback, escape_markdown, first_examples, table_of
 
 PROMPTS = Dataset.from_dict({"prompt": ["The capital of France is", "Why?", "Mix"]})
 SAMPLING = {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6, "strategy": "sft"}
@@ -254,7 +254,7 @@ def test_rankings_sampled_while_training_have_the_rankers_rewards(how, make, tmp
 
 
 def test_other_processes_log_nothing(monkeypatch):
-    monkeypatch.setattr("prefopt_trl.trainers.tables.table_of", lambda examples: pytest.fail("a table was made"))
+    monkeypatch.setattr("prefopt_trl.trainers.callbacks.table_of", lambda examples: pytest.fail("a table was made"))
     callback = LogPreferencesCallback(SimpleNamespace(), [{"prompt": "p", "chosen": "c", "rejected": "r"}])
     callback.on_train_begin(SimpleNamespace(), SimpleNamespace(is_world_process_zero=False), SimpleNamespace())
 

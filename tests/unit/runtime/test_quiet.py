@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import prefopt_trl
-from prefopt_trl.data.quiet import ON_IMPORT, quiet_libraries
+from prefopt_trl.runtime.quiet import ON_IMPORT, quiet_libraries
 
 SCRIPT = """
 from prefopt_trl import RSOConfig, RSOTrainer

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from prefopt_trl.data import processes
+from prefopt_trl.runtime import processes
 
 
 @pytest.mark.parametrize(("started", "known"), [(None, 1), ("1", 1), ("2", 2), ("16", 16)])
@@ -39,7 +39,7 @@ def test_sigterm_says_it_and_ends_the_process_as_before(rank, said):
     code = f"""
 import os
 os.environ["RANK"] = "{rank}"
-from prefopt_trl.data.processes import interruptible
+from prefopt_trl.runtime.processes import interruptible
 with interruptible(lambda: "3 of 4 are saved"):
     os.kill(os.getpid(), 15)
 """
@@ -52,7 +52,7 @@ with interruptible(lambda: "3 of 4 are saved"):
 def test_a_forked_child_such_as_one_of_a_pool_says_nothing():
     code = """
 import os, signal
-from prefopt_trl.data.processes import interruptible
+from prefopt_trl.runtime.processes import interruptible
 with interruptible(lambda: "3 of 4 are saved"):
     if (child := os.fork()) == 0:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from prefopt_trl import FunctionRanker
-from prefopt_trl.data.weights import gathered, model_of
+from prefopt_trl.runtime.weights import gathered, model_of
 from prefopt_trl.shared_prefix.continuation import partition_reason
 
 

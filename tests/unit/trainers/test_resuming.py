@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOTrainer
 
 from prefopt_trl import ListwiseDPOTrainer, PROConfig, PROTrainer, RRHFTrainer, RSOConfig, RSOTrainer, SLiCTrainer
-from prefopt_trl.trainers.checkpoints import (
+from prefopt_trl.trainers.resuming import (
     GLOBAL_BATCH,
     SETTINGS_FILE,
     check_adapter,
@@ -32,7 +32,7 @@ PAIRS = Dataset.from_dict(
 
 
 def warnings(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "prefopt_trl.trainers.checkpoints"]
+    return [record.getMessage() for record in caplog.records if record.name == "prefopt_trl.trainers.resuming"]
 
 
 # Settings in, error out

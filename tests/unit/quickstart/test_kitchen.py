@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from prefopt_trl.data.controlled import (
+from prefopt_trl.quickstart.kitchen import (
     DISHES,
     HEAT,
     INGREDIENTS,

@@ -13,9 +13,9 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, T
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from prefopt_trl.data.fingerprints import dataset_fingerprint
-from prefopt_trl.data.processes import checkpoints, interruptible, last_checkpoint, what_is_trained
 from prefopt_trl.data.tokenization import check_vocabulary
+from prefopt_trl.runtime.processes import checkpoints, interruptible, last_checkpoint, what_is_trained
+from prefopt_trl.runtime.settings import dataset_fingerprint
 from prefopt_trl.trainers.rso_config import LOSS_NAMES
 
 logger = logging.getLogger(__name__)
