@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_f
 
 from prefopt_trl.data.formats import check_columns, normalize_pairs
 from prefopt_trl.data.hh_rlhf import HELPFUL, HUMAN_TURN, SUBSETS, load_hh_rlhf, split_transcripts
-from prefopt_trl.runtime.settings import cache_of_contents
+from prefopt_trl.runtime.fingerprints import cache_of_contents
 
 ROWS_SEED = 0  # of `num_rows`: every command takes the same rows, and fewer rows are among more
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `load_dataset` reads them as

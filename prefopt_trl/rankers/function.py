@@ -7,7 +7,7 @@ from typing import Any
 
 from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
 from prefopt_trl.rankers.base import PointwiseRanker
-from prefopt_trl.runtime.settings import function_fingerprint
+from prefopt_trl.runtime.fingerprints import function_fingerprint
 
 
 class FunctionRanker(PointwiseRanker):

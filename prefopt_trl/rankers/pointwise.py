@@ -14,7 +14,7 @@ from prefopt_trl.data.tokenization import num_appended_tokens, prompt_token_ids
 from prefopt_trl.rankers.base import PointwiseRanker
 from prefopt_trl.rankers.inference import RankingModel
 from prefopt_trl.rankers.publishing import PublishedModel
-from prefopt_trl.runtime.settings import template_date
+from prefopt_trl.runtime.fingerprints import template_date
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from datasets import Dataset
 from huggingface_hub import DatasetCardData
 
 from prefopt_trl.runtime.cards import name, settings_table, table
+from prefopt_trl.runtime.fingerprints import dataset_fingerprint
 from prefopt_trl.runtime.hub import push_folder
-from prefopt_trl.runtime.settings import dataset_fingerprint
 from prefopt_trl.sampling.statistics import QUANTILES, SamplingStatistics
 
 PUSHED = ["README.md", "manifest.json", "statistics.json", "statistics.png"]

@@ -18,8 +18,13 @@ from prefopt_trl.data.formats import Prompt, check_columns, check_prompts, norma
 from prefopt_trl.data.jsonl import check_candidates, read_jsonl
 from prefopt_trl.data.tokenization import chat_options, check_vocabulary
 from prefopt_trl.rankers.base import Ranker, check_ranker
+from prefopt_trl.runtime.fingerprints import (
+    dataset_fingerprint,
+    model_fingerprint,
+    template_date,
+    tokenizer_fingerprint,
+)
 from prefopt_trl.runtime.processes import interruptible, process_state
-from prefopt_trl.runtime.settings import dataset_fingerprint, model_fingerprint, template_date, tokenizer_fingerprint
 from prefopt_trl.runtime.weights import gathered, model_of
 from prefopt_trl.sampling.card import dataset_card
 from prefopt_trl.sampling.generation import check_sampling, eos_token_ids, generation_options, sizes_of_batch

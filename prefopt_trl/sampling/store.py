@@ -1,13 +1,10 @@
 """The folder of a sampled dataset: what is made so far, with which settings, and whether it is finished."""
 
-import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
-import shutil
-import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +13,8 @@ from typing import Any
 
 from datasets import Dataset, Features, load_from_disk
 from datasets.arrow_writer import ArrowWriter
+
+from prefopt_trl.runtime.settings import as_json, differences, read_json, remove, writing
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class SampleStore:
                 may be overwritten.
             TypeError: if a setting cannot be written as JSON.
         """
-        now = json.loads(json.dumps(settings))  # as they will be read back
+        now = as_json(settings)  # as they will be read back
         holds_results = self._holds_results()  # asked first: another process may be about to begin
         manifest = self._manifest()
         if manifest is None:
@@ -64,27 +63,27 @@ class SampleStore:
                     "were made. Choose another `output_dir`, or delete the folder."
                 )
             return False
-        differences = _differences(manifest["settings"], now)
+        changed = _lines(manifest["settings"], now)
         if manifest["finished"] and not (self.folder / "pairs").exists():
             raise ValueError(
                 f"{self.folder} says that it is finished, and `pairs` is not there. Delete the folder to make it "
                 "anew, or choose another `output_dir`."
             )
-        if differences and holds_results:
+        if changed and holds_results:
             raise ValueError(
                 f"{self.folder} holds a dataset sampled with other settings:\n  "
-                + "\n  ".join(differences)
+                + "\n  ".join(changed)
                 + "\nSet them as they were to reuse it, choose another `output_dir`, or delete the folder. "
                 f"To keep its candidates, pass {self._candidates_there()} as `prompts` with another "
                 "`output_dir`; without their column `rewards` they are scored again. (If `ranker.function` alone "
                 "differs and its rewards are the same, give `FunctionRanker` a `version`.)"
             )
-        return not differences and manifest["finished"]
+        return not changed and manifest["finished"]
 
     def begin(self, settings: dict[str, Any], prompts_per_shard: int, num_shards: int) -> None:
         """Write down the settings, unless they are there already; what follows is made with them."""
         manifest = self._manifest()
-        if manifest is None or _differences(manifest["settings"], json.loads(json.dumps(settings))):
+        if manifest is None or differences(manifest["settings"], as_json(settings)):
             self.write_json(
                 "manifest.json",
                 {
@@ -101,22 +100,22 @@ class SampleStore:
         Raises:
             RuntimeError: if it has not after half an hour.
         """
-        now = json.loads(json.dumps(settings))
+        now = as_json(settings)
         began = reminded = time.monotonic()
-        while (manifest := self._manifest()) is None or _differences(manifest["settings"], now):
-            differences = "\n  ".join(_differences(manifest["settings"], now)) if manifest else "there is none"
+        while (manifest := self._manifest()) is None or differences(manifest["settings"], now):
+            changed = "\n  ".join(_lines(manifest["settings"], now)) if manifest else "there is none"
             if time.monotonic() - reminded > REMINDER_SECONDS:
                 logger.warning(
                     "Waiting for the main process to write %s with the settings of this one:\n  %s",
                     self.folder / "manifest.json",
-                    differences,
+                    changed,
                 )
                 reminded = time.monotonic()
             if time.monotonic() - began > MANIFEST_SECONDS:
                 raise RuntimeError(
                     f"The main process wrote no manifest.json with the settings of this one to {self.folder} within "
                     f"{MANIFEST_SECONDS:g} seconds. `output_dir` must be on a file system that all processes see, and "
-                    f"all must be given the same arguments. What differs:\n  {differences}"
+                    f"all must be given the same arguments. What differs:\n  {changed}"
                 )
             time.sleep(POLL_SECONDS)
 
@@ -169,8 +168,8 @@ class SampleStore:
     def clear(self) -> None:
         """Remove what a finished dataset was made of, and what was left half written."""
         for path in self.folder.glob("*.partial"):
-            _remove(path)
-        _remove(self.shards)
+            remove(path)
+        remove(self.shards)
 
     # Shards
 
@@ -251,23 +250,12 @@ class SampleStore:
             OSError: if it cannot be written, for example to a full disk, saying what is saved. `path` is then as it
                 was.
         """
-        # A name of this process's own, should another run write here too
-        temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove(temporary)
-            yield temporary
-            for file in [temporary, *temporary.rglob("*")]:
-                _sync(file)
-            if path.is_dir():
-                _remove(path)  # a folder is not replaced
-            os.replace(temporary, path)
-            _sync(path.parent)
+            with writing(path) as temporary:
+                yield temporary
         except FileNotFoundError:  # of what is read to be written
-            _remove(temporary)
             raise
         except OSError as error:
-            _remove(temporary)
             raise OSError(
                 error.errno,
                 f"Could not write {path}: {error.strerror or error}. {self.saved()}, which is as it was before; once "
@@ -277,9 +265,9 @@ class SampleStore:
     def _manifest(self) -> dict[str, Any] | None:
         file = self.folder / "manifest.json"
         try:
-            manifest = json.loads(file.read_bytes())
-        except FileNotFoundError:
-            return None
+            manifest = read_json(file)
+            if manifest is None and not file.exists():
+                return None
         except ValueError:  # no JSON
             manifest = None
         if not isinstance(manifest, dict) or not {"finished", "settings"} <= manifest.keys():
@@ -297,32 +285,6 @@ class SampleStore:
         return f"`load_dataset('json', data_files='{self.shards}/*.candidates.jsonl', split='train')`"
 
 
-def _sync(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some file systems sync no folders
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif path.exists():  # on a read-only disk, to remove what is not there is an error too
-        path.unlink()
-
-
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """One line per setting that differs, nested settings by their dotted name."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(before.keys() | now.keys())
-        return [
-            line
-            for key in keys
-            for line in _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-        ]
-    return [] if before == now else [f"{name}: {before!r} there, {now!r} now"]
+def _lines(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One line per setting that differs."""
+    return [f"{name}: {old!r} there, {new!r} now" for name, (old, new) in differences(before, now).items()]

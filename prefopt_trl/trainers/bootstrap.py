@@ -1,8 +1,6 @@
 """Self-bootstrapping (PRO Algorithm 1): the policy's own samples join the rankings that it learns from."""
 
-import json
 import logging
-import os
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -19,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from prefopt_trl.data.formats import wrap_completion
 from prefopt_trl.data.tokenization import chat_options, tokenize_completions
 from prefopt_trl.rankers.base import Ranker, check_rewards
+from prefopt_trl.runtime.settings import as_json, differences, read_json, write_json
 from prefopt_trl.runtime.weights import gathered, model_of
 from prefopt_trl.sampling.generation import sample_candidates
 from prefopt_trl.sampling.prompts import tokenize_prompts
@@ -60,7 +59,7 @@ class Bootstrap(TrainerCallback):
         with gathered(model_of(ranker)):
             ranker_settings = ranker.settings()
         settings = {"bootstrap_parts": num_parts, "seed": seed, **generation, "ranker": ranker_settings}
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = as_json(settings)
         order = np.random.default_rng(seed).permutation(len(dataset))
         self.parts = np.array_split(order, num_parts)
         self.starts = np.cumsum([0, *map(len, self.parts)])  # places at which the parts begin in an epoch
@@ -119,7 +118,7 @@ class Bootstrap(TrainerCallback):
             by_row = {ranking["row"]: ranking for ranking in sampled}
             saved[0] = [by_row[row] for row in self.parts[part].tolist()]
             if accelerator.is_main_process:
-                self._write(file, {"global_step": global_step, "settings": self.settings, "rankings": saved[0]})
+                write_json(file, {"global_step": global_step, "settings": self.settings, "rankings": saved[0]})
         for ranking in saved[0] or []:
             prompt, completions = ranking["prompt"], ranking["completions"]
             options = chat_options(self.dataset[ranking["row"]])
@@ -148,20 +147,19 @@ class Bootstrap(TrainerCallback):
 
     def _read(self, file: Path, part: int) -> list[dict[str, Any]] | None:
         """Rankings of a part that was sampled before the checkpoint this run resumes from, or None."""
-        if not file.exists():
+        content = read_json(file)
+        if content is None or content["global_step"] >= self.resumed_at:
             return None
-        content = json.loads(file.read_text())
-        if content["global_step"] >= self.resumed_at:
-            return None
-        other = [name for name, value in self.settings.items() if content["settings"].get(name) != value]
+        saved = {name: content["settings"].get(name) for name in self.settings}
+        other = {name.split(".")[0] for name in differences(saved, self.settings)}
         if "ranker" in other:
             # Not refused: what a function is made of, such as a cache of its own, may differ where its rewards do not
             logger.warning("%s was scored by a ranker with other settings. Its rewards are kept.", file)
-            other.remove("ranker")
+            other.discard("ranker")
         if other:
+            others = " and another ".join(f"`{name}`" for name in sorted(other))
             raise ValueError(
-                f"{file} was sampled with another {' and another '.join(f'`{name}`' for name in other)}. Resume with "
-                "the settings of the run that was interrupted."
+                f"{file} was sampled with another {others}. Resume with the settings of the run that was interrupted."
             )
         prompts = {ranking["row"]: ranking["prompt"] for ranking in content["rankings"]}
         if prompts != {int(row): self.dataset[int(row)]["prompt"] for row in self.parts[part]}:
@@ -169,12 +167,6 @@ class Bootstrap(TrainerCallback):
                 f"{file} was sampled for other prompts. Resume with the dataset of the run that was interrupted."
             )
         return content["rankings"]
-
-    def _write(self, file: Path, content: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".partial")
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, file)
 
 
 def re_rank(completions: list[Any], rewards: np.ndarray) -> dict[str, list[Any]]:

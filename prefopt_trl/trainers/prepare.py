@@ -1,7 +1,6 @@
 """From the dataset a user has to what a trainer learns from: prompts are sampled, completions scored."""
 
 import gc
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -16,12 +15,12 @@ from prefopt_trl.data.formats import columns_of, number_rows
 from prefopt_trl.data.rankings import pairs_to_rankings
 from prefopt_trl.data.tokenization import chat_options
 from prefopt_trl.rankers.base import Ranker, check_rewards
+from prefopt_trl.runtime.fingerprints import dataset_fingerprint
 from prefopt_trl.runtime.processes import process_state
-from prefopt_trl.runtime.settings import dataset_fingerprint
+from prefopt_trl.runtime.settings import as_json, read_json, write_json
 from prefopt_trl.runtime.weights import gathered, model_of
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.sampling.prompts import check_prompts_fit, tokenize_prompts
-from prefopt_trl.sampling.store import SampleStore
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
@@ -221,24 +220,23 @@ def score_or_read(dataset: Dataset, name: str, ranker: Ranker, output_dir: str |
     The file is `<output_dir>/scored/<split name>.json`, which the main process alone reads and writes. Call it on all
     processes: each gets the rewards of all rows, and raises the errors of [`check_rewards`] for its share.
     """
-    process, store = process_state(), SampleStore(Path(output_dir) / "scored")
+    process, file = process_state(), Path(output_dir) / "scored" / f"{name}.json"
     rows = dataset.select_columns(["prompt", "completions"]).with_format(None)
     with gathered(model_of(ranker)):  # by all processes
-        settings = json.loads(json.dumps({"rows": dataset_fingerprint(rows), "ranker": ranker.settings()}))
-        file = store.folder / f"{name}.json"
+        settings = as_json({"rows": dataset_fingerprint(rows), "ranker": ranker.settings()})
         saved = broadcast_object_list([_read(file, settings) if process.is_main_process else None])[0]
         if saved is None:
             start, end = (len(rows) * (process.process_index + n) // process.num_processes for n in (0, 1))
             rewards = gather_object(_score(rows.select(range(start, end)), start, name, ranker))
     if process.is_main_process and saved is None:
-        store.write_json(file.name, {"settings": settings, "rewards": rewards})
+        write_json(file, {"settings": settings, "rewards": rewards})
     elif process.is_main_process:
         logger.warning("Reusing the rewards of the %s dataset in %s, made by the same ranker.", name, file)
     return rewards if saved is None else saved
 
 
 def _read(file: Path, settings: dict[str, Any]) -> list[list[float]] | None:
-    content = json.loads(file.read_bytes()) if file.exists() else {}
+    content = read_json(file) or {}
     return content["rewards"] if content.get("settings") == settings else None
 
 

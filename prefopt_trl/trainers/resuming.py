@@ -1,6 +1,5 @@
 """What a run starts from must belong together: model and tokenizer, adapter and base, checkpoint and settings."""
 
-import json
 import logging
 from dataclasses import fields
 from functools import partial
@@ -14,8 +13,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefopt_trl.data.tokenization import check_vocabulary
+from prefopt_trl.runtime.fingerprints import dataset_fingerprint
 from prefopt_trl.runtime.processes import checkpoints, interruptible, last_checkpoint, what_is_trained
-from prefopt_trl.runtime.settings import dataset_fingerprint
+from prefopt_trl.runtime.settings import as_json, read_json, write_json
 from prefopt_trl.trainers.rso_config import LOSS_NAMES
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def training_settings(method: str, args: TrainingArguments, samples: bool = True
         GLOBAL_BATCH: args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         **{name: values[name] for name in sorted(names & values.keys())},
     }
-    return json.loads(json.dumps(settings, default=str))
+    return as_json(settings, default=str)
 
 
 def adapter_settings(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def adapter_settings(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
         for name, value in config.items()
         if name not in NOT_OF_THE_ADAPTER and isinstance(value, str | int | float | list | tuple | set | dict | None)
     }
-    return json.loads(json.dumps(settings, default=str))
+    return as_json(settings, default=str)
 
 
 def data_fingerprint(dataset: Any, columns: set[str]) -> str | None:
@@ -183,9 +183,7 @@ def data_fingerprint(dataset: Any, columns: set[str]) -> str | None:
 
 def save_settings(checkpoint: str | Path, settings: dict[str, Any]) -> None:
     """Write the settings into the folder of a checkpoint, which need not be there yet."""
-    Path(checkpoint).mkdir(parents=True, exist_ok=True)
-    text = json.dumps(settings, indent=2) + "\n"
-    (Path(checkpoint) / SETTINGS_FILE).write_text(text, encoding="utf-8")
+    write_json(Path(checkpoint) / SETTINGS_FILE, settings)
 
 
 def check_settings(checkpoint: str | Path, settings: dict[str, Any]) -> None:
@@ -195,7 +193,8 @@ def check_settings(checkpoint: str | Path, settings: dict[str, Any]) -> None:
     another length.
     """
     file = Path(checkpoint) / SETTINGS_FILE
-    if not file.exists():
+    saved = read_json(file)
+    if saved is None:
         logger.warning(
             "%s has no %s, as when another trainer saved it. Whether it was trained with the settings of this run is "
             "not checked.",
@@ -203,7 +202,6 @@ def check_settings(checkpoint: str | Path, settings: dict[str, Any]) -> None:
             SETTINGS_FILE,
         )
         return
-    saved = json.loads(file.read_text(encoding="utf-8"))
     # Only what both have: another version may know of more
     changed = [name for name in saved if name in settings and saved[name] != settings[name]]
     method = settings.get("method", "")
@@ -243,9 +241,9 @@ def check_length(checkpoint: str | Path, args: TrainingArguments) -> None:
     One of the very end passes, as a finished run may be started again, and so does one without `trainer_state.json`.
     """
     file = Path(checkpoint) / TRAINER_STATE_NAME
-    if not file.exists():
+    state = read_json(file)
+    if state is None:
         return
-    state = json.loads(file.read_text(encoding="utf-8"))
     name, done = ("max_steps", state["global_step"]) if args.max_steps > 0 else ("num_train_epochs", state["epoch"])
     end = getattr(args, name)
     if done > end:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -277,7 +278,7 @@ def test_killed_again_and_again(build, undisturbed, tmp_path: Path, monkeypatch)
 
 def test_killed_while_the_shards_are_removed(build, undisturbed, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(store.shutil, "rmtree", failing(store.shutil.rmtree, 1, Crash()))
+        patch.setattr(shutil, "rmtree", failing(shutil.rmtree, 1, Crash()))
         with pytest.raises(Crash):
             build(tmp_path / "killed")
     assert len(contents(tmp_path / "killed")) == len(undisturbed) + 2 * NUM_SHARDS
