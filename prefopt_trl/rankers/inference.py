@@ -31,7 +31,7 @@ from prefopt_trl.shared_prefix.continuation import (
     reason_not_to_share_prefix,
     split_rows,
 )
-from prefopt_trl.shared_prefix.modes import evaluating
+from prefopt_trl.shared_prefix.support import evaluating
 
 # Texts share a beginning where that leaves at most so much of their tokens: attention in one piece is faster per token
 WORTH_SHARING = 0.8

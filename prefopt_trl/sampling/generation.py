@@ -28,8 +28,7 @@ from prefopt_trl.sampling.prompts import check_positions, tokenize_prompts
 from prefopt_trl.shared_prefix.attention import left_pad
 from prefopt_trl.shared_prefix.continuation import WholeRows, partition_reason, reason_not_to_share_prefix
 from prefopt_trl.shared_prefix.decoding import CountTokens, decode_shared_prefix, reason_not_to_decode
-from prefopt_trl.shared_prefix.modes import evaluating
-from prefopt_trl.shared_prefix.support import log_reason
+from prefopt_trl.shared_prefix.support import evaluating, log_reason
 
 logger = logging.get_logger(__name__)
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt_trl.data.formats import Completion, Prompt
 from prefopt_trl.data.tokenization import tokenize_completions
 from prefopt_trl.sampling.generation import Candidates
-from prefopt_trl.shared_prefix.modes import evaluating
 from prefopt_trl.shared_prefix.scoring import completion_logps
+from prefopt_trl.shared_prefix.support import evaluating
 
 PAIRS_AT_ONCE = 4
 

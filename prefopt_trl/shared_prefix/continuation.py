@@ -16,9 +16,8 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 
 from prefopt_trl.shared_prefix.attention import PrefixCache, attend_to_prefix, left_pad, with_cache, without_head
-from prefopt_trl.shared_prefix.modes import evaluating
 from prefopt_trl.shared_prefix.segments import Segments
-from prefopt_trl.shared_prefix.support import PROBE_TOLERANCE, architecture_reason, log_reason
+from prefopt_trl.shared_prefix.support import PROBE_TOLERANCE, architecture_reason, evaluating, log_reason
 
 # By how much logits of the head may differ by rounding, relatively: one that is wrong differs by tens of percent
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}

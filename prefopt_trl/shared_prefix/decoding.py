@@ -21,8 +21,7 @@ from transformers.generation import stopping_criteria as stopping
 from transformers.utils import ModelOutput
 
 from prefopt_trl.shared_prefix.attention import PrefixCache, attend_to_prefix, with_cache
-from prefopt_trl.shared_prefix.modes import evaluating
-from prefopt_trl.shared_prefix.support import architecture_reason, log_reason
+from prefopt_trl.shared_prefix.support import architecture_reason, evaluating, log_reason
 
 # Rows that have ended stay in the batch, as padding, until they are this share of it: leaving costs a copy of the rest
 DEAD_SHARE = 0.125

@@ -16,8 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prefopt_trl.shared_prefix.label_statistics import label_statistics
-from prefopt_trl.shared_prefix.packing import pack_rows, pair_groups
-from prefopt_trl.shared_prefix.scoring import is_right_padded
+from prefopt_trl.shared_prefix.packing import is_right_padded, pack_rows, pair_groups
 from prefopt_trl.shared_prefix.support import log_reason, packed_inputs, reason_not_to_pack, reason_not_to_share
 
 # What TRL passes for a batch of text; anything more (images, router logits) belongs to rows and cannot be packed

@@ -16,9 +16,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from prefopt_trl.shared_prefix.modes import evaluating
 from prefopt_trl.shared_prefix.packing import IGNORE_INDEX
-from prefopt_trl.shared_prefix.support import PROBE_TOLERANCE
+from prefopt_trl.shared_prefix.support import PROBE_TOLERANCE, evaluating
 
 logger = logging.getLogger(__name__)
 

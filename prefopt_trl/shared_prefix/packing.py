@@ -76,6 +76,11 @@ def pair_groups(num_rows: int, device: torch.device | str | None = None) -> torc
     return torch.arange(num_rows, device=device) % (num_rows // 2)
 
 
+def is_right_padded(attention_mask: torch.Tensor) -> bool:
+    """Whether no row of the mask has padding before a token."""
+    return bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+
+
 def pack_rows(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, group_ids: torch.Tensor
 ) -> PackedBatch:

@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from prefopt_trl.shared_prefix.packing import IGNORE_INDEX, pack_rows, pair_groups
+from prefopt_trl.shared_prefix.packing import IGNORE_INDEX, is_right_padded, pack_rows, pair_groups
 from prefopt_trl.shared_prefix.support import packed_inputs, reason_not_to_pack, reason_not_to_share
 
 
@@ -66,11 +66,6 @@ def completion_logps(
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         token_logps = _label_logps(logits[:, :-1], labels[:, 1:])
     return token_logps.sum(dim=1), counts
-
-
-def is_right_padded(attention_mask: torch.Tensor) -> bool:
-    """Whether no row of the mask has padding before a token."""
-    return bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
 
 
 def _label_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

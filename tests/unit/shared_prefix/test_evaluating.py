@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from prefopt_trl.shared_prefix.modes import evaluating
+from prefopt_trl.shared_prefix.support import evaluating
 
 
 def test_each_module_is_in_the_mode_it_was_in():
