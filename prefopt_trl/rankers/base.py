@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from prefopt_trl.data.formats import Completion, Prompt, check_completions, check_format, check_list, wrap_completion
 from prefopt_trl.runtime.processes import process_state
-from prefopt_trl.runtime.weights import gathered, model_of
+from prefopt_trl.runtime.weights import gathered
 
 
 class Ranker(ABC):
@@ -17,9 +18,18 @@ class Ranker(ABC):
     Derive from it to use a judge of your own. A prompt or a completion is a text or a list of messages, and what is
     returned is checked by [`check_probabilities`] and [`check_rewards`]. Where the ranker gives each completion a
     reward by itself, derive from [`PointwiseRanker`], which needs less.
+
+    Attributes:
+        model ([`~torch.nn.Module`] or `None`):
+            The model that the ranker runs, or None if it runs none. Set it in your `__init__`: weights that DeepSpeed
+            ZeRO-3 or FSDP2 has sharded are gathered before the ranker is called.
+        draws_baselines (`bool`):
+            Whether `score` without `baselines` compares the completions of a prompt to one of them, so that a reward
+            depends on the others.
     """
 
-    draws_baselines: bool = True  # whether a reward depends on the other completions, where no baseline is given
+    model: nn.Module | None = None
+    draws_baselines: bool = True
 
     @abstractmethod
     def compare(
@@ -119,7 +129,7 @@ class Ranker(ABC):
             groups = list(rows_of.values())
             grouped = [prompts[rows[0]] for rows in groups], [[completions[row] for row in rows] for rows in groups]
             given = None if baseline_column is None else [baselines[rows[0]] for rows in groups]
-            with gathered(model_of(self)):  # by all processes, as TRL calls it
+            with gathered(self.model):  # by all processes, as TRL calls it
                 scored = check_rewards(self.score(*grouped, given), *grouped, type(self).__name__)
             rewards = np.empty(len(prompts))
             for rows, of_prompt in zip(groups, scored, strict=True):

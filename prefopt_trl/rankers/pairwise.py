@@ -97,6 +97,7 @@ class PairwiseRanker(PublishedModel, Ranker):
     ) -> None:
         self.template = resolve_template(template)
         self.ranking_model = RankingModel(None, model, tokenizer, batch_size, max_length, share_prefix)
+        self.model = self.ranking_model.model
         self.answers_in_decoder = self.ranking_model.model.config.is_encoder_decoder
         if self.answers_in_decoder:
             self.ranking_model.share_prefix = False

@@ -70,7 +70,7 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
         self.ranking_model = RankingModel(
             AutoModelForSequenceClassification, model, tokenizer, batch_size, max_length, share_prefix
         )
-        self.tokenizer = self.ranking_model.tokenizer
+        self.model, self.tokenizer = self.ranking_model.model, self.ranking_model.tokenizer
         config = self.ranking_model.model.config
         if config.num_labels != 1:
             raise ValueError(

@@ -11,11 +11,6 @@ from torch import nn
 ENGINES = ("deepspeed.", "torch.distributed.fsdp.")
 
 
-def model_of(ranker: Any) -> nn.Module | None:
-    """The model that a ranker runs, or None for a ranker without one."""
-    return getattr(getattr(ranker, "ranking_model", None), "model", None)
-
-
 @contextmanager
 def gathered(*models: nn.Module | None) -> Iterator[None]:
     """Hold the whole weights of the models on every process: gathered once, and not for each token.

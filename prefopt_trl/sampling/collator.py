@@ -20,7 +20,7 @@ from prefopt_trl.data.collators import DataCollatorForRanking
 from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
 from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training, tokenize_completions
 from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
-from prefopt_trl.runtime.weights import gathered, model_of
+from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
 from prefopt_trl.sampling.prompts import check_prompts_fit, tokenize_prompts
 from prefopt_trl.sampling.selection import (
@@ -154,7 +154,7 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
         rows = [example.get("row") for example in examples]
         drawn = json.dumps([self.seed, self.epoch, rows, prompts]).encode()
         seed = int.from_bytes(hashlib.sha256(drawn).digest()[:4], "little")
-        with gathered(self.policy, model_of(self.ranker)):
+        with gathered(self.policy, self.ranker.model):
             return self._collate(self._prefer(examples, prompts, seed))
 
     def _prefer(self, examples: list[dict[str, Any]], prompts: list[Prompt], seed: int) -> list[dict[str, Any]]:

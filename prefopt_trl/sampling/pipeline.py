@@ -25,7 +25,7 @@ from prefopt_trl.runtime.fingerprints import (
     tokenizer_fingerprint,
 )
 from prefopt_trl.runtime.processes import interruptible, process_state
-from prefopt_trl.runtime.weights import gathered, model_of
+from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.sampling.card import dataset_card
 from prefopt_trl.sampling.generation import check_sampling, eos_token_ids, generation_options, sizes_of_batch
 from prefopt_trl.sampling.logps import pair_logps
@@ -196,7 +196,7 @@ def build_preference_dataset(
         raise ValueError(f"`seed` must be a whole number, at least 0, got {seed!r}.")
 
     selection = {"strategy": strategy, "num_samples": num_samples, "beta": beta, "pairing": pairing}
-    models: Any = (None if given and not keep_logps else policy, model_of(ranker))  # those that are run
+    models: Any = (None if given and not keep_logps else policy, ranker.model)  # those that are run
     store, process = SampleStore(output_dir), process_state()
     with gathered(*models), interruptible(lambda: f"Interrupted: {store.saved()}; the same call goes on from there."):
         if sharded := [model for model in models if model is not None and partition_reason(model)]:

@@ -18,7 +18,7 @@ from prefopt_trl.data.formats import wrap_completion
 from prefopt_trl.data.tokenization import chat_options, tokenize_completions
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.runtime.settings import as_json, differences, read_json, write_json
-from prefopt_trl.runtime.weights import gathered, model_of
+from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.sampling.generation import sample_candidates
 from prefopt_trl.sampling.prompts import tokenize_prompts
 
@@ -56,7 +56,7 @@ class Bootstrap(TrainerCallback):
         self.dataset, self.tokenizer, self.ranker = dataset, tokenizer, ranker
         self.folder, self.seed, self.generation = Path(folder), seed, generation
         # As they will be read back: what a run that is resumed must have in common with the interrupted one
-        with gathered(model_of(ranker)):
+        with gathered(ranker.model):
             ranker_settings = ranker.settings()
         settings = {"bootstrap_parts": num_parts, "seed": seed, **generation, "ranker": ranker_settings}
         self.settings = as_json(settings)
@@ -112,7 +112,7 @@ class Bootstrap(TrainerCallback):
             # Each process samples as many as the others, as weights need it that cannot be gathered; some twice
             rank, world = accelerator.process_index, accelerator.num_processes
             own = np.resize(np.arange(len(shards)), -(-len(shards) // world) * world)[rank::world].tolist()
-            with gathered(model, model_of(self.ranker)):
+            with gathered(model, self.ranker.model):
                 extended = [self._sample_rows(shards[n], model, [self.seed, self.epoch, part, n]) for n in own]
             sampled = gather_object([ranking for shard in extended for ranking in shard])
             by_row = {ranking["row"]: ranking for ranking in sampled}

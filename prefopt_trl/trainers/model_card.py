@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import ProcessorMixin
 
 from prefopt_trl.runtime.cards import code, name, public_name, settings_table, table
-from prefopt_trl.runtime.weights import gathered, model_of
+from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.sampling.card import counts_table, how_sampled, read_sampled
 from prefopt_trl.trainers.base_config import PreferenceConfig, RankingConfig
 from prefopt_trl.trainers.resuming import as_written
@@ -70,7 +70,7 @@ class TrainingData:
             folder = str(pairs.parent) if pairs.name == "pairs" and read_sampled(pairs.parent) else None
         if folder is not None or ranker is None:
             return cls(folder)
-        with gathered(model_of(ranker)):
+        with gathered(ranker.model):
             return cls(None, ranker.settings())
 
 

@@ -18,7 +18,7 @@ from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.runtime.fingerprints import dataset_fingerprint
 from prefopt_trl.runtime.processes import process_state
 from prefopt_trl.runtime.settings import as_json, read_json, write_json
-from prefopt_trl.runtime.weights import gathered, model_of
+from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.sampling.prompts import check_prompts_fit, tokenize_prompts
 from prefopt_trl.trainers.base_config import PreferenceConfig
@@ -222,7 +222,7 @@ def score_or_read(dataset: Dataset, name: str, ranker: Ranker, output_dir: str |
     """
     process, file = process_state(), Path(output_dir) / "scored" / f"{name}.json"
     rows = dataset.select_columns(["prompt", "completions"]).with_format(None)
-    with gathered(model_of(ranker)):  # by all processes
+    with gathered(ranker.model):  # by all processes
         settings = as_json({"rows": dataset_fingerprint(rows), "ranker": ranker.settings()})
         saved = broadcast_object_list([_read(file, settings) if process.is_main_process else None])[0]
         if saved is None:

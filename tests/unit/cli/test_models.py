@@ -148,10 +148,11 @@ def test_rankers_by_name(tiny_llama_dir, adapter):
     pairwise = ranker(tiny_llama_dir)
     assert isinstance(pairwise, PairwiseRanker)
     assert pairwise.ranking_model.batch_size == 3
+    assert pairwise.model is pairwise.ranking_model.model
     assert pairwise.template("p", "a", "b") == resolve_template("summary")("p", "a", "b")
     adapted = ranker(adapter)
     assert isinstance(adapted, PairwiseRanker)
-    assert isinstance(adapted.ranking_model.model, PeftModel)
+    assert isinstance(adapted.model, PeftModel)
     LlamaForSequenceClassification(LlamaConfig.from_pretrained(tiny_llama_dir, num_labels=1)).save_pretrained("reward")
     AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained("reward")
     assert isinstance(ranker("reward"), RewardModelRanker)
@@ -192,5 +193,5 @@ def test_an_adapter_of_a_ranker_is_loaded_by_its_task_onto_the_device(task, tiny
     moved = []
     monkeypatch.setattr(PeftModel, "to", lambda self, device: moved.append(device) or self)
     ranker = load_ranker(RankerArguments(ranker=str(tmp_path / "adapter")))
-    assert type(ranker) is expected and type(ranker.ranking_model.model.get_base_model()) is type(base)
+    assert type(ranker) is expected and type(ranker.model.get_base_model()) is type(base)
     assert torch.device("cpu") in moved

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -13,8 +14,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from prefopt_trl import FunctionRanker
-from prefopt_trl.runtime.weights import gathered, model_of
+from prefopt_trl.rankers import PointwiseRanker
+from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.shared_prefix.continuation import partition_reason
+from prefopt_trl.trainers.model_card import TrainingData
 
 
 @pytest.fixture
@@ -113,7 +116,25 @@ def test_only_hooks_of_engines_are_off_within(events: list) -> None:
     assert called[2:] == ["engine", "another", "engine", "another"]
 
 
-def test_the_model_of_a_ranker() -> None:
-    model = nn.Linear(2, 2)
-    assert model_of(SimpleNamespace(ranking_model=SimpleNamespace(model=model))) is model
-    assert model_of(FunctionRanker(lambda prompts, completions: [0.0 for _ in completions])) is None
+class OwnRanker(PointwiseRanker):
+    """A ranker of the user's own, with a model that ZeRO-3 has partitioned."""
+
+    def __init__(self, events: list) -> None:
+        self.model, self.events = nn.Linear(1, 1), events
+        self.model.weight.ds_id = 7
+
+    def rewards(self, prompts, completions):
+        self.gathered = [parameter.ds_id for parameter in self.events[-1]]
+        return [[0.0 for _ in row] for row in completions]
+
+    def settings(self):
+        return {"gathered": [parameter.ds_id for parameter in self.events[-1]]}
+
+
+def test_the_model_of_a_users_own_ranker_is_gathered(events: list) -> None:
+    ranker = OwnRanker(events)
+    assert ranker.as_reward_func()(prompts=["Hi"], completions=[" you"]) == [0.0]
+    assert ranker.gathered == [7] and events[-1] == "let go"
+    given = Dataset.from_dict({"prompt": ["Hi"], "completions": [[" you", " there"]]})
+    assert TrainingData.of(given, ranker).ranker == {"gathered": [7]}
+    assert FunctionRanker(lambda prompts, completions: [0.0 for _ in completions]).model is None
