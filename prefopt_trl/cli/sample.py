@@ -45,5 +45,5 @@ def run(own: SampleConfig, model: ModelConfig) -> None:
     if state.is_main_process:
         save_config(Path(own.output_dir), own, model)
         if own.hub_dataset_id is not None:
-            push_preference_dataset(own.output_dir, own.hub_dataset_id)
+            print(f"Pushed to {push_preference_dataset(own.output_dir, own.hub_dataset_id)}.")
     state.destroy_process_group()

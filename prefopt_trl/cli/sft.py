@@ -15,7 +15,7 @@ from prefopt_trl.runtime.cards import public_name
 from prefopt_trl.trainers.publishing import Published, check_repository
 
 
-class SupervisedTrainer(Published, SFTTrainer):  # type: ignore[misc]  # TRL's own differ from Trainer's
+class SupervisedTrainer(Published, SFTTrainer):
     """TRL's `SFTTrainer`, whose models go to the Hub as those of our trainers, with cards that know folders.
 
     Args:

@@ -131,6 +131,6 @@ def train_and_save(
     trainer.save_model(_internal_call=True)  # it would push by itself, before we have said what is saved
     trainer.accelerator.print(f"The trained model is saved in {args.output_dir}.")
     once_saved()
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=own.dataset_name)
+    if args.push_to_hub and (url := trainer.push_to_hub(dataset_name=own.dataset_name)):
+        print(f"Pushed to {url}.")
     trainer.accelerator.end_training()  # which `Trainer.end` does, since transformers 5.18

@@ -1,27 +1,31 @@
-"""The way to the Hub: everything is whole on disk before the first byte leaves it, and a failure costs one command."""
+"""Push a folder to the Hub; if that fails, say why and print the `hf upload` command that retries it."""
 
 import logging
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, run_as_future
+from huggingface_hub.errors import HfHubHTTPError
 
 logger = logging.getLogger(__name__)
 
-# Pushes in the background wait for each other, so that a repository is never written by two
-_ONE_BY_ONE = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push-to-hub")
-
-LOGIN = "Log in with `hf auth login`, with a token that may write there."
-SERVER_ERROR = 500
+# Arguments of `HfApi.upload_folder`, as options of `hf upload`
+OPTIONS = {
+    "repo_type": "--repo-type",
+    "revision": "--revision",
+    "allow_patterns": "--include",
+    "ignore_patterns": "--exclude",
+    "delete_patterns": "--delete",
+}
 
 
 class PushError(RuntimeError):
-    """Something was not pushed to the Hub; the message says why, where its local copy is and how to push it later."""
+    """A push to the Hub that failed. The message gives the reason, the local copy and the command that retries it."""
 
 
 def push_folder(
@@ -30,156 +34,87 @@ def push_folder(
     write_card: Callable[[str], None] | None = None,
     *,
     commit_message: str,
-    repo_type: str = "model",
-    path_in_repo: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    delete: Sequence[str] = (),
     private: bool | None = None,
     token: str | None = None,
-    revision: str | None = None,
+    **upload: Any,
 ) -> str:
-    """Upload a folder to a repository on the Hub, which is made where there is none, and return its address.
+    """Upload a folder to a repository on the Hub and return its address. Call it in one process.
 
-    Call it in one process. A push that failed halfway is repeated in the same way: what is there already is not sent
-    again. `write_card(repo_id)` writes the folder's README.md: before anything is sent, and once more where the
-    repository turns out to be called otherwise. `include` (by default everything) and `exclude` are patterns of the
-    files to send, `delete` of those to remove from the repository where the folder does not have them.
+    A missing repository is created. A retry does not send again the files that have arrived.
 
-    Raise `PushError` if anything fails, with the reason and the command that repeats the push.
+    Args:
+        folder (`str` or `Path`):
+            Folder, complete but for its card.
+        repo_id (`str`):
+            Repository; without a namespace, the user's.
+        write_card (`Callable`, *optional*):
+            Function of the repository's id that writes the folder's README.md: before the Hub is called, and again if
+            the id turns out to have another namespace.
+        commit_message (`str`):
+            First line of the commit.
+        private (`bool`, *optional*):
+            Whether a repository created here is private. By default the Hub decides.
+        token (`str`, *optional*):
+            Access token. By default the one you are logged in with.
+        upload:
+            `path_in_repo` and the arguments in `OPTIONS`, as [`~huggingface_hub.HfApi.upload_folder`] takes them.
+
+    Raises:
+        PushError: if anything fails after the card was written.
     """
     if write_card is not None:
         write_card(repo_id)
-    logger.warning("Saved in %s. Pushing it to %s.", folder, repo_id)
+    logger.info("Saved in %s. Pushing it to %s.", folder, repo_id)
     try:
         api = HfApi(token=token)
-        repo = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+        repo = api.create_repo(repo_id, repo_type=upload.get("repo_type"), private=private, exist_ok=True)
         if write_card is not None and repo.repo_id != repo_id:
             write_card(repo.repo_id)
-        api.upload_folder(
-            repo_id=repo.repo_id,
-            repo_type=repo_type,
-            folder_path=folder,
-            path_in_repo=path_in_repo,
-            allow_patterns=list(include) or None,
-            ignore_patterns=list(exclude),
-            delete_patterns=list(delete) or None,
-            revision=revision,
-            commit_message=commit_message,
-        )
+        own = deepcopy(upload)  # `upload_folder` appends to the lists of patterns
+        api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=commit_message, **own)
     except Exception as error:  # whatever the Hub, the network, the login or the disk raise
-        logger.debug("The push failed", exc_info=True)
-        command = _command(repo_id, folder, path_in_repo, repo_type, private, revision, include, exclude, delete)
         raise PushError(
-            f"{folder} was not pushed to {repo_id}: {_reason(error)}\n"
-            f"Nothing is lost: the complete local copy is in {folder}. Push it later with\n\n"
-            f"    {command}\n"
-        ) from None  # the reason says it, in one line for a hundred
-    logger.warning("Pushed to %s.", repo)
+            f"{folder} was not pushed to {repo_id}: {reason_of(error)}\n"
+            f"Nothing is lost: {folder} holds the complete local copy. Push it later with\n\n"
+            f"    {upload_command(folder, repo_id, private=private, **upload)}\n"
+        ) from None  # the message holds the one line that matters of a long traceback
+    logger.info("Pushed to %s.", repo)
     return str(repo)
 
 
-def _command(
-    repo_id: str,
-    folder: str | Path,
-    path_in_repo: str | None,
-    repo_type: str,
-    private: bool | None,
-    revision: str | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    delete: Sequence[str],
-) -> str:
-    """What does the same in a shell as [`push_folder`]."""
-    command = ["hf", "upload", repo_id, str(folder), *([path_in_repo] if path_in_repo else [])]
-    command += ["--repo-type", repo_type] if repo_type != "model" else []
-    command += ["--private"] if private else []
-    command += ["--revision", revision] if revision else []
-    for option, patterns in {"--include": include, "--exclude": exclude, "--delete": delete}.items():
-        command += [word for pattern in patterns for word in (option, pattern)]
-    return shlex.join(command)
+def push_in_background(folder: str | Path, repo_id: str, *args: Any, **kwargs: Any) -> Future[str]:
+    """Run [`push_folder`] after the background pushes before it, and log its failure as a warning."""
 
-
-def push_in_background(*args: Any, commit_message: str, **kwargs: Any) -> Future[str]:
-    """[`push_folder`] in a thread, after those that were asked for before. A failure is logged as a warning, too."""
-
-    def warn_of_failure(push: Future[str]) -> None:
+    def log_failure(push: Future[str]) -> None:
         if error := push.exception():
-            logger.warning("The push %r failed, and the run goes on. %s", commit_message, error)
+            logger.warning("A push in the background failed, and the run continues. %s", error)
 
-    push = _ONE_BY_ONE.submit(push_folder, *args, commit_message=commit_message, **kwargs)
-    push.add_done_callback(warn_of_failure)
+    push = run_as_future(push_folder, folder, repo_id, *args, **kwargs)
+    push.add_done_callback(log_failure)
     return push
 
 
-def reserve_repository(
-    repo_id: str,
-    folder: str | Path,
-    *,
-    exclude: Sequence[str] = (),
-    private: bool | None = None,
-    token: str | None = None,
-    revision: str | None = None,
+def upload_command(
+    folder: str | Path, repo_id: str, *, private: bool | None = None, path_in_repo: str | None = None, **upload: Any
 ) -> str:
-    """Make the repository of a model where there is none, see that it may be written to, and return its whole name.
-
-    Raise `PushError`, with the command that pushes the folder later, if it can be neither made nor written to.
-    """
-    try:
-        api = HfApi(token=token)
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.auth_check(repo.repo_id, write=True)  # a repository that was there already is found without it
-    except Exception as error:
-        raise PushError(
-            f"Nothing could be pushed to {repo_id} later: {_reason(error)}\n"
-            "Nothing was sampled or trained yet. Mend it, or leave out `push_to_hub`, and after training call "
-            "`trainer.push_to_hub()` or run\n\n"
-            f"    {_command(repo_id, folder, None, 'model', private, revision, (), exclude, ())}\n"
-        ) from None
-    return repo.repo_id
+    """Return the shell command that does the same as [`push_folder`]."""
+    words = ["hf", "upload", repo_id, str(folder), *([path_in_repo] if path_in_repo else [])]
+    words += ["--private"] if private else []
+    for name, given in upload.items():
+        for value in [given] if isinstance(given, str) else given or []:
+            words += [OPTIONS[name], value]
+    return shlex.join(words)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and what it was raised for."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _reason(error: BaseException) -> str:
-    """What failed in plain words, what the other side said, and what to do about it."""
-    for cause in _causes(error):
-        if isinstance(cause, HfHubHTTPError):
-            said = cause.server_message or str(cause).strip().split("\n")[0]
-            return _refusal(cause.response.status_code, said)
-        if isinstance(cause, LocalTokenNotFoundError):
-            return f"there is no access token. {LOGIN}"
-        if isinstance(cause, OfflineModeIsEnabled):
-            return "offline mode is on. Unset `HF_HUB_OFFLINE`."
-        # Xet, which large files go through, tells a refusal as a lost connection
-        if isinstance(cause, ConnectionError) and (found := re.search(r"HTTP status \w+ error \((\d{3})", str(cause))):
-            return _refusal(int(found[1]), f"{_line(cause)}; where the token may write, storage may be full")
-        # Of httpx, which has another name in each version of huggingface_hub
-        if isinstance(cause, ConnectionError) or "TransportError" in [base.__name__ for base in type(cause).__mro__]:
-            return f"the connection to the Hub was lost, or none could be made ({_line(cause)})."
-    return f"{_line(error)}."
-
-
-def _refusal(status: int, said: str) -> str:
-    answer = f"({status}: {said.rstrip('.')})"
-    # What the Hub says to those whose storage is full: 403, as to those who may not write
-    full = status == 403 and re.search(r"storage (limit|patterns|quota)|quota", said, re.IGNORECASE)
-    if full or status in (402, 413, 507):
-        return f"the Hub has no room for it {answer}. Make room there, or push to where there is some."
-    if status in (401, 403):
-        return f"the Hub refused the access token {answer}. {LOGIN}"
-    if status == 429:
-        return f"the Hub asks to wait, after too many requests {answer}."
-    if status >= SERVER_ERROR:
-        return f"the Hub has trouble of its own {answer}."
-    return f"the Hub refused it {answer}."
-
-
-def _line(error: BaseException) -> str:
-    """An error on one line, without its end."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".: ")
+def reason_of(error: BaseException) -> str:
+    """Return on one line why the Hub could not be used, with a remedy if the token or the storage may be the cause."""
+    while not isinstance(error, HfHubHTTPError) and error.__cause__ is not None:
+        error = error.__cause__  # huggingface_hub wraps what the upload of a file raised
+    if isinstance(error, HfHubHTTPError):
+        what, said = f"the Hub answered {error.response.status_code}", error.server_message or str(error)
+    else:
+        what, said = type(error).__name__, str(error)
+    reason = f"{what}: {' '.join(said.split()).rstrip('.')}."
+    if re.search(r"(answered |\()(401|402|403|413|507)\b|LocalTokenNotFound", reason):
+        reason += " Check that your token may write there (`hf auth login`) and that the storage is not full."
+    return reason

@@ -224,8 +224,8 @@ def push_preference_dataset(
         repo_id,
         write_card,
         repo_type="dataset",
-        include=PUSHED,
-        delete=["candidates/*", "pairs/*"],  # files of an earlier dataset that had more of them
+        allow_patterns=PUSHED,
+        delete_patterns=["candidates/*", "pairs/*"],  # files of an earlier dataset that had more of them
         private=private,
         token=token,
         commit_message="Upload sampled preferences",

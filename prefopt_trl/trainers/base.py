@@ -56,7 +56,7 @@ require(DPOTrainer, METHODS)
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(Published, Resumable, DPOTrainer):  # type: ignore[misc]  # TRL's own differ from Trainer's
+class PreferenceTrainer(Published, Resumable, DPOTrainer):
     """[`~trl.DPOTrainer`] whose models compute each prompt once, and which can sample what it learns from.
 
     Subclasses set `config_class` and the metadata of their model card (`_tag_names`, `_name`, `_paper`). The arguments

@@ -32,8 +32,9 @@ def test_an_sft_model_has_a_card_that_names_its_base_and_data(training, run_in_p
     assert card.data.get("datasets") is None and card.data.get("base_model") is None  # they are not on the Hub
 
 
-def test_an_sft_model_is_pushed_with_its_card(hub, training, run_in_process):
+def test_an_sft_model_is_pushed_with_its_card(hub, training, run_in_process, capsys):
     run_in_process("sft", [*training, "--output_dir", "sft", "--push_to_hub", "--hub_model_id", REPO])
+    assert f"Pushed to {hub.url}/{REPO}.\n" in capsys.readouterr().out
     text = pushed(hub)["README.md"].decode()
     assert "fine-tuned on `pairs.jsonl`." in text and f'model="{REPO}"' in text and "None" not in text
 

@@ -261,7 +261,7 @@ def test_a_push_that_fails_says_that_nothing_is_lost_and_can_be_repeated(hub: Hu
     with pytest.raises(PushError) as error:
         push_preference_dataset(folder, "someone/pairs")
     message = str(error.value)
-    assert message.startswith(f"{folder} was not pushed to someone/pairs: the Hub has no room for it")
+    assert message.startswith(f"{folder} was not pushed to someone/pairs: the Hub answered 403: Private")
     assert f"\n    hf upload someone/pairs {folder} --repo-type dataset --include README.md " in message
     assert message.rstrip().endswith("--delete 'candidates/*' --delete 'pairs/*'")
     assert all(path.read_bytes() == content for path, content in before.items())
