@@ -1,10 +1,20 @@
-"""Markdown of cards, in which no text of others is read as Markdown or HTML."""
+"""Cards in Markdown, from the files in `templates/`. They show text of others as code, so that none is Markdown."""
 
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import CardData, RepoCard
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def render(template: str, data: CardData, **values: Any) -> RepoCard:
+    """Fill in `templates/<template>.md` with metadata and values; it calls the functions below."""
+    functions: dict[str, Any] = {"code": code, "name": name, "table": table, "settings_table": settings_table}
+    return RepoCard.from_template(data, template_path=str(TEMPLATES / f"{template}.md"), **functions, **values)
 
 
 def code(text: str) -> str:
@@ -25,7 +35,7 @@ def name(text: str) -> str:
 
 
 def public_name(source: str) -> str:
-    """A name on the Hub as it is, and of a folder or file of this machine the last part alone."""
+    """Return a name on the Hub unchanged, and only the last part of a path on this machine."""
     return Path(source).name if Path(source).exists() else source
 
 
@@ -36,7 +46,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def settings_table(settings: dict[str, Any]) -> str:
-    """Write settings as a table, nested ones by their dotted names, all in the order of these."""
+    """Write settings as a table, sorted by name, nested ones by their dotted names."""
     rows = [[name(key), code(json.dumps(value, ensure_ascii=False))] for key, value in _flat(settings)]
     return table(["setting", "value"], rows)
 

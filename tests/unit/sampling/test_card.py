@@ -111,43 +111,29 @@ def test_the_metadata_are_what_the_hub_reads() -> None:
     assert yaml.safe_load(front) == metadata.to_dict()
 
 
-def test_each_dataset_has_a_fingerprint_of_its_own() -> None:
+def test_each_dataset_has_a_fingerprint_of_its_own_and_the_card_depends_on_its_arguments_alone() -> None:
     # By which `load_dataset` tells it from another one in the same folder
+    card = dataset_card(SETTINGS, STATISTICS, PAIRS)
     other_pairs = PAIRS.map(lambda row: {"chosen_reward": row["chosen_reward"] + 1})
     cards = [
-        dataset_card(SETTINGS, STATISTICS, PAIRS),
+        card,
         dataset_card({**SETTINGS, "seed": 99}, STATISTICS, PAIRS),
         dataset_card(SETTINGS, STATISTICS, other_pairs),
     ]
-    fingerprints = [DatasetCard(card).data.configs[0]["description"] for card in cards]
-    assert len(set(fingerprints)) == 3
-    assert fingerprints[0] == DatasetCard(dataset_card(SETTINGS, STATISTICS, PAIRS)).data.configs[0]["description"]
+    assert len({DatasetCard(text).data.configs[0]["description"] for text in cards}) == 3
+    shuffled = {name: SETTINGS[name] for name in reversed(SETTINGS)}
+    again = Dataset.from_list(PAIRS.to_list(), features=PAIRS.features)
+    assert dataset_card(shuffled, STATISTICS, again) == card
 
 
-def test_the_numbers_are_those_of_the_statistics() -> None:
+def test_the_statistics_are_as_they_are_printed() -> None:
     text = dataset_card(SETTINGS, STATISTICS, PAIRS)
-    table = rows(text)
-    assert "\n2,376 pairs from 1,188 of 1,200 prompts." in text
-    assert table["prompts skipped, whose candidates do not differ"] == ["12"]
-    assert table["prompts with fewer distinct candidates than `num_samples`"] == ["34"]
-    assert table["candidates that repeat another of their prompt"] == ["345"]
-    assert table["candidates cut before they ended"] == ["67"]
-    assert table["acceptance rate of the first round of rejection"] == ["0.123"]
-    assert table["mean probability the ranker gives to its own labels, on random candidates"] == ["0.812"]
-    assert table["the same on the pairs"] == ["0.688"]
-    assert table["reward of"] == ["0%", "5%", "25%", "50%", "75%", "95%", "100%"]
-    for name in ("accepted", "chosen", "rejected"):
-        assert table[name] == ["-2", "-1.5", "-0.5", "0.1235", "0.5", "1.5", "1.235e+04"]
+    assert f"\n```text\n{STATISTICS}\n```\n" in text and "\n2376 pairs from 1188 of 1200 prompts\n" in text
+    assert "of which up to 4\ndistinct ones are kept by statistical rejection sampling" in text
     assert "Warning" not in text
-
-
-def test_what_is_not_known_is_not_a_number() -> None:
-    statistics = replace(STATISTICS, num_unfinished=None, acceptance_rate=None, warning="Too small a beta.")
-    text = dataset_card(SETTINGS | {"strategy": "top-k"}, statistics, PAIRS)
-    assert rows(text)["candidates cut before they ended"] == ["-"]
-    assert rows(text)["acceptance rate of the first round of rejection"] == ["-"]
-    assert "\n> **Warning:** Too small a beta.\n" in text
-    assert "of which up to 4\ndistinct ones with the highest rewards are kept" in text
+    warned = dataset_card(SETTINGS | {"strategy": "top-k"}, replace(STATISTICS, warning="Too small a beta."), PAIRS)
+    assert "\n> **Warning:** Too small a beta.\n" in warned
+    assert "of which up to 4\ndistinct ones with the highest rewards are kept" in warned
 
 
 def test_settings_are_listed_by_their_dotted_names_with_short_fingerprints() -> None:
@@ -176,8 +162,7 @@ UNTRUSTED = [
     "\n\n# Title\r\n",
     "<script>alert(1)</script>",
     "*a* _b_ [c](d)",
-    "&lt;",
-    "é空",
+    "&lt; é空 {{ 7 * 7 }} {% raw %}",
 ]
 
 
@@ -199,15 +184,9 @@ def test_rankings_are_for_the_trainers_on_rankings() -> None:
     rankings = Dataset.from_dict({"prompt": ["Hi"], "completions": [["a", "b"]], "rewards": [[2.0, 1.0]]})
     statistics = replace(STATISTICS, made="rankings")
     text = dataset_card(SETTINGS | {"pairing": "ranking"}, statistics, rankings)
-    assert "\n2,376 rankings from 1,188 of 1,200 prompts." in text
+    assert "\n2376 rankings from 1188 of 1200 prompts\n" in text
     assert "trainer = PROTrainer(model, train_dataset=rankings)" in text and "RSOTrainer" not in text
     assert rows(text)["`completions`"] == ["the completions kept, best first"]
-
-
-def test_the_card_depends_on_its_arguments_alone() -> None:
-    shuffled = {name: SETTINGS[name] for name in reversed(SETTINGS)}
-    again = Dataset.from_list(PAIRS.to_list(), features=PAIRS.features)
-    assert dataset_card(shuffled, STATISTICS, again) == dataset_card(SETTINGS, STATISTICS, PAIRS)
 
 
 # The way to the Hub
@@ -249,10 +228,12 @@ def test_what_is_not_finished_is_not_pushed(hub: Hub, tmp_path: Path, state: str
         (tmp_path / "manifest.json").write_text(json.dumps({"finished": False, "settings": SETTINGS}))
     with pytest.raises(ValueError) as error:
         push_preference_dataset(tmp_path, "someone/pairs")
-    assert f"{tmp_path} holds no finished dataset. Give `build_preference_dataset` the same settings" in str(
-        error.value
-    )
-    assert hub.requests == []
+    said = f"{tmp_path} holds no finished dataset. Give `build_preference_dataset` the same settings"
+    assert said in str(error.value) and hub.requests == []
+
+
+def test_how_it_was_sampled_is_read_again(folder: Path) -> None:
+    assert read_sampled(folder) == (SETTINGS, STATISTICS)
 
 
 def test_a_push_that_fails_says_that_nothing_is_lost_and_can_be_repeated(hub: Hub, folder: Path) -> None:
@@ -268,11 +249,6 @@ def test_a_push_that_fails_says_that_nothing_is_lost_and_can_be_repeated(hub: Hu
     hub.failures.clear()
     push_preference_dataset(folder, "someone/pairs")
     assert "pairs/data-00000-of-00001.arrow" in hub.files("someone/pairs", "dataset")
-
-
-def test_how_it_was_sampled_is_read_again(folder: Path, tmp_path: Path) -> None:
-    assert read_sampled(folder) == (SETTINGS, STATISTICS)
-    assert read_sampled(tmp_path / "nothing") is None
 
 
 def test_caches_that_map_leaves_beside_the_data_are_neither_read_nor_pushed(folder: Path, tmp_path: Path) -> None:

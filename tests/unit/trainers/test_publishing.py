@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
@@ -71,27 +72,11 @@ def test_a_pushed_model_loads_by_its_card(hub: Hub, make: Any, tmp_path: Path, c
         assert not torch.allclose(base(IDS).logits, expected)
 
 
-def test_all_is_saved_before_a_push_that_fails_and_then_succeeds(hub: Hub, make: Any, tmp_path: Path, caplog: Any):
+def test_all_is_saved_before_the_hub_is_called_and_a_failed_push_is_repeated(hub, make, tmp_path, monkeypatch, caplog):
+    """A sharded model is saved by all processes together: the main one must not fail before it."""
     caplog.set_level("INFO", logger="prefopt_trl")
     trainer = make(SLiCTrainer, PAIRS, output_dir=tmp_path / "slic", hub_model_id=REPO)
     trainer.train()
-    hub.fail("PUT /lfs/", None)
-    with pytest.raises(PushError) as error:
-        trainer.push_to_hub()
-    assert said(caplog) == [f"Saved in {tmp_path / 'slic'}. Pushing it to {REPO}."]
-    assert f"hf upload {REPO} {tmp_path / 'slic'} --exclude '_*' --exclude 'checkpoint-*'" in str(error.value)
-    saved = AutoModelForCausalLM.from_pretrained(str(tmp_path / "slic"))
-    torch.testing.assert_close(saved.state_dict(), trainer.model.state_dict())
-    assert not hub.files(REPO)
-
-    hub.failures.clear()
-    trainer.push_to_hub()
-    assert hub.files(REPO) == of_the_model(tmp_path / "slic")
-
-
-def test_nothing_is_asked_of_the_hub_before_all_is_saved(hub: Hub, make: Any, tmp_path: Path, monkeypatch: Any):
-    """A sharded model is saved by all processes together: the main one must not fail before it."""
-    trainer = make(SLiCTrainer, PAIRS, output_dir=tmp_path / "slic", hub_model_id=REPO)
     asked: list[list[str]] = []
     save_model = type(trainer).save_model
 
@@ -101,10 +86,17 @@ def test_nothing_is_asked_of_the_hub_before_all_is_saved(hub: Hub, make: Any, tm
 
     monkeypatch.setattr(type(trainer), "save_model", save)
     hub.fail("POST /api/repos/create", 401, "Invalid credentials")
-    with pytest.raises(PushError, match="the Hub answered 401: Invalid credentials"):
+    with pytest.raises(PushError) as error:
         trainer.push_to_hub()
-    assert asked == [[]]
+    assert asked == [[]] and said(caplog) == [f"Saved in {tmp_path / 'slic'}. Pushing it to {REPO}."]
+    assert f"hf upload {REPO} {tmp_path / 'slic'} --exclude '_*' --exclude 'checkpoint-*'" in str(error.value)
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= contents(tmp_path / "slic").keys()
+    saved = AutoModelForCausalLM.from_pretrained(str(tmp_path / "slic"))
+    torch.testing.assert_close(saved.state_dict(), trainer.model.state_dict())
+
+    hub.failures.clear()
+    trainer.push_to_hub()
+    assert hub.files(REPO) == of_the_model(tmp_path / "slic")
 
 
 def test_a_push_that_does_not_block(hub: Hub, make: Any, tmp_path: Path) -> None:
@@ -204,11 +196,10 @@ def test_the_card_says_how_the_data_were_sampled(make: Any, tmp_path: Path) -> N
     trainer.train()
     trainer.create_model_card(model_name="My model", dataset_name="my-org/my-prompts", tags="extra")
     card = ModelCard.load(tmp_path / "README.md")
-    statistics = json.loads((tmp_path / "sampled" / "train" / "statistics.json").read_text())
     data = section(card.text, "## Training data")
-    assert "Dataset: `my-org/my-prompts`." in data
-    assert f"{statistics['num_pairs']} pairs from 2 of 2 prompts." in data
-    assert f"| acceptance rate of the first round of rejection | {statistics['acceptance_rate']:.3f} |" in data
+    assert "Dataset: `my-org/my-prompts`.\n\nSampled before training." in data
+    sampled = f"\n```text\n{trainer.training_data.sampled[1]}\n```\n"
+    assert sampled in data and "4 pairs from 2 of 2 prompts\n" in data
     for setting, value in {"beta": "5.0", "num_candidates": "8", "num_samples": "4", "strategy": '"rso"'}.items():
         assert f"| `{setting}` | `{value}` |" in data
     assert '| `class` | `"FunctionRanker"` |' in section(data, "### Ranker")
@@ -217,18 +208,15 @@ def test_the_card_says_how_the_data_were_sampled(make: Any, tmp_path: Path) -> N
         assert f"| `{setting}` | `{value}` |" in hyperparameters
     assert "| `batch size, over all processes` | `7` |" in hyperparameters
     assert "A copy of the model as it was before training." in section(card.text, "## Reference model")
+    assert f"| trl | {trl.__version__} |" in section(card.text, "## Framework versions")
     assert card.data.model_name == "My model" and card.data.datasets == "my-org/my-prompts"
     assert {"trl", "prefopt-trl", "rso", "dpo", "extra"} <= set(card.data.tags)
-    assert trainer._paper["citation"] in card.text and "vonwerra2020trl" in card.text
+    assert trainer._paper["citation"] in card.text and "title   = {{TRL: Transformers Reinforcement" in card.text
     assert "https://huggingface.co/papers/2309.06657" in card.text
 
-
-def test_a_dataset_that_was_sampled_before_this_run(make: Any, tmp_path: Path) -> None:
-    made = make(RSOTrainer, PROMPTS, output_dir=tmp_path / "first", **SAMPLING)
-    sampled = tmp_path / "first" / "sampled" / "train"
-    here = make(RSOTrainer, Dataset.load_from_disk(str(sampled / "pairs")), output_dir=tmp_path / "second")
-    here.create_model_card()
-    assert f"Sampled before training. {len(made.train_dataset)} pairs from 2 of 2" in card_of(tmp_path / "second")
+    pairs = Dataset.load_from_disk(str(tmp_path / "sampled" / "train" / "pairs"))
+    make(RSOTrainer, pairs, output_dir=tmp_path / "second").create_model_card()  # sampled before this run
+    assert sampled in section(card_of(tmp_path / "second"), "## Training data")
 
 
 def card_of(folder: Path) -> str:
@@ -272,9 +260,8 @@ def test_other_reference_models(make: Any, policy_dir: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("asked", "shown"),
     [
-        ("all-linear", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
-        (["v_proj", "mlp.up_proj"], ["mlp.up_proj", "v_proj"]),
-        (["model.layers.0.self_attn.q_proj"], ["model.layers.0.self_attn.q_proj"]),  # not those of the other layer
+        ("all-linear", "14 modules named down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
+        (["v_proj", "model.layers.0.mlp.up_proj"], ["model.layers.0.mlp.up_proj", "v_proj"]),
         (".*layers.1.*proj", ".*layers.1.*proj"),
     ],
 )
@@ -288,25 +275,14 @@ NF4 |= {"load_in_4bit": True}
 
 
 @pytest.mark.parametrize(
-    ("quantization", "shown"),
-    [
-        (BitsAndBytesConfig(**NF4), {**NF4, "quant_method": "bitsandbytes"}),
-        ({"quant_method": "gptq", "bits": 4}, {"bits": 4, "quant_method": "gptq"}),
-    ],
+    ("given", "shown"), [(BitsAndBytesConfig(**NF4), NF4), ({"quant_method": "gptq"}, {"quant_method": "gptq"})]
 )
-def test_the_card_has_the_settings_of_the_quantisation(make: Any, tmp_path: Path, quantization: Any, shown: Any):
+def test_the_card_has_the_settings_of_the_quantization(make: Any, tmp_path: Path, given: Any, shown: Any) -> None:
     trainer = make(SLiCTrainer, PAIRS)
-    trainer.model.config.quantization_config = quantization
+    trainer.model.config.quantization_config = given
     trainer.create_model_card()
-    rows = [line for line in card_of(tmp_path).splitlines() if line.startswith("| `quantisation")]
-    assert rows == [f"| `quantisation.{name}` | `{json.dumps(value)}` |" for name, value in shown.items()]
-
-
-def test_a_dataset_of_this_machine_is_told_by_its_name_alone(make: Any, tmp_path: Path) -> None:
-    (tmp_path / "pairs.jsonl").touch()
-    make(SLiCTrainer, PAIRS).create_model_card(dataset_name=str(tmp_path / "pairs.jsonl"))
-    card = ModelCard.load(tmp_path / "README.md")
-    assert "Dataset: `pairs.jsonl`." in card.text and card.data.datasets is None
+    rows = [line for line in card_of(tmp_path).splitlines() if line.startswith("| `quantization")]
+    assert rows == [f"| `quantization.{name}` | `{json.dumps(value)}` |" for name, value in sorted(shown.items())]
 
 
 def test_names_are_not_read_as_markdown_and_no_folder_is_told(make: Any, policy_dir: str, tmp_path: Path) -> None:
@@ -318,6 +294,11 @@ def test_names_are_not_read_as_markdown_and_no_folder_is_told(make: Any, policy_
     assert headings == ["# `` a # b <script> `c` ``"]
     assert "Dataset: `my\\|data  # Title`." in text
     assert f"`{Path(policy_dir).name}`, trained with SLiC" in text and policy_dir not in text
+
+    (tmp_path / "pairs.jsonl").touch()
+    trainer.create_model_card(dataset_name=str(tmp_path / "pairs.jsonl"))
+    assert "Dataset: `pairs.jsonl`." in card_of(tmp_path)
+    assert ModelCard(card_of(tmp_path)).data.datasets is None
 
 
 def test_the_card_keeps_what_trl_knows(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
