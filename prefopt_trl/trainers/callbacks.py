@@ -1,6 +1,6 @@
-"""Tables of what is learnt from, in the trackers that show tables."""
+"""Tables of the completions that a trainer learns from, for the trackers that show tables."""
 
-import re
+import html
 from itertools import islice
 from typing import Any
 
@@ -8,8 +8,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
-
-from prefopt_trl.runtime.cards import table
 
 TABLE_TRACKERS = ["tensorboard", "trackio", "wandb"]  # of `report_to`
 NUM_EXAMPLES = 8  # pairs or rankings of a table
@@ -19,8 +17,8 @@ PAIR_COLUMNS = ["prompt", "chosen", "rejected", "chosen_reward", "rejected_rewar
 class LogPreferencesCallback(TrainerCallback):
     """Log a table of completions with their rewards to trackio, Weights & Biases and TensorBoard (`log_completions`).
 
-    The main process logs `examples`, pairs or rankings, once when training begins; without them, those of the latest
-    `batch` whenever it logs the loss. The table is called "completions", as in TRL's `GRPOTrainer`.
+    The main process logs `examples`, pairs or rankings, when training begins. Without examples it logs those of the
+    latest `batch` whenever it logs the loss. The table is called "completions", as in TRL's `GRPOTrainer`.
     """
 
     def __init__(self, trainer: Trainer, examples: list[dict[str, Any]] | None = None) -> None:
@@ -52,13 +50,12 @@ class LogPreferencesCallback(TrainerCallback):
 
             trackio.log({"completions": trackio.Table(columns=columns, data=rows), **step})
         for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback):  # which logs a text as one
-                cells = [[_cell(value) for value in row] for row in rows]
-                callback.on_log(args, state, control, logs={"completions": table(columns, cells)})
+            if isinstance(callback, TensorBoardCallback):
+                callback.on_log(args, state, control, logs={"completions": html_table(columns, rows)})
 
 
 def first_examples(dataset: Dataset | IterableDataset) -> list[dict[str, Any]] | None:
-    """The first pairs or rankings of a dataset, or None where it has tokens only."""
+    """Return the first pairs or rankings of a dataset, or None if it holds tokens only."""
     examples = list(islice(dataset, NUM_EXAMPLES))
     are_texts = all({"chosen", "rejected"} <= row.keys() or "completions" in row for row in examples)
     return examples if are_texts else None
@@ -70,14 +67,12 @@ def examples_of_batch(batch: dict[str, torch.Tensor], tokenizer: PreTrainedToken
     def texts(row: int) -> tuple[str, str]:
         ids, in_completion = batch["input_ids"][row], batch["completion_mask"][row].bool()
         in_prompt = batch["attention_mask"][row].bool() & ~in_completion
-        return tokenizer.decode(ids[in_prompt]), tokenizer.decode(ids[in_completion])  # type: ignore[return-value]
+        return str(tokenizer.decode(ids[in_prompt])), str(tokenizer.decode(ids[in_completion]))
 
     if "group_ids" not in batch:
         num_pairs = len(batch["input_ids"]) // 2
         pairs = ((texts(row), texts(num_pairs + row)) for row in range(min(num_pairs, NUM_EXAMPLES)))
-        return [
-            {"prompt": prompt, "chosen": chosen, "rejected": rejected} for (prompt, chosen), (_, rejected) in pairs
-        ]
+        return [{"prompt": prompt, "chosen": chosen, "rejected": other} for (prompt, chosen), (_, other) in pairs]
     rankings: dict[int, dict[str, Any]] = {}
     for row, group in enumerate(batch["group_ids"].tolist()):
         if group < NUM_EXAMPLES:
@@ -94,17 +89,15 @@ def table_of(examples: list[dict[str, Any]]) -> tuple[list[Any], list[list[Any]]
     >>> table_of([{"prompt": "2 + 2?", "completions": ["5", "4"], "rewards": [-1, 1]}])
     (['prompt', 'completion', 'reward', 'rank'], [['2 + 2?', '4', 1.0, 1], ['2 + 2?', '5', -1.0, 2]])
     """
-    if examples and "completions" in examples[0]:
-        rows = []
-        for example in examples:
-            ranked = sorted(zip(example["rewards"], example["completions"], strict=True), key=lambda pair: -pair[0])
-            rows += [
-                [_text(example["prompt"]), _text(completion), float(reward), rank]
-                for rank, (reward, completion) in enumerate(ranked, start=1)
-            ]
-        return ["prompt", "completion", "reward", "rank"], rows
-    columns = [column for column in PAIR_COLUMNS if examples and column in examples[0]]
-    return columns, [[_text(example[column]) for column in columns] for example in examples]
+    if not examples or "completions" not in examples[0]:
+        columns = [column for column in PAIR_COLUMNS if examples and column in examples[0]]
+        return columns, [[_text(example[column]) for column in columns] for example in examples]
+    rows = []
+    for example in examples:
+        ranked = sorted(zip(example["rewards"], example["completions"], strict=True), key=lambda pair: -pair[0])
+        for rank, (reward, completion) in enumerate(ranked, start=1):
+            rows.append([_text(example["prompt"]), _text(completion), float(reward), rank])
+    return ["prompt", "completion", "reward", "rank"], rows
 
 
 def _text(value: Any) -> Any:
@@ -114,17 +107,12 @@ def _text(value: Any) -> Any:
     return "\n".join(f"{message['role']}: {message.get('content', '')}" for message in value)
 
 
-def _cell(value: str | float) -> str:
-    if isinstance(value, str):
-        return escape_markdown(value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def html_table(columns: list[Any], rows: list[list[Any]]) -> str:
+    """Write a table for TensorBoard, which reads Markdown outside of HTML alone."""
 
+    def line(cells: list[Any], tag: str) -> str:
+        texts = [f"{cell:.4g}" if isinstance(cell, float) else str(cell).strip() for cell in cells]
+        return "".join(f"<{tag}>{'<br>'.join(html.escape(text).splitlines())}</{tag}>" for text in texts)
 
-def escape_markdown(text: str) -> str:
-    """Escape Markdown and HTML, on one line without the empty ones around.
-
-    >>> escape_markdown("<b> | *no*")
-    '&#60;b&#62; &#124; &#42;no&#42;'
-    """
-    lines = text.strip().splitlines()
-    return "<br>".join(re.sub(r"[^\w\s]|_", lambda found: f"&#{ord(found[0])};", line) for line in lines)
+    lines = [line(columns, "th"), *(line(row, "td") for row in rows)]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"

@@ -16,11 +16,10 @@ from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 from trackio.sqlite_storage import SQLiteStorage
-from transformers.integrations import TensorBoardCallback
 from wandb.proto.wandb_internal_pb2 import Record
 
 from prefopt_trl import FunctionRanker, ListwiseDPOTrainer, PROConfig, PROTrainer, RSOConfig, RSOTrainer
-from prefopt_trl.trainers.callbacks import LogPreferencesCallback, escape_markdown, first_examples, table_of
+from prefopt_trl.trainers.callbacks import LogPreferencesCallback, first_examples, html_table, table_of
 
 PROMPTS = Dataset.from_dict({"prompt": ["The capital of France is", "Why?", "Mix"]})
 SAMPLING = {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6, "strategy": "sft"}
@@ -33,64 +32,57 @@ def brevity(completions, **kwargs):
 # The table
 
 
-def test_pairs_are_rows_with_their_rewards():
-    pair = {"prompt": "p", "chosen": "c", "rejected": "r", "chosen_reward": 2.0, "rejected_reward": -1.0}
-    columns, rows = table_of([{**pair, "label_probability": 0.75, "source": "x"}])
-    assert columns == ["prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "label_probability"]
-    assert rows == [["p", "c", "r", 2.0, -1.0, 0.75]]
+QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+ANSWER = [{"role": "assistant", "content": "So."}]
+PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
+REWARDS = {"chosen_reward": 2.0, "rejected_reward": -1.0, "label_probability": 0.75}
+RANKING = {"prompt": "p", "completions": ["a", "b", "c"], "rewards": [0, 2, 1]}
 
 
-def test_conversations_are_one_text():
-    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
-    chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("So.", "Because."))
-    assert table_of([{"prompt": prompt, "chosen": chosen, "rejected": rejected}]) == (
-        ["prompt", "chosen", "rejected"],
-        [["system: Be brief.\nuser: Why?", "assistant: So.", "assistant: Because."]],
-    )
-    # The prompt may be part of the completions
-    assert table_of([{"chosen": prompt, "rejected": prompt}])[0] == ["chosen", "rejected"]
-
-
-def test_rankings_are_rows_best_first():
-    ranking = {"prompt": "p", "completions": ["a", "b", "c"], "rewards": [0, 2, 1]}
-    assert table_of([ranking, {**ranking, "prompt": "q"}]) == (
-        ["prompt", "completion", "reward", "rank"],
-        [[prompt, *row] for prompt in "pq" for row in (["b", 2.0, 1], ["c", 1.0, 2], ["a", 0.0, 3])],
-    )
+@pytest.mark.parametrize(
+    ("example", "columns", "rows"),
+    [
+        ({**PAIR, **REWARDS, "source": "x"}, [*PAIR, *REWARDS], [["p", "c", "r", 2.0, -1.0, 0.75]]),
+        (
+            {"prompt": QUESTION, "chosen": ANSWER, "rejected": ANSWER},
+            [*PAIR],
+            [["system: Be brief.\nuser: Why?", "assistant: So.", "assistant: So."]],
+        ),
+        ({"chosen": ANSWER, "rejected": ANSWER}, ["chosen", "rejected"], [["assistant: So."] * 2]),  # with the prompt
+        (
+            RANKING,
+            ["prompt", "completion", "reward", "rank"],
+            [["p", "b", 2.0, 1], ["p", "c", 1.0, 2], ["p", "a", 0.0, 3]],
+        ),
+    ],
+)
+def test_a_table_has_a_row_for_each_pair_or_completion(example, columns, rows):
+    assert table_of([example, example]) == (columns, rows + rows)
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "\n\nHuman: Why?\n\nAssistant: ",
-        "<script>alert(1)</script><img src=x onerror=alert(1)>",
+        "<script>alert(1)</script><img src=x onerror=alert(1)></td></table>",
         "a | b || `code` ``` *bold* _it_ __init__ [link](http://x.y) ![i](j) # h\\ \\| & &lt; &#60;",
-        "# no heading\n- no list\n\n1. nor this\n| no | row |\n| --- | --- |\n> quote\r\n    code\u2028line",
+        "# no heading\n- no list\n\n1. nor this\n| no | row |\n| --- | --- |\n> quote\r\n    code\n```\u2028fence",
         "ünï — 漢字 🙂 \x02\x03 0_0",
     ],
 )
 def test_tensorboard_shows_a_text_as_it_is(text):
     """Its own renderer: one cell, in which nothing is Markdown or HTML."""
-    page = markdown_to_safe_html(f"| head | next |\n| --- | --- |\n| {escape_markdown(text)} | 1 |")
-    (cell,) = re.findall(r"<td>(.*?)</td>\s*<td>1</td>", page, flags=re.DOTALL)
-    assert len(re.findall("<tr>", page)) == 2 and not set(re.findall(r"<(\w+)", cell)) - {"br"}
-    shown = html.unescape(re.sub("<br ?/?>", "\n", cell))
-    shown = re.sub("[\x02\x03\ufffd]", "", shown)  # no HTML has these
-    lines = re.sub("[\x02\x03]", "", text).strip().splitlines()  # without empty ones at either end
+    page = markdown_to_safe_html(html_table(["head", "next"], [[text, 1]]))
+    ((cell, _),) = cells(page)
+    assert not set(re.findall(r"<(\w+)", cell)) - {"br"}
+    shown = html.unescape(cell.replace("<br>", "\n"))
+    lines = re.sub("[\x02\x03]", "", text).strip().splitlines()  # no HTML has these
     assert [line.split() for line in shown.split("\n")] == [line.split() for line in lines]
 
 
-def test_tensorboard_shows_numbers_in_few_digits(monkeypatch):
-    logged = []
-    monkeypatch.setattr(TensorBoardCallback, "on_log", lambda self, *_, logs: logged.append(logs["completions"]))
-    callbacks = [TensorBoardCallback.__new__(TensorBoardCallback)]
-    trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=callbacks))
-    pair = {"prompt": "\n\np", "chosen": "1.50000", "rejected": "r", "chosen_reward": 0.46000120043754721}
-    pair |= {"rejected_reward": -12.0, "label_probability": 0.99999}
-    callback = LogPreferencesCallback(trainer, [pair])
-    state = SimpleNamespace(is_world_process_zero=True, global_step=12345)
-    callback.on_train_begin(SimpleNamespace(report_to=["tensorboard"]), state, SimpleNamespace())
-    assert cells(logged[0]) == [["12345", "p", escape_markdown("1.50000"), "r", "0.46", "-12", "1"]]
+def test_tensorboard_shows_numbers_in_few_digits():
+    row = [12345, "1.50000", 0.46000120043754721, -12.0, 0.99999]
+    assert cells(html_table(list("abcde"), [row])) == [["12345", "1.50000", "0.46", "-12", "1"]]
 
 
 def test_a_dataset_of_tokens_has_no_examples():
@@ -110,8 +102,9 @@ def of_tensorboard(folder: Path) -> tuple[dict[str, dict[int, float]], list[tupl
     return scalars, [(event.step, event.tensor_proto.string_val[0].decode()) for event in texts]
 
 
-def cells(markdown: str) -> list[list[str]]:
-    return [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in markdown.splitlines()[2:]]
+def cells(table: str) -> list[list[str]]:
+    _, *rows = re.findall(r"<tr>(.*?)</tr>", table, flags=re.DOTALL)
+    return [re.findall(r"<td>(.*?)</td>", row, flags=re.DOTALL) for row in rows]
 
 
 def of_wandb(folder: Path) -> list[dict]:
@@ -164,10 +157,9 @@ def test_every_tracker_receives_metrics_and_the_sampled_table(trackers, make):
     assert all(row[4] == -len(row[2]) and row[5] == -len(row[3]) for row in rows)
 
     scalars, texts = of_tensorboard(trackers)
-    ((step, markdown),) = texts
-    assert step == 0 and len(markdown.splitlines()) == 2 + 6
-    shown = [["0", *map(escape_markdown, row[1:4]), *(f"{number:.4g}" for number in row[4:])] for row in rows]
-    assert cells(markdown) == shown
+    ((step, table),) = texts
+    assert step == 0
+    assert cells(table) == [["0", *map(shown, row[1:4]), *(f"{number:.4g}" for number in row[4:])] for row in rows]
 
     of_trackio = SQLiteStorage.get_logs("ours", "one")
     (table,) = [entry["completions"]["_value"] for entry in of_trackio if "completions" in entry]
@@ -195,6 +187,10 @@ def test_every_tracker_receives_metrics_and_the_sampled_table(trackers, make):
 # Batches that are sampled while training
 
 
+def shown(text: str) -> str:
+    return "<br>".join(html.escape(text.strip()).splitlines())
+
+
 class Brevity(FunctionRanker):
     """Knows the reward of each completion as a table writes it, with the token that ends it."""
 
@@ -205,12 +201,12 @@ class Brevity(FunctionRanker):
     def rewards(self, prompts, completions):
         rewards = super().rewards(prompts, completions)
         for row, of_row in zip(completions, rewards, strict=True):
-            shown = [escape_markdown(text + "</s>") for text in row]
-            self.seen |= dict(zip(shown, map(float, of_row), strict=True))
+            written = [shown(text + "</s>") for text in row]
+            self.seen |= dict(zip(written, map(float, of_row), strict=True))
         return rewards
 
 
-WRITTEN_PROMPTS = {escape_markdown("<s>" + prompt) for prompt in PROMPTS["prompt"]}
+WRITTEN_PROMPTS = {shown("<s>" + prompt) for prompt in PROMPTS["prompt"]}
 
 
 def test_online_pairs_are_those_of_each_logged_batch(make, tmp_path):
@@ -221,8 +217,8 @@ def test_online_pairs_are_those_of_each_logged_batch(make, tmp_path):
     _, texts = of_tensorboard(tmp_path)
     assert [step for step, _ in texts] == [1, 2]
     prompts = []
-    for step, markdown in texts:
-        rows = cells(markdown)
+    for step, table in texts:
+        rows = cells(table)
         assert len(rows) == 2 and {row[0] for row in rows} == {str(step)}
         prompts.append({row[1] for row in rows})
         assert all(ranker.seen[row[2]] >= ranker.seen[row[3]] for row in rows)
@@ -242,14 +238,14 @@ def test_rankings_sampled_while_training_have_the_rankers_rewards(how, make, tmp
         rankings = PROMPTS.add_column("completions", [["", "."]] * 3)
         trainer = make(PROTrainer, rankings, **given, bootstrap_parts=1, max_new_tokens=6)
     trainer.train()
-    _, ((step, markdown),) = of_tensorboard(tmp_path)
-    rows = cells(markdown)
+    _, ((step, table),) = of_tensorboard(tmp_path)
+    rows = cells(table)
     num_completions = 4 if how == "online" else 3
     assert step == 1 and len(rows) == 3 * num_completions
     assert {row[1] for row in rows} == WRITTEN_PROMPTS
     assert [int(row[4]) for row in rows] == list(range(1, num_completions + 1)) * 3
-    assert [float(html.unescape(row[3])) for row in rows] == [ranker.seen[row[2]] for row in rows]
-    own = [row for row in rows if row[2] not in {escape_markdown(text) for text in ("</s>", ".</s>")}]
+    assert [float(row[3]) for row in rows] == [ranker.seen[row[2]] for row in rows]
+    own = [row for row in rows if row[2] not in {shown(text) for text in ("</s>", ".</s>")}]
     assert len(own) == (12 if how == "online" else 3)
 
 
