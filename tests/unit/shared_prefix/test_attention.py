@@ -4,22 +4,18 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers import DynamicCache, LlamaConfig
 
 from prefopt_trl.shared_prefix import segments
 from prefopt_trl.shared_prefix.attention import (
     SHARED_PREFIX,
     PrefixCache,
     Scores,
-    SoftmaxPart,
     attend_to_prefix,
-    left_pad,
     shared_prefix_attention,
-    without_head,
 )
 from prefopt_trl.shared_prefix.segments import Segments
+from tests.unit.shared_prefix.families import SHARING, build
 
 LENGTHS = [7, 4, 6]  # of the prompts, padded on the left to 7
 SIZE = 8
@@ -269,53 +265,12 @@ def test_segments_in_bfloat16_are_close_and_their_softmax_is_in_float32():
     assert SlowSegments([[300, 2], [1], [4]], 4, 2, dtype=torch.bfloat16).error() < 0.03
 
 
-def test_where_the_tokens_of_segments_are():
-    cache = SlowPrompts(4, 2, lengths=[3, 1]).prompts
-    segments = Segments(cache, [3, 1], [[2, 1], [3]], torch.device("cpu"))
-    # Two segments after 3 tokens, at places 0 and 1, and 2; one after 1 token, at places 3 to 5
-    assert segments.position_ids.tolist() == [[3, 4, 3, 1, 2, 3]]
-    assert segments.ends.tolist() == [1, 2, 5]
-    assert segments.exists.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
-    assert segments.places.tolist() == [[0, 1, 0], [2, 0, 0], [3, 4, 5]]  # 0 where there is none
-    assert segments.prompts == [(3, 3), (3, 1)]
-    assert segments.get_seq_length() == 3
-    with pytest.raises(ValueError):  # a prompt without its segments
-        Segments(cache, [3, 1], [[2, 1]], torch.device("cpu"))
-
-
-def test_a_score_is_scaled_then_capped_and_in_float32():
-    queries, keys = torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 1.0], [0.0, 5.0]])
-    assert Scores(0.5, None).of(queries, keys).tolist() == [[3.0, 0.0]]
-    assert Scores(0.5, 2.0).of(queries, keys).tolist() == [[pytest.approx(2 * math.tanh(1.5)), 0.0]]
-    assert Scores(0.5, None).of(queries.bfloat16(), keys.bfloat16()).dtype == torch.float32
-    assert Scores(0.5, None).of(queries.double(), keys.double()).dtype == torch.float64
-
-
-@pytest.mark.parametrize("shift", [0.0, 1000.0, -1000.0])
-def test_two_parts_of_a_softmax_are_one(shift):
-    # Weights 1, 3 and 4: the mean of 1, 5 and 10 is (1 + 15 + 40) / 8
-    values = torch.tensor([[1.0], [5.0]], dtype=torch.float64)
-    one = SoftmaxPart.over(torch.tensor([[0.0, math.log(3)]], dtype=torch.float64) + shift, values)
-    other = SoftmaxPart.over(torch.tensor([[math.log(4)]], dtype=torch.float64) + shift, 2 * values[1:])
-    assert one.mean_with(other).item() == pytest.approx(7.0)
-    assert other.mean_with(one).item() == pytest.approx(7.0)
-    # One that lies far below does not count
-    far = SoftmaxPart.over(torch.tensor([[shift - 2000]], dtype=torch.float64), 2 * values[1:])
-    assert one.mean_with(far).item() == far.mean_with(one).item() == pytest.approx(4.0)
-
-
 # The model's own attention
-
-
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_attention_of_every_config_is_put_back(fails):
-    model = tiny_llama()
+    model = build(SHARING["llama"])
     model.set_attn_implementation("eager")
     other = LlamaConfig(attn_implementation="sdpa")
     model.model.layers[1].self_attn.config = other  # as a model of several parts has several configs
@@ -327,29 +282,6 @@ def test_the_attention_of_every_config_is_put_back(fails):
     except KeyError:
         assert fails
     assert (model.config._attn_implementation, other._attn_implementation) == ("eager", "sdpa")
-
-
-def test_left_padding_and_positions():
-    inputs = left_pad([[5, 6, 7], [8], [9, 0]], 0, torch.device("cpu"))
-    assert {name: tensor.tolist() for name, tensor in inputs.items()} == {
-        "input_ids": [[5, 6, 7], [0, 0, 8], [0, 9, 0]],
-        "attention_mask": [[1, 1, 1], [0, 0, 1], [0, 1, 1]],
-        "position_ids": [[0, 1, 2], [0, 0, 0], [0, 0, 1]],
-    }
-    assert all(tensor.dtype == torch.long for tensor in inputs.values())
-
-
-def test_a_model_without_its_head_keeps_its_adapter():
-    ids = torch.tensor([[5, 6, 7]])
-    model = tiny_llama().eval()
-    torch.manual_seed(1)
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
-    with torch.no_grad():
-        found = without_head(adapted)(input_ids=ids)
-        assert isinstance(found, BaseModelOutputWithPast)
-        assert torch.equal(model.lm_head(found.last_hidden_state), adapted(input_ids=ids).logits)
-        with adapted.disable_adapter():
-            assert not torch.equal(without_head(adapted)(input_ids=ids)[0], found[0])
 
 
 def test_the_values_of_thousands_of_tokens_do_not_overflow_float16():
