@@ -13,7 +13,7 @@ import transformers
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -857,27 +857,6 @@ def test_rotary_positions_are_no_limit() -> None:
     model = random_model()
     model.config.max_position_embeddings = 16
     assert sample_completions(model, letter_tokenizer(), ["a" * 20], 2, max_new_tokens=3)
-
-
-def test_the_space_before_a_first_word_survives_the_decoder_of_llama(tiny_llama_dir):
-    # A LLaMA tokenizer takes the space before a word as part of it, and drops the first one of a text on decoding
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-    text = "\n\nHuman: Hi\n\nAssistant: Boil the water."
-    tokenizer.train_from_iterator(
-        [text] * 3, trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], vocab_size=60, show_progress=False)
-    )
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
-    prompt, completion = text[:23], text[23:]
-    prompt_ids, ids = wrapped(prompt)["input_ids"], wrapped(text)["input_ids"]
-    completion_ids = ids[len(prompt_ids) :]
-    assert ids[: len(prompt_ids)] == prompt_ids and completion == " Boil the water."
-    assert wrapped.decode(completion_ids) == "Boil the water."  # the space is gone
-    drawn = [*completion_ids, wrapped.eos_token_id]
-    read, read_ids, finished = generation._read(wrapped, prompt_ids, [*drawn, 0, 0], [wrapped.eos_token_id], [])
-    assert (read, read_ids, finished) == (completion, drawn, True)
-    assert wrapped(prompt + read)["input_ids"] == ids  # what is trained on is what was sampled
 
 
 def byte_fallback_tokenizer(algorithm: str, strips: bool) -> PreTrainedTokenizerFast:

@@ -72,18 +72,18 @@ def test_logits_are_those_of_whole_rows(family, case):
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_a_model_that_knows_no_logits_to_keep_gives_the_same(family):
-    model, shapes = build(SHARING[family]), []
+    model, calls = build(SHARING[family]), []
     forward = model.forward
 
-    def without_logits_to_keep(logits_to_keep=0, **kwargs):
+    def without_logits_to_keep(logits_to_keep=None, **kwargs):
         outputs = forward(**kwargs)
-        shapes.append(outputs.logits.shape)
+        calls.append((logits_to_keep is not None, outputs.logits.shape[1]))
         return outputs
 
     model.forward = without_logits_to_keep
     check_logits(model, *ROWS["all of these"])
     # What follows in each group; rows as long as the longest
-    assert [shape[:2] for shape in shapes[-2:]] == [(1, 3 + 2 + 9 + 1 + 1), (9, 7)]
+    assert calls[-2:] == [(True, 3 + 2 + 9 + 1 + 1), (True, 7)]
 
 
 def test_beginnings_and_what_follows_them_are_run_once_without_padding_and_the_head_where_rows_end():
