@@ -1,6 +1,6 @@
 """Attention over a prompt's keys and a row's own equals softmax attention over both, written one query at a time."""
 
-import math
+import itertools
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ SIZE = 8
 heads = pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)], ids=["MHA", "GQA", "MQA"])
 
 
-def attend_naively(query, keys, values, scaling: float, softcap: float | None) -> torch.Tensor:
+def attend_naively(query, keys, values, scaling: float = SIZE**-0.5, softcap: float | None = None) -> torch.Tensor:
     """Softmax attention in float64: of `(num_heads, num_queries, size)` to the tokens up to each query.
 
     Keys and values are `(num_kv_heads, num_tokens, size)`; the queries are the last tokens.
@@ -64,6 +64,19 @@ class SlowPrompts:
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator).to(self.dtype)
 
+    def attend(
+        self, layer: int, num_rows: int, num_tokens: int, magnitude: float, **score
+    ) -> tuple[torch.Tensor, ...]:
+        """Draw queries, keys and values of further tokens, and return them behind the attention of the cache."""
+        query = self.random(num_rows, self.num_heads, num_tokens, SIZE) * magnitude
+        keys = self.random(num_rows, self.num_kv_heads, num_tokens, SIZE)
+        values = self.random(num_rows, self.num_kv_heads, num_tokens, self.value_size)
+        updated = self.cache.update(keys, values, layer)
+        found, weights = shared_prefix_attention(None, query.clone(), *updated, None, **score)
+        assert weights is None and found.dtype == self.dtype
+        assert found.shape == (num_rows, num_tokens, self.num_heads, self.value_size)
+        return found.double(), query, keys, values
+
 
 class SlowRows(SlowPrompts):
     """Rows that grow, and beside their cache every row's keys and values in a list of their own."""
@@ -80,29 +93,16 @@ class SlowRows(SlowPrompts):
         self.cache.keep_rows(torch.tensor(rows))
         self.rows = [[layer[row] for row in rows] for layer in self.rows]
 
-    def error(self, num_tokens: int, **options) -> float:
-        """Append as many tokens to each row, one by one, and say how far attention is from the naive one at most."""
-        return max(self._error_of_step(**options) for _ in range(num_tokens))
-
-    def _error_of_step(self, softcap=None, scaling=SIZE**-0.5, magnitude: float = 1.0) -> float:
-        largest = 0.0
-        for layer, rows in enumerate(self.rows):
-            keys = self.random(len(rows), self.num_kv_heads, 1, SIZE)
-            values = self.random(len(rows), self.num_kv_heads, 1, self.value_size)
-            query = self.random(len(rows), self.num_heads, 1, SIZE) * magnitude
+    def check(self, num_tokens: int, atol: float = 2e-6, magnitude: float = 1.0, **score) -> None:
+        """Append as many tokens to each row, one by one, and compare their attention with the naive one."""
+        for _, (layer, rows) in itertools.product(range(num_tokens), enumerate(self.rows)):
+            found, query, keys, values = self.attend(layer, len(rows), 1, magnitude, **score)
             rows[:] = [
                 (torch.cat([row[0], key], dim=1), torch.cat([row[1], value], dim=1))
                 for row, key, value in zip(rows, keys, values, strict=True)
             ]
-            all_keys, all_values = self.cache.update(keys, values, layer)
-            found, weights = shared_prefix_attention(
-                None, query.clone(), all_keys, all_values, None, scaling=scaling, softcap=softcap
-            )
-            assert weights is None and found.dtype == self.dtype
-            assert found.shape == (len(rows), 1, self.num_heads, self.value_size)
-            expected = [attend_naively(one, *row, scaling, softcap) for one, row in zip(query, rows, strict=True)]
-            largest = max(largest, (found.double() - torch.stack(expected)).abs().max().item())
-        return largest
+            expected = [attend_naively(one, *row, **score) for one, row in zip(query, rows, strict=True)]
+            torch.testing.assert_close(found, torch.stack(expected), atol=atol, rtol=0)
 
 
 @heads
@@ -112,64 +112,56 @@ def test_every_step_equals_naive_attention(num_heads, num_kv_heads, counts, soft
     rows = SlowRows(counts, num_heads, num_kv_heads, longest=80)
     # The room grows from 32 places to 80 at the 36th
     for num_queries in (1, 5, 1, 28, 1, 40, 1):
-        assert rows.error(num_queries, softcap=softcap) < 2e-6
+        rows.check(num_queries, softcap=softcap)
     assert [layer.get_seq_length() for layer in rows.cache.layers] == [7 + 77] * 2
     assert rows.cache.layers[0].keys.shape[2] == 80
 
 
 def test_all_tokens_take_the_room_of_the_longest_and_values_may_have_another_size_than_keys():
     rows = SlowRows([4, 1, 2], 4, 4, longest=5, value_size=5)
-    assert rows.error(5) < 2e-6
+    rows.check(5)
     assert rows.cache.layers[0].keys.shape[2] == 5
 
 
 def test_prompts_of_one_length_need_no_mask():
     rows = SlowRows([2, 3], 4, 2, longest=6, lengths=[5, 5])
     assert rows.cache.layers[0].hidden is None
-    assert max(rows.error(1), rows.error(5)) < 2e-6
+    rows.check(6)
 
 
-def test_scaling_is_that_of_the_model_and_by_default_of_the_size():
-    rows = SlowRows([2, 1, 3], 4, 2, longest=9)
-    assert rows.error(2, scaling=0.7) < 2e-6
-    query = rows.random(6, 4, 1, SIZE)
-    keys, values = rows.cache.update(rows.random(6, 2, 1, SIZE), rows.random(6, 2, 1, SIZE), 0)
-    by_default, given = (
-        shared_prefix_attention(None, query.clone(), keys, values, None, scaling=scaling)[0]
-        for scaling in (None, 1 / math.sqrt(SIZE))
-    )
-    assert torch.equal(by_default, given)
+def test_scaling_is_that_of_the_model():
+    SlowRows([2, 1, 3], 4, 2, longest=9).check(2, scaling=0.7)
 
 
 def test_scores_of_thousands_neither_overflow_nor_vanish():
     # exp of a score of 89 overflows in float32, and a part may lie that far below the other
     rows = SlowRows([4, 1, 2], 4, 2, longest=9)
-    assert max(rows.error(1, magnitude=1000.0), rows.error(5, magnitude=1000.0)) < 1e-3
+    rows.check(6, atol=1e-3, magnitude=1000.0)
 
 
 def test_rows_and_prompts_leave():
     rows = SlowRows([3, 1, 2], 4, 2, longest=80)
-    assert rows.error(3) < 2e-6
+    rows.check(3)
     rows.keep([0, 2, 4, 5])  # of the second prompt none
     assert rows.cache.rows.counts == [2, 2]
     assert rows.cache.layers[1].prompt_keys.shape[0] == 2
-    assert max(rows.error(1), rows.error(40)) < 2e-6
+    rows.check(41)
     rows.keep([1, 2, 3])
     assert rows.cache.rows.counts == [1, 2]
-    assert rows.error(5) < 2e-6
+    rows.check(5)
     rows.keep([2])
     assert rows.cache.rows.counts == [1]
-    assert max(rows.error(1), rows.error(2)) < 2e-6
+    rows.check(3)
     rows = SlowRows([3, 1, 2], 4, 2, longest=8)
     rows.keep([1, 3])  # before they have tokens
     assert rows.cache.rows.counts == [1, 1]
-    assert max(rows.error(1), rows.error(5)) < 2e-6
+    rows.check(6)
 
 
 def test_bfloat16_is_close_and_its_softmax_is_in_float32():
     # 300 tokens of its own: summed in bfloat16, with 8 bits, such a softmax would be wrong by several percent
     rows = SlowRows([4, 1, 2], 4, 2, longest=301, dtype=torch.bfloat16)
-    assert max(rows.error(1), rows.error(300)) < 0.03
+    rows.check(301, atol=0.03)
 
 
 def test_keys_of_another_cache_sinks_and_dropout_are_refused():
@@ -198,27 +190,16 @@ class SlowSegments(SlowPrompts):
         self.prompt_of = [prompt for prompt, own in enumerate(segment_lengths) for _ in own]
         self.cache = Segments(self.prompts, lengths, segment_lengths, torch.device("cpu"))
 
-    def error(self, *, softcap=None, scaling=SIZE**-0.5, magnitude: float = 1.0) -> float:
-        """Run all tokens in one row, and say how far their attention is from the naive one, a segment at a time."""
-        largest, num_tokens = 0.0, sum(self.lengths)
+    def check(self, atol: float = 2e-6, magnitude: float = 1.0, **score) -> None:
+        """Run all tokens in one row, and compare their attention with the naive one, a segment at a time."""
         for layer, prompts in enumerate(self.of_prompts):
-            query = self.random(1, self.num_heads, num_tokens, SIZE) * magnitude
-            keys = self.random(1, self.num_kv_heads, num_tokens, SIZE)
-            values = self.random(1, self.num_kv_heads, num_tokens, self.value_size)
-            found, weights = shared_prefix_attention(
-                None, query.clone(), *self.cache.update(keys, values, layer), None, scaling=scaling, softcap=softcap
-            )
-            assert weights is None and found.dtype == self.dtype
-            assert found.shape == (1, num_tokens, self.num_heads, self.value_size)
-            expected, start = [], 0
-            for prompt, length in zip(self.prompt_of, self.lengths, strict=True):
-                own = slice(start, start + length)
-                start += length
-                row_keys = torch.cat([prompts[prompt][0], keys[0, :, own]], dim=1)
-                row_values = torch.cat([prompts[prompt][1], values[0, :, own]], dim=1)
-                expected.append(attend_naively(query[0, :, own], row_keys, row_values, scaling, softcap))
-            largest = max(largest, (found[0].double() - torch.cat(expected)).abs().max().item())
-        return largest
+            found, *own = self.attend(layer, 1, sum(self.lengths), magnitude, **score)
+            expected = []
+            segments_of = [part[0].split(self.lengths, dim=1) for part in own]
+            for prompt, query, *segment in zip(self.prompt_of, *segments_of, strict=True):
+                row = (torch.cat(parts, dim=1) for parts in zip(prompts[prompt], segment, strict=True))
+                expected.append(attend_naively(query, *row, **score))
+            torch.testing.assert_close(found[0], torch.cat(expected), atol=atol, rtol=0)
 
 
 @heads
@@ -237,7 +218,7 @@ class SlowSegments(SlowPrompts):
 )
 def test_segments_equal_naive_attention(num_heads, num_kv_heads, softcap, lengths, segment_lengths):
     slow = SlowSegments(segment_lengths, num_heads, num_kv_heads, lengths=lengths)
-    assert slow.error(softcap=softcap) < 2e-6
+    slow.check(softcap=softcap)
     assert [layer.was_attended for layer in slow.cache.layers] == [True, True]
 
 
@@ -249,20 +230,20 @@ def test_segments_in_parts_equal_naive_attention(monkeypatch, num_heads, num_kv_
     monkeypatch.setattr(Scores, "of", lambda *given: numbers.append((scores := of(*given)).numel()) or scores)
     cases = [SEGMENTS, [[1, 1, 1], [4, 1], [2]], [[5, 5], [1] * 9, [3, 2, 1]]]
     for segment_lengths in cases:
-        assert SlowSegments(segment_lengths, num_heads, num_kv_heads).error() < 2e-6
+        SlowSegments(segment_lengths, num_heads, num_kv_heads).check()
     # A segment of 5 tokens and a token's prompt are the least: 6 heads x 5 x 5
     assert max(numbers) <= max(most, 25 * num_heads)
     assert len(numbers) > 2 * len(cases) * (1 + 3)  # without parts: two layers, all segments and each prompt
 
 
 def test_segments_with_values_of_another_size_another_scaling_and_scores_of_thousands():
-    assert SlowSegments(SEGMENTS, 4, 2, value_size=5).error(scaling=0.7) < 2e-6
-    assert SlowSegments(SEGMENTS, 4, 2).error(magnitude=1000.0) < 1e-3
+    SlowSegments(SEGMENTS, 4, 2, value_size=5).check(scaling=0.7)
+    SlowSegments(SEGMENTS, 4, 2).check(atol=1e-3, magnitude=1000.0)
 
 
 def test_segments_in_bfloat16_are_close_and_their_softmax_is_in_float32():
     # Summed in bfloat16, with 8 bits, a softmax over 300 tokens would be wrong by several percent
-    assert SlowSegments([[300, 2], [1], [4]], 4, 2, dtype=torch.bfloat16).error() < 0.03
+    SlowSegments([[300, 2], [1], [4]], 4, 2, dtype=torch.bfloat16).check(atol=0.03)
 
 
 # The model's own attention
