@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import math
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 import prefopt_trl
 
 ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 TITLES = {page: text.splitlines()[0].removeprefix("# ") for page, text in PAGES.items()}
 TRAINER_PAGES = [page for page, title in TITLES.items() if title.endswith("Trainer")]
@@ -20,8 +22,8 @@ TRAINER_PAGES = [page for page, title in TITLES.items() if title.endswith("Train
 NOT_OURS = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
 
 
-def python_blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", PAGES[page], flags=re.DOTALL)
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
 def table(page: str, heading: str) -> list[list[str]]:
@@ -31,21 +33,36 @@ def table(page: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def run(block: str, namespace: dict, model_dir: str) -> None:
-    """Run an example as it is, but for the paths, on the CPU, and for one step."""
-    block = re.sub(r"path/to/my-(sft-)?model", model_dir, block)
-    exec(re.sub(r"(Config\(\s*)", r"\1use_cpu=True, bf16=False, max_steps=1, ", block), namespace)
+RunPage = Callable[[str], Iterator[dict]]
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_use_what_exists(page):
-    for block in python_blocks(page):
+@pytest.fixture
+def run_page(tiny_llama_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPage:
+    """Runs the examples of a page as they are, but for the paths, on the CPU, and for one step; gives the names that
+    each leaves."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def run_page(page: str) -> Iterator[dict]:
+        namespace: dict = {}
+        for block in python_blocks(PAGES[page]):
+            block = re.sub(r"path/to/my-(sft-)?model", tiny_llama_dir, block)
+            exec(re.sub(r"(Config\(\s*)", r"\1use_cpu=True, bf16=False, max_steps=1, ", block), namespace)
+            yield namespace
+
+    return run_page
+
+
+@pytest.mark.parametrize("text", [README, *PAGES.values()], ids=["README.md", *(f"docs/{page}" for page in PAGES)])
+def test_python_blocks_use_what_exists(text):
+    for block in python_blocks(text):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom):
                 module = __import__(node.module, fromlist=[name.name for name in node.names])
                 assert all(hasattr(module, name.name) for name in node.names)
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("Config"):
-                fields = {field.name for field in dataclasses.fields(getattr(prefopt_trl, node.func.id))}
+            name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            if name.endswith("Config") and name in prefopt_trl.__all__:
+                fields = {field.name for field in dataclasses.fields(getattr(prefopt_trl, name))}
                 assert {keyword.arg for keyword in node.keywords} <= fields
 
 
@@ -61,12 +78,19 @@ def test_links_lead_to_files_and_headings(page):
             assert anchor in slugs, f"{target}#{anchor}"
 
 
-def test_every_page_is_in_the_index_and_every_trainer_has_a_page():
+def test_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make ([a-z-]+)", README, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_public_names_exist_and_every_page_is_in_the_index_and_every_trainer_has_a_page():
+    assert all(getattr(prefopt_trl, name) is not None for name in prefopt_trl.__all__)
+    assert dir(prefopt_trl) == sorted(prefopt_trl.__all__)
     linked = set(re.findall(r"\]\((\w+\.md)\)", PAGES["README.md"]))
     assert linked == PAGES.keys() - {"README.md"}
-    assert {TITLES[page] for page in TRAINER_PAGES} == {
-        name for name in prefopt_trl.__all__ if name.endswith("Trainer")
-    }
+    trainers = {name for name in prefopt_trl.__all__ if name.endswith("Trainer")}
+    assert {TITLES[page] for page in TRAINER_PAGES} == trainers
 
 
 @pytest.mark.parametrize("page", TRAINER_PAGES)
@@ -76,49 +100,34 @@ def test_first_line_says_which_equation(page):
 
 
 @pytest.mark.parametrize("page", TRAINER_PAGES)
-def test_examples_run_and_log_what_the_page_says(page, tiny_llama_dir, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    namespace: dict = {}
+def test_examples_run_and_log_what_the_page_says(page, run_page):
     logged: set[str] = set()
-    for block in python_blocks(page):
-        run(block, namespace, tiny_llama_dir)
+    for namespace in run_page(page):
         steps = [entry for entry in namespace["trainer"].state.log_history if "loss" in entry]
         logged |= set().union(*steps) - NOT_OURS
     documented = {name for row in table(page, "Logged metrics") for name in re.findall(r"`([^`]+)`", row[0])}
     assert documented == logged
 
 
-def test_online_example_runs(tiny_llama_dir, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    namespace: dict = {}
-    for block in python_blocks("online_sampling.md"):
-        run(block, namespace, tiny_llama_dir)
+def test_online_example_runs(run_page):
+    *_, namespace = run_page("online_sampling.md")
     # One step, and before it policy and reference model agree
     assert namespace["trainer"].state.log_history[-1]["train_loss"] == pytest.approx(math.log(2))
 
 
-def test_reward_function_example_runs(tiny_llama_dir, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    namespace: dict = {}
-    for block in python_blocks("reward_functions.md"):
-        run(block, namespace, tiny_llama_dir)
+def test_reward_function_example_runs(run_page):
+    *_, namespace = run_page("reward_functions.md")
     assert "rewards/PairwiseRanker/mean" in namespace["trainer"].state.log_history[0]
 
 
-def test_tracker_example_runs(tiny_llama_dir, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    namespace: dict = {}
-    for block in python_blocks("trackers.md"):
-        run(block, namespace, tiny_llama_dir)
+def test_tracker_example_runs(run_page, tmp_path):
+    list(run_page("trackers.md"))
     (events,) = (tmp_path / "outputs/rso-logged/runs").rglob("events.out.tfevents*")
     assert b"train/completions/text_summary" in events.read_bytes()
 
 
-def test_data_examples_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    namespace: dict = {}
-    for block in python_blocks("data_formats.md"):
-        exec(block, namespace)
+def test_data_examples_run(run_page):
+    *_, namespace = run_page("data_formats.md")
     assert namespace["made"][0] == {
         "prompt": "The sky is",
         "completions": [" wet.", " blue.", " green."],
@@ -126,13 +135,9 @@ def test_data_examples_run(tmp_path, monkeypatch):
     }
 
 
-def test_sampling_examples_run(tiny_llama_dir, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_sampling_examples_run(run_page, tiny_llama_dir, tmp_path):
     save_tiny_t5(tmp_path / "path/to/my-t5-ranker", tiny_llama_dir)
-    namespace: dict = {}
-    for block in python_blocks("sampling.md"):
-        run(block, namespace, tiny_llama_dir)
+    *_, namespace = run_page("sampling.md")
     made = {name: len(namespace[name]) for name in ("pairs", "again", "best", "loaded", "from_elsewhere")}
     assert made == {"pairs": 4, "again": 4, "best": 12, "loaded": 4, "from_elsewhere": 2}
     assert namespace["from_elsewhere"]["chosen"] == [" wet.", " blue."]  # what the ranker prefers, not the rewards
@@ -147,10 +152,8 @@ def save_tiny_t5(folder: Path, tokenizer_dir: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def test_shared_prefix_example_runs(tiny_llama_dir):
-    namespace: dict = {}
-    for block in python_blocks("shared_prefix.md"):
-        run(block, namespace, tiny_llama_dir)
+def test_shared_prefix_example_runs(run_page):
+    *_, namespace = run_page("shared_prefix.md")
     assert len(namespace["texts"]) == len(namespace["logps"]) == 128
 
 

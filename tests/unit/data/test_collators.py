@@ -32,19 +32,6 @@ def test_equal_rewards_keep_the_order_of_the_data():
     assert DataCollatorForRanking(pad_token_id=0)([example])["input_ids"][:, 1].tolist() == [3, 5, 2, 4]
 
 
-@pytest.mark.parametrize(
-    ("mode", "input_ids", "completion_mask"),
-    [
-        ("keep_start", [[1, 2, 4], [1, 2, 6], [1, 2, 3], [7, 8, 0], [7, 9, 0]], [0, 0, 1]),
-        ("keep_end", [[2, 4, 5], [1, 2, 6], [1, 2, 3], [7, 8, 0], [7, 9, 0]], [0, 1, 1]),
-    ],
-)
-def test_rows_are_cut_at_max_length(mode, input_ids, completion_mask):
-    batch = DataCollatorForRanking(pad_token_id=0, max_length=3, truncation_mode=mode)(EXAMPLES)
-    assert batch["input_ids"].tolist() == input_ids
-    assert batch["completion_mask"][0].tolist() == completion_mask
-
-
 def test_rows_are_padded_to_a_multiple():
     batch = DataCollatorForRanking(pad_token_id=99, pad_to_multiple_of=3)(EXAMPLES)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["completion_mask"].shape == (5, 6)

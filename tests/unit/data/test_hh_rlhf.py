@@ -8,26 +8,9 @@ from datasets import Dataset
 
 from prefopt_trl.data.formats import completion_text, prompt_text, transcript
 from prefopt_trl.data.hh_rlhf import SUBSETS, load_hh_rlhf
+from tests.unit.data.conftest import write_jsonl
 
 GREETING = "\n\nHuman: Hi\n\nAssistant:"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-def write(file: Path, *rows: dict) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    opener = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "wt", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(row) + "\n" for row in rows)
-    return file
-
-
-def read(file: Path) -> list[dict[str, str]]:
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def pair(chosen: str, rejected: str) -> dict[str, str]:
@@ -39,104 +22,50 @@ def messages(*turns: str) -> list[dict[str, str]]:
     return [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]
 
 
-@pytest.fixture(scope="module")
-def harmless_test_file(shared_dir: Path) -> Path:
-    return shared_dir / "data" / "hh_rlhf" / "harmless-base" / "test.jsonl.gz"
-
-
-@pytest.fixture(scope="module")
-def harmless_test_rows(harmless_test_file: Path) -> list[dict[str, str]]:
-    return read(harmless_test_file)
-
-
-def test_the_harmless_test_split_keeps_every_row_and_every_character(harmless_test_file, harmless_test_rows) -> None:
-    """PRO Table 1: 2,312 of 2,312."""
-    dataset = load_hh_rlhf(harmless_test_file)
+@pytest.mark.parametrize("conversational", [False, True])
+def test_the_harmless_test_split_keeps_every_row_and_every_character(shared_dir: Path, conversational: bool) -> None:
+    """PRO Table 1: 2,312 of 2,312. Completions are single turns, but for five that part ways earlier."""
+    file = shared_dir / "data" / "hh_rlhf" / "harmless-base" / "test.jsonl.gz"
+    dataset = load_hh_rlhf(file, conversational=conversational)
     assert dataset.column_names == ["prompt", "chosen", "rejected"]
-    assert len(dataset) == len(harmless_test_rows) == 2312
-    for row, raw in zip(dataset, harmless_test_rows, strict=True):
-        assert row["prompt"].endswith("\n\nAssistant:")
-        assert row["prompt"] + row["chosen"] == raw["chosen"]
-        assert row["prompt"] + row["rejected"] == raw["rejected"]
-
-
-def test_messages_of_the_harmless_test_split_write_the_same_transcripts(
-    harmless_test_file, harmless_test_rows
-) -> None:
-    dataset = load_hh_rlhf(harmless_test_file, conversational=True)
-    assert len(dataset) == 2312
-    for row, raw in zip(dataset, harmless_test_rows, strict=True):
-        assert row["prompt"][-1]["role"] == "user"
-        for column in ("chosen", "rejected"):
-            assert transcript(row["prompt"] + row[column]) == raw[column]
-            assert prompt_text(row["prompt"]) + completion_text(row[column]) == raw[column]
-
-
-def test_completions_of_the_harmless_test_split_are_single_turns_but_for_those_that_part_ways_earlier(
-    harmless_test_file,
-) -> None:
-    dataset = load_hh_rlhf(harmless_test_file)
-    longer = [i for i, row in enumerate(dataset) if "\n\nAssistant:" in row["chosen"] + row["rejected"]]
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        raw = [json.loads(line) for line in lines]
+    assert len(dataset) == len(raw) == 2312
+    longer = []
+    for index, (row, transcripts) in enumerate(zip(dataset, raw, strict=True)):
+        prompt = prompt_text(row["prompt"])
+        completions = {side: completion_text(row[side]) for side in ("chosen", "rejected")}
+        assert prompt.endswith("\n\nAssistant:")
+        assert {side: prompt + text for side, text in completions.items()} == transcripts
+        longer += [index] if "\n\nAssistant:" in "".join(completions.values()) else []
     assert longer == [1254, 1688, 1950, 1952, 2036]
 
 
+# Prompt, chosen and rejected completion
 CASES = {
-    "the last turn, not the first": (
-        pair(
-            GREETING + " Hello\n\nHuman: Bye\n\nAssistant: See you", GREETING + " Hello\n\nHuman: Bye\n\nAssistant: Go"
-        ),
-        (GREETING + " Hello\n\nHuman: Bye\n\nAssistant:", " See you", " Go"),
-        (messages("H Hi", "A Hello", "H Bye"), messages("A See you"), messages("A Go")),
-    ),
-    "paragraphs belong to their turn": (
-        pair("\n\nHuman: Hi\n\nyou\n\nAssistant: One\n\n1. a\n\n2. b ", "\n\nHuman: Hi\n\nyou\n\nAssistant: Two\n\n"),
-        ("\n\nHuman: Hi\n\nyou\n\nAssistant:", " One\n\n1. a\n\n2. b ", " Two\n\n"),
-        (messages("H Hi\n\nyou"), messages("A One\n\n1. a\n\n2. b "), messages("A Two\n\n")),
-    ),
-    "role names inside a turn": (
-        pair(GREETING + " Human: no.  Human: So?\nAssistant: yes", GREETING + " an Assistant: is"),
-        (GREETING, " Human: no.  Human: So?\nAssistant: yes", " an Assistant: is"),
-        (messages("H Hi"), messages("A Human: no.  Human: So?\nAssistant: yes"), messages("A an Assistant: is")),
-    ),
-    "two assistant turns in a row, in both": (
-        pair(GREETING + " Wait\n\nAssistant: Yes", GREETING + " Wait\n\nAssistant: No"),
-        (GREETING + " Wait\n\nAssistant:", " Yes", " No"),
-        (messages("H Hi", "A Wait"), messages("A Yes"), messages("A No")),
-    ),
-    "two assistant turns in a row, in one": (
-        pair(GREETING + " Wait\n\nAssistant: Yes", GREETING + " No"),
-        (GREETING, " Wait\n\nAssistant: Yes", " No"),
-        (messages("H Hi"), messages("A Wait", "A Yes"), messages("A No")),
-    ),
-    "the conversations part ways early": (
-        pair(GREETING + " A\n\nHuman: B\n\nAssistant: C", GREETING + " D\n\nHuman: B\n\nAssistant: C"),
-        (GREETING, " A\n\nHuman: B\n\nAssistant: C", " D\n\nHuman: B\n\nAssistant: C"),
-        (messages("H Hi"), messages("A A", "H B", "A C"), messages("A D", "H B", "A C")),
-    ),
-    "one conversation ends where the other goes on": (
-        pair(GREETING + " A", GREETING + " A\n\nHuman: B\n\nAssistant: C"),
-        (GREETING, " A", " A\n\nHuman: B\n\nAssistant: C"),
-        (messages("H Hi"), messages("A A"), messages("A A", "H B", "A C")),
-    ),
-    "empty completions, and a space too many": (
-        pair(GREETING + " ", GREETING + "  A"),
-        (GREETING, " ", "  A"),
-        (messages("H Hi"), messages("A "), messages("A  A")),
-    ),
-    "equal transcripts": (
-        pair(GREETING + " A", GREETING + " A"),
-        (GREETING, " A", " A"),
-        (messages("H Hi"), messages("A A"), messages("A A")),
-    ),
+    "the last turn, not the first": (["H Hi", "A Hello", "H Bye"], ["A See you"], ["A Go"]),
+    "paragraphs belong to their turn": (["H Hi\n\nyou"], ["A One\n\n1. a\n\n2. b "], ["A Two\n\n"]),
+    "role names inside a turn": (["H Hi"], ["A Human: no.  Human: So?\nAssistant: yes"], ["A an Assistant: is"]),
+    "two assistant turns in a row, in both": (["H Hi", "A Wait"], ["A Yes"], ["A No"]),
+    "two assistant turns in a row, in one": (["H Hi"], ["A Wait", "A Yes"], ["A No"]),
+    "the conversations part ways early": (["H Hi"], ["A A", "H B", "A C"], ["A D", "H B", "A C"]),
+    "one conversation ends where the other goes on": (["H Hi"], ["A A"], ["A A", "H B", "A C"]),
+    "empty completions, and a space too many": (["H Hi"], ["A "], ["A  A"]),
+    "equal transcripts": (["H Hi"], ["A A"], ["A A"]),
 }
 
 
 @pytest.mark.parametrize("conversational", [False, True])
-@pytest.mark.parametrize(("raw", "plain", "as_messages"), CASES.values(), ids=CASES)
-def test_odd_rows_by_hand(tmp_path: Path, raw, plain, as_messages, conversational: bool) -> None:
-    dataset = load_hh_rlhf(write(tmp_path / "rows.jsonl", raw), conversational=conversational)
-    expected = as_messages if conversational else plain
-    assert dataset[0] == dict(zip(["prompt", "chosen", "rejected"], expected, strict=True))
+@pytest.mark.parametrize(("prompt", "chosen", "rejected"), CASES.values(), ids=CASES)
+def test_odd_rows_come_apart_as_they_were_written(
+    tmp_path: Path, prompt, chosen, rejected, conversational: bool
+) -> None:
+    row = {"prompt": messages(*prompt), "chosen": messages(*chosen), "rejected": messages(*rejected)}
+    raw = {side: transcript(row["prompt"] + row[side]) for side in ("chosen", "rejected")}
+    dataset = load_hh_rlhf(write_jsonl(tmp_path / "rows.jsonl", [raw]), conversational=conversational)
+    if not conversational:
+        row = {"prompt": prompt_text(row["prompt"]), **{side: completion_text(row[side]) for side in raw}}
+    assert dataset[0] == row
 
 
 MALFORMED = [
@@ -151,7 +80,7 @@ MALFORMED = [
 @pytest.mark.parametrize("conversational", [False, True])
 def test_rows_without_a_prompt_are_left_out_and_named(tmp_path: Path, caplog, conversational: bool) -> None:
     good = pair(GREETING + " A", GREETING + " B")
-    file = write(tmp_path / "rows.jsonl", good, *MALFORMED[:3], good, *MALFORMED[3:], good)
+    file = write_jsonl(tmp_path / "rows.jsonl", [good, *MALFORMED[:3], good, *MALFORMED[3:], good])
     with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
         assert len(load_hh_rlhf(file, conversational=conversational)) == 3
     assert [record.getMessage() for record in caplog.records if record.name == "prefopt_trl.data.hh_rlhf"] == [
@@ -162,14 +91,14 @@ def test_rows_without_a_prompt_are_left_out_and_named(tmp_path: Path, caplog, co
 
 def test_a_file_of_such_rows_alone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"12 of 12 rows have no prompt, .*: rows 0, 1, .* 8, 9, \.\.\.$"):
-        load_hh_rlhf(write(tmp_path / "rows.jsonl", *[MALFORMED[0]] * 12))
+        load_hh_rlhf(write_jsonl(tmp_path / "rows.jsonl", [MALFORMED[0]] * 12))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for name in ("helpful-online", "harmless-base"):
         for split in ("train", "test"):
-            write(tmp_path / name / f"{split}.jsonl.gz", pair(f"{GREETING} {name}", f"{GREETING} {split}"))
+            write_jsonl(tmp_path / name / f"{split}.jsonl.gz", [pair(f"{GREETING} {name}", f"{GREETING} {split}")])
     return tmp_path
 
 
@@ -191,12 +120,12 @@ def test_a_folder_gives_the_subsets_it_has_or_the_one_asked_for(folder: Path, ar
     ("subset", "names"),
     [(None, SUBSETS), ("helpful", SUBSETS[1:]), ("helpful-rejection-sampled", ["helpful-rejection-sampled"])],
 )
-def test_the_hub_is_asked_for_each_subset(folder: Path, monkeypatch: pytest.MonkeyPatch, subset, names) -> None:
+def test_the_hub_is_asked_for_each_subset(monkeypatch: pytest.MonkeyPatch, subset, names) -> None:
     asked = []
 
     def load_dataset(repo: str, *, data_dir: str, split: str) -> Dataset:
         asked.append((repo, data_dir, split))
-        return Dataset.from_list(read(folder / "harmless-base" / "test.jsonl.gz"))
+        return Dataset.from_list([pair(f"{GREETING} a", f"{GREETING} b")])
 
     monkeypatch.setattr("prefopt_trl.data.hh_rlhf.load_dataset", load_dataset)
     dataset = load_hh_rlhf(subset=subset, split="test")
@@ -236,14 +165,9 @@ BAD_CALLS = [
 def test_bad_input_is_named_with_the_remedy(folder: Path, arguments: dict, error: type, message: str) -> None:
     (folder / "empty").mkdir()
     (folder / "text.jsonl").write_text("chosen, rejected\n")
-    write(folder / "none.jsonl")
-    write(folder / "none.jsonl.gz")
-    write(folder / "columns.jsonl", {"chosen": "a", "prompt": "b"})
-    write(folder / "null.jsonl", pair(GREETING, GREETING), {"chosen": GREETING})
+    write_jsonl(folder / "none.jsonl", [])
+    write_jsonl(folder / "none.jsonl.gz", [])
+    write_jsonl(folder / "columns.jsonl", [{"chosen": "a", "prompt": "b"}])
+    write_jsonl(folder / "null.jsonl", [pair(GREETING, GREETING), {"chosen": GREETING}])
     with pytest.raises(error, match=message):
         load_hh_rlhf(**{**arguments, "path_or_repo": folder / arguments.get("path_or_repo", "")})
-
-
-def test_a_repository_that_cannot_be_read_is_named() -> None:
-    with pytest.raises(FileNotFoundError, match=r"'nobody/nothing' is neither a local .* Check the path, or download"):
-        load_hh_rlhf("nobody/nothing")

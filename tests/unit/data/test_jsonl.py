@@ -1,12 +1,12 @@
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from datasets import Dataset
 
 from prefopt_trl.data import jsonl
 from prefopt_trl.data.jsonl import check_candidates, read_jsonl
+from tests.unit.data.conftest import write_jsonl
 
 ASK = [{"role": "user", "content": "What colour is the sky?"}]
 BLUE = [{"role": "assistant", "content": "Blue."}]
@@ -19,11 +19,6 @@ CONVERSATION = {"prompt": ASK, "completions": [BLUE, GREEN]}
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "candidates.jsonl"
-
-
-def write(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 # What is read
@@ -42,7 +37,7 @@ def write(path: Path, *rows: Any) -> Path:
     ],
 )
 def test_rows_are_read_as_they_are_written(path: Path, rows: list[dict]) -> None:
-    assert read_jsonl(write(path, *rows)).to_list() == rows
+    assert read_jsonl(write_jsonl(path, rows)).to_list() == rows
     assert read_jsonl(str(path)).column_names == list(rows[0])
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     assert read_jsonl(path).to_list() == rows
@@ -57,14 +52,14 @@ def test_blank_lines_line_ends_and_a_byte_order_mark_do_no_harm(path: Path) -> N
 def test_a_file_read_in_parts_is_one_table_of_the_widest_types(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jsonl, "ROWS_AT_A_TIME", 2)
     rows = [PLAIN | {"rewards": [1, 2], "note": None}] * 3 + [PLAIN | {"rewards": [0.5, 2], "note": "n"}] * 2
-    dataset = read_jsonl(write(path, *rows))
+    dataset = read_jsonl(write_jsonl(path, rows))
     assert dataset.to_list() == rows
     assert [str(dataset.features[name].dtype) for name in ("prompt", "note")] == ["string", "string"]
     assert dataset.features["rewards"].feature.dtype == "float64"
 
 
 def test_columns_may_come_in_any_order(path: Path) -> None:
-    assert read_jsonl(write(path, PLAIN, dict(reversed(PLAIN.items())))).to_list() == [PLAIN, PLAIN]
+    assert read_jsonl(write_jsonl(path, [PLAIN, dict(reversed(PLAIN.items()))])).to_list() == [PLAIN, PLAIN]
 
 
 # What is refused
@@ -120,7 +115,8 @@ def test_columns_may_come_in_any_order(path: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_named_with_its_line_and_the_remedy(path: Path, rows: list, message: str) -> None:
-    path.write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(path, rows)
+    path.write_text("\n" + path.read_text())
     with pytest.raises(ValueError) as error:
         read_jsonl(path)
     assert message.format(path=path) in str(error.value)
@@ -139,21 +135,9 @@ def test_a_missing_file_is_named(path: Path) -> None:
 
 
 @pytest.mark.parametrize("row", [PLAIN, CONVERSATION, PLAIN | {"rewards": [1.0, 2.0], "finished": [True, False]}])
-def test_candidates_of_a_dataset_pass(row: dict) -> None:
+def test_candidates_of_a_dataset_that_are_wrong_are_named_with_their_row(row: dict) -> None:
     check_candidates(Dataset.from_list([row, row]), "`prompts`")
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (PLAIN | {"completions": []}, "The completions of row 1 of `prompts` are []. Give a list of one or more"),
-        (PLAIN | {"rewards": [1.0]}, "In row 1 of `prompts` are 2 completions and 1 `rewards`. Give one for each"),
-        (PLAIN | {"rewards": [1.0, None]}, "`rewards` of completion 1 of row 1 of `prompts` is None. Give a finite"),
-        (PLAIN | {"prompt": None}, "The prompt of row 1 of `prompts` is NoneType; give it as text"),
-    ],
-)
-def test_candidates_of_a_dataset_that_are_wrong_are_named_with_their_row(row: dict, message: str) -> None:
-    right = {name: [1.0] * 2 if name == "rewards" else PLAIN[name] for name in row}
-    with pytest.raises(ValueError) as error:
-        check_candidates(Dataset.from_list([right, row]), "`prompts`")
-    assert message in str(error.value)
+    with pytest.raises(
+        ValueError, match=r"The completions of row 1 of `prompts` are \[\]. Give a list of one or more"
+    ):
+        check_candidates(Dataset.from_list([row, row | {"completions": []}]), "`prompts`")

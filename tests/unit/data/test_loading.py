@@ -1,7 +1,5 @@
 """Rows by name: what a file, a folder and a sampled dataset hold comes out, and transcripts are recognised."""
 
-import gzip
-import json
 import os
 from pathlib import Path
 
@@ -10,6 +8,7 @@ from datasets import Dataset, DatasetDict
 
 from prefopt_trl.data.hh_rlhf import load_hh_rlhf
 from prefopt_trl.data.loading import load_rows
+from tests.unit.data.conftest import write_jsonl
 
 PAIRS = [{"prompt": f"{i}?", "chosen": f" {i}.", "rejected": " no."} for i in range(4)]
 TRANSCRIPTS = [
@@ -18,17 +17,6 @@ TRANSCRIPTS = [
         "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: No.",
     }
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def write_jsonl(path, rows):
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-    return str(path)
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz", "pairs.json"])
@@ -118,14 +106,11 @@ def test_transcripts_are_split_at_the_last_assistant_turn(tmp_path):
     assert rows.to_list() == [{"prompt": prompt, "chosen": " So.", "rejected": " No."}]
 
 
-def test_transcripts_beside_a_prompt_are_left_as_they_are(tmp_path):
-    rows = [{"prompt": "Go on:", **TRANSCRIPTS[0]}]
-    assert load_rows(write_jsonl(tmp_path / "own.jsonl", rows)).to_list() == rows
-
-
-def test_pairs_without_a_prompt_that_are_no_transcripts_are_left_as_they_are(tmp_path):
-    rows = [{"chosen": "Human: Hi", "rejected": "\n\nHuman: Hi"}]
-    assert load_rows(write_jsonl(tmp_path / "other.jsonl", rows)).to_list() == rows
+@pytest.mark.parametrize(
+    "row", [{"prompt": "Go on:", **TRANSCRIPTS[0]}, {"chosen": "Human: Hi", "rejected": "\n\nHuman: Hi"}]
+)
+def test_transcripts_beside_a_prompt_and_pairs_that_are_none_are_left_as_they_are(tmp_path, row):
+    assert load_rows(write_jsonl(tmp_path / "own.jsonl", [row])).to_list() == [row]
 
 
 def test_real_transcripts_are_those_of_load_hh_rlhf(shared_dir):

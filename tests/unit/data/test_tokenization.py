@@ -28,37 +28,27 @@ def messages(row):
     }
 
 
-@pytest.fixture(scope="module", params=["byte-level with BOS", "without BOS"])
-def tokenizer(request, tiny_llama_dir):
-    if request.param == "byte-level with BOS":
-        return AutoTokenizer.from_pretrained(tiny_llama_dir)
-    return train_tokenizer((text for row in ROWS for text in row), vocab_size=320)
+@pytest.fixture
+def tokenizer(tiny_llama_dir):
+    return AutoTokenizer.from_pretrained(tiny_llama_dir)
 
 
-def by_trl(dataset, tokenizer, model_dir, tmp_path):
+@pytest.mark.parametrize("case", ["text", "text without BOS", "messages"])
+def test_rows_are_tokenised_as_by_trl(case, tokenizer, tiny_llama_dir, tmp_path):
+    dataset = PLAIN.map(messages) if case == "messages" else PLAIN
+    if case == "text without BOS":
+        tokenizer = train_tokenizer((text for row in ROWS for text in row), vocab_size=320)
     args = DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None)
-    return DPOTrainer(model_dir, args=args, train_dataset=dataset, processing_class=tokenizer).train_dataset
-
-
-def test_plain_text_is_tokenised_as_by_trl(tokenizer, tiny_llama_dir, tmp_path):
-    for row, expected in zip(PLAIN, by_trl(PLAIN, tokenizer, tiny_llama_dir, tmp_path), strict=True):
+    by_trl = DPOTrainer(tiny_llama_dir, args=args, train_dataset=dataset, processing_class=tokenizer).train_dataset
+    for row, expected in zip(dataset, by_trl, strict=True):
         prompt_ids, completion_ids = tokenize_completions(tokenizer, row["prompt"], [row["chosen"], row["rejected"]])
         assert prompt_ids == expected["prompt_ids"]
         assert completion_ids == [expected["chosen_ids"], expected["rejected_ids"]]
-        assert all(ids[-1] == tokenizer.eos_token_id and ids.count(ids[-1]) == 1 for ids in completion_ids)
+        if case != "messages":  # which the template ends, whatever they end in
+            assert all(ids[-1] == tokenizer.eos_token_id and ids.count(ids[-1]) == 1 for ids in completion_ids)
 
 
-def test_messages_are_tokenised_as_by_trl(tiny_llama_dir, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
-    conversational = PLAIN.map(messages, remove_columns=PLAIN.column_names)
-    for row, expected in zip(conversational, by_trl(conversational, tokenizer, tiny_llama_dir, tmp_path), strict=True):
-        prompt_ids, completion_ids = tokenize_completions(tokenizer, row["prompt"], [row["chosen"], row["rejected"]])
-        assert prompt_ids == expected["prompt_ids"]
-        assert completion_ids == [expected["chosen_ids"], expected["rejected_ids"]]
-
-
-def test_completions_begin_where_the_first_of_them_departs_from_the_prompt(tiny_llama_dir):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+def test_completions_begin_where_the_first_of_them_departs_from_the_prompt(tokenizer):
     alone, merged = tokenizer("wa")["input_ids"], tokenizer("water</s>")["input_ids"]
     assert merged[: len(alone)] != alone  # else the test shows nothing
     completions = ["x", "ter"]
@@ -67,8 +57,7 @@ def test_completions_begin_where_the_first_of_them_departs_from_the_prompt(tiny_
     assert len(prompt_ids) < len(alone)
 
 
-def test_the_template_gets_its_arguments(tiny_llama_dir):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+def test_the_template_gets_its_arguments(tokenizer):
     tokenizer.chat_template = "{{ style }}" + tokenizer.chat_template
     row = messages(PLAIN[0])
     ids, _ = tokenize_completions(tokenizer, row["prompt"], [row["chosen"]], style="terse")
@@ -76,20 +65,18 @@ def test_the_template_gets_its_arguments(tiny_llama_dir):
 
 
 def test_eos_that_a_tokenizer_appends_is_read_once_also_by_trls_tokenisation(
-    appending_tokenizer, tiny_llama_dir, tmp_path
+    appending_tokenizer, tokenizer, tiny_llama_dir, tmp_path
 ):
-    plain, arguments = AutoTokenizer.from_pretrained(tiny_llama_dir), {"use_cpu": True, "bf16": False}
-    args = RSOConfig(str(tmp_path), **arguments, report_to="none", max_length=None)
+    args = RSOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None)
     trainer = RSOTrainer(tiny_llama_dir, args=args, train_dataset=PLAIN, processing_class=appending_tokenizer)
     for row, trained in zip(PLAIN, trainer.train_dataset, strict=True):
         completions = [row["chosen"], row["rejected"]]
-        expected = tokenize_completions(plain, row["prompt"], completions)
+        expected = tokenize_completions(tokenizer, row["prompt"], completions)
         assert tokenize_completions(appending_tokenizer, row["prompt"], completions) == expected
         assert (trained["prompt_ids"], [trained["chosen_ids"], trained["rejected_ids"]]) == expected
 
 
-def test_what_the_template_leaves_out_is_counted_and_said_once(tiny_llama_dir, caplog):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+def test_what_the_template_leaves_out_is_counted_and_said_once(tokenizer, caplog):
     rows = [messages(PLAIN[0]), PLAIN[0]]
     said = [
         [{"role": "assistant", "content": text}] for text in ("a</think>yes", "b</think> yes ", "b</think>yes", "no")
@@ -107,9 +94,9 @@ def test_what_the_template_leaves_out_is_counted_and_said_once(tiny_llama_dir, c
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [("text", [{"role": "assistant", "content": "a"}]), ([], "text")])
-def test_two_formats_in_one_row_are_refused(tiny_llama_dir, prompt, completion):
+def test_two_formats_in_one_row_are_refused(tokenizer, prompt, completion):
     with pytest.raises(TypeError, match="Completion 1 is .* and its prompt is .*: give both as plain text, or both"):
-        tokenize_completions(AutoTokenizer.from_pretrained(tiny_llama_dir), prompt, [prompt, completion])
+        tokenize_completions(tokenizer, prompt, [prompt, completion])
 
 
 # The vocabulary

@@ -11,34 +11,20 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    BartConfig,
-    BloomConfig,
-    CLIPVisionConfig,
-    FalconConfig,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma3TextConfig,
     GenerationConfig,
-    GPT2Config,
-    GPTJConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     MambaConfig,
     MistralConfig,
-    OPTConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    SiglipVisionConfig,
-    T5Config,
 )
 
 from prefopt_trl.sampling import generation
@@ -64,6 +50,7 @@ NARROW = {
     "max_new_tokens": 1,
 }
 CHANCE = 1e-6  # of each chi-square test to fail on samples that do follow the law
+OWN_LAW = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 PromptIds = Sequence[int]
 
 
@@ -81,39 +68,29 @@ def letter_tokenizer(words: Sequence[str] = tuple(LETTERS)) -> PreTrainedTokeniz
     )
 
 
-def random_model(vocab_size: int = 12, seed: int = 0) -> LlamaForCausalLM:
+TINY = {"vocab_size": 12, "pad_token_id": PAD, "eos_token_id": EOS}
+LLAMA_LIKE = {
+    **TINY,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+}
+
+
+def random_model(seed: int = 0) -> LlamaForCausalLM:
     """A LLaMA with weights so large that its next-token law is far from uniform and depends on all of the prompt."""
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=None,
-    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return LlamaForCausalLM(LlamaConfig(**LLAMA_LIKE))
 
 
 def bigram_model(logits: torch.Tensor) -> LlamaForCausalLM:
     """A LLaMA whose next-token law is softmax(logits[last token]): one-hot embeddings, and layers that add nothing."""
     size = len(logits)
-    config = LlamaConfig(
-        vocab_size=size,
-        hidden_size=size,
-        intermediate_size=2,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        head_dim=2,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=None,
-    )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA_LIKE | {"vocab_size": size, "hidden_size": size}, head_dim=2))
     with torch.no_grad():
         for parameter in model.model.layers.parameters():
             parameter.zero_()
@@ -172,7 +149,7 @@ def p_value(texts: list[str], law: dict[str, float]) -> float:
 
 def candidates_of(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, **options) -> Candidates:
     """Two completions of one prompt, with whether they ended by themselves: the same whether they share it or not."""
-    options = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 1.0, "top_k": 0} | options
+    options = OWN_LAW | options
     prompt_ids = [tokenizer(prompt)["input_ids"]]
     (shared,), (plain,) = (
         sample_candidates(model, tokenizer, prompt_ids, 2, seed=0, batch_size=2, share_prefix=share_prefix, **options)
@@ -202,35 +179,25 @@ def test_completions_follow_the_models_own_law_whatever_the_lengths_of_the_promp
         assert (p_value(completions[one], laws[other]) > CHANCE) == (one == other)
 
 
-def test_the_models_generation_config_narrows_nothing_and_is_put_back() -> None:
+@pytest.mark.parametrize("kind", ["model", "adapter on a model with a config", "adapter with a config of its own too"])
+def test_the_models_generation_config_narrows_nothing_and_is_put_back(kind: str) -> None:
     model, tokenizer = random_model(), letter_tokenizer()
-    model.generation_config = own = GenerationConfig(**NARROW)
-    before = copy.deepcopy(own)
-    texts = sample_completions(model, tokenizer, ["ab"], 4000, max_new_tokens=2)[0]
-    assert p_value(texts, law_of_texts(model, tokenizer, tokenizer("ab")["input_ids"])) > CHANCE
-    assert model.generation_config is own
-    assert own == before
-
-
-@pytest.mark.parametrize("own_config", [False, True], ids=["config of the model inside", "config of its own too"])
-def test_nor_does_that_of_a_model_with_an_adapter(own_config: bool) -> None:
-    tokenizer = letter_tokenizer()
-    base = random_model()
-    base_law = law_of_texts(base, tokenizer, tokenizer("ab")["input_ids"])
-    base.generation_config = inside = GenerationConfig(**NARROW)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model: PeftModel = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
-    if own_config:
+    prompt_ids = tokenizer("ab")["input_ids"]
+    base_law = law_of_texts(model, tokenizer, prompt_ids)
+    model.generation_config = inside = GenerationConfig(**NARROW)
+    if kind != "model":
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    if "own" in kind:
         model.generation_config = GenerationConfig(**NARROW)
-    outside = model.generation_config
+    outside, before = model.generation_config, copy.deepcopy(inside)
     texts = sample_completions(model, tokenizer, ["ab"], 4000, max_new_tokens=2)[0]
-    model.eval()
-    assert p_value(texts, law_of_texts(model, tokenizer, tokenizer("ab")["input_ids"])) > CHANCE
-    assert p_value(texts, base_law) < CHANCE  # the adapter counts
-    assert model.get_base_model().generation_config is inside
-    assert model.generation_config is outside
-    assert (outside is inside) is not own_config
+    assert p_value(texts, law_of_texts(model, tokenizer, prompt_ids)) > CHANCE
+    assert (p_value(texts, base_law) < CHANCE) == (kind != "model")  # the adapter counts
+    configs = [module.generation_config for module in model.modules() if "generation_config" in vars(module)]
+    assert model.generation_config is outside and any(config is inside for config in configs)
+    assert (outside is inside) == ("own" not in kind) and inside == before
 
 
 def test_generates_default_of_the_50_most_likely_tokens_is_not_used() -> None:
@@ -286,6 +253,7 @@ SINCE_5_23 = pytest.mark.skipif(Version(transformers.__version__) < Version("5.2
     [
         {"min_length": 4},
         {"no_repeat_ngram_size": 1},
+        {"repetition_penalty": 4.0},  # after "i" both "i" and the padding before it are probable
         pytest.param({"encoder_repetition_penalty": 0.02}, marks=SINCE_5_23),  # reached the first rows alone
         {"encoder_no_repeat_ngram_size": 1},
         pytest.param({"sequence_bias": [[[PAD, 11, 9], 9.0]]}, marks=SINCE_5_23),  # refused token 0
@@ -312,38 +280,13 @@ def test_options_that_read_the_prompt_have_the_law_of_one_unpadded_prompt(option
         assert variation < 0.05  # of 10 texts: a chance of 2 ** 10 * exp(-2 * 8000 * 0.05 ** 2) = 4e-15 to fail
 
 
-def test_a_penalty_of_repetition_counts_the_prompt_and_not_its_padding() -> None:
-    model, tokenizer = random_model(seed=3), letter_tokenizer()
-    prompts, penalty = ["abcabc", "i"], 4.0  # after "i" both "i" and the padding before it are probable
-    texts = sample_completions(
-        model, tokenizer, prompts, 4000, max_new_tokens=1, generation_kwargs={"repetition_penalty": penalty}
-    )
-
-    def law(ids: list[int], penalised: list[int]) -> dict[str, float]:
-        def penalise(logits: torch.Tensor) -> torch.Tensor:
-            scores = logits[penalised]
-            return logits.index_put(
-                (torch.tensor(penalised),), torch.where(scores > 0, scores / penalty, scores * penalty)
-            )
-
-        texts = dict.fromkeys(["", *LETTERS], 0.0)
-        for token, probability in enumerate(next_token_law(model, ids, penalise if penalised else None)):
-            texts[LETTERS[token - 3] if token > 2 else ""] += probability
-        return texts
-
-    long, short = (tokenizer(prompt)["input_ids"] for prompt in prompts)
-    assert p_value(texts[0], law(long, long)) > CHANCE
-    assert p_value(texts[1], law(short, short)) > CHANCE
-    assert p_value(texts[1], law(short, [PAD, *short])) < CHANCE
-    assert p_value(texts[1], law(short, [])) < CHANCE
-
-
 # Encoder-decoders
 
-TINY = {"vocab_size": 12, "pad_token_id": PAD, "eos_token_id": EOS}
 ENCODER_DECODERS = {
-    "t5": T5Config(**TINY, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=PAD),
-    "bart": BartConfig(
+    "t5": transformers.T5Config(
+        **TINY, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=PAD
+    ),
+    "bart": transformers.BartConfig(
         **TINY,
         d_model=16,
         encoder_layers=1,
@@ -398,7 +341,7 @@ def test_completions_of_an_encoder_decoder_follow_its_law_whatever_the_lengths_o
 def test_what_an_encoder_decoder_has_drawn_is_told_without_its_start(family: str) -> None:
     model, tokenizer = encoder_decoder(family), letter_tokenizer()
     prompt_ids = tokenize_prompts(tokenizer, ["b", "aifbdc"])
-    options = {"max_new_tokens": 8, "temperature": 1e-4, "top_p": 1.0, "top_k": 0}
+    options = OWN_LAW | {"max_new_tokens": 8, "temperature": 1e-4}
     found = sample_candidates(model, tokenizer, prompt_ids, 2, seed=0, keep_logps=True, **options)
     for ids, candidates in zip(prompt_ids, found, strict=True):
         drawn: list[int] = []
@@ -414,17 +357,9 @@ def test_what_an_encoder_decoder_has_drawn_is_told_without_its_start(family: str
 
 
 NOT_SHARING = {
-    "uses ALiBi": BloomConfig(**TINY, hidden_size=16, n_layer=1, n_head=2),
     "recurrent layers": MambaConfig(**TINY, hidden_size=16, num_hidden_layers=1, state_size=4),
-    "falcon": FalconConfig(**TINY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2),
-    "exceed the attention window of mistral": MistralConfig(
-        **TINY,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        sliding_window=5,
+    "rows of up to 7 tokens exceed the attention window": MistralConfig(
+        **LLAMA_LIKE, num_key_value_heads=1, sliding_window=6
     ),
 }
 
@@ -474,7 +409,7 @@ def test_each_prompt_is_computed_once_where_it_is_shared() -> None:
 def test_what_was_drawn_is_kept_with_its_log_probability(share_prefix: bool) -> None:
     model, tokenizer = random_model(), letter_tokenizer()
     prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in ("abc", "d")]
-    options = {"max_new_tokens": 8, "temperature": 1.5, "top_p": 0.9, "top_k": 0, "batch_size": 8}
+    options = OWN_LAW | {"max_new_tokens": 8, "temperature": 1.5, "top_p": 0.9, "batch_size": 8}
     candidates = sample_candidates(
         model, tokenizer, prompt_ids, 12, seed=0, share_prefix=share_prefix, keep_logps=True, **options
     )
@@ -536,40 +471,21 @@ def test_a_budget_too_small_for_the_completions_of_a_prompt_is_told_once(caplog:
     assert "GiB holds 6 of the 7 completions of a prompt at a time" in record.getMessage()
 
 
-def test_a_model_without_attention_is_counted_by_its_width() -> None:
-    model = AutoModelForCausalLM.from_config(NOT_SHARING["recurrent layers"])
-    of_one = 2 * 2 * 16 * 4 * (10 + 5) + 24 * 12
-    assert [
-        sizes_of_batch(model, 2, 10, 5, None, size / 2**30, shares=False)[0] for size in (2 * of_one, 6 * of_one)
-    ] == [1, 3]
+GROUPED_HEADS = {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 4}
 
 
-def test_heads_that_share_keys_and_half_precision_take_less() -> None:
-    config = LlamaConfig(
-        vocab_size=8,
-        hidden_size=64,
-        intermediate_size=8,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=4,
-    )
-    per_token = 2 * 2 * 3 * 2 * 4 * 2  # copies, keys and values, layers, heads, size, bytes
-    model = LlamaForCausalLM(config).bfloat16()
-    one = 100 * per_token + 2 * (50 * per_token + 24 * 8)
-    assert [sizes_of_batch(model, 2, 100, 50, None, size / 2**30, True)[0] for size in (one, 3 * one - 1)] == [1, 2]
-
-
-def test_a_small_budget_samples_in_parts_and_a_large_one_at_once() -> None:
-    model, tokenizer, sizes = random_model(), letter_tokenizer(), []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    for budget in (1e-9, 1.0):
-        sizes.clear()
-        completions = sample_completions(
-            model, tokenizer, ["a", "bc", "d"], 7, max_new_tokens=2, memory_budget=budget, share_prefix=False
-        )
-        assert [len(texts) for texts in completions] == [7, 7, 7]
-        assert max(sizes) == (1 if budget < 1 else 21)
+@pytest.mark.parametrize(
+    ("config", "dtype", "per_token"),  # copies, keys and values, layers, heads, size, bytes
+    [
+        (LlamaConfig(**LLAMA_LIKE | GROUPED_HEADS), torch.bfloat16, 2 * 2 * 3 * 2 * 4 * 2),
+        (NOT_SHARING["recurrent layers"], torch.float32, 2 * 2 * 1 * 16 * 4),
+    ],
+    ids=["heads that share keys, in half precision", "no attention, counted by its width"],
+)
+def test_the_size_of_a_batch_of_other_models(config, dtype: torch.dtype, per_token: int) -> None:
+    model, of_one = AutoModelForCausalLM.from_config(config, dtype=dtype), per_token * (10 + 5) + 24 * 12
+    for num_bytes, num_prompts in ((2 * of_one, 1), (6 * of_one - 1, 2), (6 * of_one, 3)):
+        assert sizes_of_batch(model, 2, 10, 5, None, num_bytes / 2**30, shares=False) == (num_prompts, 2)
 
 
 # Seeds and order
@@ -603,15 +519,23 @@ def test_the_order_is_that_of_the_prompts_whatever_their_lengths() -> None:
     assert completions == [[letter] * 2 for letter in "bcdefghi"]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 13, 14, 64])
-def test_any_batch_size_gives_as_many_completions_as_asked_for(batch_size: int) -> None:
+@pytest.mark.parametrize(
+    ("option", "largest"),
+    [
+        *(({"batch_size": size}, most) for size, most in {1: 1, 3: 3, 7: 7, 13: 7, 14: 14, 64: 21}.items()),
+        ({"memory_budget": 1e-9, "share_prefix": False}, 1),
+        ({"memory_budget": 1.0, "share_prefix": False}, 21),
+    ],
+    ids=str,
+)
+def test_any_batch_size_and_budget_give_as_many_completions_as_asked_for(option: dict, largest: int) -> None:
     model, tokenizer = random_model(), letter_tokenizer()
     sizes = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    completions = sample_completions(model, tokenizer, ["a", "bc", "d"], 7, max_new_tokens=2, batch_size=batch_size)
+    completions = sample_completions(model, tokenizer, ["a", "bc", "d"], 7, max_new_tokens=2, **option)
     assert [len(texts) for texts in completions] == [7, 7, 7]
-    assert max(sizes) == {1: 1, 3: 3, 7: 7, 13: 7, 14: 14, 64: 21}[batch_size]
-    assert sample_completions(model, tokenizer, [], 7, max_new_tokens=2, batch_size=batch_size) == []
+    assert max(sizes) == largest
+    assert sample_completions(model, tokenizer, [], 7, max_new_tokens=2, **option) == []
 
 
 # What is left as it was
@@ -670,18 +594,7 @@ def test_finished_is_told_for_each_row_of_a_batch() -> None:
     tokenizer = letter_tokenizer()
     model = scripted_model(12, [*tokenizer("abcdefghi")["input_ids"], EOS])
     prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in ("a", "f", "d")]
-    sampled = sample_candidates(
-        model,
-        tokenizer,
-        prompt_ids,
-        1,
-        seed=0,
-        batch_size=3,
-        max_new_tokens=5,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-    )
+    sampled = sample_candidates(model, tokenizer, prompt_ids, 1, seed=0, **OWN_LAW | {"max_new_tokens": 5})
     assert sampled == [Candidates(["bcdef"], [False]), Candidates(["ghi"], [True]), Candidates(["efghi"], [False])]
 
 
@@ -794,25 +707,25 @@ def test_plain_prompts_are_tokenised_as_they_are(tiny_llama_dir: str) -> None:
 
 
 def text_and_images(family: str) -> PreTrainedModel:
-    text = {"vocab_size": 12, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
-    text |= {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None}
+    text = {**LLAMA_LIKE, "head_dim": 8, "num_key_value_heads": 1}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 8, "patch_size": 4}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if family == "llava":
-            config = LlavaConfig(
-                text_config=LlamaConfig(**text), vision_config=CLIPVisionConfig(**vision), image_token_index=TURN
+            config = transformers.LlavaConfig(
+                text_config=LlamaConfig(**text),
+                vision_config=transformers.CLIPVisionConfig(**vision),
+                image_token_index=TURN,
             )
-            return LlavaForConditionalGeneration(config).eval()
-        config = Gemma3Config(
-            text_config=Gemma3TextConfig(**text),
-            vision_config=SiglipVisionConfig(**vision),
+            return transformers.LlavaForConditionalGeneration(config).eval()
+        config = transformers.Gemma3Config(
+            text_config=transformers.Gemma3TextConfig(**text),
+            vision_config=transformers.SiglipVisionConfig(**vision),
             image_token_index=TURN,
             mm_tokens_per_image=4,
         )
-        return Gemma3ForConditionalGeneration(config).eval()
+        return transformers.Gemma3ForConditionalGeneration(config).eval()
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llava"])
@@ -842,41 +755,35 @@ def test_a_weight_that_is_nan_is_told_and_nothing_is_sampled(share_prefix: str |
         sample_completions(model, tokenizer, ["ab", "c"], 3, max_new_tokens=2, share_prefix=share_prefix)
 
 
-def test_conversations_without_a_chat_template_are_refused() -> None:
-    with pytest.raises(ValueError, match="`prompts` are conversational and the tokenizer has no chat template"):
-        sample_completions(random_model(), letter_tokenizer(), [QUESTION], 2, max_new_tokens=2)
-
-
-def test_an_empty_prompt_is_named() -> None:
-    with pytest.raises(ValueError, match="The prompt of row 2 is empty"):
-        sample_completions(random_model(), letter_tokenizer(), ["a", "b", "", ""], 2, max_new_tokens=2)
-
-
-def test_a_tokenizer_without_eos_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("eos_token", "prompts", "message"),
+    [
+        ("</s>", [QUESTION], "`prompts` are conversational and the tokenizer has no chat template"),
+        ("</s>", ["a", "b", "", ""], "The prompt of row 2 is empty"),
+        (None, ["a"], "`tokenizer` has no EOS token.*Set `tokenizer.eos_token`"),
+    ],
+)
+def test_prompts_and_tokenizers_to_sample_with_are_checked(eos_token: str | None, prompts: list, message: str) -> None:
     tokenizer = letter_tokenizer()
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="`tokenizer` has no EOS token.*Set `tokenizer.eos_token`"):
-        sample_completions(random_model(), tokenizer, ["a"], 2, max_new_tokens=2)
+    tokenizer.eos_token = eos_token
+    with pytest.raises(ValueError, match=message):
+        sample_completions(random_model(), tokenizer, prompts, 2, max_new_tokens=2)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"num_completions": 0}, "`num_completions` must be a whole number, at least 1, got 0"),
-        ({"num_completions": 2.0}, "`num_completions` must be a whole number, at least 1, got 2.0"),
         ({"batch_size": 0}, "`batch_size` must be a whole number, at least 1, got 0"),
-        ({"batch_size": "8"}, "`batch_size` must be a whole number, at least 1, got '8'"),
         ({"batch_size": True}, "`batch_size` must be a whole number, at least 1, got True"),
         ({"batch_size": 2.5}, "`batch_size` must be a whole number, at least 1, got 2.5"),
         ({"temperature": 0.0}, "`temperature` must be greater than 0, got 0.0"),
-        ({"temperature": -1.0}, "`temperature` must be greater than 0, got -1.0"),
         ({"temperature": math.nan}, "`temperature` must be greater than 0, got nan"),
         ({"top_p": 0.0}, "`top_p` must be in .0, 1., got 0.0"),
         ({"top_p": 1.01}, "`top_p` must be in .0, 1., got 1.01"),
         ({"top_k": -1}, "`top_k`=-1 must be at least 0"),
         ({"max_new_tokens": 0}, "`max_new_tokens`=0 at least 1"),
         ({"memory_budget": 0.0}, "`memory_budget` must be a number of GiB, greater than 0 and finite, got 0.0"),
-        ({"memory_budget": math.nan}, "`memory_budget` must be .* greater than 0 and finite, got nan"),
         ({"memory_budget": math.inf}, "`memory_budget` must be .* greater than 0 and finite, got inf"),
         ({"memory_budget": "4GiB"}, "`memory_budget` must be a number of GiB, .* got '4GiB'"),
         ({"share_prefix": "always"}, "`share_prefix` must be 'auto', True or False, got 'always'"),
@@ -906,7 +813,7 @@ def test_the_progress_bar_moves_with_each_token(share_prefix: bool, monkeypatch:
             seen.extend([] if self.disable else [self.n])
 
     monkeypatch.setattr(generation, "tqdm", Bar)
-    options = {"max_new_tokens": 8, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "share_prefix": share_prefix}
+    options = OWN_LAW | {"max_new_tokens": 8, "share_prefix": share_prefix}
 
     def sample(**given):
         prompt_ids = [[3], [4, 5]]
@@ -922,9 +829,9 @@ def test_the_progress_bar_moves_with_each_token(share_prefix: bool, monkeypatch:
 
 
 TABLES = {
-    "gpt2": GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=16),
-    "gptj": GPTJConfig(n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=16),
-    "opt": OPTConfig(
+    "gpt2": transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=16),
+    "gptj": transformers.GPTJConfig(n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=16),
+    "opt": transformers.OPTConfig(
         hidden_size=12, num_hidden_layers=1, ffn_dim=16, word_embed_proj_dim=12, max_position_embeddings=16
     ),
 }
@@ -944,37 +851,12 @@ def test_a_prompt_beyond_the_positions_of_the_model_is_refused_before_it_is_samp
         ValueError, match="row 1 has 11 tokens.*=7 it needs 17 positions, of which the model has 16 .1"
     ):
         sample_completions(model, tokenizer, [fits, fits + "a"], 2, **options)
-    # What the check spares the user
-    with pytest.MonkeyPatch.context() as patch, pytest.raises((IndexError, RuntimeError)):
-        patch.setattr(generation, "check_positions", lambda *given: None)
-        sample_completions(model, tokenizer, [fits + "a"], 2, **options)
 
 
 def test_rotary_positions_are_no_limit() -> None:
     model = random_model()
     model.config.max_position_embeddings = 16
     assert sample_completions(model, letter_tokenizer(), ["a" * 20], 2, max_new_tokens=3)
-
-
-def test_the_space_before_a_first_word_survives_the_decoder_of_llama(tiny_llama_dir):
-    # A LLaMA tokenizer takes the space before a word as part of it, and drops the first one of a text on decoding
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-    text = "\n\nHuman: Hi\n\nAssistant: Boil the water."
-    tokenizer.train_from_iterator(
-        [text] * 3, trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], vocab_size=60, show_progress=False)
-    )
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
-    prompt, completion = text[:23], text[23:]
-    prompt_ids, ids = wrapped(prompt)["input_ids"], wrapped(text)["input_ids"]
-    completion_ids = ids[len(prompt_ids) :]
-    assert ids[: len(prompt_ids)] == prompt_ids and completion == " Boil the water."
-    assert wrapped.decode(completion_ids) == "Boil the water."  # the space is gone
-    drawn = [*completion_ids, wrapped.eos_token_id]
-    read, read_ids, finished = generation._read(wrapped, prompt_ids, [*drawn, 0, 0], [wrapped.eos_token_id], [])
-    assert (read, read_ids, finished) == (completion, drawn, True)
-    assert wrapped(prompt + read)["input_ids"] == ids  # what is trained on is what was sampled
 
 
 def byte_fallback_tokenizer(algorithm: str, strips: bool) -> PreTrainedTokenizerFast:

@@ -1,32 +1,28 @@
 """Attention over a prompt's keys and a row's own equals softmax attention over both, written one query at a time."""
 
-import math
+import itertools
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers import DynamicCache, LlamaConfig
 
 from prefopt_trl.shared_prefix import segments
 from prefopt_trl.shared_prefix.attention import (
     SHARED_PREFIX,
     PrefixCache,
     Scores,
-    SoftmaxPart,
     attend_to_prefix,
-    left_pad,
     shared_prefix_attention,
-    without_head,
 )
 from prefopt_trl.shared_prefix.segments import Segments
+from tests.unit.shared_prefix.families import SHARING, build
 
 LENGTHS = [7, 4, 6]  # of the prompts, padded on the left to 7
 SIZE = 8
 heads = pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)], ids=["MHA", "GQA", "MQA"])
 
 
-def attend_naively(query, keys, values, scaling: float, softcap: float | None) -> torch.Tensor:
+def attend_naively(query, keys, values, scaling: float = SIZE**-0.5, softcap: float | None = None) -> torch.Tensor:
     """Softmax attention in float64: of `(num_heads, num_queries, size)` to the tokens up to each query.
 
     Keys and values are `(num_kv_heads, num_tokens, size)`; the queries are the last tokens.
@@ -68,6 +64,19 @@ class SlowPrompts:
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator).to(self.dtype)
 
+    def attend(
+        self, layer: int, num_rows: int, num_tokens: int, magnitude: float, **score
+    ) -> tuple[torch.Tensor, ...]:
+        """Draw queries, keys and values of further tokens, and return them behind the attention of the cache."""
+        query = self.random(num_rows, self.num_heads, num_tokens, SIZE) * magnitude
+        keys = self.random(num_rows, self.num_kv_heads, num_tokens, SIZE)
+        values = self.random(num_rows, self.num_kv_heads, num_tokens, self.value_size)
+        updated = self.cache.update(keys, values, layer)
+        found, weights = shared_prefix_attention(None, query.clone(), *updated, None, **score)
+        assert weights is None and found.dtype == self.dtype
+        assert found.shape == (num_rows, num_tokens, self.num_heads, self.value_size)
+        return found.double(), query, keys, values
+
 
 class SlowRows(SlowPrompts):
     """Rows that grow, and beside their cache every row's keys and values in a list of their own."""
@@ -84,29 +93,16 @@ class SlowRows(SlowPrompts):
         self.cache.keep_rows(torch.tensor(rows))
         self.rows = [[layer[row] for row in rows] for layer in self.rows]
 
-    def error(self, num_tokens: int, **options) -> float:
-        """Append as many tokens to each row, one by one, and say how far attention is from the naive one at most."""
-        return max(self._error_of_step(**options) for _ in range(num_tokens))
-
-    def _error_of_step(self, softcap=None, scaling=SIZE**-0.5, magnitude: float = 1.0) -> float:
-        largest = 0.0
-        for layer, rows in enumerate(self.rows):
-            keys = self.random(len(rows), self.num_kv_heads, 1, SIZE)
-            values = self.random(len(rows), self.num_kv_heads, 1, self.value_size)
-            query = self.random(len(rows), self.num_heads, 1, SIZE) * magnitude
+    def check(self, num_tokens: int, atol: float = 2e-6, magnitude: float = 1.0, **score) -> None:
+        """Append as many tokens to each row, one by one, and compare their attention with the naive one."""
+        for _, (layer, rows) in itertools.product(range(num_tokens), enumerate(self.rows)):
+            found, query, keys, values = self.attend(layer, len(rows), 1, magnitude, **score)
             rows[:] = [
                 (torch.cat([row[0], key], dim=1), torch.cat([row[1], value], dim=1))
                 for row, key, value in zip(rows, keys, values, strict=True)
             ]
-            all_keys, all_values = self.cache.update(keys, values, layer)
-            found, weights = shared_prefix_attention(
-                None, query.clone(), all_keys, all_values, None, scaling=scaling, softcap=softcap
-            )
-            assert weights is None and found.dtype == self.dtype
-            assert found.shape == (len(rows), 1, self.num_heads, self.value_size)
-            expected = [attend_naively(one, *row, scaling, softcap) for one, row in zip(query, rows, strict=True)]
-            largest = max(largest, (found.double() - torch.stack(expected)).abs().max().item())
-        return largest
+            expected = [attend_naively(one, *row, **score) for one, row in zip(query, rows, strict=True)]
+            torch.testing.assert_close(found, torch.stack(expected), atol=atol, rtol=0)
 
 
 @heads
@@ -116,64 +112,56 @@ def test_every_step_equals_naive_attention(num_heads, num_kv_heads, counts, soft
     rows = SlowRows(counts, num_heads, num_kv_heads, longest=80)
     # The room grows from 32 places to 80 at the 36th
     for num_queries in (1, 5, 1, 28, 1, 40, 1):
-        assert rows.error(num_queries, softcap=softcap) < 2e-6
+        rows.check(num_queries, softcap=softcap)
     assert [layer.get_seq_length() for layer in rows.cache.layers] == [7 + 77] * 2
     assert rows.cache.layers[0].keys.shape[2] == 80
 
 
 def test_all_tokens_take_the_room_of_the_longest_and_values_may_have_another_size_than_keys():
     rows = SlowRows([4, 1, 2], 4, 4, longest=5, value_size=5)
-    assert rows.error(5) < 2e-6
+    rows.check(5)
     assert rows.cache.layers[0].keys.shape[2] == 5
 
 
 def test_prompts_of_one_length_need_no_mask():
     rows = SlowRows([2, 3], 4, 2, longest=6, lengths=[5, 5])
     assert rows.cache.layers[0].hidden is None
-    assert max(rows.error(1), rows.error(5)) < 2e-6
+    rows.check(6)
 
 
-def test_scaling_is_that_of_the_model_and_by_default_of_the_size():
-    rows = SlowRows([2, 1, 3], 4, 2, longest=9)
-    assert rows.error(2, scaling=0.7) < 2e-6
-    query = rows.random(6, 4, 1, SIZE)
-    keys, values = rows.cache.update(rows.random(6, 2, 1, SIZE), rows.random(6, 2, 1, SIZE), 0)
-    by_default, given = (
-        shared_prefix_attention(None, query.clone(), keys, values, None, scaling=scaling)[0]
-        for scaling in (None, 1 / math.sqrt(SIZE))
-    )
-    assert torch.equal(by_default, given)
+def test_scaling_is_that_of_the_model():
+    SlowRows([2, 1, 3], 4, 2, longest=9).check(2, scaling=0.7)
 
 
 def test_scores_of_thousands_neither_overflow_nor_vanish():
     # exp of a score of 89 overflows in float32, and a part may lie that far below the other
     rows = SlowRows([4, 1, 2], 4, 2, longest=9)
-    assert max(rows.error(1, magnitude=1000.0), rows.error(5, magnitude=1000.0)) < 1e-3
+    rows.check(6, atol=1e-3, magnitude=1000.0)
 
 
 def test_rows_and_prompts_leave():
     rows = SlowRows([3, 1, 2], 4, 2, longest=80)
-    assert rows.error(3) < 2e-6
+    rows.check(3)
     rows.keep([0, 2, 4, 5])  # of the second prompt none
     assert rows.cache.rows.counts == [2, 2]
     assert rows.cache.layers[1].prompt_keys.shape[0] == 2
-    assert max(rows.error(1), rows.error(40)) < 2e-6
+    rows.check(41)
     rows.keep([1, 2, 3])
     assert rows.cache.rows.counts == [1, 2]
-    assert rows.error(5) < 2e-6
+    rows.check(5)
     rows.keep([2])
     assert rows.cache.rows.counts == [1]
-    assert max(rows.error(1), rows.error(2)) < 2e-6
+    rows.check(3)
     rows = SlowRows([3, 1, 2], 4, 2, longest=8)
     rows.keep([1, 3])  # before they have tokens
     assert rows.cache.rows.counts == [1, 1]
-    assert max(rows.error(1), rows.error(5)) < 2e-6
+    rows.check(6)
 
 
 def test_bfloat16_is_close_and_its_softmax_is_in_float32():
     # 300 tokens of its own: summed in bfloat16, with 8 bits, such a softmax would be wrong by several percent
     rows = SlowRows([4, 1, 2], 4, 2, longest=301, dtype=torch.bfloat16)
-    assert max(rows.error(1), rows.error(300)) < 0.03
+    rows.check(301, atol=0.03)
 
 
 def test_keys_of_another_cache_sinks_and_dropout_are_refused():
@@ -202,27 +190,16 @@ class SlowSegments(SlowPrompts):
         self.prompt_of = [prompt for prompt, own in enumerate(segment_lengths) for _ in own]
         self.cache = Segments(self.prompts, lengths, segment_lengths, torch.device("cpu"))
 
-    def error(self, *, softcap=None, scaling=SIZE**-0.5, magnitude: float = 1.0) -> float:
-        """Run all tokens in one row, and say how far their attention is from the naive one, a segment at a time."""
-        largest, num_tokens = 0.0, sum(self.lengths)
+    def check(self, atol: float = 2e-6, magnitude: float = 1.0, **score) -> None:
+        """Run all tokens in one row, and compare their attention with the naive one, a segment at a time."""
         for layer, prompts in enumerate(self.of_prompts):
-            query = self.random(1, self.num_heads, num_tokens, SIZE) * magnitude
-            keys = self.random(1, self.num_kv_heads, num_tokens, SIZE)
-            values = self.random(1, self.num_kv_heads, num_tokens, self.value_size)
-            found, weights = shared_prefix_attention(
-                None, query.clone(), *self.cache.update(keys, values, layer), None, scaling=scaling, softcap=softcap
-            )
-            assert weights is None and found.dtype == self.dtype
-            assert found.shape == (1, num_tokens, self.num_heads, self.value_size)
-            expected, start = [], 0
-            for prompt, length in zip(self.prompt_of, self.lengths, strict=True):
-                own = slice(start, start + length)
-                start += length
-                row_keys = torch.cat([prompts[prompt][0], keys[0, :, own]], dim=1)
-                row_values = torch.cat([prompts[prompt][1], values[0, :, own]], dim=1)
-                expected.append(attend_naively(query[0, :, own], row_keys, row_values, scaling, softcap))
-            largest = max(largest, (found[0].double() - torch.cat(expected)).abs().max().item())
-        return largest
+            found, *own = self.attend(layer, 1, sum(self.lengths), magnitude, **score)
+            expected = []
+            segments_of = [part[0].split(self.lengths, dim=1) for part in own]
+            for prompt, query, *segment in zip(self.prompt_of, *segments_of, strict=True):
+                row = (torch.cat(parts, dim=1) for parts in zip(prompts[prompt], segment, strict=True))
+                expected.append(attend_naively(query, *row, **score))
+            torch.testing.assert_close(found[0], torch.cat(expected), atol=atol, rtol=0)
 
 
 @heads
@@ -241,7 +218,7 @@ class SlowSegments(SlowPrompts):
 )
 def test_segments_equal_naive_attention(num_heads, num_kv_heads, softcap, lengths, segment_lengths):
     slow = SlowSegments(segment_lengths, num_heads, num_kv_heads, lengths=lengths)
-    assert slow.error(softcap=softcap) < 2e-6
+    slow.check(softcap=softcap)
     assert [layer.was_attended for layer in slow.cache.layers] == [True, True]
 
 
@@ -253,69 +230,28 @@ def test_segments_in_parts_equal_naive_attention(monkeypatch, num_heads, num_kv_
     monkeypatch.setattr(Scores, "of", lambda *given: numbers.append((scores := of(*given)).numel()) or scores)
     cases = [SEGMENTS, [[1, 1, 1], [4, 1], [2]], [[5, 5], [1] * 9, [3, 2, 1]]]
     for segment_lengths in cases:
-        assert SlowSegments(segment_lengths, num_heads, num_kv_heads).error() < 2e-6
+        SlowSegments(segment_lengths, num_heads, num_kv_heads).check()
     # A segment of 5 tokens and a token's prompt are the least: 6 heads x 5 x 5
     assert max(numbers) <= max(most, 25 * num_heads)
     assert len(numbers) > 2 * len(cases) * (1 + 3)  # without parts: two layers, all segments and each prompt
 
 
 def test_segments_with_values_of_another_size_another_scaling_and_scores_of_thousands():
-    assert SlowSegments(SEGMENTS, 4, 2, value_size=5).error(scaling=0.7) < 2e-6
-    assert SlowSegments(SEGMENTS, 4, 2).error(magnitude=1000.0) < 1e-3
+    SlowSegments(SEGMENTS, 4, 2, value_size=5).check(scaling=0.7)
+    SlowSegments(SEGMENTS, 4, 2).check(atol=1e-3, magnitude=1000.0)
 
 
 def test_segments_in_bfloat16_are_close_and_their_softmax_is_in_float32():
     # Summed in bfloat16, with 8 bits, a softmax over 300 tokens would be wrong by several percent
-    assert SlowSegments([[300, 2], [1], [4]], 4, 2, dtype=torch.bfloat16).error() < 0.03
-
-
-def test_where_the_tokens_of_segments_are():
-    cache = SlowPrompts(4, 2, lengths=[3, 1]).prompts
-    segments = Segments(cache, [3, 1], [[2, 1], [3]], torch.device("cpu"))
-    # Two segments after 3 tokens, at places 0 and 1, and 2; one after 1 token, at places 3 to 5
-    assert segments.position_ids.tolist() == [[3, 4, 3, 1, 2, 3]]
-    assert segments.ends.tolist() == [1, 2, 5]
-    assert segments.exists.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
-    assert segments.places.tolist() == [[0, 1, 0], [2, 0, 0], [3, 4, 5]]  # 0 where there is none
-    assert segments.prompts == [(3, 3), (3, 1)]
-    assert segments.get_seq_length() == 3
-    with pytest.raises(ValueError):  # a prompt without its segments
-        Segments(cache, [3, 1], [[2, 1]], torch.device("cpu"))
-
-
-def test_a_score_is_scaled_then_capped_and_in_float32():
-    queries, keys = torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 1.0], [0.0, 5.0]])
-    assert Scores(0.5, None).of(queries, keys).tolist() == [[3.0, 0.0]]
-    assert Scores(0.5, 2.0).of(queries, keys).tolist() == [[pytest.approx(2 * math.tanh(1.5)), 0.0]]
-    assert Scores(0.5, None).of(queries.bfloat16(), keys.bfloat16()).dtype == torch.float32
-    assert Scores(0.5, None).of(queries.double(), keys.double()).dtype == torch.float64
-
-
-@pytest.mark.parametrize("shift", [0.0, 1000.0, -1000.0])
-def test_two_parts_of_a_softmax_are_one(shift):
-    # Weights 1, 3 and 4: the mean of 1, 5 and 10 is (1 + 15 + 40) / 8
-    values = torch.tensor([[1.0], [5.0]], dtype=torch.float64)
-    one = SoftmaxPart.over(torch.tensor([[0.0, math.log(3)]], dtype=torch.float64) + shift, values)
-    other = SoftmaxPart.over(torch.tensor([[math.log(4)]], dtype=torch.float64) + shift, 2 * values[1:])
-    assert one.mean_with(other).item() == pytest.approx(7.0)
-    assert other.mean_with(one).item() == pytest.approx(7.0)
-    # One that lies far below does not count
-    far = SoftmaxPart.over(torch.tensor([[shift - 2000]], dtype=torch.float64), 2 * values[1:])
-    assert one.mean_with(far).item() == far.mean_with(one).item() == pytest.approx(4.0)
+    SlowSegments([[300, 2], [1], [4]], 4, 2, dtype=torch.bfloat16).check(atol=0.03)
 
 
 # The model's own attention
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_attention_of_every_config_is_put_back(fails):
-    model = tiny_llama()
+    model = build(SHARING["llama"])
     model.set_attn_implementation("eager")
     other = LlamaConfig(attn_implementation="sdpa")
     model.model.layers[1].self_attn.config = other  # as a model of several parts has several configs
@@ -327,29 +263,6 @@ def test_the_attention_of_every_config_is_put_back(fails):
     except KeyError:
         assert fails
     assert (model.config._attn_implementation, other._attn_implementation) == ("eager", "sdpa")
-
-
-def test_left_padding_and_positions():
-    inputs = left_pad([[5, 6, 7], [8], [9, 0]], 0, torch.device("cpu"))
-    assert {name: tensor.tolist() for name, tensor in inputs.items()} == {
-        "input_ids": [[5, 6, 7], [0, 0, 8], [0, 9, 0]],
-        "attention_mask": [[1, 1, 1], [0, 0, 1], [0, 1, 1]],
-        "position_ids": [[0, 1, 2], [0, 0, 0], [0, 0, 1]],
-    }
-    assert all(tensor.dtype == torch.long for tensor in inputs.values())
-
-
-def test_a_model_without_its_head_keeps_its_adapter():
-    ids = torch.tensor([[5, 6, 7]])
-    model = tiny_llama().eval()
-    torch.manual_seed(1)
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
-    with torch.no_grad():
-        found = without_head(adapted)(input_ids=ids)
-        assert isinstance(found, BaseModelOutputWithPast)
-        assert torch.equal(model.lm_head(found.last_hidden_state), adapted(input_ids=ids).logits)
-        with adapted.disable_adapter():
-            assert not torch.equal(without_head(adapted)(input_ids=ids)[0], found[0])
 
 
 def test_the_values_of_thousands_of_tokens_do_not_overflow_float16():

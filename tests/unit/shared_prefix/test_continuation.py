@@ -3,57 +3,22 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    CohereConfig,
-    Gemma2Config,
-    GPT2Config,
-    GPTNeoXConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    OPTConfig,
-    Qwen3Config,
-)
+from transformers import AutoModelForSequenceClassification, MistralConfig
 
 from prefopt_trl.shared_prefix import attention, continuation
-from prefopt_trl.shared_prefix.attention import (
-    SHARED_PREFIX,
-    PrefixLayer,
-    attend_to_prefix,
-    without_head,
-)
+from prefopt_trl.shared_prefix.attention import SHARED_PREFIX, PrefixLayer
 from prefopt_trl.shared_prefix.continuation import (
     RowsAfterPrefix,
     WholeRows,
-    _common_length,
-    last_of_row,
     reason_not_to_share_head,
     reason_not_to_share_prefix,
 )
 from prefopt_trl.shared_prefix.segments import SegmentLayer
+from tests.unit.shared_prefix.families import LLAMA_LIKE, SHARING, build
 
 PAD = 0
-SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-SIZES |= {"max_position_embeddings": 128, "pad_token_id": PAD}
-NEOX_LIKE = {**SIZES, "intermediate_size": 48, "bos_token_id": 1, "eos_token_id": 2}
-LLAMA_LIKE = {**NEOX_LIKE, "num_key_value_heads": 2}
-FAMILIES = {
-    "llama": LlamaConfig(**LLAMA_LIKE),
-    "qwen3": Qwen3Config(**LLAMA_LIKE, head_dim=8),
-    "mixtral": MixtralConfig(**LLAMA_LIKE, num_local_experts=4),
-    # Their logits are capped, or scaled
-    "gemma2": Gemma2Config(
-        **LLAMA_LIKE, head_dim=8, attn_implementation="eager", attn_logit_softcapping=2.0, final_logit_softcapping=3.0
-    ),
-    "cohere": CohereConfig(**LLAMA_LIKE, logit_scale=0.25),
-    "granite": GraniteConfig(**LLAMA_LIKE, logits_scaling=0.5),
-    "gpt2": GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=128, pad_token_id=PAD),
-    "gpt_neox": GPTNeoXConfig(**NEOX_LIKE),
-    "opt": OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32),
-}
+FAMILIES = ["llama", "qwen3", "mixtral", "gemma2", "cohere", "granite", "gpt2", "gpt_neox", "opt"]
+WITH_HEAD = ["llama", "mistral below its window", "qwen3", "mixtral", "gemma2", "gpt2", "gpt_neox", "opt"]
 A, B, C = [5, 6, 7, 8, 9], [10, 11], [5, 12, 13, 14]
 ROWS = {
     "groups of several sizes": ([[*A, 20], [*A, 21, 22], [*A, 23, 24, 25], [*B, 20, 21], [*B, 22]], [0, 0, 0, 1, 1]),
@@ -70,41 +35,26 @@ ROWS = {
 }
 
 
-def build(config, auto_class=AutoModelForCausalLM):
-    """A model whose hidden states depend on all of a row, as those of a freshly initialised one hardly do."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = auto_class.from_config(config).eval()
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.data.normal_(std=0.2)
-    return model
-
-
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
-def check_rows(model, rows, group_ids) -> list[int]:
-    """Compare what follows the common beginnings with whole rows, one at a time; the lengths of what follows."""
-    inner = without_head(model)
-    with torch.no_grad():
-        following = RowsAfterPrefix(model, rows, group_ids, PAD)
-        with attend_to_prefix(model):
-            hidden = inner(**following.inputs).last_hidden_state[0]
-        lengths = following.segments.exists.sum(dim=1).tolist()
-        assert len(hidden) == sum(lengths)
-        ids = following.input_ids[0].split(lengths)
-        for row, found, own, length in zip(rows, hidden.split(lengths), ids, lengths, strict=True):
-            assert row[-length:] == own.tolist()
-            expected = inner(input_ids=torch.tensor([row])).last_hidden_state[0, -length:]
-            torch.testing.assert_close(found, expected, **CLOSE)
-    return lengths
-
-
 def logits_of_single_rows(model, rows) -> torch.Tensor:
-    """Slow reference: one unpadded row at a time, its logits after the last token."""
+    """Slow reference: one row without padding at a time, and its logits after the last token, or those of its head."""
+    lengths = [max(place for place, token in enumerate(row) if token != PAD) + 1 for row in rows]
+    inputs = [torch.tensor([row[:length]]) for row, length in zip(rows, lengths, strict=True)]
     with torch.no_grad():
-        return torch.stack([model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1] for row in rows])
+        return torch.stack([model(input_ids=ids, use_cache=False).logits.flatten(0, -2)[-1] for ids in inputs])
+
+
+def check_logits(model, rows, group_ids, method: str = "last_logits") -> torch.Tensor:
+    """Compare the logits after shared beginnings, and of rows in a batch, with those of one row at a time."""
+    expected = logits_of_single_rows(model, rows)
+    with torch.no_grad():
+        found = getattr(RowsAfterPrefix(model, rows, group_ids, PAD), method)(model)
+        whole = getattr(WholeRows(rows, PAD, model.device), method)(model)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(whole, expected, **CLOSE)
+    return expected
 
 
 def record_tokens(model) -> list[torch.Tensor]:
@@ -116,39 +66,28 @@ def record_tokens(model) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("case", ROWS)
-def test_hidden_states_and_logits_are_those_of_whole_rows(family, case):
-    model, (rows, group_ids) = build(FAMILIES[family]), ROWS[case]
-    check_rows(model, rows, group_ids)
-    expected = logits_of_single_rows(model, rows)
-    with torch.no_grad():
-        found = RowsAfterPrefix(model, rows, group_ids, PAD).last_logits(model)
-        whole = WholeRows(rows, PAD, model.device).last_logits(model)
-    torch.testing.assert_close(found, expected, **CLOSE)
-    torch.testing.assert_close(whole, expected, **CLOSE)
-    assert expected.std() > 0.1
+def test_logits_are_those_of_whole_rows(family, case):
+    assert check_logits(build(SHARING[family]), *ROWS[case]).std() > 0.1
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_a_model_that_knows_no_logits_to_keep_gives_the_same(family):
-    model, (rows, group_ids) = build(FAMILIES[family]), ROWS["all of these"]
-    expected, forward, shapes = logits_of_single_rows(model, rows), model.forward, []
+    model, calls = build(SHARING[family]), []
+    forward = model.forward
 
-    def without_logits_to_keep(logits_to_keep, **kwargs):
+    def without_logits_to_keep(logits_to_keep=None, **kwargs):
         outputs = forward(**kwargs)
-        shapes.append(outputs.logits.shape[1])
+        calls.append((logits_to_keep is not None, outputs.logits.shape[1]))
         return outputs
 
     model.forward = without_logits_to_keep
-    with torch.no_grad():
-        found = RowsAfterPrefix(model, rows, group_ids, PAD).last_logits(model)
-        whole = WholeRows(rows, PAD, model.device).last_logits(model)
-    assert shapes == [3 + 2 + 9 + 1 + 1, 7]  # what follows in each group; rows as long as the longest
-    torch.testing.assert_close(found, expected, **CLOSE)
-    torch.testing.assert_close(whole, expected, **CLOSE)
+    check_logits(model, *ROWS["all of these"])
+    # What follows in each group; rows as long as the longest
+    assert calls[-2:] == [(True, 3 + 2 + 9 + 1 + 1), (True, 7)]
 
 
 def test_beginnings_and_what_follows_them_are_run_once_without_padding_and_the_head_where_rows_end():
-    model, num_logits = build(FAMILIES["llama"]), []
+    model, num_logits = build(SHARING["llama"]), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: num_logits.append(output.shape[:2]))
     calls = record_tokens(model)
     rows = [[*range(20, 50), *range(5, 6 + length)] for length in range(10)]
@@ -167,34 +106,23 @@ def test_beginnings_and_what_follows_them_are_run_once_without_padding_and_the_h
 # Classification heads
 
 
-def with_head(family: str):
-    config = FAMILIES[family] if family in FAMILIES else MistralConfig(**LLAMA_LIKE, sliding_window=64)
-    options = {"num_labels": 2, "attn_implementation": config._attn_implementation}
-    return build(type(config)(**config.to_diff_dict() | options), AutoModelForSequenceClassification)
-
-
-def head_logits_of_single_rows(model, rows) -> torch.Tensor:
-    """Slow reference: one row without padding at its end at a time, whose last token the head reads."""
-    rows = [row[: last_of_row(row, PAD) + 1] for row in rows]
-    with torch.no_grad():
-        return torch.cat([model(input_ids=torch.tensor([row])).logits for row in rows])
+def with_head(family: str, **options):
+    config = SHARING[family]
+    options |= {"num_labels": 2, "attn_implementation": config._attn_implementation}
+    return build(type(config)(**config.to_diff_dict() | options), auto_class=AutoModelForSequenceClassification)
 
 
 # Padding ends rows here, as EOS does where it is padding: what follows a beginning must not be it alone
 WITH_PADDING = ([[*A, PAD], [*A, 20, PAD], [*A, PAD, PAD], [*A, 20, 21], [*B, PAD, 22, PAD]], [0, 0, 0, 0, 1])
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "mixtral", "gemma2", "gpt2", "gpt_neox", "opt"])
+@pytest.mark.parametrize("family", WITH_HEAD)
 def test_a_head_that_looks_for_the_last_token_that_is_no_padding_finds_it(family):
     model = with_head(family)
+    assert reason_not_to_share_head(model, PAD) is None
+    assert reason_not_to_share_head(with_head(family, pad_token_id=2), 2) is None
     for rows, group_ids in [*ROWS.values(), WITH_PADDING]:
-        expected = head_logits_of_single_rows(model, rows)
-        with torch.no_grad():
-            found = RowsAfterPrefix(model, rows, group_ids, PAD).head_logits(model)
-            whole = WholeRows(rows, PAD, model.device).head_logits(model)
-        torch.testing.assert_close(found, expected, **CLOSE)
-        torch.testing.assert_close(whole, expected, **CLOSE)
-        assert expected.std() > 1e-2
+        assert check_logits(model, rows, group_ids, "head_logits").std() > 1e-2
 
 
 def test_a_head_runs_the_body_once_and_reads_one_token_of_each_row():
@@ -214,7 +142,7 @@ def test_a_head_runs_the_body_once_and_reads_one_token_of_each_row():
 def test_the_body_is_as_before_also_after_an_error(fails, wrapped):
     model = with_head("llama")
     rows, group_ids = WITH_PADDING
-    expected, body = head_logits_of_single_rows(model, rows), model.model
+    expected, body = logits_of_single_rows(model, rows), model.model
     if wrapped:  # as a library that prepares a model does
         inner = body.forward
         body.forward = lambda *args, **kwargs: inner(*args, **kwargs)
@@ -230,46 +158,34 @@ def test_the_body_is_as_before_also_after_an_error(fails, wrapped):
             torch.testing.assert_close(following.head_logits(model), expected, **CLOSE)
     assert vars(body).get("forward") is before
     assert model.config._attn_implementation == implementation
-    torch.testing.assert_close(head_logits_of_single_rows(model, rows), expected, atol=0, rtol=0)
+    torch.testing.assert_close(logits_of_single_rows(model, rows), expected, atol=0, rtol=0)
 
 
 # Adapters and half precision
 
 
 def test_an_adapter_of_a_language_model_counts_and_only_while_it_is_active():
-    base = build(FAMILIES["llama"])
-    rows, group_ids = ROWS["all of these"]
-    plain = logits_of_single_rows(base, rows)
+    base, case = build(SHARING["llama"]), ROWS["all of these"]
+    plain = check_logits(base, *case)
     torch.manual_seed(1)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
-    check_rows(model, rows, group_ids)
-    expected = logits_of_single_rows(model, rows)
-    with torch.no_grad():
-        found = RowsAfterPrefix(model, rows, group_ids, PAD).last_logits(model)
-        with model.disable_adapter():
-            disabled = RowsAfterPrefix(model, rows, group_ids, PAD).last_logits(model)
-    torch.testing.assert_close(found, expected, **CLOSE)
-    torch.testing.assert_close(disabled, plain, **CLOSE)
-    assert (expected - plain).abs().max() > 0.1
+    assert (check_logits(model, *case) - plain).abs().max() > 0.1
+    with model.disable_adapter():
+        torch.testing.assert_close(check_logits(model, *case), plain, **CLOSE)
 
 
 def test_an_adapter_of_a_classifier_counts():
     base = with_head("llama")
-    rows, group_ids = WITH_PADDING
-    plain = head_logits_of_single_rows(base, rows)
+    plain = check_logits(base, *WITH_PADDING, "head_logits")
     torch.manual_seed(1)
     model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)).eval()
     assert reason_not_to_share_prefix(model, 20) is None
-    expected = head_logits_of_single_rows(model, rows)
-    with torch.no_grad():
-        found = RowsAfterPrefix(model, rows, group_ids, PAD).head_logits(model)
-    torch.testing.assert_close(found, expected, **CLOSE)
-    assert (expected - plain).abs().max() > 0.01
+    assert (check_logits(model, *WITH_PADDING, "head_logits") - plain).abs().max() > 0.01
 
 
 def test_bfloat16_is_close():
     rows, group_ids = ROWS["groups of several sizes"]
-    model = build(FAMILIES["llama"]).bfloat16()
+    model = build(SHARING["llama"]).bfloat16()
     with torch.no_grad():
         found = RowsAfterPrefix(model, rows, group_ids, PAD).last_logits(model)
     expected = logits_of_single_rows(model, rows)
@@ -277,53 +193,11 @@ def test_bfloat16_is_close():
     assert (found - expected).abs().mean() < 0.02 * expected.abs().mean()
 
 
-# Rows and what they have in common
-
-
-def test_whole_rows_are_padded_on_the_right():
-    rows = WholeRows([[5, 6, 7], [8]], 9, torch.device("cpu"))
-    assert {name: tensor.tolist() for name, tensor in rows.inputs.items()} == {
-        "input_ids": [[5, 6, 7], [8, 9, 9]],
-        "attention_mask": [[1, 1, 1], [1, 0, 0]],
-    }
-    assert rows.lengths.tolist() == [3, 1]
-
-
-@pytest.mark.parametrize(
-    ("row", "place"),
-    [([5], 0), ([PAD], 0), ([5, 6], 1), ([5, PAD], 0), ([PAD, PAD], 0), ([5, PAD, 6], 2), ([5, 6, PAD, PAD], 1)],
-)
-def test_the_last_token_that_is_no_padding(row, place):
-    assert last_of_row(row, PAD) == place
-
-
-@pytest.mark.parametrize(
-    ("rows", "length"),
-    [
-        ([[5, 6, 7], [5, 6, 8]], 2),
-        ([[5, 6, 7], [5, 8, 7], [5, 6, 9]], 1),
-        ([[5, 6, 7], [8, 6, 7]], 0),
-        ([[5, 6, 7]], 2),  # a row's last token follows, also where there are no others
-        ([[5, 6, 7], [5, 6, 7]], 2),
-        ([[5, 6], [5, 6, 7, 8]], 1),
-        ([[5, 6, 7, 8, 9], [5, 6, 7, 8], [5, 6, 7, 8, 1]], 3),
-        ([[5, 6, PAD], [5, 6, PAD]], 1),  # as 6 is the last that is no padding
-        ([[5, 6, PAD, PAD], [5, 6, 7]], 1),
-        ([[5, PAD, 6, 7], [5, PAD, 6, 8]], 3),  # padding inside is a token like others
-        ([[5, PAD], [5, PAD]], 0),  # as 5 is all that can be read
-        ([[PAD, 5], [PAD, 6]], 1),
-        ([[5, 6, 10], [5, 6, 9], [5, 6, 100]], 2),
-    ],
-)
-def test_the_length_of_what_is_common(rows, length):
-    assert _common_length(rows, PAD) == length
-
-
 # The probe
 
 
 def test_the_probe_runs_once_and_leaves_the_model_as_it_was(monkeypatch):
-    model, probes = build(FAMILIES["llama"]), []
+    model, probes = build(SHARING["llama"]), []
     probe = continuation.probe_prefix_reason
     monkeypatch.setattr(continuation, "probe_prefix_reason", lambda model: probes.append(model) or probe(model))
     model.train()
@@ -336,7 +210,7 @@ def test_the_probe_runs_once_and_leaves_the_model_as_it_was(monkeypatch):
     assert [module.training for module in model.modules()] == training
     assert torch.equal(torch.get_rng_state(), state)
     assert model.config._attn_implementation == implementation != SHARED_PREFIX
-    assert reason_not_to_share_prefix(build(FAMILIES["llama"]), 10) is None
+    assert reason_not_to_share_prefix(build(SHARING["llama"]), 10) is None
     assert len(probes) == 2  # another model, another probe
 
 
@@ -348,7 +222,7 @@ def out_of_memory(*args, **kwargs):
     ("owner", "method"), [(SegmentLayer, "attend"), (PrefixLayer, "attend"), (RowsAfterPrefix, "head_logits")]
 )
 def test_a_probe_that_runs_out_of_memory_says_nothing_of_the_model_or_its_head(monkeypatch, owner, method):
-    model, reason, argument = build(FAMILIES["llama"]), reason_not_to_share_prefix, 20
+    model, reason, argument = build(SHARING["llama"]), reason_not_to_share_prefix, 20
     if method == "head_logits":
         model, reason, argument = with_head("llama"), reason_not_to_share_head, PAD
     with monkeypatch.context() as patch:
@@ -357,14 +231,6 @@ def test_a_probe_that_runs_out_of_memory_says_nothing_of_the_model_or_its_head(m
             with pytest.raises(torch.OutOfMemoryError):
                 reason(model, argument)
     assert reason(model, argument) is None
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "mixtral", "gemma2", "gpt2", "gpt_neox", "opt"])
-def test_a_head_that_reads_the_last_token_may_be_given_it_alone(family):
-    for pad_token_id in (PAD, 2):
-        model = with_head(family)
-        model.config.pad_token_id = pad_token_id
-        assert reason_not_to_share_head(model, pad_token_id) is None
 
 
 def test_rows_as_long_as_the_window_share_and_longer_ones_do_not(caplog):
@@ -378,70 +244,67 @@ def test_rows_as_long_as_the_window_share_and_longer_ones_do_not(caplog):
     for length in (20, 21):
         rows = [[*range(5, 3 + length), *ends] for ends in ([50, 51], [52, 53])]
         if length == 20:
-            check_rows(model, rows, [0, 0])
+            check_logits(model, rows, [0, 0])
         else:
             with pytest.raises(AssertionError, match="not close"):
-                check_rows(model, rows, [0, 0])
+                check_logits(model, rows, [0, 0])
 
 
-def with_another_scale(attend, layer, query, key, value, score):
-    return attend(layer, query, key, value, score._replace(scaling=1.05 * score.scaling))
+def with_prompts(change):
+    def wrong(layer, *arguments):
+        layer.prompt_keys, layer.prompt_values = change(layer.prompt_keys), change(layer.prompt_values)
+        return arguments
+
+    return wrong
 
 
-def without_prompt(attend, layer, query, key, value, score):
-    return with_prompt(attend, layer, torch.zeros_like, query, key, value, score)
+def with_another_scale(layer, query, key, value, score):
+    return query, key, value, score._replace(scaling=1.05 * score.scaling)
 
 
-def of_the_wrong_prompt(attend, layer, query, key, value, score):
-    return with_prompt(attend, layer, lambda part: part.flip(0), query, key, value, score)
+def with_the_token_that_follows(layer, query, key, value, score):
+    return query, key.roll(-1, dims=2), value.roll(-1, dims=2), score
 
 
-def with_prompt(attend, layer, change, *arguments):
-    before = layer.prompt_keys, layer.prompt_values
-    layer.prompt_keys, layer.prompt_values = map(change, before)
-    attended = attend(layer, *arguments)
-    layer.prompt_keys, layer.prompt_values = before
-    return attended
+def with_another_row(layer, query, key, value, score):
+    return query, key.flip(0), value.flip(0), score
 
 
-def of_the_token_that_follows(attend, layer, query, key, value, score):
-    return attend(layer, query, key.roll(-1, dims=2), value.roll(-1, dims=2), score)
-
-
-def of_another_row(attend, layer, query, key, value, score):
-    return attend(layer, query, key.flip(0), value.flip(0), score)
-
-
-OF_BOTH = with_another_scale, without_prompt, of_the_wrong_prompt
+OF_BOTH = with_another_scale, with_prompts(torch.zeros_like), with_prompts(lambda part: part.flip(0))
 
 
 @pytest.mark.parametrize(
     ("layer", "wrong"),
     [
         *[(layer, wrong) for layer in (SegmentLayer, PrefixLayer) for wrong in OF_BOTH],
-        (SegmentLayer, of_the_token_that_follows),
-        (PrefixLayer, of_another_row),
+        (SegmentLayer, with_the_token_that_follows),
+        (PrefixLayer, with_another_row),
     ],
 )
 def test_an_attention_that_is_wrong_in_segments_or_in_steps_alone_is_caught(monkeypatch, layer, wrong):
     attend = layer.attend
-    monkeypatch.setattr(layer, "attend", lambda layer, *arguments: wrong(attend, layer, *arguments))
-    reason = reason_not_to_share_prefix(build(FAMILIES["llama"]), 20)
+    monkeypatch.setattr(layer, "attend", lambda layer, *arguments: attend(layer, *wrong(layer, *arguments)))
+    reason = reason_not_to_share_prefix(build(SHARING["llama"]), 20)
     assert reason is not None and "hidden states of llama with a shared prompt differ by" in reason
 
 
-@pytest.mark.parametrize("layer", [SegmentLayer, PrefixLayer])
-def test_an_attention_that_fails_in_segments_or_in_steps_alone_is_told(monkeypatch, layer):
-    def failing(*args):
+@pytest.mark.parametrize(
+    ("owner", "name"), [(SegmentLayer, "attend"), (PrefixLayer, "attend"), (attention, "shared_prefix_attention")]
+)
+def test_an_attention_that_fails_also_in_segments_or_in_steps_alone_is_told(monkeypatch, owner, name):
+    def failing(*args, **kwargs):
         raise RuntimeError("no kernel for this")
 
-    monkeypatch.setattr(layer, "attend", failing)
-    reason = reason_not_to_share_prefix(build(FAMILIES["llama"]), 20)
-    assert reason == "llama cannot share a prompt's keys (RuntimeError: no kernel for this)"
+    monkeypatch.setattr(owner, name, failing)
+    model = build(SHARING["llama"])
+    assert reason_not_to_share_prefix(model, 20) == (
+        "llama cannot share a prompt's keys (RuntimeError: no kernel for this)"
+    )
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_layer_with_an_attention_of_its_own_is_told():
-    model = build(FAMILIES["llama"])
+    model = build(SHARING["llama"])
 
     def of_its_own(hidden_states, cache=None, past_key_values=None, **kwargs):
         cache = cache if past_key_values is None else past_key_values  # its name before transformers 5.24
@@ -454,19 +317,8 @@ def test_a_layer_with_an_attention_of_its_own_is_told():
     assert reason == "llama has an attention of its own, which is not in transformers' `AttentionInterface`"
 
 
-def test_an_attention_that_fails_is_told(monkeypatch):
-    def failing(*args, **kwargs):
-        raise RuntimeError("no kernel for this")
-
-    monkeypatch.setattr(attention, "shared_prefix_attention", failing)
-    model = build(FAMILIES["llama"])
-    reason = reason_not_to_share_prefix(model, 20)
-    assert reason == "llama cannot share a prompt's keys (RuntimeError: no kernel for this)"
-    assert model.config._attn_implementation == "sdpa"
-
-
 def test_positions_that_are_not_used_are_caught():
-    model = build(FAMILIES["gpt2"])
+    model = build(SHARING["gpt2"])
     forward = model.transformer.forward
 
     def from_zero(input_ids, position_ids=None, **kwargs):
@@ -477,7 +329,7 @@ def test_positions_that_are_not_used_are_caught():
 
 
 def test_weights_that_zero3_holds_elsewhere_are_a_reason():
-    model = build(FAMILIES["llama"])
+    model = build(SHARING["llama"])
     weight = torch.nn.Parameter(torch.empty(0))
     weight.ds_id = 7
     model.lm_head.weight = weight

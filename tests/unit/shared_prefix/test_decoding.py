@@ -1,6 +1,5 @@
 """Decoding with shared prompts: token for token that of `generate` where nothing is drawn, and its law where it is."""
 
-import copy
 import functools
 import itertools
 import logging
@@ -19,46 +18,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    BartConfig,
     BitsAndBytesConfig,
-    BloomConfig,
-    CohereConfig,
     DynamicCache,
-    FalconConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GenerationConfig,
-    GPT2Config,
-    GPTNeoConfig,
-    GPTNeoXConfig,
-    GptOssConfig,
-    GraniteConfig,
-    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
-    MambaConfig,
     MistralConfig,
-    MixtralConfig,
-    MptConfig,
-    Olmo2Config,
-    OPTConfig,
-    Phi3Config,
-    PhiConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
     RepetitionPenaltyLogitsProcessor,
-    SmolLM3Config,
-    StableLmConfig,
-    Starcoder2Config,
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
-    T5Config,
     TopKLogitsWarper,
     WatermarkingConfig,
 )
@@ -67,68 +38,18 @@ from prefopt_trl.shared_prefix import decoding
 from prefopt_trl.shared_prefix.attention import left_pad
 from prefopt_trl.shared_prefix.continuation import reason_not_to_share_prefix
 from prefopt_trl.shared_prefix.decoding import SharedPrefixOutput, decode_shared_prefix, draw, reason_not_to_decode
+from tests.unit.shared_prefix.families import (
+    DYNAMIC_ROPE,
+    LLAMA_LIKE,
+    NOT_SHARING,
+    SHARING,
+    SHARING_IN_PACKED_ROWS,
+    VOCAB_SIZE,
+    build,
+)
 
-VOCAB_SIZE = 61
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14], [15]]
 CHANCE = 1e-6  # of each chi-square test to fail on samples that do follow the law
-
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-LLAMA_LIKE = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    **SPECIAL,
-}
-GPT_LIKE = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, **SPECIAL}
-SHARING = {
-    "llama": LlamaConfig(**LLAMA_LIKE),
-    "llama dynamic rope": LlamaConfig(
-        **LLAMA_LIKE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    ),
-    "qwen2": Qwen2Config(**LLAMA_LIKE),
-    "qwen3": Qwen3Config(**LLAMA_LIKE, head_dim=8),
-    "mistral below its window": MistralConfig(**LLAMA_LIKE, sliding_window=64),
-    "phi": PhiConfig(**LLAMA_LIKE),
-    "phi3": Phi3Config(**LLAMA_LIKE),
-    "mixtral": MixtralConfig(**LLAMA_LIKE, num_local_experts=4),
-    "gemma": GemmaConfig(**LLAMA_LIKE, head_dim=8),
-    "gemma2": Gemma2Config(**LLAMA_LIKE, head_dim=8, attn_implementation="eager", attn_logit_softcapping=2.0),
-    "gemma3": Gemma3TextConfig(**LLAMA_LIKE, head_dim=8),
-    "gpt2": GPT2Config(**GPT_LIKE),
-    "gpt_neox": GPTNeoXConfig(**{key: value for key, value in LLAMA_LIKE.items() if key != "num_key_value_heads"}),
-    "opt": OPTConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        word_embed_proj_dim=32,
-        **SPECIAL,
-    ),
-    "olmo2": Olmo2Config(**LLAMA_LIKE),
-    "granite": GraniteConfig(**LLAMA_LIKE),
-    "cohere": CohereConfig(**LLAMA_LIKE),
-    "stablelm": StableLmConfig(**LLAMA_LIKE),
-    "starcoder2": Starcoder2Config(**LLAMA_LIKE),
-    "smollm3": SmolLM3Config(**LLAMA_LIKE),
-}
-
-
-def build(config, seed: int = 0, auto_class=AutoModelForCausalLM):
-    """A model whose next token depends on all of its input, as that of a freshly initialised one hardly does."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = auto_class.from_config(copy.deepcopy(config)).eval()
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and not name.endswith("A_log"):
-                parameter.data.normal_(std=0.2)
-    model.generation_config = GenerationConfig(**SPECIAL)
-    return model
 
 
 def inputs_of(prompts=PROMPTS) -> dict[str, torch.Tensor]:
@@ -189,7 +110,7 @@ def test_greedy_decoding_is_that_of_generate_token_for_token(family):
 def test_logps_are_those_of_the_returned_tokens_under_the_plain_model(family):
     model = build(SHARING[family])
     end_ids = [2, 3, 4, 5, 6, 7, 8]
-    narrowed = {"temperature": 0.7, "top_p": 0.95, "no_repeat_ngram_size": 2}
+    narrowed = {"temperature": 0.7, "top_p": 0.95, "no_repeat_ngram_size": 2, "repetition_penalty": 1.3}
     for options in ({}, narrowed):
         output = sampled(model, 5, max_new_tokens=12, eos_token_id=end_ids, **options)
         completions = completions_of(output.sequences, end_ids)
@@ -210,45 +131,26 @@ def test_logps_of_a_thousand_tokens_do_not_drift():
     assert max(expected) < -1000
 
 
-NOT_SHARING = {
-    "falcon": (FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4), "falcon"),
-    "falcon with ALiBi": (
-        FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
-        "falcon uses ALiBi",
-    ),
-    "bloom": (BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4), "bloom uses ALiBi"),
-    "mpt": (MptConfig(vocab_size=61, d_model=32, n_layers=2, n_heads=4), "mpt uses ALiBi"),
-    "gpt_neo": (
-        GPTNeoConfig(
-            vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
-        ),
-        "gpt_neo has local attention over the last 256 places",
-    ),
-    "gpt_neo without local layers": (
-        GPTNeoConfig(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global"], 2]]),
-        "gpt_neo",
-    ),
-    "mamba": (MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2), "mamba has recurrent layers"),
+NO_PREFIX = {
+    **NOT_SHARING,
+    **{family: (config, family) for family, config in SHARING_IN_PACKED_ROWS.items()},
     "llama4": (
-        Llama4TextConfig(**LLAMA_LIKE, head_dim=8, intermediate_size_mlp=48, num_local_experts=2),
+        transformers.Llama4TextConfig(**LLAMA_LIKE, head_dim=8, intermediate_size_mlp=48, num_local_experts=2),
         "`attn_temperature_tuning`",
     ),
-    "gpt_oss": (GptOssConfig(**LLAMA_LIKE, head_dim=8, num_local_experts=4, sliding_window=64), "s_aux"),
-    "mistral beyond its window": (MistralConfig(**LLAMA_LIKE, sliding_window=59), "attention window of mistral"),
-    "gemma3 beyond its window": (Gemma3TextConfig(**LLAMA_LIKE, head_dim=8, sliding_window=59), "attention window"),
+    "gpt_oss": (
+        transformers.GptOssConfig(**LLAMA_LIKE, head_dim=8, num_local_experts=4, sliding_window=64),
+        "s_aux",
+    ),
     "dynamic rope beyond its length": (
-        LlamaConfig(
-            **LLAMA_LIKE | {"max_position_embeddings": 59},
-            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
-        ),
+        LlamaConfig(**LLAMA_LIKE | {"max_position_embeddings": 59}, **DYNAMIC_ROPE),
         "rotary frequencies of llama change with the longest row beyond 59",
     ),
 }
 
 
-@pytest.mark.parametrize("family", NOT_SHARING)
-def test_where_it_would_not_be_exact_there_is_a_reason_and_it_is_logged_once(family, caplog):
-    config, reason = NOT_SHARING[family]
+@pytest.mark.parametrize(("config", "reason"), NO_PREFIX.values(), ids=NO_PREFIX)
+def test_where_it_would_not_be_exact_there_is_a_reason_and_it_is_logged_once(config, reason, caplog):
     model = build(config)
     with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
         assert reason in reason_not_to_share_prefix(model, 60)
@@ -256,30 +158,9 @@ def test_where_it_would_not_be_exact_there_is_a_reason_and_it_is_logged_once(fam
     assert [record.getMessage().startswith("Prompts are not shared") for record in caplog.records] == [True]
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        T5Config(vocab_size=61, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0),
-        BartConfig(
-            vocab_size=61,
-            d_model=16,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=16,
-            decoder_ffn_dim=16,
-        ),
-    ],
-    ids=["t5", "bart"],
-)
-def test_encoder_decoders_and_prompt_tuning_have_a_reason(config):
-    model = build(config, auto_class=AutoModelForSeq2SeqLM)
-    assert "is an encoder-decoder" in reason_not_to_share_prefix(model, 20)
-    tuned = get_peft_model(
-        build(SHARING["llama"]), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    ).eval()
-    assert "virtual tokens" in reason_not_to_share_prefix(tuned, 20)
+def test_virtual_tokens_are_a_reason():
+    tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    assert "virtual tokens" in reason_not_to_share_prefix(get_peft_model(build(SHARING["llama"]), tuning), 20)
 
 
 # The law
@@ -359,14 +240,6 @@ def test_each_row_draws_from_its_own_scores():
     assert chi2_contingency(together).pvalue > CHANCE
 
 
-@pytest.mark.parametrize("place", [0, 3, 6])
-def test_a_row_with_one_possible_token_draws_it(place):
-    scores = torch.full((5000, 7), -torch.inf)
-    scores[:, place] = -40.0
-    torch.manual_seed(0)
-    assert (draw(scores) == place).all()
-
-
 @pytest.mark.parametrize("scores", [[0.0, math.nan, 1.0], [-math.inf] * 3, [0.0, math.inf, 1.0]], ids=str)
 def test_a_row_without_a_token_to_draw_is_refused(scores):
     fine = [0.0, 1.0, -math.inf]
@@ -381,14 +254,6 @@ def test_the_ends_of_the_random_numbers_are_possible_tokens(monkeypatch):
     for number, token in ((0.0, 1), (1 - 2**-53, 4)):
         monkeypatch.setattr(torch, "rand", lambda *size, number=number, **kwargs: torch.full(size, number, **kwargs))
         assert draw(scores).tolist() == [token]
-
-
-def test_the_same_seed_gives_the_same_sequences_and_another_others():
-    model = build(SHARING["llama"])
-    first = sampled(model, 6, max_new_tokens=8)
-    again = sampled(model, 6, max_new_tokens=8)
-    assert torch.equal(first.sequences, again.sequences) and torch.equal(first.logps, again.logps)
-    assert not torch.equal(first.sequences, sampled(model, 6, max_new_tokens=8, seed=1).sequences)
 
 
 # Options
@@ -467,24 +332,13 @@ def test_stop_strings_end_rows_where_generate_ends_them():
     found = shared(model, 2, **options, stopping_criteria=criteria)
     assert torch.equal(found, expected.repeat_interleave(2, dim=0))
     # and the log-probabilities stop there
-    ends = [next((end for end in range(1, 17) if stops(tokenizer, row[:end], stop_strings)), 16) for row in endless]
+    ends = [
+        next((end for end in range(1, 17) if tokenizer.decode(row[:end]).endswith(tuple(stop_strings))), 16)
+        for row in endless
+    ]
     assert len(set(ends)) > 1
     output = shared(model, 1, **options, stopping_criteria=criteria, return_dict_in_generate=True)
     completions = [row[:end] for row, end in zip(endless, ends, strict=True)]
-    assert output.logps.tolist() == pytest.approx(teacher_forced(model, completions), abs=1e-3)
-
-
-def stops(tokenizer: PreTrainedTokenizerFast, ids: list[int], stop_strings: list[str]) -> bool:
-    return tokenizer.decode(ids).endswith(tuple(stop_strings))
-
-
-def test_logps_are_those_of_the_model_before_a_penalty():
-    # Its processor keeps where the padding of each row ends, so it has to learn of every row and of those that leave
-    model = build(SHARING["llama"])
-    end_ids = list(range(2, 9))
-    output = sampled(model, 16, max_new_tokens=12, eos_token_id=end_ids, repetition_penalty=1.3)
-    completions = completions_of(output.sequences, end_ids)
-    assert len({len(completion) for completion in completions}) > 3
     assert output.logps.tolist() == pytest.approx(teacher_forced(model, completions), abs=1e-3)
 
 
@@ -517,78 +371,54 @@ def test_positions_that_are_given_are_used():
     assert not torch.equal(model.generate(**inputs_of(), **options)[[0, 2]], expected[[0, 2]])
 
 
-class SeenByProcessor(LogitsProcessor):
-    """A user's own, with a memory of its rows, which must not move."""
+class Witness:
+    """A user's own, with a memory of its rows, which must not move, and a state that a copy would not share."""
 
-    def __init__(self):
-        self.seen = []
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.seen, self.num_calls = [], 0
 
-    def __call__(self, input_ids, scores):
+    def look(self, input_ids):
         self.seen.append(input_ids.tolist())
-        return scores
+        self.num_calls += 1
 
 
-class SeenByWarper(TopKLogitsWarper):
-    """One of transformers' own, which rows may leave, with a memory, which they may not."""
-
-    def __init__(self):
-        super().__init__(top_k=5)
-        self.seen = []
-
+class SeenByProcessor(Witness, LogitsProcessor):
     def __call__(self, input_ids, scores):
-        self.seen.append(input_ids.tolist())
+        self.look(input_ids)
+        return scores if self.num_calls % 2 else -scores
+
+
+class SeenByWarper(Witness, TopKLogitsWarper):
+    def __call__(self, input_ids, scores):  # as transformers' own does, which rows may leave
+        self.look(input_ids)
         return super().__call__(input_ids, scores)
 
 
-class SeenByCriterion(StoppingCriteria):
-    def __init__(self):
-        self.seen = []
-
+class SeenByCriterion(Witness, StoppingCriteria):
     def __call__(self, input_ids, scores, **kwargs):
-        self.seen.append(input_ids.tolist())
+        self.look(input_ids)
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
-    ("argument", "wrap", "witness"),
+    ("argument", "make"),
     [
-        ("logits_processor", LogitsProcessorList, SeenByProcessor),
-        ("logits_processor", LogitsProcessorList, SeenByWarper),
-        ("stopping_criteria", StoppingCriteriaList, SeenByCriterion),
+        ("logits_processor", lambda: LogitsProcessorList([SeenByProcessor()])),
+        ("logits_processor", lambda: LogitsProcessorList([SeenByWarper(5)])),
+        ("stopping_criteria", lambda: StoppingCriteriaList([SeenByCriterion()])),
     ],
 )
-def test_a_users_own_processor_or_criterion_sees_all_rows_to_the_end(argument, wrap, witness):
-    model = build(SHARING["llama"])
+def test_a_users_own_processor_or_criterion_sees_all_rows_to_the_end(argument, make):
+    model, theirs, ours = build(SHARING["llama"]), make(), make()
     options = {"do_sample": False, "max_new_tokens": 16}
-    endless = model.generate(**inputs_of(), **options, eos_token_id=None)[:, 6:].tolist()
+    endless = model.generate(**inputs_of(), **options, eos_token_id=None, **{argument: make()})[:, 6:].tolist()
     options["eos_token_id"] = end = endless[0][0]
     assert end not in endless[1] + endless[2]  # so the first row ends at once, and the others never
-    theirs, ours = witness(), witness()
-    expected = model.generate(**inputs_of(), **options, **{argument: wrap([theirs])})
-    assert torch.equal(shared(model, 1, **options, **{argument: wrap([ours])}), expected)
-    assert ours.seen == theirs.seen and len(ours.seen) == 16
-    assert {len(rows) for rows in ours.seen} == {3}
-
-
-class Counting(LogitsProcessor):
-    """A user's own, with a state that a copy would not share."""
-
-    def __init__(self):
-        self.num_calls = 0
-
-    def __call__(self, input_ids, scores):
-        self.num_calls += 1
-        return scores if self.num_calls % 2 else -scores
-
-
-def test_the_state_of_a_users_own_processor_is_its_own():
-    model = build(SHARING["llama"])
-    options = {"do_sample": False, "max_new_tokens": 7, "eos_token_id": None}
-    ours = Counting()
-    expected = model.generate(**inputs_of(), **options, logits_processor=LogitsProcessorList([Counting()]))
-    assert torch.equal(shared(model, 1, **options, logits_processor=LogitsProcessorList([ours])), expected)
-    assert ours.num_calls == 7
-    assert not torch.equal(shared(model, 1, **options), expected)
+    expected = model.generate(**inputs_of(), **options, **{argument: theirs})
+    assert torch.equal(shared(model, 1, **options, **{argument: ours}), expected)
+    assert ours[0].seen == theirs[0].seen and ours[0].num_calls == 16
+    assert {len(rows) for rows in ours[0].seen} == {3}
 
 
 class Contrasting(LogitsProcessor):
@@ -815,8 +645,3 @@ def test_a_transformers_with_other_names_costs_the_sharing_alone(breaks, monkeyp
         with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
             assert [message in reason_not_to_decode(model) for _ in range(2)] == [True, True]
     assert len(caplog.records) == 1 and message in caplog.text
-
-
-def test_inputs_that_belong_to_rows_are_refused():
-    with pytest.raises(ValueError, match="token_type_ids cannot be shared by completions"):
-        shared(build(SHARING["gpt2"]), 2, max_new_tokens=4, token_type_ids=torch.zeros(3, 6, dtype=torch.long))

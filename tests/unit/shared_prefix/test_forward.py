@@ -8,50 +8,52 @@ import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.integrations.neftune import activate_neftune
 from trl.trainer.utils import add_fused_lm_head
 
 from prefopt_trl.shared_prefix import support
 from prefopt_trl.shared_prefix.forward import add_shared_prefix
+from tests.unit.shared_prefix import families
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 def build(share_prefix: bool = True) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=0,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config).eval()
-    for parameter in model.parameters():  # a wrong mask or position moves the result by whole nats
-        if parameter.dim() > 1:
-            parameter.data.normal_(0, 0.3)
+    model = families.build(families.SHARING["llama"])
     add_fused_lm_head(model, outputs=FIELDS)
     if share_prefix:
         add_shared_prefix(model)
     return model
 
 
-def batch() -> dict[str, torch.Tensor]:
-    """Two pairs of rows with prompts of 9 and 5 tokens, padded on the right to 20."""
-    generator = torch.Generator().manual_seed(1)
-    input_ids = torch.randint(3, 97, (4, 20), generator=generator)
-    input_ids[2, :9], input_ids[3, :5] = input_ids[0, :9], input_ids[1, :5]
+def make_rows(prompt_lengths: list[int], lengths: list[int], group_ids: list[int]) -> dict[str, torch.Tensor]:
+    """Rows padded on the right to 20, each beginning with the prompt of its group."""
+    prompts, input_ids = torch.randint(3, 61, (2, len(lengths), 20), generator=torch.Generator().manual_seed(1))
     place = torch.arange(20)
-    attention_mask = (place < torch.tensor([20, 13, 15, 20])[:, None]).long()
-    prompt = place < torch.tensor([9, 5, 9, 5])[:, None]
+    attention_mask = (place < torch.tensor(lengths)[:, None]).long()
+    is_prompt = place < torch.tensor(prompt_lengths)[:, None]
+    input_ids = torch.where(is_prompt, prompts[group_ids], input_ids) * attention_mask
     return {
-        "input_ids": input_ids * attention_mask,
+        "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "labels": input_ids.masked_fill(prompt | (attention_mask == 0), -100),
+        "labels": input_ids.masked_fill(is_prompt | (attention_mask == 0), -100),
+        "group_ids": torch.tensor(group_ids),
     }
+
+
+def ragged_batch() -> dict[str, torch.Tensor]:
+    """Seven rows, so an odd number: one of a prompt of 9 tokens, four of one of 5, two of one of 7."""
+    return make_rows([9, 5, 5, 5, 5, 7, 7], [14, 20, 11, 8, 13, 17, 9], [0, 1, 1, 1, 1, 2, 2])
+
+
+def without_groups(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in inputs.items() if name != "group_ids"}
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Two pairs of rows with prompts of 9 and 5 tokens."""
+    return without_groups(make_rows([9, 5, 9, 5], [20, 13, 15, 20], [0, 1, 0, 1]))
 
 
 def num_embedded(model: LlamaForCausalLM, **inputs) -> int:
@@ -94,7 +96,7 @@ def test_other_calls_are_the_models_own():
     shared, plain = build(), build(share_prefix=False)
     inputs = batch()
     with torch.no_grad():
-        found, expected = shared(**inputs), plain(**inputs)
+        found, expected = shared(**inputs, group_ids=torch.tensor([0, 1, 0, 1])), plain(**inputs)
         assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
         assert torch.equal(shared(inputs["input_ids"]).logits, plain(inputs["input_ids"]).logits)
         prompt = inputs["input_ids"][:2, :5]
@@ -104,40 +106,28 @@ def test_other_calls_are_the_models_own():
     assert inspect.signature(shared.forward) == inspect.signature(plain.forward)
 
 
-@pytest.mark.parametrize("padding", ["left", "right, odd number of rows"])
-def test_a_batch_that_is_not_pairs_is_run_as_it_comes(padding, caplog):
-    shared, plain = build(), build(share_prefix=False)
-    if padding == "left":
-        inputs = {name: rows.flip(1) for name, rows in batch().items()}
-    else:
-        inputs = {name: rows[:3] for name, rows in batch().items()}
+def embedded(input_ids, **others):
+    return {**others, "inputs_embeds": torch.randn(4, 20, 32), "position_ids": torch.arange(20).expand(4, -1)}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda **inputs: {name: rows.flip(1) for name, rows in inputs.items()}, "the batch is not pairs"),
+        (lambda **inputs: {name: rows[:3] for name, rows in inputs.items()}, "the batch is not pairs"),
+        (embedded, "called with inputs_embeds, position_ids,"),
+        (lambda attention_mask, **others: others, "called with not all of attention_mask"),
+    ],
+    ids=["padding on the left", "an odd number of rows", "embeddings and positions", "no mask"],
+)
+def test_what_cannot_be_packed_is_run_as_it_comes_and_said_once(change, reason, caplog):
+    shared, plain, inputs = build(), build(share_prefix=False), change(**batch())
     with caplog.at_level(logging.WARNING, logger="prefopt_trl"), torch.no_grad():
         for _ in range(2):
             found = shared(**inputs, fused_lm_head=True)
-    expected = plain(**inputs, fused_lm_head=True)
+        expected = plain(**inputs, fused_lm_head=True)
     assert torch.equal(found.log_probs, expected.log_probs) and torch.equal(found.loss, expected.loss)
-    assert len(reasons(caplog)) == 1 and "the batch is not pairs" in reasons(caplog)[0]
-
-
-def test_arguments_that_cannot_be_packed_are_named(caplog):
-    shared, plain = build(), build(share_prefix=False)
-    inputs = batch()
-    embedded = shared.get_input_embeddings()(inputs.pop("input_ids")).detach()
-    position_ids = torch.arange(20).expand(4, -1)
-    with caplog.at_level(logging.WARNING, logger="prefopt_trl"), torch.no_grad():
-        arguments = {**inputs, "inputs_embeds": embedded, "position_ids": position_ids, "fused_lm_head": True}
-        found, expected = shared(**arguments), plain(**arguments)
-    assert torch.equal(found.log_probs, expected.log_probs)
-    assert len(reasons(caplog)) == 1 and "called with inputs_embeds, position_ids," in reasons(caplog)[0]
-
-
-def test_rows_without_a_mask_are_run_as_they_come(caplog):
-    shared, plain = build(), build(share_prefix=False)
-    inputs = {"input_ids": batch()["input_ids"].clamp(min=3), "labels": batch()["labels"]}
-    with caplog.at_level(logging.WARNING, logger="prefopt_trl"), torch.no_grad():
-        found, expected = shared(**inputs, fused_lm_head=True), plain(**inputs, fused_lm_head=True)
-    assert torch.equal(found.log_probs, expected.log_probs)
-    assert len(reasons(caplog)) == 1 and "attention_mask" in reasons(caplog)[0]
+    assert len(reasons(caplog)) == 1 and reason in reasons(caplog)[0]
 
 
 @pytest.mark.parametrize(("error", "shares"), [(1e-2, True), (0.5, False)])
@@ -160,29 +150,6 @@ def test_half_precision_under_autocast_may_differ_by_its_rounding(error, shares)
 
 
 # Rows that say whose prompt they have
-
-
-def ragged_batch() -> dict[str, torch.Tensor]:
-    """Seven rows, so an odd number: one of a prompt of 9 tokens, four of one of 5, two of one of 7."""
-    group_ids = torch.tensor([0, 1, 1, 1, 1, 2, 2])
-    prompt_lengths = torch.tensor([9, 5, 5, 5, 5, 7, 7])
-    lengths = torch.tensor([14, 20, 11, 8, 13, 17, 9])
-    generator = torch.Generator().manual_seed(2)
-    input_ids = torch.randint(3, 97, (7, 20), generator=generator)
-    for row, first in ((2, 1), (3, 1), (4, 1), (6, 5)):
-        input_ids[row, : prompt_lengths[row]] = input_ids[first, : prompt_lengths[row]]
-    place = torch.arange(20)
-    attention_mask = (place < lengths[:, None]).long()
-    return {
-        "input_ids": input_ids * attention_mask,
-        "attention_mask": attention_mask,
-        "labels": input_ids.masked_fill((place < prompt_lengths[:, None]) | (attention_mask == 0), -100),
-        "group_ids": group_ids,
-    }
-
-
-def without_groups(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in inputs.items() if name != "group_ids"}
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6], [4, 5, 0, 2, 6, 1, 3], [1, 2, 3], [5, 6, 0]])
@@ -233,20 +200,8 @@ def test_groups_are_shared_under_peft():
 
 
 def test_a_model_that_cannot_share_is_run_without_groups(caplog):
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        sliding_window=6,
-        pad_token_id=0,
-    )
-    model = MistralForCausalLM(config).eval()
+    model, inputs = families.build(families.NOT_SHARING["mistral"][0]), ragged_batch()
     add_fused_lm_head(model, outputs=FIELDS)
-    inputs = ragged_batch()
     with torch.no_grad():
         expected = model(**without_groups(inputs), fused_lm_head=True)
         add_shared_prefix(model)
@@ -286,13 +241,6 @@ def test_the_noise_of_neftune_is_that_of_rows_of_their_own(caplog):
     # Uniform up to alpha / sqrt(20 * 32); that none of 4480 draws comes within 1% of it has probability e^-45
     assert noise[0].item() == pytest.approx(5 / (20 * 32) ** 0.5, rel=0.01) and noise[-1] == 0
     assert len(reasons(caplog)) == 1
-
-
-def test_groups_are_left_out_of_calls_without_the_switch():
-    shared, plain = build(), build(share_prefix=False)
-    inputs = ragged_batch()
-    with torch.no_grad():
-        assert torch.equal(shared(**inputs).logits, plain(**without_groups(inputs)).logits)
 
 
 def test_a_packed_probe_that_runs_out_of_memory_says_nothing_of_the_model():

@@ -1,70 +1,33 @@
 """Shared log-probabilities equal those of one row per completion wherever a family can share; others fall back."""
 
 import copy
-import importlib
 import logging
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import GPTNeoConfig, Llama4TextConfig
 
 from prefopt_trl.shared_prefix import support
 from prefopt_trl.shared_prefix.scoring import completion_logps
+from tests.unit.shared_prefix.families import (
+    LLAMA_LIKE,
+    NEO_LIKE,
+    NOT_SHARING,
+    SHARING,
+    SHARING_IN_PACKED_ROWS,
+    build,
+)
 
-IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 97}
-COMMON = {
-    **IDS,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-}
-GROUPED = {**COMMON, "num_key_value_heads": 2}
-GPT = {**IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
-OPT = {"ffn_dim": 64, "word_embed_proj_dim": 32}
-NEO = {**IDS, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 256}
-
-SHARING = {
-    "llama": ("LlamaConfig", GROUPED),
-    "qwen2": ("Qwen2Config", GROUPED),
-    "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 8}),
-    "gpt2": ("GPT2Config", GPT),
-    "gpt_neox": ("GPTNeoXConfig", COMMON),
-    "gpt_neo, global attention": ("GPTNeoConfig", {**NEO, "attention_types": [[["global"], 2]]}),
-    "opt": ("OPTConfig", {**COMMON, **OPT}),
-    "falcon, rotary": ("FalconConfig", {**COMMON, "alibi": False}),
-    "phi3": ("Phi3Config", GROUPED),
-    "mixtral": ("MixtralConfig", {**GROUPED, "num_local_experts": 4}),
-    "mistral, window wider than the rows": ("MistralConfig", {**GROUPED, "sliding_window": 64}),
-    "gptj": ("GPTJConfig", {**GPT, "rotary_dim": 4}),
-    "gemma": ("GemmaConfig", {**GROUPED, "head_dim": 8}),
-}
-NOT_SHARING = {
-    "mistral": ("MistralConfig", {**GROUPED, "sliding_window": 8}, "sliding_window"),
-    "gemma3": ("Gemma3TextConfig", {**GROUPED, "head_dim": 8, "sliding_window": 8}, "sliding_window"),
-    "gpt_neo": ("GPTNeoConfig", {**NEO, "attention_types": [[["global", "local"], 1]], "window_size": 8}, "local"),
-    "mpt": ("MptConfig", {**IDS, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}, "ALiBi"),
-    "falcon, ALiBi": ("FalconConfig", {**COMMON, "alibi": True}, "ALiBi"),
-    "bloom": ("BloomConfig", {**IDS, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "ALiBi"),
-    "mamba": ("MambaConfig", {**IDS, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, "recurrent"),
-}
-
-
-def build(config_name, arguments, attn_implementation=None, dtype=torch.float32):
-    config = getattr(importlib.import_module("transformers"), config_name)(**arguments)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=dtype)
-    for parameter in model.parameters():  # large weights: a wrong mask or position moves the result by whole nats
-        if parameter.dim() > 1:
-            parameter.data.normal_(0, 0.3)
-    return model.eval()
+FAMILIES = "llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "phi3", "mixtral", "mistral below its window", "gemma"
+ATTENTIONS = [(family, name) for family in (*FAMILIES, "falcon") for name in ("sdpa", "eager")]
+ATTENTIONS += [("gpt_neo", "eager"), ("gptj", "eager")]  # these have no other
 
 
 def pairs_batch():
     """Three prompts (lengths 20, 1 and 30), two completions each, one of them empty."""
     generator = torch.Generator().manual_seed(1)
-    rows = torch.randint(3, 97, (6, 40), generator=generator)
+    rows = torch.randint(3, 61, (6, 40), generator=generator)
     prompt_lengths, lengths = torch.tensor([20, 1, 30] * 2), torch.tensor([40, 33, 38, 25, 20, 30])
     for group, length in enumerate([20, 1, 30]):
         rows[group + 3, :length] = rows[group, :length]
@@ -88,12 +51,10 @@ def reference_logps(model, batch):
     return torch.stack(results)
 
 
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", SHARING)
+@pytest.mark.parametrize(("family", "attn_implementation"), ATTENTIONS)
 def test_sharing_is_exact(family, attn_implementation):
-    if family.split(",")[0] in ("gptj", "gpt_neo") and attn_implementation == "sdpa":
-        attn_implementation = None  # these have eager attention only
-    model = build(*SHARING[family], attn_implementation)
+    config = (SHARING | SHARING_IN_PACKED_ROWS)[family]
+    model = build(config, attn_implementation=attn_implementation)
     batch = pairs_batch()
     with torch.no_grad():
         assert support.reason_not_to_share(model, model, row_length=40) is None
@@ -103,10 +64,9 @@ def test_sharing_is_exact(family, attn_implementation):
     assert counts[5] == 0 and logps[5] == 0
 
 
-@pytest.mark.parametrize("family", NOT_SHARING)
-def test_others_fall_back_with_one_logged_reason(family, caplog):
-    config_name, arguments, reason = NOT_SHARING[family]
-    model = build(config_name, arguments)
+@pytest.mark.parametrize(("config", "reason"), NOT_SHARING.values(), ids=NOT_SHARING)
+def test_others_fall_back_with_one_logged_reason(config, reason, caplog):
+    model = build(config)
     batch = pairs_batch()
     with torch.no_grad(), caplog.at_level(logging.WARNING, logger="prefopt_trl"):
         for _ in range(2):
@@ -116,18 +76,21 @@ def test_others_fall_back_with_one_logged_reason(family, caplog):
     assert len(messages) == 1 and reason in messages[0]
 
 
-LLAMA4 = {**GROUPED, "head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2, "no_rope_layers": [1, 0]}
+FEW_PLACES = {"max_position_embeddings": 40}
+LLAMA4 = {**LLAMA_LIKE, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "no_rope_layers": [1, 0]}
 BY_PLACE = {
-    "temperature": ("Llama4TextConfig", {**LLAMA4, "floor_scale": 40, "attn_scale": 1.0}, "`floor_scale`"),
-    "mask": (*SHARING["gpt_neo, global attention"], "gpt_neo takes rows of at most 40 tokens"),
+    "temperature": (Llama4TextConfig(**LLAMA4 | FEW_PLACES, floor_scale=40, attn_scale=1.0), "`floor_scale`"),
+    "mask": (
+        GPTNeoConfig(**NEO_LIKE | FEW_PLACES, attention_types=[[["global"], 2]]),
+        "gpt_neo takes rows of at most 40 tokens",
+    ),
 }
 
 
-@pytest.mark.parametrize("kind", BY_PLACE)
-def test_no_more_tokens_are_packed_than_a_model_has_places_for(kind, caplog):
-    config_name, arguments, reason = BY_PLACE[kind]
-    model = build(config_name, arguments | {"max_position_embeddings": 40})
-    rows = torch.randint(3, 97, (4, 20), generator=torch.Generator().manual_seed(5))
+@pytest.mark.parametrize(("config", "reason"), BY_PLACE.values(), ids=BY_PLACE)
+def test_no_more_tokens_are_packed_than_a_model_has_places_for(config, reason, caplog):
+    model = build(config)
+    rows = torch.randint(3, 61, (4, 20), generator=torch.Generator().manual_seed(5))
     rows[:, :12] = rows[0, :12]
     completion_mask = (torch.arange(20) >= 12).long().expand(4, -1)
     # Four completions make a packed row of 11 + 4 * 8 tokens, three one of 35, and no row is longer than 20
@@ -142,41 +105,19 @@ def test_no_more_tokens_are_packed_than_a_model_has_places_for(kind, caplog):
     assert "43" in messages[0]
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_neo", "mpt", "bloom", "mamba"])
+@pytest.mark.parametrize("family", [family for family in NOT_SHARING if family != "falcon, ALiBi"])
 def test_the_probe_alone_would_notice(family):
-    config_name, arguments, _ = NOT_SHARING[family]
-    model = build(config_name, arguments)
+    model = build(NOT_SHARING[family][0])
     assert support.probe_reason(model, model) is not None
 
 
 def test_probe_leaves_the_model_as_it_was():
-    model = build(*SHARING["llama"]).train()
+    model = build(SHARING["llama"]).train()
     model.model.layers[0].eval()
     state = torch.get_rng_state()
     assert support.probe_reason(model, model) is None
     assert model.training and not model.model.layers[0].training and model.model.layers[1].training
     assert torch.equal(state, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("n", [2, 3, 5, 8])
-def test_groups_of_any_size_and_order(n):
-    model = build(*SHARING["llama"])
-    generator = torch.Generator().manual_seed(n)
-    sizes = [n, 1, 2]
-    group_ids = torch.tensor([group for group, size in enumerate(sizes) for _ in range(size)])
-    group_ids = group_ids[torch.randperm(len(group_ids), generator=generator)]
-    prompts = torch.randint(3, 97, (3, 9), generator=generator)
-    rows = torch.cat([prompts[group_ids], torch.randint(3, 97, (len(group_ids), 12), generator=generator)], dim=1)
-    lengths = torch.randint(10, 22, (len(group_ids),), generator=generator)
-    attention_mask = (torch.arange(21) < lengths[:, None]).long()
-    batch = {
-        "input_ids": rows * attention_mask,
-        "attention_mask": attention_mask,
-        "completion_mask": attention_mask * (torch.arange(21) >= 9),
-    }
-    with torch.no_grad():
-        logps, _ = completion_logps(model, **batch, group_ids=group_ids)
-        torch.testing.assert_close(logps.double(), reference_logps(model, batch), atol=1e-4, rtol=1e-6)
 
 
 def gradients(model, share_prefix):
@@ -188,13 +129,11 @@ def gradients(model, share_prefix):
 
 @pytest.mark.parametrize("how", ["plain", "gradient checkpointing", "LoRA"])
 def test_gradients_are_exact(how):
-    model = build(*SHARING["llama"]).train()
+    model = build(SHARING["llama"]).train()
     if how == "gradient checkpointing":
         # Its name is another before transformers 5.23
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     if how == "LoRA":
-        from peft import LoraConfig, get_peft_model
-
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     unshared = gradients(copy.deepcopy(model), share_prefix=False)
     shared = gradients(model, share_prefix=True)
@@ -205,7 +144,7 @@ def test_gradients_are_exact(how):
 
 
 def test_bfloat16_is_as_close_as_its_rounding_and_summed_in_float32():
-    exact = build(*SHARING["llama"])
+    exact = build(SHARING["llama"])
     model = copy.deepcopy(exact).to(torch.bfloat16)
     exact = exact.to(torch.bfloat16).float()  # the same rounded weights
     batch = pairs_batch()
@@ -223,4 +162,4 @@ def test_left_padding_is_refused():
     batch = pairs_batch()
     batch["attention_mask"] = batch["attention_mask"].flip(1)
     with pytest.raises(ValueError, match="Pad on the right"):
-        completion_logps(build(*SHARING["llama"]), **batch)
+        completion_logps(build(SHARING["llama"]), **batch)
