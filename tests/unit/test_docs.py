@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import math
 import re
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -76,6 +77,12 @@ def test_links_lead_to_files_and_headings(page):
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
             slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in slugs, f"{target}#{anchor}"
+
+
+def test_the_picture_is_what_the_script_draws():
+    drawings = ROOT / "docs" / "drawings"
+    drawn = runpy.run_path(str(drawings / "shared_prefix.py"))["drawing"]()
+    assert (drawings / "shared_prefix.svg").read_text(encoding="utf-8") == drawn
 
 
 def test_make_targets_of_the_readme_exist():
