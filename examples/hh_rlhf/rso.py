@@ -6,11 +6,12 @@ prompts drawn at random:
     python examples/hh_rlhf/rso.py --subset helpful --output_dir outputs/rso-7b --optim adafactor \
         --learning_rate 1e-5 --per_device_train_batch_size 8 --gradient_accumulation_steps 16
 
-Offline, with a local file and a model of 5M parameters made from scratch, in minutes on two cores:
+Offline, with a local file and a model of 5M parameters made from scratch, in about ten minutes on two cores, most of
+them for the ranker:
 
     python examples/hh_rlhf/rso.py --data path/to/harmless-base/test.jsonl.gz --from_scratch --use_cpu --bf16 False \
         --output_dir outputs/rso-tiny --num_prompts 100 --max_new_tokens 48 --max_length 256 --max_steps 50 \
-        --learning_rate 1e-4
+        --per_device_train_batch_size 8 --learning_rate 1e-4 --sft_epochs 0.5 --generation_batch_size 256
 
 The policy is first fine-tuned on the chosen completions and the ranker trained on the comparisons, into
 `<output_dir>/sft` and `<output_dir>/ranker`, where a later run finds them; `--policy` and `--ranker` bring your own.

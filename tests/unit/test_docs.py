@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import math
+import pkgutil
 import re
 import runpy
 from collections.abc import Callable, Iterator
@@ -46,8 +47,8 @@ def run_page(tiny_llama_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def run_page(page: str) -> Iterator[dict]:
         namespace: dict = {}
-        for block in python_blocks(PAGES[page]):
-            block = re.sub(r"path/to/my-(sft-)?model", tiny_llama_dir, block)
+        for block in python_blocks(README if page == "../README.md" else PAGES[page]):
+            block = re.sub(r"path/to/my-(sft-)?model|Qwen/Qwen2\.5-0\.5B-Instruct", tiny_llama_dir, block)
             exec(re.sub(r"(Config\(\s*)", r"\1use_cpu=True, bf16=False, max_steps=1, ", block), namespace)
             yield namespace
 
@@ -67,7 +68,7 @@ def test_python_blocks_use_what_exists(text):
                 assert {keyword.arg for keyword in node.keywords} <= fields
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}" for page in PAGES)])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{page}" for page in PAGES)])
 def test_links_lead_to_files_and_headings(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", text):
@@ -85,10 +86,26 @@ def test_the_picture_is_what_the_script_draws():
     assert (drawings / "shared_prefix.svg").read_text(encoding="utf-8") == drawn
 
 
+def test_the_example_of_the_readme_trains(run_page, tmp_path):
+    list(run_page("../README.md"))
+    assert (tmp_path / "outputs/rso/sampled/train/pairs").is_dir()
+    assert (tmp_path / "outputs/rso/model.safetensors").is_file()
+
+
 def test_make_targets_of_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make ([a-z-]+)", README, flags=re.MULTILINE):
+    targets = re.findall(r"^make ([a-z-]+)", README, flags=re.MULTILINE)
+    assert targets == ["quickstart", "test"]
+    for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_the_way_from_prompt_to_loss_names_what_exists():
+    section = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## From prompt to loss")[1].split("## ")[0]
+    names = re.findall(r"`((?:data|rankers|sampling|shared_prefix|trainers)\.[\w.]+)`", section)
+    assert len(names) > 15
+    for name in names:
+        assert pkgutil.resolve_name(f"prefopt_trl.{name}"), name
 
 
 def test_public_names_exist_and_every_page_is_in_the_index_and_every_trainer_has_a_page():
@@ -103,7 +120,7 @@ def test_public_names_exist_and_every_page_is_in_the_index_and_every_trainer_has
 @pytest.mark.parametrize("page", TRAINER_PAGES)
 def test_first_line_says_which_equation(page):
     first_paragraph = PAGES[page].split("\n\n")[1].replace("\n", " ")
-    assert re.match(r"Minimises .*\b(eq\. \d+|equation)\b", first_paragraph)
+    assert re.match(r"Minimizes .*\b(eq\. \d+|equation)\b", first_paragraph)
 
 
 @pytest.mark.parametrize("page", TRAINER_PAGES)
@@ -122,9 +139,11 @@ def test_online_example_runs(run_page):
     assert namespace["trainer"].state.log_history[-1]["train_loss"] == pytest.approx(math.log(2))
 
 
-def test_reward_function_example_runs(run_page):
-    *_, namespace = run_page("reward_functions.md")
+def test_ranker_examples_run(run_page, tiny_llama_dir, tmp_path):
+    save_tiny_t5(tmp_path / "path/to/my-t5-ranker", tiny_llama_dir)
+    *_, namespace = run_page("rankers.md")
     assert "rewards/PairwiseRanker/mean" in namespace["trainer"].state.log_history[0]
+    assert 0 < namespace["probability"].item() < 1
 
 
 def test_tracker_example_runs(run_page, tmp_path):
@@ -142,13 +161,11 @@ def test_data_examples_run(run_page):
     }
 
 
-def test_sampling_examples_run(run_page, tiny_llama_dir, tmp_path):
-    save_tiny_t5(tmp_path / "path/to/my-t5-ranker", tiny_llama_dir)
+def test_sampling_examples_run(run_page):
     *_, namespace = run_page("sampling.md")
     made = {name: len(namespace[name]) for name in ("pairs", "again", "best", "loaded", "from_elsewhere")}
     assert made == {"pairs": 4, "again": 4, "best": 12, "loaded": 4, "from_elsewhere": 2}
     assert namespace["from_elsewhere"]["chosen"] == [" wet.", " blue."]  # what the ranker prefers, not the rewards
-    assert 0 < namespace["probability"].item() < 1
 
 
 def save_tiny_t5(folder: Path, tokenizer_dir: str) -> None:
