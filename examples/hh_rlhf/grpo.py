@@ -1,7 +1,7 @@
 r"""RLHF on HH-RLHF, the papers' baseline: reinforcement learning against a ranker, with TRL's `GRPOTrainer`.
 
-PPO is what the papers compare with; GRPO is what TRL ships today. The reward of a completion is the logit of its
-probability to be preferred to the chosen one (RSO eq. 9), and `--beta` weighs the KL divergence from the SFT policy.
+The papers compare with PPO; TRL ships GRPO today. The reward of a completion is the logit of its
+probability of being preferred to the chosen one (RSO eq. 9). `--beta` weights the KL divergence from the SFT policy.
 
 From the Hub, with LLaMA-7B as the base model:
 
@@ -14,7 +14,7 @@ Offline, with a local file and a model of 5M parameters made from scratch:
         --output_dir outputs/grpo-tiny --num_prompts 100 --max_completion_length 48 --max_length 256 --max_steps 20 \
         --num_generations 4 --per_device_train_batch_size 8 --learning_rate 1e-4
 
-The policy and the ranker are made, and found again, as in `rso.py`.
+The policy and the ranker are trained, and found by later runs, as in `rso.py`.
 """
 
 from dataclasses import dataclass, field
@@ -50,7 +50,7 @@ def main(script: ScriptArguments, args: HHGRPOConfig) -> None:
     policy = make_policy(script, args, comparisons)
     ranker = PairwiseRanker(make_ranker(script, args, comparisons))
     pairs = draw_comparisons(comparisons, policy, script, args)
-    # A baseline of the dataset is the same for all the completions of a prompt, wherever they are sampled
+    # A baseline from the dataset is the same for all completions of a prompt, on whichever process they are sampled
     rewards = ranker.as_reward_func(baseline_column="chosen")
     train_and_save(GRPOTrainer(policy, reward_funcs=rewards, args=args, train_dataset=pairs, peft_config=adapter))
 

@@ -1,4 +1,4 @@
-r"""Listwise DPO on HH-RLHF: samples kept by statistical rejection sampling, ranked and learnt from whole (DPO eq. 20).
+r"""Listwise DPO on HH-RLHF: samples kept by statistical rejection sampling, then ranked (DPO eq. 20).
 
 From the Hub, with LLaMA-7B as the base model and LoRA, so that there is one copy of the weights:
 

@@ -1,9 +1,9 @@
 r"""PRO on HH-RLHF: rankings of both completions of a comparison and two of another model (PRO section 4.1).
 
-As in the paper, PRO starts from the base model, which no SFT comes before, and takes all four subsets (section 4.3).
-Unlike it, the other model is an SFT policy of the same base where the paper has Alpaca or ChatGPT, a pairwise ranker
-scores the completions where it has a reward model, and 10,000 comparisons are drawn of about 160,000: `--num_prompts`
-takes more. From the Hub, with LLaMA-7B and the paper's hyperparameters:
+As in the paper, PRO starts from the base model, without SFT, and uses all four subsets (section 4.3). Unlike in the
+paper, the other model is an SFT policy of the same base instead of Alpaca or ChatGPT, a pairwise ranker scores the
+completions instead of a reward model, and 10,000 of about 160,000 comparisons are drawn; `--num_prompts` takes more.
+From the Hub, with LLaMA-7B and the paper's hyperparameters:
 
     python examples/hh_rlhf/pro.py --output_dir outputs/pro-7b --max_length 512 --max_new_tokens 128 \
         --num_train_epochs 2 --learning_rate 5e-6 --per_device_train_batch_size 2 --gradient_accumulation_steps 56

@@ -1,8 +1,8 @@
 r"""PRO with self-bootstrapping on HH-RLHF: the policy's own samples join the rankings as it trains (PRO Algorithm 1).
 
-As in the paper, PRO starts from the base model, which no SFT comes before, and takes all four subsets (section 4.3).
-The number of parts is ours, as the paper gives none; a pairwise ranker scores the completions, and 10,000 comparisons
-are drawn of about 160,000: `--num_prompts` takes more. From the Hub, with LLaMA-7B and the paper's hyperparameters:
+As in the paper, PRO starts from the base model, without SFT, and uses all four subsets (section 4.3). The paper gives
+no number of parts, so it is ours. A pairwise ranker scores the completions. Of about 160,000 comparisons 10,000 are
+drawn; `--num_prompts` takes more. From the Hub, with LLaMA-7B and the paper's hyperparameters:
 
     python examples/hh_rlhf/pro_bootstrap.py --output_dir outputs/pro-bootstrap-7b --bootstrap_parts 10 \
         --max_length 512 --max_new_tokens 128 --num_train_epochs 2 --learning_rate 5e-6 \
@@ -15,7 +15,7 @@ Offline, with a local file and a model of 5M parameters made from scratch:
         --output_dir outputs/pro_bootstrap-tiny --num_prompts 100 --max_new_tokens 48 --max_length 256 --max_steps 50 \
         --learning_rate 1e-4
 
-Samples are saved in `<output_dir>/bootstrap`. To go on after an interruption, run it again with
+Samples are saved in `<output_dir>/bootstrap`. To continue after an interruption, run it again with
 `--resume_from_checkpoint <output_dir>/checkpoint-500`.
 """
 

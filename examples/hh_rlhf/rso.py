@@ -1,6 +1,6 @@
 r"""RSO on HH-RLHF: an SFT policy, a pairwise ranker, then pairs sampled and rejected before training (RSO section 5).
 
-From the Hub, with LLaMA-7B as the base model and the paper's task, optimiser, batch size and learning rate, on 10,000
+From the Hub, with LLaMA-7B as the base model and the paper's task, optimizer, batch size and learning rate, on 10,000
 prompts drawn at random:
 
     python examples/hh_rlhf/rso.py --subset helpful --output_dir outputs/rso-7b --optim adafactor \
@@ -13,9 +13,9 @@ them for the ranker:
         --output_dir outputs/rso-tiny --num_prompts 100 --max_new_tokens 48 --max_length 256 --max_steps 50 \
         --per_device_train_batch_size 8 --learning_rate 1e-4 --sft_epochs 0.5 --generation_batch_size 256
 
-The policy is first fine-tuned on the chosen completions and the ranker trained on the comparisons, into
-`<output_dir>/sft` and `<output_dir>/ranker`, where a later run finds them; `--policy` and `--ranker` bring your own.
-For several processes, run this once in one with `--max_steps 1`, which makes those two, then launch it.
+First the policy is fine-tuned on the chosen completions and the ranker on the comparisons. They are saved in
+`<output_dir>/sft` and `<output_dir>/ranker`, where a later run finds them; `--policy` and `--ranker` replace them by
+yours. For several processes, first run this in one with `--max_steps 1`, which trains these two, then launch it.
 """
 
 from shared import (

@@ -11,8 +11,8 @@ Offline, with a local file and a model of 5M parameters made from scratch:
         --output_dir outputs/slic-tiny --num_prompts 100 --max_new_tokens 48 --max_length 256 --max_steps 50 \
         --learning_rate 1e-4
 
-The policy is first fine-tuned on the chosen completions, into `<output_dir>/sft`, where a later run finds it. With
-`--sample` a ranker is trained too, and SLiC-sample-rank starts from its labels; else it is SLiC-direct.
+First the policy is fine-tuned on the chosen completions and saved in `<output_dir>/sft`, where a later run finds it.
+With `--sample`, a ranker is trained too and labels samples (SLiC-sample-rank). Without it, this is SLiC-direct.
 """
 
 from dataclasses import dataclass, field
