@@ -1,4 +1,4 @@
-"""Preference optimisation from sampled preferences, on TRL."""
+"""Preference optimization from sampled preferences, on TRL."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

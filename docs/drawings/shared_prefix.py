@@ -109,8 +109,8 @@ def sampling() -> list[str]:
             shapes.append(f'<path class="arrow" d="M{SAMPLING + PROMPT + 19} {y + 9}h-16m5 -4l-5 4 5 4"/>')
         y += STEP
     lines = (
-        "A new token (outlined) attends to the prompt and to its",
-        "completion. Completions that ended leave the batch.",
+        "A new token (outlined) attends to the prompt and",
+        "to its own row. Rows that ended leave the batch.",
     )
     return [*shapes, *(text("caption", SAMPLING, y + 17 + 18 * i, line) for i, line in enumerate(lines))]
 
