@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -143,17 +142,17 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):
         examples = first_examples(train_dataset) if args.log_completions and not samples_while_training else None
         # TRL loads no reference model where its log-probabilities are precomputed, but for FSDP
         precomputes = args.precompute_ref_log_probs and os.environ.get("ACCELERATE_USE_FSDP") != "true"
-        needs_model = self.has_reference and ref_model is None and peft_config is None and not precomputes
-        is_copied = False
-        if needs_model and isinstance(model, PreTrainedModel):  # TRL would load the model of its name
-            ref_model, is_copied = frozen_copy(model), True
+        reference = ref_model
+        if not self.has_reference:  # TRL loads a reference model unless it is given one; the setter drops this one
+            reference = torch.nn.Module()  # type: ignore[assignment]
         elif isinstance(ref_model, PeftModel):
-            ref_model = ref_model.get_base_model()  # with the adapter in its layers, and a head that TRL can fuse
-        construct = super().__init__ if self.has_reference else partial(_init_without_reference_model(model), self)
+            reference = ref_model.get_base_model()  # with the adapter in its layers, and a head that TRL can fuse
+        elif ref_model is None and peft_config is None and not precomputes and isinstance(model, PreTrainedModel):
+            reference = frozen_copy(model)  # TRL would load the model of its name
         with adding_reference_adapter(model):
-            construct(
+            super().__init__(
                 model=model,
-                ref_model=ref_model,
+                ref_model=reference,
                 args=args,
                 data_collator=data_collator,
                 train_dataset=train_dataset,
@@ -165,23 +164,31 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
-        needs_adapter = self.has_reference and ref_model is None and isinstance(model, PeftModel)
+        needs_adapter = reference is None and isinstance(model, PeftModel)
         if needs_adapter and "ref" not in self.model.peft_config:
             raise ValueError(
                 "This PEFT takes no second adapter with `target_parameters`, to be the reference model. Install "
                 "peft>=0.20, or pass a `ref_model`."
             )
-        if is_copied and args.precompute_ref_log_probs:
+        if ref_model is None and args.precompute_ref_log_probs:
             self.ref_model = None  # as TRL lets go of one that it has loaded
         require(self, ATTRIBUTES)
-        if not self.has_reference and isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
-            self.model.delete_adapter("ref")  # TRL's copy of a pretrained adapter
         self._set_up_models()
         self._install_collator(tokenizer, ranker, given=data_collator is not None)
         self._set_up(tokenizer, ranker)
         self._preferences_log = LogPreferencesCallback(self, examples) if args.log_completions else None
         if self._preferences_log is not None:
             self.add_callback(self._preferences_log)
+
+    @property
+    def ref_model(self) -> PreTrainedModel | None:
+        return self._ref_model
+
+    @ref_model.setter
+    def ref_model(self, model: PreTrainedModel | None) -> None:
+        # `DPOTrainer.__init__` sets it to the empty module that it is given so that it loads no second copy of the
+        # weights. May go once `DPOTrainer` takes losses without a reference model.
+        self._ref_model = model if self.has_reference else None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # It cuts what it gathers to the number of examples, and an example of ours or of TRL's has several rows of
@@ -393,21 +400,3 @@ class _EpochOfSampling(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.collator.epoch = int((state.epoch or 0) + 1e-6)  # the sum of steps may lie just below the whole number
-
-
-def _init_without_reference_model(model: Any) -> Callable[..., None]:
-    """TRL's constructor, which loads the policy and no copy of it.
-
-    Without PEFT, `DPOTrainer.__init__` loads a second copy of the weights as the reference model; its one way around
-    that, `precompute_ref_log_probs`, still loads it under FSDP. It does so with the function that it has loaded the
-    policy with before, so this is the same code with another function of that name. It may go once `DPOTrainer` can be
-    told that a loss has no reference model.
-    """
-    init = DPOTrainer.__init__
-    to_load = [init.__globals__["create_model_from_path"]] if isinstance(model, str) else []
-
-    def load_policy_only(*args: Any, **kwargs: Any) -> Any:
-        return to_load.pop()(*args, **kwargs) if to_load else None
-
-    names = {**init.__globals__, "create_model_from_path": load_policy_only}
-    return FunctionType(init.__code__, names, init.__name__, init.__defaults__, init.__closure__)

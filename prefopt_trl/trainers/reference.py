@@ -74,7 +74,7 @@ def check_policy(model: Any, ref_model: Any, peft_config: PeftConfig | None, has
         )
     if any(module is ref_model for module in model.modules() if module is not model):  # TRL refuses the model itself
         raise ValueError("`ref_model` is a part of `model`, so it would change with it. Load it once more.")
-    if isinstance(model, PeftModel) and "ref" in model.peft_config and ref_model is None:
+    if has_reference and ref_model is None and isinstance(model, PeftModel) and "ref" in model.peft_config:
         raise ValueError(
             "`model` has an adapter named 'ref', as an earlier trainer leaves one, and TRL adds another of that name. "
             "Call `model.delete_adapter('ref')`."

@@ -9,7 +9,6 @@ import dataclasses
 import importlib
 import inspect
 import re
-import types
 from pathlib import Path
 
 import pytest
@@ -296,35 +295,30 @@ def test_the_names_of_the_losses():
 COMPLETION_TRAINER = f"CompletionTrainer in {COMPLETIONS}"
 
 
-@pytest.mark.parametrize(("how", "expected"), [("path", 2), ("instance", 1), ("LoRA", 1)])
-def test_models_are_loaded_by_a_function_of_its_module(how, expected, tiny_llama_dir, tmp_path, monkeypatch):
-    calls = []
-    load = utils.create_model_from_path
+def test_an_empty_reference_model_is_only_assigned(tiny_llama_dir, tmp_path, monkeypatch):
+    loaded, load = [], utils.create_model_from_path
 
     def recording(*args, **kwargs):
-        calls.append(args)
+        loaded.append(args)
         return load(*args, **kwargs)
 
+    class WithoutReference(DPOTrainer):
+        ref_model = property(lambda self: None, lambda self, model: None)
+
     monkeypatch.setattr(dpo_trainer, "create_model_from_path", recording)
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir) if how == "instance" else tiny_llama_dir
-    peft_config = LoraConfig(target_modules=["q_proj"]) if how == "LoRA" else None
-    make(DPOTrainer, model, tmp_path, peft_config=peft_config)
-    require(
-        len(calls) == expected,
-        f"DPOTrainer.__init__ loads {len(calls)} models by `dpo_trainer.create_model_from_path`, was {expected}: the "
-        "policy where it is a path, then its reference",
-        f"_no_reference_model in {BASE}, without which SLiC, PRO and RRHF hold two models",
-    )
-
-
-def test_a_reference_model_may_be_none(tiny_llama_dir, tmp_path, monkeypatch):
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
-    monkeypatch.setattr(dpo_trainer, "create_model_from_path", lambda *args, **given: None)  # of the reference alone
     try:
-        found = make(DPOTrainer, model, tmp_path).ref_model
+        make(WithoutReference, tiny_llama_dir, tmp_path, ref_model=torch.nn.Module())
     except (AttributeError, TypeError) as error:
-        require(False, f"DPOTrainer.__init__ fails with a reference model that is None ({error})", COMPLETION_TRAINER)
-    require(found is None, "`ref_model` is not what was loaded", f"_no_reference_model in {BASE}")
+        require(
+            False,
+            f"DPOTrainer.__init__ reads the `ref_model` it is given, beside setting `self.ref_model` ({error})",
+            f"PreferenceTrainer.ref_model in {BASE}, by which SLiC, PRO and RRHF hold one model",
+        )
+    require(
+        len(loaded) == 1,
+        f"DPOTrainer.__init__ loads {len(loaded)} models with a `ref_model`, was the policy alone",
+        f"PreferenceTrainer.__init__ in {BASE}, without which SLiC, PRO and RRHF hold two models",
+    )
 
 
 def test_where_the_metrics_are_kept(tiny_llama_dir, tmp_path):
@@ -504,18 +498,6 @@ def test_the_losses_are_those_that_rso_config_lets_through():
         named == {*TRL_LOSSES, "sigmoid_norm"},
         f"DPOConfig.loss_type names {sorted(named ^ {*TRL_LOSSES, 'sigmoid_norm'})} more or less",
         f"TRL_LOSSES in {CONFIG}",
-    )
-
-
-def test_the_constructor_can_be_given_another_loader():
-    init = DPOTrainer.__init__
-    require(
-        isinstance(init, types.FunctionType) and "create_model_from_path" in init.__code__.co_names,
-        "DPOTrainer.__init__ is no longer a plain function that loads its models by `create_model_from_path`",
-        f"_init_without_reference_model in {BASE}",
-    )
-    require(
-        init.__kwdefaults__ is None, "DPOTrainer.__init__ has keyword-only arguments", f"_init_without_... in {BASE}"
     )
 
 
