@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers import (
     TrainerControl,
     TrainerState,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOTrainer
 from trl.trainer import utils
 
@@ -32,21 +34,22 @@ from prefopt_trl.data.formats import columns_of, normalize_pairs
 from prefopt_trl.data.rankings import check_tokens, pairs_to_rankings, tokenize_rankings, warn_of_full_prompts
 from prefopt_trl.data.tokenization import WithoutAppendedTokens, num_appended_tokens
 from prefopt_trl.rankers.base import Ranker, check_ranker
+from prefopt_trl.runtime.processes import checkpoints, interruptible, last_checkpoint, what_is_trained
 from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
 from prefopt_trl.shared_prefix.forward import add_shared_prefix
 from prefopt_trl.trainers.base_config import PreferenceConfig
 from prefopt_trl.trainers.callbacks import LogPreferencesCallback, first_examples
 from prefopt_trl.trainers.model_card import TrainingData
+from prefopt_trl.trainers.policy import check_model, check_policy
 from prefopt_trl.trainers.prepare import (
-    are_prompts,
     check_prompts,
     check_text,
     with_completions,
     with_sampled_logps,
 )
 from prefopt_trl.trainers.publishing import Published, check_repository
-from prefopt_trl.trainers.reference import adding_reference_adapter, check_policy, copy_adapter, frozen_copy
-from prefopt_trl.trainers.resuming import Resumable, check_model
+from prefopt_trl.trainers.reference import adding_reference_adapter, copy_adapter, frozen_copy
+from prefopt_trl.trainers.resuming import check_length, check_settings, save_settings, training_settings
 from prefopt_trl.trainers.upstream import ATTRIBUTES, FUNCTIONS, METHODS, require
 
 create_model_from_path, get_config_model_id, use_adapter = require(utils, FUNCTIONS)
@@ -55,7 +58,7 @@ require(DPOTrainer, METHODS)
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(Published, Resumable, DPOTrainer):
+class PreferenceTrainer(Published, DPOTrainer):
     """[`~trl.DPOTrainer`] whose models compute each prompt once, and which can sample what it learns from.
 
     Subclasses set `config_class` and the metadata of their model card (`_tag_names`, `_name`, `_paper`). The arguments
@@ -68,6 +71,7 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):
     has_own_loss: bool = False  # in place of TRL's losses on pairs
     _has_reference_adapter: bool = False
     args: Any  # an instance of `config_class`
+    model: Any
 
     def __init__(
         self,
@@ -134,8 +138,6 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):
         # Not by name: a split for evaluation may be called "train" too
         self._online_prompts = train_dataset if args.sampling == "online" else None
         samples_while_training = args.sampling == "online" or keeps_ranker
-        is_sampled = isinstance(given, Dataset) and are_prompts(given.column_names, self.learns_from)
-        self.samples = samples_while_training or is_sampled
         uses_ranker = samples_while_training or train_dataset is not given
         self.training_data = TrainingData.of(train_dataset, ranker if uses_ranker else None)
         self.reference_given = None if ref_model is None else get_config_model_id(ref_model.config)
@@ -189,6 +191,35 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):
         # `DPOTrainer.__init__` sets it to the empty module that it is given so that it loads no second copy of the
         # weights. May go once `DPOTrainer` takes losses without a reference model.
         self._ref_model = model if self.has_reference else None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As [`~transformers.Trainer`] does. Where a checkpoint was cut off as it was saved, True is the one before.
+
+        Raises:
+            ValueError: for a checkpoint that was trained with other settings, another adapter or other data, or longer
+                than this run, naming them; if there is no whole one.
+        """
+        output_dir = self.args.output_dir
+        checkpoint = last_checkpoint(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        if checkpoint:
+            check_settings(checkpoint, self._settings())
+            check_length(checkpoint, self.args)
+        before = [] if checkpoint else checkpoints(output_dir)
+        with interruptible(partial(what_is_trained, output_dir, before)):
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.args.should_save:  # first, so that they are there when the checkpoint is pushed
+            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            save_settings(folder, self._settings())
+        super()._save_checkpoint(model, trial)
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what a run must have in common with the one that it resumes."""
+        dataset: Any = self.train_dataset
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset)
+        return training_settings(self._name, self.args, self.model, dataset)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # It cuts what it gathers to the number of examples, and an example of ours or of TRL's has several rows of
@@ -298,7 +329,7 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):
 
     def _reference_adapter(self) -> contextlib.AbstractContextManager[None]:
         """While entered, a PEFT model is the reference model: its adapter is off, or TRL's copy of it in its place."""
-        model: Any = self.accelerator.unwrap_model(self.model)
+        model = self.accelerator.unwrap_model(self.model)
         return use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
 
     def _prepare_dataset(
@@ -360,8 +391,7 @@ class PreferenceTrainer(Published, Resumable, DPOTrainer):
 
     def _record(self, metrics: dict[str, tuple[torch.Tensor, torch.Tensor]], attention_mask: torch.Tensor) -> None:
         """Log sums over counts, over all processes; the names, and so what is gathered, are the same on each."""
-        model: Any = self.model
-        mode = "train" if model.training else "eval"
+        mode = "train" if self.model.training else "eval"
         pairs = [torch.stack([part.detach().float() for part in pair]) for pair in metrics.values()]
         pairs.append(torch.stack([attention_mask.sum().float()] * 2))
         *gathered, num_tokens = self.accelerator.gather(torch.stack(pairs)[None]).sum(dim=0).tolist()

@@ -19,7 +19,6 @@ from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.sampling.card import read_sampled, sampling_summary
 from prefopt_trl.sampling.statistics import SamplingStatistics
 from prefopt_trl.trainers.base_config import PreferenceConfig, RankingConfig
-from prefopt_trl.trainers.resuming import as_written
 
 # Beside those of the method itself
 HYPERPARAMETERS = [
@@ -125,7 +124,7 @@ def _hyperparameters(trainer: Any, model: Any) -> dict[str, Any]:
     sampling = {"strategy", "num_samples", "pairing", "sampling_temperature"}
     own = {field for config in methods for field in vars(config).get("__annotations__", {})} - sampling
     chosen = {field: getattr(args, field) for field in [*sorted(own), *HYPERPARAMETERS]}
-    shown = {field: as_written(trainer._name, field, value) for field, value in chosen.items() if value is not None}
+    shown = {field: value for field, value in chosen.items() if value is not None}
     shown["batch size, over all processes"] = (
         args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     )

@@ -7,83 +7,12 @@ a trained adapter by a pattern of names that some PEFT types do not follow. A pa
 import contextlib
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.hooks import add_hook_to_module
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import PreTrainedModel
-
-from prefopt_trl.data.loading import is_lost
-
-# They move a part of the base weights into the adapter, so without it the base is another model
-SPLITTING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def _init_of(config: Any) -> Any:
-    return getattr(config, "init_lora_weights", None)
-
-
-def check_policy(model: Any, ref_model: Any, peft_config: PeftConfig | None, has_reference: bool) -> None:
-    """Refuse, before anything is sampled, a policy that could not be trained, or that has no reference model.
-
-    The errors say how to load or wrap the model.
-    """
-    if isinstance(ref_model, str):
-        raise TypeError(
-            f"`ref_model` is the path {ref_model!r}. Load it, with `AutoModelForCausalLM.from_pretrained` or, for an "
-            "adapter, `AutoPeftModelForCausalLM.from_pretrained`."
-        )
-    init = _init_of(peft_config)
-    if has_reference and isinstance(init, str) and init.startswith(SPLITTING_INITS):
-        raise ValueError(
-            f"`init_lora_weights={init!r}` changes the base weights, so the model without the adapter is not the "
-            "reference model. Call `get_peft_model(model, peft_config)` and pass the result as `model`, without "
-            "`peft_config`: the reference is then a frozen copy of its adapter."
-        )
-    config = peft_config or (model.peft_config.get("default") if isinstance(model, PeftModel) else None)
-    bias = getattr(config, "bias", "none")
-    if isinstance(bias, str) and bias != "none" and (has_reference or isinstance(model, PeftModel)):
-        raise ValueError(
-            f"`bias={bias!r}` of the adapter trains biases of the base model, which the reference model has, too. Set "
-            '`bias="none"`.'
-        )
-    if isinstance(model, str):
-        if is_lost(model):
-            raise FileNotFoundError(f"There is no folder {model!r} for `model`. Check the path.")
-        if Path(model, "adapter_config.json").is_file() and not Path(model, "config.json").is_file():
-            raise ValueError(
-                f"`model`={model!r} is an adapter. Load it on its base, with "
-                "`AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True)`, and pass the result."
-            )
-        return
-    if isinstance(model, PeftModel) and model.active_adapters != ["default"]:
-        raise ValueError(
-            f"The active adapter of `model` is {', '.join(model.active_adapters)!r}, and TRL trains the one named "
-            "'default'. Load it with `PeftModel.from_pretrained(base, path, is_trainable=True)`, without "
-            "`adapter_name`."
-        )
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    of_base = [name for name in trained if isinstance(model, PeftModel) and "default" not in name.split(".")]
-    if has_reference and ref_model is None and of_base:
-        raise ValueError(
-            f"{len(of_base)} parameters of the base model are trained beside the adapter ({of_base[0]}, ...), and the "
-            "reference model has them in common. Name their modules in `modules_to_save` of the adapter's config, or "
-            "pass a `ref_model`."
-        )
-    if any(module is ref_model for module in model.modules() if module is not model):  # TRL refuses the model itself
-        raise ValueError("`ref_model` is a part of `model`, so it would change with it. Load it once more.")
-    if has_reference and ref_model is None and isinstance(model, PeftModel) and "ref" in model.peft_config:
-        raise ValueError(
-            "`model` has an adapter named 'ref', as an earlier trainer leaves one, and TRL adds another of that name. "
-            "Call `model.delete_adapter('ref')`."
-        )
-    if peft_config is None and not trained:
-        remedy = "Call `model.requires_grad_(True)`, or pass `peft_config`."
-        if isinstance(model, PeftModel):
-            remedy = "Load the adapter with `is_trainable=True`."
-        raise ValueError(f"No parameter of `model` requires a gradient, so nothing would be trained. {remedy}")
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -126,7 +55,9 @@ def adding_reference_adapter(model: Any) -> Iterator[None]:
     matter, as it is copied over. AdaLoRA refuses a second adapter, unless that is not to be trained.
     """
     config: Any = model.peft_config["default"] if isinstance(model, PeftModel) else None
-    changes: dict[str, Any] = {"init_lora_weights": True} if isinstance(_init_of(config), str) else {}
+    changes: dict[str, Any] = (
+        {"init_lora_weights": True} if isinstance(getattr(config, "init_lora_weights", None), str) else {}
+    )
     if config is not None and config.peft_type == "ADALORA":
         changes["inference_mode"] = True
     before = {name: getattr(config, name) for name in changes}

@@ -1,184 +1,86 @@
-"""What a run starts from must belong together: model and tokenizer, adapter and base, checkpoint and settings."""
+"""A run resumes a checkpoint with the settings, the adapter and the data that it was trained with."""
 
 import logging
-from dataclasses import fields
-from functools import partial
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+import numpy as np
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from prefopt_trl.data.tokenization import check_vocabulary
 from prefopt_trl.runtime.fingerprints import dataset_fingerprint
-from prefopt_trl.runtime.processes import checkpoints, interruptible, last_checkpoint, what_is_trained
-from prefopt_trl.runtime.settings import as_json, read_json, write_json
-from prefopt_trl.trainers.rso_config import LOSS_NAMES
+from prefopt_trl.runtime.settings import as_json, differences, read_json, write_json
+from prefopt_trl.trainers.base_config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "training_settings.json"
 
-# Of the arguments of transformers, those that decide what is trained
-DECIDING = {
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "data_seed",
-    "dataloader_drop_last",
-    "learning_rate",
-    "length_column_name",
-    "lr_scheduler_kwargs",
-    "lr_scheduler_type",
-    "max_grad_norm",
-    "max_steps",
-    "neftune_noise_alpha",
-    "num_train_epochs",
-    "optim",
-    "optim_args",
-    "optim_target_modules",
-    "seed",
-    "train_sampling_strategy",
-    "warmup_steps",
-    "weight_decay",
-}
-# Of TRL's and ours, those that do not: how it is computed, and what is shown of it
-NOT_DECIDING = {
-    "activation_offloading",
-    "dataset_num_proc",
-    "generation_batch_size",
-    "generation_memory_budget",
-    "log_completions",
-    "model_init_kwargs",
-    "pad_to_multiple_of",
-    "pad_token",
-    "padding_free",
-    "precompute_ref_batch_size",
-    "precompute_ref_log_probs",
-    "reference_logps",
-    "share_prefix",
-    "trust_remote_code",
-}
-# In force only where the trainer samples what it learns from, and where `sync_ref_model` is on
-SAMPLING = {
-    "max_new_tokens",
-    "num_candidates",
-    "num_samples",
-    "pairing",
-    "rejection_beta",
-    "sampling_temperature",
-    "strategy",
-    "temperature",
-    "top_k",
-    "top_p",
-}
-SYNCHRONISING = {"ref_model_mixup_alpha", "ref_model_sync_steps"}
-# Of an adapter's config, what does not decide how it is trained
-NOT_OF_THE_ADAPTER = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_version",
-    "revision",
-    "task_type",
-}
+# Patterns of the settings that may change when a run resumes: they say how it is computed, evaluated, saved and shown.
+# All others decide what is trained and must stay the same, also those that a later version of TRL, transformers or
+# PEFT adds.
+MAY_CHANGE = """
+    accelerator_config activation_* auto_find_batch_size average_tokens_across_devices batch_eval_metrics bf16*
+    dataloader_[!d]* dataset_num_proc ddp_* debug deepspeed disable_tqdm do_* enable_jit_checkpoint eval_* fp16* fsdp*
+    full_determinism generation_batch_size generation_memory_budget gradient_* greater_is_better hub_* ignore_data_skip
+    include_* label_names liger_kernel_config load_best_model_at_end local_rank log_* logging_* metric_for_best_model
+    model_init_kwargs output_dir pad_* padding_free parallelism_config per_device_*_size precompute_*
+    prediction_loss_only project push_to_hub reference_logps remove_unused_columns report_to
+    restore_callback_states_from_checkpoint resume_from_checkpoint run_name save_* share_prefix skip_memory_metrics
+    tf32 torch_* trackio_* trust_remote_code use_cache use_cpu use_liger_kernel
+    peft_config.auto_mapping peft_config.base_model_name_or_path peft_config.inference_mode peft_config.peft_version
+    peft_config.revision peft_config.task_type
+"""
+# Where prompts are sampled before training, these decide the data, which are compared
+SAMPLING = """
+    max_new_tokens num_candidates num_samples pairing rejection_beta sampling_temperature strategy temperature top_k
+    top_p
+"""
+LENGTHS = ["num_train_epochs", "max_steps"]  # a run may be made longer
+GLOBAL_BATCH = "per_device_train_batch_size * gradient_accumulation_steps * processes"
 TRAINING_DATA = "training_data"
 # Computed anew when a run resumes, so that the last digits may differ, or in Python objects
 NOT_FINGERPRINTED = {"image", "images", "ref_chosen_logps", "ref_rejected_logps"}
-RSO_NAMES = {of_trl: of_rso for of_rso, of_trl in LOSS_NAMES.items()}
-# A run may be made longer; its learning rate then follows the schedule of the new length
-LENGTHS = ["num_train_epochs", "max_steps"]
-GLOBAL_BATCH = "per_device_train_batch_size * gradient_accumulation_steps * processes"
+NUM_ROWS = 64  # of the training data, in their fingerprint
 
 
-class Resumable:
-    """The part of a trainer that keeps settings with its checkpoints, before [`~trl.DPOTrainer`] in its bases."""
+def training_settings(
+    method: str, args: PreferenceConfig, model: PreTrainedModel | PeftModel, dataset: Dataset | IterableDataset
+) -> dict[str, Any]:
+    """Return what decides what is trained, as it is read back from JSON: all settings but those that [`MAY_CHANGE`].
 
-    args: Any
-    state: Any
-    model: Any
-    train_dataset: Any
-    samples: bool  # what it learns from, before training or during it
-    _name: str  # of the method
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As [`~transformers.Trainer`] does. Where a checkpoint was cut off as it was saved, True is the one before.
-
-        Raises:
-            ValueError: for a checkpoint that was trained with other settings, another adapter or other data, or longer
-                than this run, naming them; if there is no whole one.
-        """
-        self._set_signature_columns_if_needed()  # type: ignore[attr-defined]  # TRL's
-        self._training_data = data_fingerprint(self.train_dataset, set(self._signature_columns))  # type: ignore[attr-defined]
-        output_dir = self.args.output_dir
-        checkpoint = last_checkpoint(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        if checkpoint:
-            check_settings(checkpoint, self._settings())
-            check_length(checkpoint, self.args)
-        before = [] if checkpoint else checkpoints(output_dir)
-        with interruptible(partial(what_is_trained, output_dir, before)):
-            return super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]  # transformers'
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.args.should_save:  # first, so that they are there when the checkpoint is pushed
-            trainer: Any = self
-            folder = Path(trainer._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_settings(folder, self._settings())
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]  # TRL's
-
-    def _settings(self) -> dict[str, Any]:
-        settings = training_settings(self._name, self.args, self.samples) | adapter_settings(self.model)
-        return settings | ({TRAINING_DATA: self._training_data} if self._training_data else {})
-
-
-def training_settings(method: str, args: TrainingArguments, samples: bool = True) -> dict[str, Any]:
-    """Return the settings that decide what is trained: loss, data order, optimiser, schedule, lengths and sampling.
-
-    They are as they would be read back from JSON, without what is not in force, such as the options of sampling where
-    the trainer does not sample. The batch size is that of a step of the optimiser on all processes.
+    The batch size is that of a step of the optimizer on all processes. The adapter's settings are
+    `"peft_config.<name>"`; without an adapter `"peft_config.peft_type"`, which is None, is the only one.
     """
-    general = {field.name for field in fields(TrainingArguments)}
-    names = {field.name for field in fields(args)} - general - NOT_DECIDING | DECIDING
-    values = args.to_dict()
-    if not samples:
-        # PRO has a `temperature` of its own, in its loss
-        names -= SAMPLING - ({"temperature"} if "sampling_temperature" in names else set())
-    if not values["sync_ref_model"]:
-        names -= SYNCHRONISING
-    settings = {
+    settings = args.to_dict()
+    if args.sampling == "offline":
+        settings = {name: value for name, value in settings.items() if name not in SAMPLING.split()}
+    adapter = model.active_peft_config.to_dict() if isinstance(model, PeftModel) else {"peft_type": None}
+    settings |= {
         "method": method,
         GLOBAL_BATCH: args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        **{name: values[name] for name in sorted(names & values.keys())},
+        TRAINING_DATA: data_fingerprint(dataset),
+        **{f"peft_config.{name}": value for name, value in adapter.items()},
     }
-    return as_json(settings, default=str)
+    may_change = {name for name in settings if any(fnmatch(name, pattern) for pattern in MAY_CHANGE.split())}
+    kept = {name: settings[name] for name in sorted(settings.keys() - may_change)}
+    return as_json(kept, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
 
 
-def adapter_settings(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
-    """Return the config of the adapter that is trained, as it would be read back from JSON.
+def data_fingerprint(dataset: Dataset | IterableDataset) -> str | None:
+    """Fingerprint a dataset by its columns, its number of rows and 64 of them, evenly spaced; None for a stream.
 
-    Its keys are `"peft_config.<name>"`. Without an adapter `"peft_config.peft_type"`, which is None, is the only key.
-    """
-    config = model.active_peft_config.to_dict() if isinstance(model, PeftModel) else {"peft_type": None}
-    settings = {
-        f"peft_config.{name}": sorted(value) if isinstance(value, set) else value
-        for name, value in config.items()
-        if name not in NOT_OF_THE_ADAPTER and isinstance(value, str | int | float | list | tuple | set | dict | None)
-    }
-    return as_json(settings, default=str)
-
-
-def data_fingerprint(dataset: Any, columns: set[str]) -> str | None:
-    """Fingerprint the training data as the model is given them, on any number of processes and in any folder.
-
-    Images and log-probabilities of the reference model are left out of the `columns`. A stream has no fingerprint.
+    Images and log-probabilities of the reference model are left out.
     """
     if not isinstance(dataset, Dataset):
         return None
-    names = [name for name in dataset.column_names if name in columns - NOT_FINGERPRINTED]
-    return dataset_fingerprint(dataset.select_columns(names).with_format(None))
+    rows = np.unique(np.linspace(0, len(dataset) - 1, NUM_ROWS, dtype=int))
+    columns = sorted(set(dataset.column_names) - NOT_FINGERPRINTED)
+    spaced = dataset.select(rows).select_columns(columns).with_format(None)
+    return f"{len(dataset)} rows, {dataset_fingerprint(spaced)}"
 
 
 def save_settings(checkpoint: str | Path, settings: dict[str, Any]) -> None:
@@ -192,8 +94,7 @@ def check_settings(checkpoint: str | Path, settings: dict[str, Any]) -> None:
     A checkpoint without settings, such as one of TRL's `DPOTrainer`, passes with a logged line, and so does a run of
     another length.
     """
-    file = Path(checkpoint) / SETTINGS_FILE
-    saved = read_json(file)
+    saved = read_json(Path(checkpoint) / SETTINGS_FILE)
     if saved is None:
         logger.warning(
             "%s has no %s, as when another trainer saved it. Whether it was trained with the settings of this run is "
@@ -202,46 +103,34 @@ def check_settings(checkpoint: str | Path, settings: dict[str, Any]) -> None:
             SETTINGS_FILE,
         )
         return
-    # Only what both have: another version may know of more
-    changed = [name for name in saved if name in settings and saved[name] != settings[name]]
-    method = settings.get("method", "")
-
-    def describe(name: str) -> str:
-        if name == TRAINING_DATA:
-            return "the training data are others"
-        before, now = (as_written(method, name, values[name]) for values in (saved, settings))
-        return f"`{name}` was {before!r} and is {now!r}"
-
-    described = [describe(name) for name in changed if name not in LENGTHS]
-    if described:
+    known = saved.keys() & settings.keys()  # another version may know of more
+    changed = {
+        name: "the training data are others" if name == TRAINING_DATA else f"`{name}` was {before!r} and is {now!r}"
+        for name, (before, now) in differences(
+            {name: saved[name] for name in known}, {name: settings[name] for name in known}
+        ).items()
+    }
+    longer = [changed.pop(name) for name in LENGTHS if name in changed]
+    if changed:
         raise ValueError(
-            f"{checkpoint} was trained with other settings: {'; '.join(described)}. Resume with those that it had. To "
-            "train on with new ones, give the checkpoint as `model` of a new run, without `resume_from_checkpoint`."
+            f"{checkpoint} was trained with other settings: {'; '.join(changed.values())}. Resume with those that it "
+            "had. To train on with new ones, give the checkpoint as `model` of a new run, without "
+            "`resume_from_checkpoint`."
         )
-    lengths = list(map(describe, changed))
-    if lengths:
+    if longer:
         logger.warning(
-            "%s is resumed for another length: %s. Its learning rate goes on along the schedule of the new length.",
+            "%s is resumed for another length: %s. Its learning rate follows the schedule of the new length.",
             checkpoint,
-            "; ".join(lengths),
+            "; ".join(longer),
         )
 
 
-def as_written(method: str, name: str, value: Any) -> Any:
-    """A setting by the name that the user has for its value: RSO's losses, which its configuration calls as TRL."""
-    if (method, name) != ("RSO", "loss_type"):
-        return value
-    losses = [RSO_NAMES.get(loss, loss) for loss in value]
-    return losses[0] if len(losses) == 1 else losses
-
-
-def check_length(checkpoint: str | Path, args: TrainingArguments) -> None:
+def check_length(checkpoint: str | Path, args: PreferenceConfig) -> None:
     """Refuse to resume a checkpoint beyond the end of this run, which would train nothing and save it as its result.
 
     One of the very end passes, as a finished run may be started again, and so does one without `trainer_state.json`.
     """
-    file = Path(checkpoint) / TRAINER_STATE_NAME
-    state = read_json(file)
+    state = read_json(Path(checkpoint) / TRAINER_STATE_NAME)
     if state is None:
         return
     name, done = ("max_steps", state["global_step"]) if args.max_steps > 0 else ("num_train_epochs", state["epoch"])
@@ -251,47 +140,3 @@ def check_length(checkpoint: str | Path, args: TrainingArguments) -> None:
             f"{checkpoint} was trained for {done} {name.split('_')[-1]} already, and this run ends before, at "
             f"`{name}`={end}. Raise it, or resume an earlier checkpoint."
         )
-
-
-def check_model(model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, args: Any) -> None:
-    """Refuse, before anything is sampled, a model with another one's tokenizer; warn of an adapter of another.
-
-    `model` may be a path. An encoder-decoder is refused, too.
-    """
-    config: Any = None if isinstance(model, str) else model.config
-    if isinstance(model, str):
-        revision = (args.model_init_kwargs or {}).get("revision")
-        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"`model` is an encoder-decoder ({config.model_type}), which TRL's trainers do not train. Sample from it "
-            "with `build_preference_dataset`, and train a causal language model on the pairs."
-        )
-    check_vocabulary(tokenizer, config if isinstance(model, str) else model)
-    if isinstance(model, PeftModel):
-        check_adapter(model)
-
-
-def check_adapter(model: PeftModel) -> None:
-    """Warn of an adapter that says that it was trained on another base model than the one it is on.
-
-    Names are compared by their last part, so that a model of the Hub and a folder with a copy of it are the same; a
-    name that is missing passes. An adapter of other shapes does not load at all.
-    """
-    base = str(getattr(model.get_base_model().config, "_name_or_path", None) or "")
-    for name, adapter in model.peft_config.items():
-        trained_on = str(adapter.base_model_name_or_path or "")
-        if base and trained_on and _last_part(base) != _last_part(trained_on):
-            # Not refused: the same weights may stand under another name
-            logger.warning(
-                "The adapter %r was trained on %s, and the model it is on is %s. If these are not the same weights, "
-                "load it on its own base, with `AutoPeftModelForCausalLM.from_pretrained(adapter, "
-                "is_trainable=True)`.",
-                name,
-                trained_on,
-                base,
-            )
-
-
-def _last_part(name: str) -> str:
-    return name.replace("\\", "/").rstrip("/").split("/")[-1]

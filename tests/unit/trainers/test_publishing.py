@@ -254,7 +254,7 @@ def test_other_reference_models(make: Any, policy_dir: str, tmp_path: Path) -> N
     make(RSOTrainer, PAIRS, model=adapted, loss_type="hinge-norm").create_model_card()
     assert "The base model with a frozen copy of the adapter" in card_of(tmp_path)
     assert "| `adapter.r` | `3` |" in card_of(tmp_path)
-    assert '| `loss_type` | `"hinge-norm"` |' in card_of(tmp_path)  # the paper's name
+    assert '| `loss_type` | `["hinge"]` |' in card_of(tmp_path)  # TRL's name
 
 
 @pytest.mark.parametrize(

@@ -101,8 +101,9 @@ def make(trainer_class, model_dir, tmp_path, **given):
             f"PreferenceTrainer._set_signature_columns_if_needed in {BASE}",
         ),
         # Of transformers' Trainer
-        (DPOTrainer._save_checkpoint, ["self", "model", "trial"], "Resumable in trainers/resuming.py"),
-        (DPOTrainer._get_output_dir, ["self", "trial"], "Resumable in trainers/resuming.py"),
+        (DPOTrainer._save_checkpoint, ["self", "model", "trial"], f"PreferenceTrainer in {BASE}"),
+        (DPOTrainer._get_output_dir, ["self", "trial"], f"PreferenceTrainer in {BASE}"),
+        (DPOTrainer._remove_unused_columns, ["self", "dataset", "description"], f"PreferenceTrainer in {BASE}"),
         (DPOTrainer._push_from_checkpoint, ["self", "checkpoint_folder"], "Published in trainers/publishing.py"),
         (DPOTrainer._finish_current_push, ["self"], "Published in trainers/publishing.py"),
         (DPOTrainer.save_model, ["self", "output_dir", "_internal_call"], "Published in trainers/publishing.py"),
