@@ -69,6 +69,7 @@ class PreferenceTrainer(Published, DPOTrainer):
     learns_from: str = "pairs"  # or "rankings"
     has_reference: bool = True  # where False, no second model is loaded or held
     has_own_loss: bool = False  # in place of TRL's losses on pairs
+    rows_per_example: int = 2  # where it learns from pairs
     _has_reference_adapter: bool = False
     args: Any  # an instance of `config_class`
     model: Any
@@ -234,8 +235,9 @@ class PreferenceTrainer(Published, DPOTrainer):
         rows, state = self.accelerator.gather(values), self.accelerator.gradient_state
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return rows
-        pairs = torch.arange(len(rows) // 2, device=rows.device).view(self.accelerator.num_processes, 1, -1)
-        return rows[(pairs < state.remainder).expand(-1, 2, -1).flatten()]  # chosen rows and rejected rows of each
+        examples = torch.arange(len(rows) // self.rows_per_example, device=rows.device)
+        is_own = examples.view(self.accelerator.num_processes, 1, -1) < state.remainder
+        return rows[is_own.expand(-1, self.rows_per_example, -1).flatten()]  # of each process chosen rows first
 
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         if self._preferences_log is not None:
@@ -258,12 +260,12 @@ class PreferenceTrainer(Published, DPOTrainer):
                 "`sampling='online'` generates inside the training process, not in its dataloader's workers. Set "
                 "`dataloader_num_workers=0`."
             )
-        if args.accelerator_config.dispatch_batches and (self._takes_rankings(args) or args.sampling == "online"):
+        if args.accelerator_config.dispatch_batches and (self.learns_from == "rankings" or args.sampling == "online"):
             raise ValueError(
                 "`dispatch_batches=True` deals out the rows of a batch, and tears the completions of a prompt apart. "
                 "Leave it out of `accelerator_config`."
             )
-        if compute_metrics is not None and self._takes_rankings(args) and args.world_size > 1:
+        if compute_metrics is not None and self.learns_from == "rankings" and args.world_size > 1:
             raise ValueError(
                 "`compute_metrics` gathers the logits of all rows, and rankings of different lengths have different "
                 "numbers of rows on each process. Evaluate in one process, or leave it out."
@@ -272,7 +274,7 @@ class PreferenceTrainer(Published, DPOTrainer):
     def _check_datasets(self, splits: dict[str, Any], args: Any) -> None:
         """Refuse datasets before anything is sampled for them."""
         for name, dataset in splits.items():
-            if self._takes_rankings(args):
+            if self.learns_from == "rankings":
                 check_text(dataset, name)
 
     def _install_collator(self, tokenizer: Any, ranker: Ranker | None, given: bool) -> None:
@@ -292,18 +294,12 @@ class PreferenceTrainer(Published, DPOTrainer):
                 **collating,
             )
             self.add_callback(_EpochOfSampling(self.data_collator))
-        elif not given and self._takes_rankings(self.args):
-            self.data_collator = DataCollatorForRanking(pad_token_id=tokenizer.pad_token_id, **collating)
+        elif not given:
+            self.data_collator = self._make_collator(pad_token_id=tokenizer.pad_token_id, **collating)
 
-    def _takes_rankings(self, args: Any) -> bool:
-        """Whether the batches are rankings, in our layout, rather than pairs in TRL's."""
-        return self.learns_from == "rankings"
-
-    def as_rankings(self, dataset: Dataset | IterableDataset, name: str, args: Any) -> Dataset | IterableDataset:
-        """The dataset with columns `prompt`, `completions` and `rewards`: pairs become rankings of two."""
-        columns = set(columns_of(dataset, name))
-        are_pairs = {"chosen", "rejected"} <= columns and "completions" not in columns
-        return pairs_to_rankings(dataset, f"the {name} dataset") if are_pairs else dataset
+    def _make_collator(self, **options: Any) -> DataCollator:
+        """Return the collator of given completions; the options are those of TRL's `DataCollatorForPreference`."""
+        return DataCollatorForRanking(**options) if self.learns_from == "rankings" else self.data_collator
 
     def _keeps_ranker(self, args: Any) -> bool:
         """Whether the ranker is used during training."""
@@ -341,16 +337,17 @@ class PreferenceTrainer(Published, DPOTrainer):
     ) -> Dataset | IterableDataset:
         if dataset is self._online_prompts:
             return check_prompts(dataset, getattr(processing_class, "tokenizer", processing_class), args)
-        if self._takes_rankings(args):
+        columns = columns_of(dataset, dataset_name)
+        if self.learns_from == "rankings":
+            are_pairs = {"chosen", "rejected"} <= set(columns) and "completions" not in columns
             return tokenize_rankings(
-                self.as_rankings(dataset, dataset_name, args),
+                pairs_to_rankings(dataset, f"the {dataset_name} dataset") if are_pairs else dataset,
                 getattr(processing_class, "tokenizer", processing_class),
                 dataset_name,
                 max_length=args.max_length,
                 truncation_mode=args.truncation_mode,
                 num_proc=args.dataset_num_proc,
             )
-        columns = columns_of(dataset, dataset_name)
         missing = [column for column in ("chosen", "rejected") if column not in columns]
         if missing:
             raise ValueError(
@@ -371,7 +368,7 @@ class PreferenceTrainer(Published, DPOTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        own = ["completion_ids", "rewards", "row"]
+        own = ["completion_ids", "rewards", "row", "target_prompt_ids", "target_ids"]
         own += ["prompt", "tools", "chat_template_kwargs"] if self.args.sampling == "online" else []
         columns += [column for column in own if column not in columns]
 

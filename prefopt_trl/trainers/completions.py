@@ -27,6 +27,8 @@ class ScoredCompletions:
             Rewards of the data, from highest to lowest; of chosen and rejected completions 1 and 0.
         ref_logps (`torch.Tensor` of shape `(batch_size, n)`, *optional*):
             As `logps`, under the reference model, without gradient.
+        target_logps (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+            As `logps`, of a further completion of each prompt that is not compared with the others.
     """
 
     logps: Tensor
@@ -34,17 +36,7 @@ class ScoredCompletions:
     mask: Tensor
     rewards: Tensor
     ref_logps: Tensor | None = None
-
-    def first(self, number: int | None) -> "ScoredCompletions":
-        """The first columns alone; all of them for None."""
-        kept = slice(number)
-        return ScoredCompletions(
-            logps=self.logps[:, kept],
-            num_tokens=self.num_tokens[:, kept],
-            mask=self.mask[:, kept],
-            rewards=self.rewards[:, kept],
-            ref_logps=None if self.ref_logps is None else self.ref_logps[:, kept],
-        )
+    target_logps: Tensor | None = None
 
     @property
     def mean_logps(self) -> Tensor:
@@ -126,7 +118,6 @@ class CompletionTrainer(PreferenceTrainer):
     """
 
     has_own_loss = True
-    num_compared: int | None = None  # completions of a prompt that are ranked; further ones only have a likelihood
 
     def loss_per_prompt(self, completions: ScoredCompletions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of each prompt, and the parts of it that are logged; each of shape `(batch_size,)`."""
@@ -152,17 +143,19 @@ class CompletionTrainer(PreferenceTrainer):
         outputs = model(**model_inputs, **asking)
 
         asked = completion_mask[:, 1:].bool()
-        row_rewards = inputs.get("rewards")
-        if row_rewards is None:
-            row_rewards = (torch.arange(len(group_ids), device=group_ids.device) < len(group_ids) // 2).float()
+        logps = _of_tokens(outputs.log_probs, asked).sum(dim=1)
+        is_target = inputs.get("is_target", torch.zeros_like(group_ids, dtype=torch.bool))
+        groups = group_ids[~is_target]
+        rewards = inputs.get("rewards")
+        if rewards is None:  # 1 for chosen, 0 for rejected
+            rewards = (torch.arange(len(groups), device=groups.device) < len(groups) // 2).float()
         completions = ScoredCompletions(
-            logps=by_prompt(_of_tokens(outputs.log_probs, asked).sum(dim=1), group_ids),
-            num_tokens=by_prompt(asked.sum(dim=1), group_ids),
-            mask=by_prompt(torch.ones_like(group_ids, dtype=torch.bool), group_ids),
-            rewards=by_prompt(row_rewards, group_ids),
-            ref_logps=by_prompt(self._ref_logps(model_inputs | asking, asked), group_ids)
-            if self.has_reference
-            else None,
+            logps=by_prompt(logps[~is_target], groups),
+            num_tokens=by_prompt(asked[~is_target].sum(dim=1), groups),
+            mask=by_prompt(torch.ones_like(groups, dtype=torch.bool), groups),
+            rewards=by_prompt(rewards, groups),
+            ref_logps=by_prompt(self._ref_logps(model_inputs | asking, asked), groups) if self.has_reference else None,
+            target_logps=logps[is_target] if "is_target" in inputs else None,
         )
         losses, parts = self.loss_per_prompt(completions)
         loss = losses.mean()
@@ -172,9 +165,9 @@ class CompletionTrainer(PreferenceTrainer):
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
             metrics["aux_loss"] = (outputs.aux_loss, torch.ones_like(outputs.aux_loss))
         with torch.no_grad():
-            ranked = completions.first(self.num_compared)
-            metrics |= ranking_metrics(self.scores(ranked), ranked)
-            metrics |= _token_metrics(outputs, asked, columns_of_rows(group_ids), self.num_compared)
+            metrics |= ranking_metrics(self.scores(completions), completions)
+            columns = torch.full_like(group_ids, -1).masked_scatter(~is_target, columns_of_rows(groups))
+            metrics |= _token_metrics(outputs, asked, columns)
         self._record(metrics, inputs["attention_mask"])
         if not return_outputs:
             return loss
@@ -192,7 +185,7 @@ class CompletionTrainer(PreferenceTrainer):
 
 
 # What a batch has beside the model's own inputs
-OWN_INPUTS = {"completion_mask", "group_ids", "rewards"}
+OWN_INPUTS = {"completion_mask", "group_ids", "is_target", "rewards"}
 
 
 def _of_tokens(per_token: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
@@ -201,13 +194,14 @@ def _of_tokens(per_token: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
 
 
 def _token_metrics(
-    outputs: Any, asked: torch.Tensor, columns: torch.Tensor, num_compared: int | None
+    outputs: Any, asked: torch.Tensor, columns: torch.Tensor
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """TRL's metrics over the tokens of completions; those of the best completions are the chosen ones."""
+    """TRL's metrics over the tokens of completions; those of the best completions are the chosen ones.
+
+    `columns`, shape `(num_rows,)`, are the places of the rows' completions, -1 for a target.
+    """
     best = asked & (columns == 0)[:, None]
     others = asked & (columns > 0)[:, None]
-    if num_compared is not None:
-        others &= (columns < num_compared)[:, None]
     mean_logits = _of_tokens(outputs.mean_logits, asked)
     return {
         "entropy": ((_of_tokens(outputs.entropy, asked) * asked).sum(), asked.sum()),

@@ -10,7 +10,7 @@ from prefopt_trl.trainers.listwise_dpo_config import ListwiseDPOConfig
 
 
 class ListwiseDPOTrainer(CompletionTrainer):
-    """Minimise DPO eq. 20 on rankings: DPO for more than two completions, with a reference model.
+    """Minimize DPO eq. 20 on rankings: DPO for more than two completions, with a reference model.
 
     On rankings of two it is [`~trl.DPOTrainer`], step for step. With `peft_config` the reference model is the base
     model, so there is one copy of the weights; otherwise two, as in TRL. Equal rewards keep the order of the data: the

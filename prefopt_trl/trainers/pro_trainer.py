@@ -18,7 +18,7 @@ from prefopt_trl.trainers.pro_config import PROConfig
 
 
 class PROTrainer(CompletionTrainer):
-    """Minimise PRO eq. 7 on rankings: its ranking term (eq. 9-11, or eq. 8 with `temperature="none"`) plus the
+    """Minimize PRO eq. 7 on rankings: its ranking term (eq. 9-11, or eq. 8 with `temperature="none"`) plus the
     supervised term of the best completion.
 
     The ranking term is on log-probabilities averaged over tokens, the supervised one is summed over them and weighted

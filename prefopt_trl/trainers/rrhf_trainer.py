@@ -10,7 +10,7 @@ from prefopt_trl.trainers.rrhf_config import RRHFConfig
 
 
 class RRHFTrainer(CompletionTrainer):
-    """Minimise RRHF's ranking term plus the negative log-likelihood of the best completion (RSO section 1), on
+    """Minimize RRHF's ranking term plus the negative log-likelihood of the best completion (RSO section 1), on
     rankings.
 
     The ranking term is on log-probabilities averaged over tokens, RRHF's own score; the other one is summed over

@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class RSOTrainer(PreferenceTrainer):
-    """Minimise RSO eq. 10 (`"sigmoid-norm"`) or eq. 12 (`"hinge-norm"`) on pairs, sampled first where only prompts are
+    """Minimize RSO eq. 10 (`"sigmoid-norm"`) or eq. 12 (`"hinge-norm"`) on pairs, sampled first where only prompts are
     given.
 
     A drop-in for [`~trl.DPOTrainer`]: on pairs it gives the same losses and metrics, faster, because a prompt is

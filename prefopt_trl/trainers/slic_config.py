@@ -11,7 +11,7 @@ from prefopt_trl.trainers.arguments import (
 )
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
-LOSSES = ["slic", "hinge", "unlikelihood"]
+LOSSES = ["slic", "unlikelihood"]
 
 
 @dataclass
@@ -40,15 +40,15 @@ class SLiCConfig(PreferenceConfig):
     loss_type: list[str] = field(
         default_factory=lambda: ["slic"],
         metadata={
-            "help": "Loss: 'slic' (RSO eq. 1), 'hinge' (RSO eq. 11 with gamma = 1 / delta: the same divided by delta) "
-            "or 'unlikelihood' (DPO appendix C.3), a baseline that degenerates on open text. One of them."
+            "help": "Loss: 'slic' (RSO eq. 1) or 'unlikelihood' (DPO appendix C.3), a baseline that degenerates on "
+            "open text. One of them."
         },
     )
     delta: float = field(
         default=20.0,
         metadata={
             "help": "Margin between the log-probabilities of chosen and rejected completion, in nats, above 0; "
-            "1 / gamma of RSO eq. 11. Default 20, for RSO's gamma of 0.05."
+            "1 / gamma of RSO eq. 11, the same loss divided by delta. Default 20, for RSO's gamma of 0.05."
         },
     )
     unlikelihood_weight: float = field(
@@ -78,11 +78,18 @@ class SLiCConfig(PreferenceConfig):
         refuse(self, REFERENCE_ARGUMENTS, "SLiC has no reference model, and its margin is `delta`")
         refuse(self, TRL_LOSS_ARGUMENTS, "it is for TRL's losses on pairs")
         loss_types = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        if "hinge" in loss_types:
+            raise ValueError(
+                "`loss_type='hinge'` (RSO eq. 11) is 'slic' divided by `delta`, where `gamma` is 1 / `delta`. Use "
+                "'slic' with that `delta`, and with `regularization_weight` and `max_grad_norm` times `delta`. TRL's "
+                "'hinge' has a reference model and is `RSOConfig(loss_type='hinge-norm')`."
+            )
         if len(loss_types) != 1 or loss_types[0] not in LOSSES:
             raise ValueError(
                 f"`loss_type` must be one of {', '.join(LOSSES)}; got {self.loss_type!r}. TRL's losses are "
-                "`RSOTrainer`'s; its 'hinge' has a reference model and is `RSOConfig(loss_type='hinge-norm')`."
+                "`RSOTrainer`'s."
             )
+        self.loss_type = loss_types
         is_number(self, "delta", "RSO uses 20, which is 1 / gamma.", above_zero=True)
         is_number(self, "regularization_weight", "It is RSO's lambda.")
         is_number(self, "unlikelihood_weight", "DPO appendix C.3 has 1.")

@@ -5,22 +5,25 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from transformers import DataCollator
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from prefopt_trl import losses
-from prefopt_trl.data.formats import columns_of
+from prefopt_trl.data.formats import check_completions, columns_of
+from prefopt_trl.data.tokenization import chat_options, tokenize_completions
 from prefopt_trl.sampling.selection import OWN_COLUMNS
 from prefopt_trl.trainers.completions import CompletionTrainer, ScoredCompletions
-from prefopt_trl.trainers.prepare import are_prompts
+from prefopt_trl.trainers.prepare import are_prompts, check_text
 from prefopt_trl.trainers.slic_config import SLiCConfig
 
 
 class SLiCTrainer(CompletionTrainer):
-    """Minimise RSO eq. 1 (`"slic"`), eq. 11 (`"hinge"`) or DPO appendix C.3 (`"unlikelihood"`) on pairs.
+    """Minimize RSO eq. 1 (`"slic"`) or DPO appendix C.3 (`"unlikelihood"`) on pairs.
 
-    The loss is on the policy's own log-probabilities, summed over tokens, so no reference model is loaded or held. In
-    TRL, `DPOTrainer`'s `"hinge"` is another loss, on ratios to a reference model (RSO eq. 12); the experimental
-    `CPOTrainer`'s with `cpo_alpha=0` is eq. 11 with `beta = 1 / delta`, and its regularisation is on the chosen
-    completion alone and averaged over tokens.
+    The loss is on the policy's own log-probabilities, summed over tokens, so no reference model is loaded or held.
+    Without regularization, eq. 1 is `delta` times the hinge loss of RSO eq. 11 with `gamma = 1 / delta`: the `"hinge"`
+    of TRL's experimental `CPOTrainer` with `beta = gamma` and `cpo_alpha=0`. The `"hinge"` of `DPOTrainer` is another
+    loss, on ratios to a reference model (RSO eq. 12).
 
     On pairs this is SLiC-direct. On prompts alone, given a `ranker`, it is SLiC-sample-rank: completions of the policy
     as it is before training meet in a tournament (`pairing="first-round"` for RSO's variant), are labelled by the
@@ -51,7 +54,6 @@ class SLiCTrainer(CompletionTrainer):
 
     config_class = SLiCConfig
     has_reference = False
-    num_compared = 2
     _tag_names = ["trl", "prefopt-trl", "slic"]
     _name = "SLiC"
     _paper = {
@@ -68,14 +70,13 @@ class SLiCTrainer(CompletionTrainer):
     }
 
     def loss_per_prompt(self, completions: ScoredCompletions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        pairs = completions.logps[:, :2]
-        loss_type, delta = self.args.loss_type[0], self.args.delta
-        if loss_type == "unlikelihood":
+        pairs = completions.logps
+        if self.args.loss_type == ["unlikelihood"]:
             return losses.unlikelihood(pairs, alpha=self.args.unlikelihood_weight), {}
-        calibration = losses.hinge(pairs, gamma=1 / delta) if loss_type == "hinge" else losses.slic(pairs, delta)
-        target_logps = completions.logps[:, 2 if self.args.target_column else 0]
-        regularization = -self.args.regularization_weight * target_logps
-        return calibration + regularization, {"calibration": calibration, "regularization": regularization}
+        target_logps = pairs[:, 0] if completions.target_logps is None else completions.target_logps
+        loss = losses.slic(pairs, self.args.delta, target_logps, self.args.regularization_weight)
+        calibration = losses.slic(pairs, self.args.delta)
+        return loss, {"calibration": calibration, "regularization": loss - calibration}
 
     def scores(self, completions: ScoredCompletions) -> torch.Tensor:
         return completions.logps
@@ -84,27 +85,55 @@ class SLiCTrainer(CompletionTrainer):
         super()._check_datasets(splits, args)
         target = args.target_column
         for name, dataset in splits.items():
-            columns = [] if dataset is None or target is None else columns_of(dataset, name)
-            if are_prompts(columns, self.learns_from) and (target not in columns or target in OWN_COLUMNS):
+            if dataset is None or target is None:
+                continue
+            check_text(dataset, name)
+            columns = columns_of(dataset, name)
+            if are_prompts(columns, self.learns_from):
+                if target not in columns or target in OWN_COLUMNS:
+                    raise ValueError(
+                        f"`target_column`={target!r} is no column of the {name} dataset that sampling keeps: it has "
+                        f"{', '.join(columns)}. Rename the target's with `dataset.rename_column(old, new)`."
+                    )
+            elif missing := {"prompt", "chosen", "rejected", target} - set(columns):
                 raise ValueError(
-                    f"`target_column`={target!r} is no column of the {name} dataset that sampling keeps: "
-                    f"it has {', '.join(columns)}. Rename the target's with `dataset.rename_column(old, new)`."
+                    f"The {name} dataset has no column {' and no column '.join(map(repr, sorted(missing)))}. With "
+                    "`target_column` it needs `prompt`, `chosen`, `rejected` and that column. To sample pairs for its "
+                    "prompts instead, remove `chosen` and `rejected`, or rename the one that is the target."
                 )
 
-    def _takes_rankings(self, args: Any) -> bool:
-        return args.target_column is not None  # the target is a third completion of the prompt
+    def _prepare_dataset(
+        self, dataset: Dataset | IterableDataset, processing_class: Any, args: Any, dataset_name: str
+    ) -> Dataset | IterableDataset:
+        target = args.target_column
+        if target is not None:
+            tokenizer = getattr(processing_class, "tokenizer", processing_class)
 
-    def as_rankings(self, dataset: Dataset | IterableDataset, name: str, args: Any) -> Dataset | IterableDataset:
-        missing = {"prompt", "chosen", "rejected", args.target_column} - set(columns_of(dataset, name))
-        if missing:
-            raise ValueError(
-                f"The {name} dataset has no column {' and no column '.join(map(repr, sorted(missing)))}. With "
-                "`target_column` it needs `prompt`, `chosen`, `rejected` and that column. To sample pairs for its "
-                "prompts instead, remove `chosen` and `rejected`, or rename the one that is the target."
-            )
-        return dataset.map(
-            lambda example: {
-                "completions": [example["chosen"], example["rejected"], example[args.target_column]],
-                "rewards": [2.0, 1.0, 0.0],  # only keeps them in this order
-            }
-        )
+            def tokenize(example: dict[str, Any], row: int) -> dict[str, list[int]]:
+                prompt, completions = example["prompt"], [example["chosen"], example["rejected"], example[target]]
+                check_completions(prompt, completions, f"row {row} of the {dataset_name} dataset")
+                ids = tokenize_completions(tokenizer, prompt, completions[2:], **chat_options(example))
+                return {"target_prompt_ids": ids[0], "target_ids": ids[1][0]}
+
+            dataset = dataset.with_format(None).map(tokenize, with_indices=True)
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+    def _make_collator(self, **options: Any) -> DataCollator:
+        return super()._make_collator(**options) if self.args.target_column is None else CollatorWithTargets(**options)
+
+
+class CollatorWithTargets(DataCollatorForPreference):
+    """TRL's collator of pairs, and a row for the target of each, which `is_target` of shape `(num_rows,)` marks."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        targets = [
+            {"prompt_ids": example["target_prompt_ids"], "chosen_ids": example["target_ids"], "rejected_ids": []}
+            for example in examples
+        ]
+        batch = super().torch_call(examples + targets)  # rows of chosen, of targets, of rejected, and of nothing
+        num_rows = 3 * len(examples)
+        return {
+            **{name: rows[:num_rows] for name, rows in batch.items()},
+            "group_ids": torch.arange(num_rows) % len(examples),
+            "is_target": torch.arange(num_rows) // len(examples) == 1,
+        }

@@ -40,7 +40,7 @@ OTHER_VALUES = {
 # What a user may set for each, from the command line too
 SETTINGS = {
     RSOConfig: {"gamma": 0.2, "loss_type": ["hinge"], "rejection_beta": 1.5, "sampling": "online"},
-    SLiCConfig: {"loss_type": ["hinge"], "delta": 4.0, "regularization_weight": 0.5, "target_column": "reference"},
+    SLiCConfig: {"loss_type": ["slic"], "delta": 4.0, "regularization_weight": 0.5, "target_column": "reference"},
     PROConfig: {"temperature": "none", "sft_weight": 0.0, "first_term_only": True, "sampling_temperature": 0.7},
     RRHFConfig: {"sft_weight": 0.5, "num_samples": 6},
     ListwiseDPOConfig: {"beta": 0.3, "strategy": "top-k", "sampling": "online"},
@@ -91,7 +91,7 @@ def test_the_defaults_of_each_method(config):
 @pytest.mark.parametrize("name", [*TRL_LOSS_ARGUMENTS, "loss_type"])
 def test_arguments_of_trls_losses_are_refused_by_name(name, config_class, config):
     if (config_class, name) == (SLiCConfig, "loss_type"):
-        assert config(config_class, loss_type="hinge").loss_type == ["hinge"]  # SLiC has one of that name
+        assert config(config_class, loss_type="unlikelihood").loss_type == ["unlikelihood"]  # it has its own
         return
     with pytest.raises(ValueError, match=f"`{name}`=.* has no effect in {config_class.__name__}: .* Leave it out."):
         config(config_class, **{name: OTHER_VALUES[name]})

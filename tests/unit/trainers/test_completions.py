@@ -57,16 +57,6 @@ def test_means_are_over_tokens_and_log_ratios_are_not():
     assert scored.logratios.tolist() == [[-1.0, 1.0, 0.0]]
 
 
-def test_the_first_columns_alone():
-    scored = completions([[-6.0, -3.0, -1.0]], [[2.0, 1.0, 0.0]], ref_logps=torch.tensor([[-5.0, -4.0, -2.0]]))
-    first = scored.first(2)
-    for name, value in vars(first).items():
-        assert value.tolist() == getattr(scored, name)[:, :2].tolist(), name
-    everything = scored.first(None)
-    assert all(torch.equal(value, getattr(scored, name)) for name, value in vars(everything).items())
-    assert completions([[-1.0, -2.0]], [[1.0, 0.0]]).first(1).ref_logps is None
-
-
 def test_metrics_of_a_pair():
     right, wrong = (quotients([scores], completions([[-4.0, -6.0]], [[1.0, 0.0]])) for scores in ([2, 0.5], [0.5, 2]))
     rewards = {"rewards/chosen": 2.0, "rewards/rejected": 0.5, "rewards/accuracies": 1.0, "rewards/margins": 1.5}
