@@ -260,7 +260,7 @@ class PreferenceTrainer(Published, DPOTrainer):
                 "`sampling='online'` generates inside the training process, not in its dataloader's workers. Set "
                 "`dataloader_num_workers=0`."
             )
-        if args.accelerator_config.dispatch_batches and (self.learns_from == "rankings" or args.sampling == "online"):
+        if args.accelerator_config.dispatch_batches:
             raise ValueError(
                 "`dispatch_batches=True` deals out the rows of a batch, and tears the completions of a prompt apart. "
                 "Leave it out of `accelerator_config`."

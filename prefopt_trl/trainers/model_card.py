@@ -121,7 +121,7 @@ def model_card(trainer: Any, trl_card: ModelCard, title: str, source: str, datas
 def _hyperparameters(trainer: Any, model: Any) -> dict[str, Any]:
     args = trainer.args
     methods = takewhile(lambda config: config not in (PreferenceConfig, RankingConfig), type(args).__mro__)
-    sampling = {"strategy", "num_samples", "pairing", "sampling_temperature"}
+    sampling = {"strategy", "num_samples", "pairing"}
     own = {field for config in methods for field in vars(config).get("__annotations__", {})} - sampling
     chosen = {field: getattr(args, field) for field in [*sorted(own), *HYPERPARAMETERS]}
     shown = {field: value for field, value in chosen.items() if value is not None}

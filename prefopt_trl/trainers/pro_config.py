@@ -1,20 +1,18 @@
 """Configuration of `PROTrainer`."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from prefopt_trl.trainers.arguments import REFERENCE_ARGUMENTS, is_number, is_one_of, refuse, refuse_online_sampling
-from prefopt_trl.trainers.base_config import PreferenceConfig, RankingConfig
+from prefopt_trl.trainers.base_config import RankingConfig
 
-TEMPERATURES = ["dynamic", "none"]
+REWARD_TEMPERATURES = ["dynamic", "none"]
 
 
 @dataclass
 class PROConfig(RankingConfig):
     """Configuration of [`PROTrainer`]: the arguments of [`~trl.DPOConfig`], and those below.
 
-    Arguments that need a reference model, and those of TRL's own losses, are refused. `temperature` is the paper's, in
-    the loss; the temperature of sampling is `sampling_temperature` here.
+    Arguments that need a reference model, and those of TRL's own losses, are refused.
 
     Raises:
         ValueError: if a number is out of its range, a name unknown, or an argument is set that would have no effect.
@@ -23,20 +21,20 @@ class PROConfig(RankingConfig):
 
     ```python
     >>> from prefopt_trl import PROConfig
-    >>> args = PROConfig("outputs/pro", sft_weight=0.05, temperature="none", use_cpu=True, bf16=False)
-    >>> args.generation_options()["temperature"]
-    1.0
+    >>> args = PROConfig("outputs/pro", sft_weight=0.05, reward_temperature="none", use_cpu=True, bf16=False)
+    >>> args.reward_temperature, args.temperature
+    ('none', 1.0)
 
     ```
     """
 
     # Parameters that control the loss
-    temperature: str = field(  # type: ignore[assignment]  # the paper's, not the one of sampling
+    reward_temperature: str = field(
         default="dynamic",
         metadata={
             "help": "Temperatures of the ranking term: 'dynamic' takes them from differences of rewards (PRO eq. "
             "9-11), 'none' sets them to 1 (PRO eq. 8).",
-            "choices": TEMPERATURES,
+            "choices": REWARD_TEMPERATURES,
         },
     )
     sft_weight: float = field(
@@ -62,21 +60,10 @@ class PROConfig(RankingConfig):
         },
     )
 
-    # Parameters that control sampling
-    sampling_temperature: float = field(
-        default=1.0, metadata=PreferenceConfig.__dataclass_fields__["temperature"].metadata
-    )
-
     def __post_init__(self) -> None:
         refuse(self, REFERENCE_ARGUMENTS, "PRO has no reference model")
-        if isinstance(self.temperature, int | float):
-            raise ValueError(
-                f"`temperature` is PRO's, 'dynamic' or 'none', and got {self.temperature}. The temperature of "
-                "sampling is `sampling_temperature`."
-            )
-        is_one_of(self, "temperature", TEMPERATURES)
+        is_one_of(self, "reward_temperature", REWARD_TEMPERATURES)
         is_number(self, "sft_weight", "The paper uses 0.05.")
-        is_number(self, "sampling_temperature", "The policy itself is sampled at 1.", above_zero=True)
         if not isinstance(self.bootstrap_parts, int) or self.bootstrap_parts < 0:
             raise ValueError(
                 f"`bootstrap_parts` must be a whole number, at least 0, got {self.bootstrap_parts!r}. 0 turns it off."
@@ -89,6 +76,3 @@ class PROConfig(RankingConfig):
         remedy = "To learn from samples of the policy while it trains, set `bootstrap_parts`."
         refuse_online_sampling(self, "PRO", remedy)
         super().__post_init__()
-
-    def generation_options(self) -> dict[str, Any]:
-        return {**super().generation_options(), "temperature": self.sampling_temperature}

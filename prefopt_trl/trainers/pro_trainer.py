@@ -18,12 +18,12 @@ from prefopt_trl.trainers.pro_config import PROConfig
 
 
 class PROTrainer(CompletionTrainer):
-    """Minimize PRO eq. 7 on rankings: its ranking term (eq. 9-11, or eq. 8 with `temperature="none"`) plus the
+    """Minimize PRO eq. 7 on rankings: its ranking term (eq. 9-11, or eq. 8 with `reward_temperature="none"`) plus the
     supervised term of the best completion.
 
     The ranking term is on log-probabilities averaged over tokens, the supervised one is summed over them and weighted
     `sft_weight * (n - 1)**2`. Rankings may be of any length, and of several in one batch. No reference model is loaded
-    or held. On rankings of two with `temperature="none"` the ranking term is Bradley-Terry on the mean
+    or held. On rankings of two with `reward_temperature="none"` the ranking term is Bradley-Terry on the mean
     log-probabilities, which TRL's experimental `CPOTrainer` has as `"simpo"` (`beta=1`, `simpo_gamma=0`,
     `cpo_alpha=0`); for more TRL has no such loss.
 
@@ -130,7 +130,7 @@ class PROTrainer(CompletionTrainer):
         return super()._prepare_inputs(inputs)
 
     def loss_per_prompt(self, completions: ScoredCompletions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        rewards = completions.rewards if self.args.temperature == "dynamic" else None
+        rewards = completions.rewards if self.args.reward_temperature == "dynamic" else None
         terms = losses.pro_terms(completions.mean_logps, rewards, completions.mask)
         ranking = terms[:, 0] if self.args.first_term_only else terms.sum(dim=1)
         length = completions.mask.sum(dim=1)

@@ -36,8 +36,7 @@ MAY_CHANGE = """
 """
 # Where prompts are sampled before training, these decide the data, which are compared
 SAMPLING = """
-    max_new_tokens num_candidates num_samples pairing rejection_beta sampling_temperature strategy temperature top_k
-    top_p
+    max_new_tokens num_candidates num_samples pairing rejection_beta strategy temperature top_k top_p
 """
 LENGTHS = ["num_train_epochs", "max_steps"]  # a run may be made longer
 GLOBAL_BATCH = "per_device_train_batch_size * gradient_accumulation_steps * processes"

@@ -52,10 +52,9 @@ def test_fields_are_grouped_by_what_they_are_about():
     places = [shown.index(title) for title in [*titles, "\ntraining (trl.DPOConfig):"]]
     assert places == sorted(places)
     sampling, method, training = places[3:]
-    # Sampling's, under PRO's own name and under that of all; PRO's temperature is the method's
-    for field in ("sampling_temperature", "num_samples", "pairing"):
+    for field in ("temperature", "num_samples", "pairing"):
         assert sampling < shown.index(f"\n  --{field} ") < method
-    for field in ("temperature", "sft_weight"):
+    for field in ("reward_temperature", "sft_weight"):
         assert method < shown.index(f"\n  --{field} ") < training
     assert shown.index("\n  --loss_type ") > training  # TRL's
 

@@ -45,7 +45,7 @@ EXPECTED = {
         **PRO,
         **BASE,
         **ALL_SUBSETS,
-        "temperature": "dynamic",
+        "reward_temperature": "dynamic",
         "max_new_tokens": 128,
         "accelerate": "zero3",
     },

@@ -41,7 +41,7 @@ OTHER_VALUES = {
 SETTINGS = {
     RSOConfig: {"gamma": 0.2, "loss_type": ["hinge"], "rejection_beta": 1.5, "sampling": "online"},
     SLiCConfig: {"loss_type": ["slic"], "delta": 4.0, "regularization_weight": 0.5, "target_column": "reference"},
-    PROConfig: {"temperature": "none", "sft_weight": 0.0, "first_term_only": True, "sampling_temperature": 0.7},
+    PROConfig: {"reward_temperature": "none", "sft_weight": 0.0, "first_term_only": True, "temperature": 0.7},
     RRHFConfig: {"sft_weight": 0.5, "num_samples": 6},
     ListwiseDPOConfig: {"beta": 0.3, "strategy": "top-k", "sampling": "online"},
 }
@@ -78,7 +78,7 @@ def test_the_defaults_of_each_method(config):
     slic, pro, rrhf, listwise = map(config, (SLiCConfig, PROConfig, RRHFConfig, ListwiseDPOConfig))
     assert (slic.loss_type, slic.delta, slic.regularization_weight) == (["slic"], 20.0, 0.0)
     assert (slic.strategy, slic.pairing, slic.num_samples) == ("sft", "tournament", 8)
-    assert (pro.temperature, pro.sft_weight, pro.first_term_only) == ("dynamic", 0.05, False)
+    assert (pro.reward_temperature, pro.sft_weight, pro.first_term_only) == ("dynamic", 0.05, False)
     assert (rrhf.sft_weight, listwise.beta) == (1.0, 0.1)
     assert [(args.strategy, args.pairing, args.num_samples) for args in (pro, rrhf, listwise)] == [
         ("sft", "ranking", 4),
@@ -151,25 +151,17 @@ def test_online_pairs_cannot_be_precomputed(config):
         config(RSOConfig, sampling="online", precompute_ref_log_probs=True)
 
 
-@pytest.mark.parametrize("config_class", [RSOConfig, SLiCConfig, RRHFConfig, ListwiseDPOConfig])
+@pytest.mark.parametrize("config_class", CONFIGS)
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
 def test_a_sampling_temperature_is_above_zero(value, config_class, config):
     with pytest.raises(ValueError, match=f"`temperature` must be greater than 0, got {value}"):
         config(config_class, temperature=value)
 
 
-@pytest.mark.parametrize("value", [1.0, 0, 0.7])
-def test_pros_temperature_is_not_that_of_sampling(value, config):
-    with pytest.raises(ValueError, match="`temperature` is PRO's, 'dynamic' or 'none', and got .* `sampling_temp"):
-        config(PROConfig, temperature=value)
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"temperature": "Dynamic"}, "`temperature` must be one of dynamic, none, got 'Dynamic'"),
-        ({"sampling_temperature": 0.0}, "`sampling_temperature` must be greater than 0 and finite, got 0.0"),
-        ({"sampling_temperature": math.inf}, "`sampling_temperature` must be greater than 0 and finite, got inf"),
+        ({"reward_temperature": "Dynamic"}, "`reward_temperature` must be one of dynamic, none, got 'Dynamic'"),
         ({"sft_weight": -0.1}, "`sft_weight` must be at least 0 and finite, got -0.1. The paper uses 0.05."),
         ({"sft_weight": math.nan}, "`sft_weight` must be at least 0 and finite, got nan"),
         ({"bootstrap_parts": -1}, "`bootstrap_parts` must be a whole number, at least 0, got -1"),
@@ -189,8 +181,6 @@ def test_rrhfs_weight(value, config):
 def test_how_to_sample_and_what_to_keep(config):
     given = {"max_new_tokens": 9, "top_p": 0.8, "top_k": 11}
     batches = {"batch_size": None, "memory_budget": 4.0, "share_prefix": "auto"}
-    pro = config(PROConfig, sampling_temperature=0.7, **given)
-    assert pro.generation_options() == {**given, **batches, "temperature": 0.7}
     slic = config(SLiCConfig, temperature=0.7, **given)
     assert slic.generation_options() == {**given, **batches, "temperature": 0.7}
     own = config(RSOConfig, generation_batch_size=5, generation_memory_budget=0.5, share_prefix=False)
@@ -249,7 +239,7 @@ def test_unknown_choices_are_refused_on_the_command_line(name, config_class, cap
 
 def test_pros_temperature_is_a_choice_on_the_command_line(capsys):
     with pytest.raises(SystemExit):
-        HfArgumentParser(PROConfig).parse_args_into_dataclasses(["--temperature", "0.7"])
+        HfArgumentParser(PROConfig).parse_args_into_dataclasses(["--reward_temperature", "0.7"])
     assert "invalid choice: '0.7' (choose from" in capsys.readouterr().err
 
 

@@ -224,7 +224,7 @@ def test_the_sampling_temperature_of_pro_arrives(make, monkeypatch):
         return dataset(RANKINGS)
 
     monkeypatch.setattr("prefopt_trl.trainers.prepare.build_preference_dataset", record)
-    make(PROTrainer, dataset(PROMPTS), ranker=FunctionRanker(brevity), sampling_temperature=0.7, top_p=0.9, seed=3)
+    make(PROTrainer, dataset(PROMPTS), ranker=FunctionRanker(brevity), temperature=0.7, top_p=0.9, seed=3)
     assert (received["temperature"], received["top_p"], received["seed"]) == (0.7, 0.9, 3)
     assert (received["strategy"], received["pairing"]) == ("sft", "ranking")
 

@@ -24,12 +24,12 @@ def ranking_terms(means, rewards):
     return terms
 
 
-def losses_by_hand(model, dataset, temperature="dynamic", sft_weight=0.05, first_term_only=False):
+def losses_by_hand(model, dataset, reward_temperature="dynamic", sft_weight=0.05, first_term_only=False):
     """Terms and supervised loss of each prompt."""
     parts = []
     for row in dataset:
         ranked = model.ranked(row)
-        rewards = [reward for _, reward in ranked] if temperature == "dynamic" else None
+        rewards = [reward for _, reward in ranked] if reward_temperature == "dynamic" else None
         terms = ranking_terms([logps.mean() for logps, _ in ranked], rewards)
         sft = -sft_weight * (len(ranked) - 1) ** 2 * ranked[0][0].sum()
         parts.append((terms[:1] if first_term_only else terms, sft))
@@ -41,10 +41,10 @@ def losses_by_hand(model, dataset, temperature="dynamic", sft_weight=0.05, first
     "settings",
     [
         {},
-        {"temperature": "none"},
+        {"reward_temperature": "none"},
         {"sft_weight": 0.0},
         {"first_term_only": True},
-        {"first_term_only": True, "temperature": "none", "sft_weight": 0.0},
+        {"first_term_only": True, "reward_temperature": "none", "sft_weight": 0.0},
     ],
     ids=str,
 )
@@ -63,7 +63,7 @@ def test_the_ablations_differ(rankings, by_hand):
     """So that the steps above could not pass with one another's equations."""
     values = [
         sum(sum(terms) + sft for terms, sft in losses_by_hand(by_hand, rankings, **settings)).item()
-        for settings in ({}, {"temperature": "none"}, {"sft_weight": 0.0}, {"first_term_only": True})
+        for settings in ({}, {"reward_temperature": "none"}, {"sft_weight": 0.0}, {"first_term_only": True})
     ]
     assert all(abs(one - other) > 0.1 for index, one in enumerate(values) for other in values[:index])
 
@@ -159,7 +159,7 @@ def test_two_completions_are_bradley_terry_on_mean_log_probabilities(by_hand, on
         chosen, rejected = (by_hand.logps(row["prompt"], row[name]).mean() for name in ("chosen", "rejected"))
         losses.append(-torch.log(1 / (1 + torch.exp(rejected - chosen))))
     loss = sum(losses) / 3
-    step = one_step(PROTrainer, pairs, temperature="none", sft_weight=0.0)
+    step = one_step(PROTrainer, pairs, reward_temperature="none", sft_weight=0.0)
     step.assert_is(loss, by_hand.gradients(loss))
     # A pair has the rewards 1 and 0, whose dynamic temperatures are 1
     dynamic = one_step(PROTrainer, pairs, sft_weight=0.0)
