@@ -7,25 +7,8 @@ from typing import Any
 from prefopt_trl.trainers.arguments import is_one_of
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
-# RSO's names for the losses, and TRL's names for the same functions
+# RSO's names of losses, and TRL's names of the same functions
 LOSS_NAMES = {"sigmoid-norm": "sigmoid", "hinge-norm": "hinge"}
-# TRL checks the name in the first step of training: too late after hours of sampling
-TRL_LOSSES = [
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-]
 
 
 @dataclass
@@ -36,8 +19,8 @@ class RSOConfig(PreferenceConfig):
     rather than 0.1, and `loss_type` is `"sigmoid-norm"`, which is TRL's `"sigmoid"`.
 
     Raises:
-        ValueError: if `gamma` and `beta` are set to different values, a number is out of its range, or `loss_type` is
-            `"sigmoid_norm"`, which TRL uses for a length-normalised loss that is not RSO's sigmoid-norm.
+        ValueError: if `gamma` and `beta` are set to different values, a number is out of its range, or an argument is
+            set that would have no effect. TRL refuses an unknown `loss_type` in the first step of training.
 
     Example:
 
@@ -55,8 +38,8 @@ class RSOConfig(PreferenceConfig):
         default_factory=lambda: ["sigmoid-norm"],
         metadata={
             "help": "Loss. 'sigmoid-norm' (RSO eq. 10; TRL's 'sigmoid', the DPO loss) and 'hinge-norm' (RSO eq. 12; "
-            "TRL's 'hinge') are RSO's; every other loss of TRL's DPOTrainer works too, except 'sigmoid_norm', which "
-            "is length-normalised and not RSO's sigmoid-norm."
+            "TRL's 'hinge') are RSO's; every other loss of TRL's DPOTrainer works too. Its 'sigmoid_norm' is "
+            "length-normalized and not RSO's sigmoid-norm."
         },
     )
     gamma: float | None = field(
@@ -98,16 +81,6 @@ class RSOConfig(PreferenceConfig):
                 f"`gamma` (or `beta`) must be greater than 0 and finite, got {self.gamma!r}. The paper uses 0.05."
             )
         loss_types = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
-        if "sigmoid_norm" in loss_types:
-            raise ValueError(
-                "`loss_type='sigmoid_norm'` is TRL's length-normalised loss, not RSO's sigmoid-norm. Use "
-                "'sigmoid-norm' (with a hyphen) for RSO eq. 10, or TRL's `DPOTrainer` for the length-normalised one."
-            )
-        for loss_type in loss_types:
-            if loss_type not in (*LOSS_NAMES, *TRL_LOSSES):
-                raise ValueError(
-                    f"`loss_type` must be among {', '.join((*LOSS_NAMES, *TRL_LOSSES))}; got {loss_type!r}."
-                )
         self.loss_type = [LOSS_NAMES.get(loss_type, loss_type) for loss_type in loss_types]
         super().__post_init__()
 

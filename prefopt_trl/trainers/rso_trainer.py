@@ -72,7 +72,14 @@ class RSOTrainer(PreferenceTrainer):
     }
 
     def _set_up(self, *args: Any) -> None:
-        if self.args.gamma_is_default and self.args.process_index == 0:
+        if self.args.process_index:
+            return
+        if "sigmoid_norm" in self.args.loss_type:
+            logger.warning(
+                "`loss_type='sigmoid_norm'` is TRL's length-normalized loss. RSO's sigmoid-norm (eq. 10) is "
+                "'sigmoid-norm', TRL's 'sigmoid'."
+            )
+        if self.args.gamma_is_default:
             logger.warning(
                 "`gamma` is not set and is 0.05, as in the RSO paper. `DPOTrainer` calls it `beta` and has 0.1 as its "
                 "default. Set either name to choose."

@@ -154,7 +154,18 @@ def test_twenty_steps_are_those_of_trl(loss, fine_tuning, pairs, policy_dir, tmp
 
 
 ALPHA = {"f_alpha_divergence_coef": 0.3, "learning_rate": 1e-4}
-LOSS_TYPES = ["ipo", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop"]
+LOSS_TYPES = [
+    "sigmoid_norm",
+    "ipo",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+]
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"loss_type": name} for name in [*LOSS_TYPES, "sft"]},
     "exo_pair": {"loss_type": "exo_pair", "label_smoothing": 1e-3},
