@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt_trl.rankers.base import Ranker
+from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.sampling.generation import Candidates, sample_candidates
 from prefopt_trl.sampling.prompts import tokenize_prompts
 from prefopt_trl.shared_prefix.scoring import completion_logps
@@ -84,7 +84,9 @@ def evaluate_policy(
         top_k=0,
     )
     completions = [candidates.texts[0] for candidates in sampled]
-    rewards = np.concatenate(ranker.score(prompts, [[text] for text in completions], baselines=targets))
+    candidates = [[text] for text in completions]
+    scored = ranker.score(prompts, candidates, baselines=targets)
+    rewards = np.concatenate(check_rewards(scored, prompts, candidates, type(ranker).__name__))
     measured: dict[str, Any] = {
         "ranker_reward": rewards,
         "ranker_win_rate": _wins(rewards),

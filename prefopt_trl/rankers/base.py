@@ -1,4 +1,4 @@
-"""What every ranker offers, and the checks of what it returns."""
+"""The interface of rankers, and the checks of what they are given and return."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence, Sized
@@ -15,9 +15,9 @@ from prefopt_trl.runtime.weights import gathered
 class Ranker(ABC):
     """Something that prefers one completion of a prompt to another.
 
-    Derive from it to use a judge of your own. A prompt or a completion is a text or a list of messages, and what is
-    returned is checked by [`check_probabilities`] and [`check_rewards`]. Where the ranker gives each completion a
-    reward by itself, derive from [`PointwiseRanker`], which needs less.
+    Derive from it to use a judge of your own, or from [`PointwiseRanker`] if it gives each completion a reward by
+    itself. A prompt or a completion is a text or a list of messages. What `compare` and `score` return is checked
+    where it is used, by [`check_probabilities`] and [`check_rewards`].
 
     Attributes:
         model ([`~torch.nn.Module`] or `None`):
@@ -35,7 +35,7 @@ class Ranker(ABC):
     def compare(
         self, prompts: Sequence[Prompt], first: Sequence[Completion], second: Sequence[Completion]
     ) -> np.ndarray:
-        """Say how probable it is that the first completion is preferred to the second.
+        """Return the probability that the first completion is preferred to the second.
 
         Args:
             prompts (`Sequence` of length `n`):
@@ -46,7 +46,7 @@ class Ranker(ABC):
                 Another completion per prompt.
 
         Returns:
-            `np.ndarray` of shape `(n,)`, float64 in [0, 1]: P(first preferred). Order plays no part:
+            `np.ndarray` of shape `(n,)`, float64 in [0, 1]: P(first preferred). It does not depend on the order:
             `compare(p, a, b) + compare(p, b, a)` is 1 up to rounding.
         """
 
@@ -57,47 +57,47 @@ class Ranker(ABC):
         completions: Sequence[Sequence[Completion]],
         baselines: Sequence[Completion] | None = None,
     ) -> list[np.ndarray]:
-        """Give each completion a reward, comparable to the others of its prompt.
+        """Return a reward for each completion, comparable to the others of its prompt.
 
         Args:
             prompts (`Sequence` of length `n`):
                 Prompts.
             completions (`Sequence` of length `n`):
-                For each prompt, its completions: any number of them.
+                For each prompt, any number of completions.
             baselines (`Sequence` of length `n`, *optional*):
                 For each prompt, the completion whose reward is 0 (RSO eq. 9). By default the ranker chooses.
 
         Returns:
-            `list[np.ndarray]` of length `n`: for each prompt, the rewards of its completions, float64 and finite. They
-            are logits: by Bradley-Terry, P(a preferred to b) = sigmoid(reward of a - reward of b).
+            `list[np.ndarray]` of length `n`: for each prompt, the rewards of its completions in nats, float64 and
+            finite. They are logits: by Bradley-Terry, P(a preferred to b) = sigmoid(reward of a - reward of b).
         """
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Describe the ranker, to decide whether a dataset it has labelled may be used again.
+        """Describe the ranker: a dataset that it has labeled may be reused by a ranker of the same settings.
 
         Returns:
-            `dict`: serialisable as JSON, and different whenever the results may be. It is saved with the dataset and
-            published with it: no secrets.
+            `dict`: serializable as JSON, and different whenever the results may be. It is saved and published with the
+            dataset, so it must hold no secrets.
         """
 
     def as_reward_func(self, baseline_column: str | None = None) -> Callable[..., list[Any]]:
-        """Make a reward function of the ranker, as `reward_funcs` of TRL's online trainers take it.
+        """Return the ranker as a reward function, for `reward_funcs` of TRL's online trainers.
 
-        TRL repeats a prompt for each of its completions; the ranker is given it once, with all of them.
+        TRL repeats a prompt for each of its completions. The ranker gets the prompt once, with all of them.
 
         Args:
             baseline_column (`str`, *optional*):
                 Column of the training dataset with the completion whose reward is 0, such as `"chosen"` (RSO eq. 9).
-                By default there is none, or, for a ranker that needs one, it chooses among the completions.
+                By default a ranker that needs a baseline chooses one among the completions.
 
         Returns:
-            `Callable`: function `(prompts, completions, **columns) -> list[float]`, one reward for each completion, as
-            [`score`] gives them, in the order of `completions`. It is called as the ranker's class is.
+            `Callable`: function `(prompts, completions, **columns) -> list[float]`, with the name of the ranker's
+            class. It returns the rewards of [`score`] in the order of `completions`.
 
         Raises:
-            ValueError: where several processes, which may share the completions of a prompt, would each choose a
-                baseline; and from the function, where the dataset has no such column.
+            ValueError: if several processes, which may share the completions of a prompt, would each choose a
+                baseline; and from the function, if the dataset has no such column.
 
         Example:
 
@@ -109,27 +109,27 @@ class Ranker(ABC):
         """
         if baseline_column is None and self.draws_baselines and process_state().num_processes > 1:
             raise ValueError(
-                f"A {type(self).__name__} chooses a baseline among the completions that it is given, and the "
-                "completions of a prompt may be spread over processes, each of which would choose another. Name a "
-                "column of the dataset that has one, with `as_reward_func(baseline_column=...)`."
+                f"A {type(self).__name__} chooses a baseline among the completions of a prompt. These may be spread "
+                "over processes, each of which would choose another. Name a column of the dataset that has one, with "
+                "`as_reward_func(baseline_column=...)`."
             )
 
         def reward_func(prompts: list[Prompt], completions: list[Completion], **columns: Any) -> list[float]:
             if baseline_column is not None and baseline_column not in columns:
                 raise ValueError(
-                    f"`baseline_column` is {baseline_column!r}, which the dataset has not: the reward function was "
-                    f"given {', '.join(columns)}. Name one of its columns."
+                    f"`baseline_column` is {baseline_column!r}, and the dataset has no such column: the reward "
+                    f"function was given {', '.join(columns)}. Name one of its columns."
                 )
             check_list(prompts, "prompts", "a list of prompts")
             check_list(completions, "completions", "a list with one completion per prompt")
             baselines: list[Any] = [None] * len(prompts) if baseline_column is None else columns[baseline_column]
-            rows_of: dict[str, list[int]] = {}  # of each prompt; of TRL's trainers not all repeat it in a row
+            rows_of: dict[str, list[int]] = {}  # by prompt, which not all of TRL's trainers repeat in adjacent rows
             for row, prompt_and_baseline in enumerate(zip(prompts, baselines, strict=True)):
                 rows_of.setdefault(repr(prompt_and_baseline), []).append(row)
             groups = list(rows_of.values())
             grouped = [prompts[rows[0]] for rows in groups], [[completions[row] for row in rows] for rows in groups]
             given = None if baseline_column is None else [baselines[rows[0]] for rows in groups]
-            with gathered(self.model):  # by all processes, as TRL calls it
+            with gathered(self.model):  # on all processes, which call this together
                 scored = check_rewards(self.score(*grouped, given), *grouped, type(self).__name__)
             rewards = np.empty(len(prompts))
             for rows, of_prompt in zip(groups, scored, strict=True):
@@ -143,21 +143,21 @@ class Ranker(ABC):
 class PointwiseRanker(Ranker):
     """A ranker that gives each completion a reward by itself and compares by Bradley-Terry (RSO eq. 6, g = sigmoid).
 
-    A subclass writes `rewards` and `settings`.
+    A subclass implements `rewards` and `settings`.
     """
 
     draws_baselines = False
 
     @abstractmethod
     def rewards(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[Any]:
-        """Give the reward of each completion: one sequence of numbers per prompt, in the order of its completions."""
+        """Return one sequence of rewards in nats per prompt, in the order of its completions."""
 
     def compare(
         self, prompts: Sequence[Prompt], first: Sequence[Completion], second: Sequence[Completion]
     ) -> np.ndarray:
         check_inputs(prompts, first=first, second=second)
-        rewards = self._checked_rewards(prompts, list(zip(first, second, strict=True)))
-        return sigmoid(np.array([first_reward - second_reward for first_reward, second_reward in rewards]))
+        rewards = self._rewards(prompts, list(zip(first, second, strict=True)))
+        return sigmoid(np.array([of_first - of_second for of_first, of_second in rewards]))
 
     def score(
         self,
@@ -166,15 +166,13 @@ class PointwiseRanker(Ranker):
         baselines: Sequence[Completion] | None = None,
     ) -> list[np.ndarray]:
         check_inputs(prompts, completions=completions, baselines=baselines)
-        rewards = self._checked_rewards(prompts, completions)
+        rewards = self._rewards(prompts, completions)
         if baselines is None:
             return rewards
-        baseline_rewards = self._checked_rewards(prompts, [[baseline] for baseline in baselines])
+        baseline_rewards = self._rewards(prompts, [[baseline] for baseline in baselines])
         return [row - baseline for row, baseline in zip(rewards, baseline_rewards, strict=True)]
 
-    def _checked_rewards(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
-    ) -> list[np.ndarray]:
+    def _rewards(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[np.ndarray]:
         return check_rewards(self.rewards(prompts, completions), prompts, completions, type(self).__name__)
 
 
@@ -189,11 +187,7 @@ def logit(probabilities: np.ndarray) -> np.ndarray:
 
 
 def check_ranker(ranker: Any) -> None:
-    """Require something that is a ranker.
-
-    Raises:
-        TypeError: saying what to wrap anything else in.
-    """
+    """Raise `TypeError` for anything but a ranker, naming the classes to wrap it in."""
     if not isinstance(ranker, Ranker):
         raise TypeError(
             f"`ranker` is a {type(ranker).__name__}, not a ranker. Wrap a function in `FunctionRanker`, a reward "
@@ -205,7 +199,7 @@ def check_inputs(prompts: Any, **columns: Any) -> None:
     """Require a list of prompts, and for each of them a list of `completions`, or one completion in another column.
 
     Raises:
-        TypeError: naming the argument that is a single text or conversation, and the shape wanted.
+        TypeError: naming the argument that is a single text or conversation, and the shape that is required.
         ValueError: naming the argument with another number of entries, or the row that is neither text nor messages.
     """
     check_list(prompts, "prompts", "a list of prompts")
@@ -229,30 +223,15 @@ def check_inputs(prompts: Any, **columns: Any) -> None:
 
 
 def check_rewards(rewards: Any, prompts: Sized, completions: Sequence[Sized], source: str) -> list[np.ndarray]:
-    """Check what a ranker's `score` returned: one finite reward for each completion of each prompt.
+    """Return what a ranker's `score` returned in float64, if it is a finite reward for each completion of each prompt.
 
-    Args:
-        rewards (`Sequence` of sequences of numbers):
-            What was returned.
-        prompts (`Sequence` of length `n`):
-            Prompts that were scored.
-        completions (`Sequence` of length `n`):
-            For each prompt, the completions that were scored.
-        source (`str`):
-            Name of the ranker, for the error.
-
-    Returns:
-        `list[np.ndarray]` of length `n`: the same rewards, each array of shape `(number of completions,)`, float64.
+    `source` names the ranker in errors.
 
     Raises:
         ValueError: naming the prompt's row, what was expected and what was found.
 
-    Example:
-
-    ```python
     >>> check_rewards([[1, 2], [3]], ["a", "b"], [["c", "d"], ["e"]], "MyRanker")
     [array([1., 2.]), array([3.])]
-    ```
     """
     if len(rewards) != len(prompts):
         raise ValueError(
@@ -267,9 +246,8 @@ def check_rewards(rewards: Any, prompts: Sized, completions: Sequence[Sized], so
                 f"{source} returned {len(values)} rewards for prompt row {row}, {len(row_completions)} were expected. "
                 "Return one per completion, in their order."
             )
-        not_finite = np.flatnonzero(~np.isfinite(values))
-        if len(not_finite):
-            index = not_finite[0]
+        if not np.isfinite(values).all():
+            index = np.isfinite(values).argmin()
             raise ValueError(
                 f"{source} returned {values[index]} for completion {index} of prompt row {row}, a finite reward was "
                 "expected. Return a number for every completion, or drop the row."
@@ -279,18 +257,9 @@ def check_rewards(rewards: Any, prompts: Sized, completions: Sequence[Sized], so
 
 
 def check_probabilities(probabilities: Any, prompts: Sized, source: str) -> np.ndarray:
-    """Check what a ranker's `compare` returned: one probability for each prompt.
+    """Return what a ranker's `compare` returned in float64, if it is a probability for each prompt.
 
-    Args:
-        probabilities (`Sequence` of numbers):
-            What was returned.
-        prompts (`Sequence` of length `n`):
-            Prompts whose completions were compared.
-        source (`str`):
-            Name of the ranker, for the error.
-
-    Returns:
-        `np.ndarray` of shape `(n,)`: the same probabilities, float64 in [0, 1].
+    `source` names the ranker in errors.
 
     Raises:
         ValueError: naming the prompt's row, what was expected and what was found.
@@ -301,9 +270,9 @@ def check_probabilities(probabilities: Any, prompts: Sized, source: str) -> np.n
             f"{source} returned {len(values)} probabilities, {len(prompts)} were expected. Return one per prompt, in "
             "their order."
         )
-    out_of_range = np.flatnonzero(~((values >= 0) & (values <= 1)))  # NaN too
-    if len(out_of_range):
-        row = out_of_range[0]
+    in_range = (values >= 0) & (values <= 1)  # NaN is not
+    if not in_range.all():
+        row = in_range.argmin()
         raise ValueError(
             f"{source} returned {values[row]} for prompt row {row}, a probability in [0, 1] was expected. Return the "
             "probability that the first completion is preferred, or drop the row."

@@ -1,5 +1,6 @@
-"""How a ranker runs many texts through its model: what they share once, little padding, nothing left changed."""
+"""Run many texts through a ranker's model: what they share once, with little padding."""
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,16 @@ from prefopt_trl.shared_prefix.continuation import (
 )
 from prefopt_trl.shared_prefix.support import evaluating
 
-# Texts share a beginning where that leaves at most so much of their tokens: attention in one piece is faster per token
+logger = logging.getLogger(__name__)
+
+# Texts share a beginning if that leaves at most this part of their tokens: attention in one piece is faster per token
 WORTH_SHARING = 0.8
 
 TOKENIZER = "tokenizer_config.json"
 
 
 def is_reward_model(path: str) -> bool:
-    """Whether a folder or Hub id is a sequence classification model, or an adapter for one."""
+    """Return whether a folder or Hub id is a sequence classification model, or an adapter for one."""
     if find_adapter_config_file(path) is not None:
         return PeftConfig.from_pretrained(path).task_type == "SEQ_CLS"
     architectures = AutoConfig.from_pretrained(path).architectures or []
@@ -50,8 +53,10 @@ def is_reward_model(path: str) -> bool:
 def load_model(path: str, auto_class: Any) -> Any:
     """Load the model, or the adapter on its base model, of a folder or Hub id.
 
+    `auto_class` None loads a language model, causal or encoder-decoder as its config says.
+
     Raises:
-        ValueError: if there is nothing to load, or a reward model where a language model is wanted.
+        ValueError: if there is nothing to load, or a reward model in place of a language model.
     """
     try:
         is_adapter = find_adapter_config_file(path) is not None
@@ -73,7 +78,7 @@ def load_model(path: str, auto_class: Any) -> Any:
 
 
 def num_positions(model: PreTrainedModel | PeftModel) -> int | None:
-    """Most tokens that a model has positions for, or None where it has no limit."""
+    """Return the most tokens that a model has positions for, or None if it has no limit."""
     for name, module in model.named_modules():
         # RoBERTa and its relatives count positions from the one behind their padding's
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
@@ -85,21 +90,7 @@ def num_positions(model: PreTrainedModel | PeftModel) -> int | None:
 class RankingModel:
     """A model with its tokenizer, batch size and length limit.
 
-    Args:
-        auto_class (`type` or `None`):
-            Class that loads the model. None loads a language model: causal or encoder-decoder, as its config says.
-        model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
-            Model, or the folder or Hub id of one or of an adapter: then it is loaded, onto the accelerator if there is
-            one.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            By default it is loaded from where the model came from.
-        batch_size (`int`):
-            Number of texts in one forward pass.
-        max_length (`int`, *optional*):
-            Most tokens of one text. By default the limit of the tokenizer or of the model's positions, whichever is
-            lower.
-        share_prefix (`bool`):
-            Whether texts that begin alike are to share that, where it is exact.
+    `auto_class` is that of [`load_model`]; the other arguments are those of [`PairwiseRanker`].
 
     Raises:
         ValueError: if `batch_size` or `max_length` is below 1, no tokenizer can be found, or it is not the model's.
@@ -129,14 +120,13 @@ class RankingModel:
             source = self.model.config.name_or_path  # an adapter without a tokenizer has its base's
         self.tokenizer = AutoTokenizer.from_pretrained(source) if tokenizer is None else tokenizer
         check_vocabulary(self.tokenizer, self.model)
-        self.batch_size = batch_size
-        if max_length is None:
-            max_length = min(filter(None, [self.tokenizer.model_max_length, num_positions(self.model)]))
-        self.max_length = max_length
-        self.share_prefix = share_prefix
+        limits = [self.tokenizer.model_max_length, num_positions(self.model)]
+        self.max_length: int = min(filter(None, limits)) if max_length is None else max_length
+        self.batch_size, self.share_prefix = batch_size, share_prefix
+        self.num_cut = 0  # texts that `run` has seen whose prompts were shortened; their ranker counts them
 
     def token_ids(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """Tokenise as TRL's trainers do. Nothing is cut off."""
+        """Tokenize as TRL's trainers do, without truncation."""
         return self.tokenizer(
             texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
         )["input_ids"]
@@ -148,24 +138,15 @@ class RankingModel:
         evaluate: Callable[[list[int]], torch.Tensor],
         description: str,
     ) -> np.ndarray:
-        """Evaluate `n` texts in batches.
+        """Evaluate texts in batches, and return one number for each in float64.
 
-        Args:
-            lengths (`Sequence[int]` of length `n`):
-                How long each text is, about and in any unit.
-            groups (`Sequence` of length `n`):
-                The same value for texts that begin alike, which share a batch.
-            evaluate (`Callable`):
-                Function from the indices of at most `batch_size` texts, those of a group next to each other, to one
-                number for each, on any device.
-            description (`str`):
-                What the progress bar says. It shows in a terminal, after two seconds.
-
-        Returns:
-            `np.ndarray` of shape `(n,)`, float64: the numbers, by index.
+        `lengths` are about right, in any unit. Texts of the same group begin alike and share a batch. `evaluate` takes
+        the indices of at most `batch_size` texts, those of a group next to each other. `description` is what the
+        progress bar says; it shows in a terminal, after two seconds.
         """
-        # Texts of like length share a batch, so that little is padding; longest first, so that a batch too large for
-        # the memory fails at once
+        # Texts of similar length share a batch, so that little is padding. The longest come first, so that a batch too
+        # large for the memory fails at once.
+        self.num_cut = 0
         if not self.share_prefix:
             groups = [None] * len(lengths)
         longest: dict[Hashable, tuple[int, int]] = {}  # of each group, which also gets a number
@@ -180,25 +161,23 @@ class RankingModel:
                 batch = order[start : start + self.batch_size]
                 values[batch] = evaluate(batch).cpu().double().numpy()
                 progress.update(len(batch))
+        if self.num_cut:
+            logger.warning(
+                f"{self.num_cut} of {len(lengths)} texts exceeded max_length={self.max_length} tokens: their prompts "
+                "lost their beginning."
+            )
         return values
 
     def rows(
         self, token_ids: list[list[int]], groups: list[Hashable], pad_token_id: int, reads_head: bool = False
     ) -> WholeRows | RowsAfterPrefix:
-        """Prepare a batch for the model, with what each group begins with computed once where that is exact and pays.
+        """Prepare a batch for the model, and compute what each group begins with once if that is exact and pays.
 
-        Args:
-            token_ids (`list[list[int]]` of length `batch_size`):
-                Token ids of each text.
-            groups (`list` of length `batch_size`):
-                Which texts begin alike; those of a group are next to each other.
-            pad_token_id (`int`):
-                Token id of padding.
-            reads_head (`bool`, *optional*, defaults to `False`):
-                Whether `head_logits` will be read, rather than `last_logits`.
+        Texts of the same group are next to each other. `reads_head` says that `head_logits` will be read rather than
+        `last_logits`.
         """
         model = self.model
-        # Behind the first token of each text, which may be all it shares, another has to be read
+        # A token has to be read after the first one of each text, which may be all it shares
         if self.share_prefix and all(last_of_row(ids, pad_token_id) > 0 for ids in token_ids):
             prefixes, following = split_rows(token_ids, groups, pad_token_id)
             num_tokens = sum(map(len, prefixes)) + sum(len(row) for part in following for row in part)
@@ -211,7 +190,7 @@ class RankingModel:
         return WholeRows(token_ids, pad_token_id, model.device)
 
     def settings(self) -> dict[str, Any]:
-        """Describe what the results depend on. Where the model was loaded from is not part of it: its weights are."""
+        """Return what the results depend on: the weights, but not where they were loaded from."""
         return {
             "model": type(self.model).__name__,
             "weights": model_fingerprint(self.model),

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Completion, Prompt, check_columns, completion_text, normalize_pairs, prompt_text
 from prefopt_trl.data.tokenization import decoder_start_token_id
-from prefopt_trl.rankers.base import Ranker, check_inputs, check_probabilities, check_rewards, logit
+from prefopt_trl.rankers.base import Ranker, check_inputs, logit
 from prefopt_trl.rankers.inference import RankingModel
 from prefopt_trl.rankers.publishing import PublishedModel
 from prefopt_trl.rankers.templates import (
@@ -44,11 +44,9 @@ class PairwiseRanker(PublishedModel, Ranker):
     The probability that the first is preferred is the softmax over the logits of the answers "A" and "B", averaged
     over both orders of the two completions. Train one with TRL's `SFTTrainer` on [`pairwise_ranker_dataset`].
 
-    What the comparisons of a prompt begin with is computed once: the prompt, and with `score` also the baseline, in
-    the order in which it comes first.
-
-    An encoder-decoder, such as the paper's T5, reads the comparison without the template's answer cue and answers in
-    its decoder. Nothing is shared there: each token of an encoder sees all others.
+    What the comparisons of a prompt begin with is computed once: the prompt, and in `score` also the baseline, in the
+    order in which it comes first. An encoder-decoder, such as the paper's T5, reads the comparison without the
+    template's answer cue and answers in its decoder. It shares nothing: each token of an encoder sees all others.
 
     Args:
         model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
@@ -62,10 +60,10 @@ class PairwiseRanker(PublishedModel, Ranker):
         batch_size (`int`, *optional*, defaults to `32`):
             Number of comparisons in one forward pass.
         max_length (`int`, *optional*):
-            Most tokens of one comparison. Where there are more, the prompt loses its beginning, and one logged line
-            says how often. By default the limit of the tokenizer or of the model's positions, whichever is lower.
+            Most tokens of one comparison. The prompts of longer ones lose their beginning, and one logged line counts
+            them. By default the limit of the tokenizer or of the model's positions, whichever is lower.
         share_prefix (`bool`, *optional*, defaults to `True`):
-            Compute what comparisons begin with once, where that is exact; elsewhere one logged line says why not.
+            Compute what comparisons begin with once if that is exact; otherwise one logged line says why not.
         seed (`int`, *optional*, defaults to `0`):
             Chooses the baselines of `score`, together with the prompt and its completions and nothing else.
 
@@ -110,7 +108,7 @@ class PairwiseRanker(PublishedModel, Ranker):
     ) -> np.ndarray:
         """Return P(first preferred), averaged over both orders, as [`Ranker.compare`] describes.
 
-        For equal texts it is 0.5, and the model is not asked.
+        Equal texts give 0.5 without running the model.
 
         Raises:
             TypeError: for a single text or conversation in place of a list of them.
@@ -118,8 +116,7 @@ class PairwiseRanker(PublishedModel, Ranker):
                 end where an answer is a token of its own.
         """
         check_inputs(prompts, first=first, second=second)
-        probabilities = self._compare(prompts, first, second, range(len(prompts)))
-        return check_probabilities(probabilities, prompts, type(self).__name__)
+        return self._compare(prompts, first, second, range(len(prompts)))
 
     def score(
         self,
@@ -127,11 +124,11 @@ class PairwiseRanker(PublishedModel, Ranker):
         completions: Sequence[Sequence[Completion]],
         baselines: Sequence[Completion] | None = None,
     ) -> list[np.ndarray]:
-        """Give each completion the logit of its probability to be preferred to a baseline (RSO eq. 9).
+        """Return the logit of each completion's probability to be preferred to a baseline (RSO eq. 9).
 
         Arguments and shapes are those of [`Ranker.score`]. The default baseline is one of the prompt's completions,
         drawn at random. Rewards are in nats and within 13.8 of 0: probabilities are clamped to [1e-6, 1 - 1e-6], and
-        one logged line says how many were.
+        one logged line counts those.
 
         Raises:
             TypeError, ValueError: as `compare`, and for a prompt without completions to draw a baseline from.
@@ -146,22 +143,16 @@ class PairwiseRanker(PublishedModel, Ranker):
             [baselines[row] for row in rows],
             rows,
         )
-        clamped = probabilities.clip(SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
-        if num_clamped := int((clamped != probabilities).sum()):
+        if num_clamped := int((np.abs(probabilities - 0.5) > 0.5 - SMALLEST_PROBABILITY).sum()):
             logger.warning(
                 f"{num_clamped} of {len(probabilities)} probabilities were closer than {SMALLEST_PROBABILITY} to 0 or "
                 "1 and were clamped: these rewards are -13.8 or 13.8."
             )
-        ends = np.cumsum([len(candidates) for candidates in completions], dtype=int)
-        rewards = np.split(logit(clamped), ends)[:-1]
-        return check_rewards(rewards, prompts, completions, type(self).__name__)
+        rewards = logit(probabilities.clip(SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY))
+        return np.split(rewards, np.cumsum([len(candidates) for candidates in completions], dtype=int))[:-1]
 
     def settings(self) -> dict[str, Any]:
-        """Describe the ranker: fingerprints of its weights, tokenizer and template, and its numbers.
-
-        Returns:
-            `dict`: serialisable as JSON, and different whenever the results may be.
-        """
+        """Return fingerprints of the weights, the tokenizer and the template, and the numbers of the ranker."""
         return {
             "class": type(self).__name__,
             **self.ranking_model.settings(),
@@ -188,7 +179,7 @@ class PairwiseRanker(PublishedModel, Ranker):
         second: Sequence[Completion],
         rows: Sequence[int],
     ) -> np.ndarray:
-        """Compare, and call the prompts by the numbers in `rows` where something is wrong."""
+        """Compare, and name the prompts by the numbers in `rows` in errors."""
         comparisons = [Texts.of(*texts) for texts in zip(prompts, first, second, strict=True)]
         inputs: dict[Texts, int] = {}  # each distinct one once, with the first row that needs it
         for comparison, row in zip(comparisons, rows, strict=True):
@@ -208,16 +199,12 @@ class PairwiseRanker(PublishedModel, Ranker):
     def _probabilities_of_a(self, inputs: dict[Texts, int]) -> np.ndarray:
         """Return P("A") of each input, shape `(len(inputs),)`."""
         comparisons, rows = list(inputs), list(inputs.values())
-        model, max_length = self.ranking_model, self.ranking_model.max_length
-        num_cut = 0
 
         def evaluate(batch: list[int]) -> torch.Tensor:
-            nonlocal num_cut
             tokens = self._tokenize([comparisons[index] for index in batch], [rows[index] for index in batch])
             for place, index in enumerate(batch):
-                if len(tokens[place].context) > max_length:
+                if len(tokens[place].context) > self.ranking_model.max_length:
                     tokens[place] = self._cut_prompt(comparisons[index], rows[index])
-                    num_cut += 1
             logits = self._answer_logits([context for context, _ in tokens], [groups[index] for index in batch])
             answers = torch.tensor([answers for _, answers in tokens], device=logits.device)
             return logits.gather(1, answers).float().softmax(dim=1)[:, 0]
@@ -229,19 +216,13 @@ class PairwiseRanker(PublishedModel, Ranker):
             comparison[:2] if firsts[comparison.prompt, comparison.first] > 1 else comparison[:1]
             for comparison in comparisons
         ]
-        probabilities = model.run(lengths, groups, evaluate, "Comparing completions")
-        if num_cut:
-            logger.warning(
-                f"{num_cut} of {len(comparisons)} comparisons exceeded max_length={max_length} tokens: their prompts "
-                "lost their beginning."
-            )
-        return probabilities
+        return self.ranking_model.run(lengths, groups, evaluate, "Comparing completions")
 
     def _answer_logits(self, contexts: list[list[int]], groups: list[Hashable]) -> torch.Tensor:
-        """Logits of the token that answers, shape `(batch_size, vocabulary_size)`."""
+        """Return the logits of the token that answers, shape `(batch_size, vocabulary_size)`."""
         model = self.ranking_model.model
         if not self.answers_in_decoder:
-            # What padding is does not matter here: no text looks behind its own end
+            # The padding token does not matter here: no text attends behind its own end
             return self.ranking_model.rows(contexts, groups, pad_token_id=0).last_logits(model)
         rows = WholeRows(contexts, 0, model.device)
         start = [decoder_start_token_id(model), *self.decoder_answers.context]
@@ -249,7 +230,7 @@ class PairwiseRanker(PublishedModel, Ranker):
         return model(**rows.inputs, decoder_input_ids=decoder_input_ids, use_cache=False).logits[:, -1]
 
     def _tokenize(self, comparisons: list[Texts], rows: list[int]) -> list[Tokens]:
-        """Write comparisons with the template and tokenise them, with each answer where it is part of the text."""
+        """Write comparisons with the template and tokenize them, with each answer as part of the text."""
         texts = [self.template(*comparison) for comparison in comparisons]
         if self.answers_in_decoder:
             asked = [text.removesuffix(ANSWER_CUE) for text in texts]
@@ -262,6 +243,7 @@ class PairwiseRanker(PublishedModel, Ranker):
 
     def _cut_prompt(self, comparison: Texts, row: int) -> Tokens:
         """Keep as much of the prompt's end as leaves room for the rest."""
+        self.ranking_model.num_cut += 1
         prompt, max_length = comparison.prompt, self.ranking_model.max_length
 
         def keep(num_characters: int) -> Tokens:
@@ -290,8 +272,8 @@ def pairwise_ranker_dataset(pairs: Dataset, template: str | Template = "dialogue
 
     Returns:
         [`~datasets.Dataset`]: one row per pair, columns `prompt` (the comparison, with the chosen completion first or
-        second with equal probability) and `completion` (`"A"` if it is first, `"B"` if not). The answer is at the end,
-        so give `SFTConfig` a `max_length` that holds the longest row, or `truncation_mode="keep_end"`.
+        second with equal probability) and `completion` (`"A"` if it is first, or `"B"`). The answer is at the end, so
+        give `SFTConfig` a `max_length` that holds the longest row, or `truncation_mode="keep_end"`.
 
     Raises:
         TypeError: if `pairs` is not a [`~datasets.Dataset`].

@@ -1,6 +1,5 @@
-"""The pointwise ranker: a reward model, that is a sequence classification model with one label."""
+"""The pointwise ranker: a reward model, which is a sequence classification model with one label."""
 
-import logging
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,8 +14,6 @@ from prefopt_trl.rankers.base import PointwiseRanker
 from prefopt_trl.rankers.inference import RankingModel
 from prefopt_trl.rankers.publishing import PublishedModel
 from prefopt_trl.runtime.fingerprints import template_date
-
-logger = logging.getLogger(__name__)
 
 SENSITIVE_TO_PADDING = {"nystromformer", "xlnet", "yoso"}  # a row's reward would depend on the length of the others
 
@@ -38,12 +35,11 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
         batch_size (`int`, *optional*, defaults to `32`):
             Number of completions in one forward pass.
         max_length (`int`, *optional*):
-            Most tokens of prompt and completion. Where there are more, the prompt loses its beginning (a special token
-            at the start stays), and one logged line says how often. By default the limit of the tokenizer or of the
-            model's positions, whichever is lower.
+            Most tokens of prompt and completion. The prompts of longer texts lose their beginning (a special token at
+            the start stays), and one logged line counts them. By default the limit of the tokenizer or of the model's
+            positions, whichever is lower.
         share_prefix (`bool`, *optional*, defaults to `True`):
-            Compute each prompt once for all its completions, where that is exact; elsewhere one logged line says why
-            not.
+            Compute each prompt once for all its completions if that is exact; otherwise one logged line says why not.
 
     Raises:
         ValueError: if the model does not have one label, if the tokenizer has neither a padding token nor EOS, if a
@@ -96,29 +92,16 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
         ]
         row_of_text = {text: row for row, row_texts in enumerate(written) for text in row_texts}
         texts, rows = list(row_of_text), list(row_of_text.values())
-        num_cut = 0
 
         def evaluate(batch: list[int]) -> torch.Tensor:
-            nonlocal num_cut
-            token_ids = []
-            for text, row in ((texts[index], rows[index]) for index in batch):
-                token_ids.append(self._tokenize(text, prompts[row]))
-                if len(token_ids[-1]) > self.ranking_model.max_length:
-                    token_ids[-1] = self._cut_prompt(token_ids[-1], row, prompts[row])
-                    num_cut += 1
-            groups: list[Hashable] = [rows[index] for index in batch]
-            return self._head(token_ids, groups)
+            token_ids = [self._tokenize(texts[index], rows[index], prompts[rows[index]]) for index in batch]
+            return self._head(token_ids, [rows[index] for index in batch])
 
         values = self.ranking_model.run([len(text) for text in texts], rows, evaluate, "Scoring completions")
-        if num_cut:
-            logger.warning(
-                f"{num_cut} of {len(texts)} texts exceeded max_length={self.ranking_model.max_length} tokens: their "
-                "prompts lost their beginning."
-            )
         rewards = dict(zip(texts, values, strict=True))
         return [np.array([rewards[text] for text in row_texts]) for row_texts in written]
 
-    def _head(self, token_ids: list[list[int]], groups: list[Hashable]) -> torch.Tensor:
+    def _head(self, token_ids: list[list[int]], groups: Sequence[Hashable]) -> torch.Tensor:
         """Run the model on a batch and return its rewards, shape `(batch_size,)`."""
         model = self.ranking_model.model
         parts: list[Any] = [None] * len(token_ids)  # rows of one part share a forward pass
@@ -136,11 +119,7 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
         return rewards
 
     def settings(self) -> dict[str, Any]:
-        """Describe the ranker: the model's class, fingerprints of its weights and tokenizer, and its numbers.
-
-        Returns:
-            `dict`: serialisable as JSON, and different whenever the results may be.
-        """
+        """Return fingerprints of the weights and the tokenizer, and the numbers of the ranker."""
         return {
             "class": type(self).__name__,
             **self.ranking_model.settings(),
@@ -163,28 +142,30 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
         messages = wrap_completion(prompt, completion) if isinstance(completion, str) else completion
         return cast(str, self.tokenizer.apply_chat_template([*prompt, *messages], tokenize=False))
 
-    def _tokenize(self, text: str, prompt: Prompt) -> list[int]:
+    def _tokenize(self, text: str, row: int, prompt: Prompt) -> list[int]:
+        """Tokenize a text, and remove the beginning of its prompt if it exceeds `max_length`."""
         # A chat template writes the special tokens itself
-        token_ids = self.ranking_model.token_ids([text], add_special_tokens=isinstance(prompt, str))[0]
-        appends = isinstance(prompt, str) and num_appended_tokens(self.tokenizer) > 0
-        return token_ids[:-1] if appends and token_ids[-2:] == [self.tokenizer.eos_token_id] * 2 else token_ids
-
-    def _cut_prompt(self, token_ids: list[int], row: int, prompt: Prompt) -> list[int]:
+        is_plain, max_length = isinstance(prompt, str), self.ranking_model.max_length
+        token_ids = self.ranking_model.token_ids([text], add_special_tokens=is_plain)[0]
+        if is_plain and num_appended_tokens(self.tokenizer) and token_ids[-2:] == [self.tokenizer.eos_token_id] * 2:
+            token_ids = token_ids[:-1]
+        num_dropped = len(token_ids) - max_length
+        if num_dropped <= 0:
+            return token_ids
+        self.ranking_model.num_cut += 1
         num_kept = 1 if token_ids[0] in self.tokenizer.all_special_ids else 0
-        num_dropped = len(token_ids) - self.ranking_model.max_length
         if num_kept + num_dropped > len(prompt_token_ids(self.tokenizer, prompt)):
             raise ValueError(
-                f"Prompt row {row}: without any of the prompt, a completion exceeds `max_length` "
-                f"({self.ranking_model.max_length} tokens). Raise `max_length`, or drop the row or the completion."
+                f"Prompt row {row}: without any of the prompt, a completion exceeds `max_length` ({max_length} "
+                "tokens). Raise `max_length`, or drop the row or the completion."
             )
         return token_ids[:num_kept] + token_ids[num_kept + num_dropped :]
 
 
 def _padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    if tokenizer.eos_token_id is not None:
-        return tokenizer.eos_token_id
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
     raise ValueError(
         "`tokenizer` has neither a padding token nor EOS, so rows cannot be padded. Set `tokenizer.pad_token` to a "
         "token of its vocabulary that ends no text."

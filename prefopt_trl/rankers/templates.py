@@ -9,51 +9,25 @@ Template = Callable[[str, str, str], str]
 
 ANSWERS = ("A", "B")
 
-# The paper's T5 answers in its decoder, so its input ends with the second completion. A causal model needs to be told
-# where the answer starts. The newline keeps it a token of its own: tokenizers do not join a letter to a line break.
+# The paper's T5 answers in its decoder, so its input ends with the second completion. A causal model needs a cue where
+# the answer starts. The newline makes the answer a separate token: tokenizers do not join a letter to a line break.
 ANSWER_CUE = " [ANSWER]\n"
 
 
 def dialogue(prompt_text: str, first_text: str, second_text: str) -> str:
     """Write a comparison of two replies in a conversation (RSO section 2, AI assistant tasks).
 
-    The answer cue at the end is a deviation from the paper, whose T5 needs none.
+    The answer cue at the end is a deviation from the paper, whose T5 needs none. The next token is "A" if the first
+    reply is preferred, or "B".
 
-    Args:
-        prompt_text (`str`):
-            Conversation up to the reply.
-        first_text (`str`):
-            Completion that answer "A" prefers.
-        second_text (`str`):
-            Completion that answer "B" prefers.
-
-    Returns:
-        `str`: text whose next token is "A" or "B".
-
-    Example:
-
-    ```python
     >>> dialogue("Human: Hi!", "Hello.", "Go away.")
     '[CONTEXT] Human: Hi! [RESPONSE A] Hello. [RESPONSE B] Go away. [ANSWER]\\n'
-    ```
     """
     return f"[CONTEXT] {prompt_text} [RESPONSE A] {first_text} [RESPONSE B] {second_text}{ANSWER_CUE}"
 
 
 def summary(prompt_text: str, first_text: str, second_text: str) -> str:
-    """Write a comparison of two summaries of a document (RSO section 2, summarisation), as [`dialogue`] does.
-
-    Args:
-        prompt_text (`str`):
-            Document.
-        first_text (`str`):
-            Summary that answer "A" prefers.
-        second_text (`str`):
-            Summary that answer "B" prefers.
-
-    Returns:
-        `str`: text whose next token is "A" or "B".
-    """
+    """Write a comparison of two summaries of a document (RSO section 2, summarization), as [`dialogue`] does."""
     return f"[CONTEXT] {prompt_text} [SUMMARY A] {first_text} [SUMMARY B] {second_text}{ANSWER_CUE}"
 
 
@@ -61,19 +35,7 @@ TEMPLATES: dict[str, Template] = {"dialogue": dialogue, "summary": summary}
 
 
 def resolve_template(template: str | Template) -> Template:
-    """Turn the name of a template into its function.
-
-    Args:
-        template (`str` or `Callable`):
-            `"dialogue"`, `"summary"`, or a function `(prompt_text, first_text, second_text) -> str` of your own, which
-            is returned as it is.
-
-    Returns:
-        `Callable`: function `(prompt_text, first_text, second_text) -> str`.
-
-    Raises:
-        ValueError: if the name is unknown.
-    """
+    """Return the function of a template's name, or a function of the user's unchanged; refuse an unknown name."""
     if callable(template):
         return template
     if template not in TEMPLATES:
@@ -85,8 +47,7 @@ def resolve_template(template: str | Template) -> Template:
 
 
 class Texts(NamedTuple):
-    """What a template is given: without the white space around it, so that the plain and the conversational form of a
-    comparison are the same to the model."""
+    """The arguments of a template, stripped so that a plain and a conversational comparison are the same text."""
 
     prompt: str
     first: str
@@ -101,14 +62,14 @@ class Texts(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What the model reads, and the tokens that would answer "A" and "B" next."""
+    """The tokens that the model reads, and the tokens of the answers "A" and "B"."""
 
     context: list[int]
     answers: tuple[int, int]
 
 
 def split_answers(with_a: list[int], with_b: list[int], where: str) -> Tokens:
-    """Split one text, tokenised with the answer "A" and with "B" at its end, into what both share and the answers.
+    """Split a text, tokenized with the answer "A" and with "B" at its end, into what both share and the answers.
 
     Raises:
         ValueError: beginning with `where`, if the answers are not one token each, at the same place.

@@ -77,3 +77,9 @@ def test_kl_is_that_of_the_tokens_drawn(tiny_llama_dir, tokenizer):
     )["kl"]
     assert exact > 0.1
     assert abs(kl.mean - exact) < 5 * kl.standard_error < 0.5 * exact  # by chance wrong once in a million
+
+
+def test_what_the_ranker_returns_is_checked(tiny_llama_dir, tokenizer, monkeypatch):
+    monkeypatch.setattr(FunctionRanker, "score", lambda *given, **baselines: [np.array([np.nan])] * 40)
+    with pytest.raises(ValueError, match="FunctionRanker returned nan for completion 0 of prompt row 0"):
+        evaluate(load(tiny_llama_dir), load(tiny_llama_dir), tokenizer, ["a"] * 40)

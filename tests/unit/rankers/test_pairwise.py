@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -93,35 +92,18 @@ def test_compare_is_the_softmax_over_the_answers_averaged_over_both_orders(model
     probabilities = ranker.compare(PROMPTS, FIRST, SECOND)
     assert probabilities.dtype == np.float64
     assert probabilities == pytest.approx(expected, abs=1e-5)
-
-
-def test_swapping_the_completions_gives_the_rest_of_one(model, tokenizer):
-    ranker = PairwiseRanker(model, tokenizer)
-    sums = ranker.compare(PROMPTS, FIRST, SECOND) + ranker.compare(PROMPTS, SECOND, FIRST)
-    assert sums == pytest.approx(np.ones(3), abs=1e-12)
-
-
-def test_a_conversation_and_its_transcript_are_the_same(model, tokenizer):
-    ranker = PairwiseRanker(model, tokenizer)
-    messages = [{"role": "user", "content": "Hi"}]
-    answers = [[{"role": "assistant", "content": text}] for text in ("Hello", "Go away")]
-    of_messages = ranker.compare([messages], [answers[0]], [answers[1]])
-    of_text = ranker.compare(["\n\nHuman: Hi\n\nAssistant:"], [" Hello"], [" Go away"])
-    assert of_messages == of_text != 0.5
+    assert probabilities + ranker.compare(PROMPTS, SECOND, FIRST) == pytest.approx(np.ones(3), abs=1e-12)
 
 
 def test_equal_comparisons_are_run_once_and_equal_completions_never(model, tokenizer):
     rows = record_inputs(model)
-    ranker = PairwiseRanker(model, tokenizer, share_prefix=False)
+    ranker = PairwiseRanker(model, tokenizer, batch_size=2, share_prefix=False)
     probabilities = ranker.compare(["p"] * 4, ["a", "a", "b", "c"], ["b", "b", "a", "c"])
     assert len(rows) == 2
     assert probabilities[0] == probabilities[1] == 1 - probabilities[2]
     assert probabilities[3] == 0.5
 
-
-def test_the_longest_comparisons_are_run_first(model, tokenizer):
-    rows = record_inputs(model)
-    ranker = PairwiseRanker(model, tokenizer, batch_size=2, share_prefix=False)
+    rows.clear()  # the longest ones are run first
     ranker.compare(["p" * 3, "p" * 90, "p" * 30], ["a"] * 3, ["b"] * 3)
     lengths = [len(row) for row in rows]
     assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) == 3
@@ -330,9 +312,7 @@ def test_an_encoder_decoder_cuts_a_long_prompt_and_keeps_its_eos(tokenizer, capl
     rows = record_inputs(model.encoder)
     PairwiseRanker(model, tokenizer, max_length=whole - 10).compare([prompt], ["yes"], ["no"])
     (message,) = logged(caplog)
-    assert (
-        message == f"2 of 2 comparisons exceeded max_length={whole - 10} tokens: their prompts lost their beginning."
-    )
+    assert message == f"2 of 2 texts exceeded max_length={whole - 10} tokens: their prompts lost their beginning."
     for row, texts in zip(sorted(rows), (("no", "yes"), ("yes", "no")), strict=True):
         text = tokenizer.decode(row)
         kept = text.removeprefix("[CONTEXT] ").split(" ")[0]
@@ -430,9 +410,7 @@ def test_a_long_prompt_loses_its_beginning_and_nothing_else(model, tokenizer, ca
     ranker.compare([prompt, "p"], ["yes"] * 2, ["no"] * 2)
     seen = [tokenizer.decode(row) for row in rows]
     (message,) = logged(caplog)
-    assert (
-        message == f"2 of 4 comparisons exceeded max_length={whole - 10} tokens: their prompts lost their beginning."
-    )
+    assert message == f"2 of 4 texts exceeded max_length={whole - 10} tokens: their prompts lost their beginning."
     longest = max(seen, key=len)
     assert longest.startswith("<s>[CONTEXT] ")
     context = longest.removeprefix("<s>[CONTEXT] ").split(" ")[0]
@@ -442,12 +420,9 @@ def test_a_long_prompt_loses_its_beginning_and_nothing_else(model, tokenizer, ca
     kept = [dialogue(prompt[-size:], "yes", "no") for size in (len(context), len(context) + 1)]
     assert len(tokenizer(kept[0]).input_ids) <= whole - 10 < len(tokenizer(kept[1]).input_ids)
 
-
-def test_a_comparison_that_fills_max_length_is_whole(model, tokenizer, caplog):
-    length = len(tokenizer(dialogue("p", "yes", "no")).input_ids)
-    exact = PairwiseRanker(model, tokenizer, max_length=length).compare(["p"], ["yes"], ["no"])
-    assert exact == PairwiseRanker(model, tokenizer).compare(["p"], ["yes"], ["no"])
-    assert logged(caplog) == []
+    exact = PairwiseRanker(model, tokenizer, max_length=whole, share_prefix=False).compare([prompt], ["yes"], ["no"])
+    assert exact == PairwiseRanker(model, tokenizer, share_prefix=False).compare([prompt], ["yes"], ["no"])
+    assert len(logged(caplog)) == 1
 
 
 @pytest.mark.parametrize("call", ["compare", "score"])
@@ -501,7 +476,7 @@ def test_the_baseline_is_drawn_evenly(tokenizer, model):
     assert np.abs(counts - 500).max() < 5 * 19.4
 
 
-def test_certainty_is_a_large_finite_reward_and_said_once(model, tokenizer, caplog):
+def test_certainty_is_a_large_finite_reward_and_said_once_but_no_number_is_none(model, tokenizer, caplog):
     with torch.no_grad():
         model.lm_head.weight *= 1e4
     digits = [str(number) for number in range(1, 10)]
@@ -516,39 +491,15 @@ def test_certainty_is_a_large_finite_reward_and_said_once(model, tokenizer, capl
         f"{(expected != 0).sum()} of 9 probabilities were closer than 1e-06 to 0 or 1 and were clamped: these rewards "
         "are -13.8 or 13.8."
     ]
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    assert np.isnan(ranker.score(["p"], [digits[:1]], baselines=["0"])[0]).all()
+    assert len(logged(caplog)) == 1
 
 
 def test_a_prompt_without_completions_names_its_row(model, tokenizer):
     with pytest.raises(ValueError, match="Prompt row 1 has no completions to draw a baseline from. Drop the row."):
         PairwiseRanker(model, tokenizer).score(["p", "q"], [["a"], []])
-
-
-def test_a_model_that_overflows_names_the_row_and_the_completion(model, tokenizer):
-    with torch.no_grad():
-        model.lm_head.weight.fill_(math.nan)
-    ranker = PairwiseRanker(model, tokenizer)
-    with pytest.raises(ValueError, match="PairwiseRanker returned nan for completion 1 of prompt row 1"):
-        ranker.score(["p", "q"], [["a"], ["a", "b"]], baselines=["a", "a"])
-    with pytest.raises(ValueError, match="PairwiseRanker returned nan for prompt row 1"):
-        ranker.compare(["p", "q"], ["a", "a"], ["a", "b"])
-
-
-def test_the_model_is_left_as_it_was(model, tokenizer):
-    model.config.attention_dropout = 0.5
-    model.train()
-    model.model.layers[0].eval()  # frozen
-    before = [module.training for module in model.modules()]
-    assert before[0] and not all(before)
-    ranker = PairwiseRanker(model, tokenizer)
-    assert (ranker.compare(PROMPTS, FIRST, SECOND) == ranker.compare(PROMPTS, FIRST, SECOND)).all()  # no dropout
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert [module.training for module in model.modules()] == before
-
-
-@pytest.mark.parametrize("value", ["yes", "auto", 1, None])
-def test_whether_to_share_is_true_or_false(model, tokenizer, value):
-    with pytest.raises(ValueError, match=f"`share_prefix` is {value!r}. Give True or False"):
-        PairwiseRanker(model, tokenizer, share_prefix=value)
 
 
 def test_bfloat16_is_close(model, tokenizer):
@@ -593,12 +544,15 @@ def test_pairs_become_prompts_with_the_chosen_completion_in_either_place():
     assert dataset["completion"][:] != pairwise_ranker_dataset(pairs, seed=1)["completion"][:]
 
 
-def test_conversations_become_transcripts():
+def test_a_conversation_and_its_transcript_are_the_same(model, tokenizer):
     chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("Hello", "Go away"))
-    prompt = [{"role": "user", "content": "Hi"}]
-    pairs = Dataset.from_list([{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
-    plain = Dataset.from_list([{"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello", "rejected": " Go away"}])
-    assert pairwise_ranker_dataset(pairs).to_list() == pairwise_ranker_dataset(plain).to_list()
+    pair = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": chosen, "rejected": rejected}
+    plain = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello", "rejected": " Go away"}
+    datasets = [pairwise_ranker_dataset(Dataset.from_list([row])).to_list() for row in (pair, plain)]
+    assert datasets[0] == datasets[1]
+    ranker = PairwiseRanker(model, tokenizer)
+    of_messages, of_text = (ranker.compare(*([value] for value in row.values())) for row in (pair, plain))
+    assert of_messages == of_text != 0.5
 
 
 @pytest.mark.parametrize(
@@ -629,15 +583,6 @@ def test_a_model_trained_by_trl_on_a_simple_rule_ranks_by_it(tiny_llama_dir, tmp
     assert ranker.compare(prompts, bad, good).max() < 0.2
     assert all(row[0] > 1 > row[1] for row in ranker.score(prompts, [[good[0], bad[0]]] * 20, baselines=bad))
     assert ranker.settings()["weights"] != untrained.settings()["weights"]
-
-
-def test_a_folder_with_an_adapter_loads_its_base(model, tokenizer, tiny_llama_dir, tmp_path):
-    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
-    adapter = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
-    adapter.save_pretrained(tmp_path)
-    expected, loaded = PairwiseRanker(adapter, tokenizer), PairwiseRanker(tmp_path)
-    np.testing.assert_array_equal(loaded.compare(PROMPTS, FIRST, SECOND), expected.compare(PROMPTS, FIRST, SECOND))
-    assert loaded.settings() == expected.settings()
 
 
 def test_a_model_that_is_not_there_or_a_reward_model_is_refused(tiny_llama_dir, tmp_path):

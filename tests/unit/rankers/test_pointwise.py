@@ -91,35 +91,25 @@ def test_rewards_are_the_models_on_the_rows_of_trls_reward_trainer(model, tokeni
     assert np.concatenate(rewards) == pytest.approx(expected, abs=1e-5)
 
 
-def test_text_candidates_of_a_conversation_become_the_assistants_message(model, tokenizer):
-    ranker = RewardModelRanker(model, tokenizer)
-    prompt = as_messages("user", "Why?")
+def test_equal_texts_written_otherwise_have_equal_rewards(model, tokenizer):
+    ranker, prompt = RewardModelRanker(model, tokenizer), as_messages("user", "Why?")
     of_text, of_messages = ranker.score([prompt] * 2, [["So."], [as_messages("assistant", "So.")]])
     assert of_text == of_messages
+    without_eos, with_eos = ranker.score(["Why?"], [[" So.", " So.</s>"]])[0]
+    assert without_eos == with_eos
 
 
-def test_an_eos_that_is_there_is_not_written_twice(model, tokenizer):
-    rewards = RewardModelRanker(model, tokenizer).score(["Why?"], [[" So.", " So.</s>"]])[0]
-    assert rewards[0] == rewards[1]
-
-
-def test_the_padding_is_the_one_the_model_looks_for(model, tokenizer):
-    # The dog's name is padding to this model, whatever the tokenizer says
-    model.config.pad_token_id = tokenizer.convert_tokens_to_ids("<|system|>")
+@pytest.mark.parametrize("of_the_model", [True, False])
+def test_the_padding_is_the_models_or_else_eos(model, tokenizer, of_the_model):
+    if of_the_model:  # whatever the tokenizer says
+        model.config.pad_token_id = tokenizer.convert_tokens_to_ids("<|system|>")
+    else:  # as in `RewardTrainer`: the reward is that of the last token before EOS
+        model.config.pad_token_id = tokenizer.pad_token = None
     batched = RewardModelRanker(model, tokenizer, batch_size=8).score(PROMPTS, COMPLETIONS)
+    assert model.config.pad_token_id == (3 if of_the_model else tokenizer.eos_token_id)
     for prompt, row, rewards in zip(PROMPTS, COMPLETIONS, batched, strict=True):
-        expected = [reward_of_last_token(model, tokenizer(prompt + text + "</s>").input_ids) for text in row]
-        assert rewards == pytest.approx(expected, abs=1e-5)
-
-
-def test_without_a_padding_token_eos_is_it_in_the_model_too(model, tokenizer):
-    model.config.pad_token_id = None
-    tokenizer.pad_token = None
-    batched = RewardModelRanker(model, tokenizer, batch_size=8).score(PROMPTS, COMPLETIONS)
-    assert model.config.pad_token_id == tokenizer.eos_token_id
-    # As in `RewardTrainer`: EOS is padding to the model, so the reward is that of the last token before it
-    for prompt, row, rewards in zip(PROMPTS, COMPLETIONS, batched, strict=True):
-        expected = [reward_of_last_token(model, tokenizer(prompt + text).input_ids) for text in row]
+        texts = [prompt + text + "</s>" * of_the_model for text in row]
+        expected = [reward_of_last_token(model, tokenizer(text).input_ids) for text in texts]
         assert rewards == pytest.approx(expected, abs=1e-5)
 
 
@@ -193,26 +183,16 @@ def test_sharing_changes_no_reward(tokenizer, caplog, config, batch_size):
 def test_sharing_changes_no_reward_where_eos_is_padding(tokenizer, batch_size):
     model = with_large_weights(LlamaConfig(**reward_models()[0].to_diff_dict() | {"pad_token_id": None}))
     tokenizer.pad_token = None
-    completions = [["", " a", " a b"], ["", " No.", " No. No."]]
+    # Of BOS and EOS alone the model looks at BOS, which is all that the texts of an empty prompt have in common
+    prompts, completions = ["Why?", "Bake bread.", ""], [["", " a", " a b"], ["", " No.", " No. No."], ["", "a", "b"]]
     shared, plain = (
         RewardModelRanker(model, tokenizer, batch_size=batch_size, share_prefix=share_prefix).score(
-            ["Why?", "Bake bread."], completions
+            prompts, completions
         )
         for share_prefix in (True, False)
     )
     assert model.config.pad_token_id == tokenizer.eos_token_id
     assert np.concatenate(shared) == pytest.approx(np.concatenate(plain), abs=1e-5)
-
-
-def test_sharing_changes_no_reward_of_an_empty_text_where_eos_is_padding(tokenizer):
-    # Of BOS and EOS the model looks at BOS, which is all that the texts have in common
-    model = with_large_weights(LlamaConfig(**reward_models()[0].to_diff_dict() | {"pad_token_id": None}))
-    tokenizer.pad_token = None
-    shared, plain = (
-        RewardModelRanker(model, tokenizer, share_prefix=share_prefix).score([""], [["", "a", "b"]])[0]
-        for share_prefix in (True, False)
-    )
-    assert shared == pytest.approx(plain, abs=1e-5)
 
 
 def test_a_batch_is_shared_where_rows_of_a_group_have_a_token_behind_their_first(model, tokenizer):
@@ -323,13 +303,6 @@ def test_the_default_limit_is_what_the_model_has_positions_for(config, positions
     assert np.isfinite(ranker.score(["a b c d e f g " * 10], [[" No."]])[0]).all()
 
 
-def test_compare_is_the_sigmoid_of_the_difference_and_scores_are_relative_to_a_baseline(model, tokenizer):
-    ranker = RewardModelRanker(model, tokenizer)
-    first, second = ranker.score(["Why?"], [[" So.", " Because."]])[0]
-    assert ranker.compare(["Why?"], [" So."], [" Because."]) == pytest.approx(1 / (1 + np.exp(second - first)))
-    assert ranker.score(["Why?"], [[" So."]], baselines=[" Because."])[0] == pytest.approx(first - second, abs=1e-6)
-
-
 def test_a_long_prompt_loses_its_beginning_but_no_bos(model, tokenizer, caplog):
     prompt, completion = "Mix the flour, the water and the salt, then wait.", " Bread."
     token_ids = tokenizer(prompt + completion + "</s>").input_ids
@@ -361,21 +334,6 @@ def test_a_completion_that_exceeds_max_length_names_its_row(model, tokenizer, co
         ranker.score([prompt, prompt], [["Hello"], ["x" * 30]])
 
 
-def test_the_positions_of_the_model_are_the_default_limit(model, tokenizer):
-    assert RewardModelRanker(model, tokenizer).settings()["max_length"] == 1024
-    tokenizer.model_max_length = 512
-    assert RewardModelRanker(model, tokenizer).settings()["max_length"] == 512
-
-
-def test_the_model_is_left_as_it_was(model, tokenizer):
-    model.config.attention_dropout = 0.5
-    model.train()
-    ranker = RewardModelRanker(model, tokenizer)
-    assert ranker.score(["Why?"], [[" So."]]) == ranker.score(["Why?"], [[" So."]])  # no dropout
-    assert model.training
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
 def test_eos_that_the_tokenizer_appends_is_no_second_one_and_no_part_of_the_prompt(
     model, tokenizer, appending_tokenizer
 ):
@@ -387,14 +345,6 @@ def test_eos_that_the_tokenizer_appends_is_no_second_one_and_no_part_of_the_prom
     RewardModelRanker(model, appending_tokenizer, max_length=room).score(*one)
     with pytest.raises(ValueError, match="without any of the prompt, a completion exceeds `max_length`"):
         RewardModelRanker(model, appending_tokenizer, max_length=room - 1).score(*one)
-
-
-def test_a_folder_loads_model_and_tokenizer(model, tokenizer, tmp_path):
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    expected = RewardModelRanker(model, tokenizer).score(PROMPTS, COMPLETIONS)
-    for loaded, row in zip(RewardModelRanker(str(tmp_path)).score(PROMPTS, COMPLETIONS), expected, strict=True):
-        assert loaded == pytest.approx(row, abs=1e-6)
 
 
 def test_a_folder_with_an_adapter_loads_its_base_and_its_head(tiny_llama_dir, tokenizer, tmp_path):
@@ -443,18 +393,6 @@ def test_messages_need_a_chat_template(model, tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match=r"Prompt row 1 is a list of messages.*Set `tokenizer\.chat_template`"):
         RewardModelRanker(model, tokenizer).score(["Hi", as_messages("user", "Hi")], [["a"], ["b"]])
-
-
-@pytest.mark.parametrize("argument", ["batch_size", "max_length"])
-def test_a_number_below_one_is_refused(model, tokenizer, argument):
-    with pytest.raises(ValueError, match=f"`{argument}` is 0. Give 1 or more"):
-        RewardModelRanker(model, tokenizer, **{argument: 0})
-
-
-def test_a_model_from_nowhere_needs_its_tokenizer(model):
-    model.config.name_or_path = ""
-    with pytest.raises(ValueError, match="`tokenizer` is missing"):
-        RewardModelRanker(model)
 
 
 # Heads of other kinds, and what is worth sharing
@@ -532,21 +470,3 @@ def test_rows_that_have_little_in_common_are_not_shared(model, tokenizer):
     assert rows(common=3, length=10, number=2) is WholeRows
     assert rows(common=4, length=10, number=2) is RowsAfterPrefix
     assert rows(common=9, length=10, number=2) is RowsAfterPrefix
-
-
-def test_every_part_of_the_model_is_left_in_its_mode(model, tokenizer):
-    model.train()
-    model.model.layers[0].eval()  # frozen
-    before = [module.training for module in model.modules()]
-    assert any(before) and not all(before)
-    RewardModelRanker(model, tokenizer).score(["Why?"], [[" So.", " No."]])
-    assert [module.training for module in model.modules()] == before
-    with pytest.raises(ValueError, match="Prompt row 0"):
-        RewardModelRanker(model, tokenizer, max_length=5).score(["Why?"], [["x" * 30]])
-    assert [module.training for module in model.modules()] == before
-
-
-@pytest.mark.parametrize("value", ["yes", "auto", 1, None])
-def test_whether_to_share_is_true_or_false(model, tokenizer, value):
-    with pytest.raises(ValueError, match=f"`share_prefix` is {value!r}. Give True or False"):
-        RewardModelRanker(model, tokenizer, share_prefix=value)
