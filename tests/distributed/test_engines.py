@@ -93,12 +93,3 @@ def test_only_full_fine_tunes_with_a_reference_hold_a_second_model(engines: Engi
         computed = not {"precompute_ref_log_probs", "reference_logps"} & cell.options.keys()
         holds = engines.records("alone")[0][str(cell)]["holds_reference_model"]
         assert holds == (has_reference and computed), str(cell)
-
-
-def test_a_hang_says_which_process_waits_where(engines: Engines) -> None:
-    with pytest.raises(AssertionError) as stop:
-        engines.run("stuck", SECONDS_PER_CELL="8")
-    message = str(stop.value)
-    waiting, sleeping = message.split("rank 1 of stuck is in")
-    assert "rank 0 of stuck is in" in waiting and "in barrier" in waiting
-    assert "in hang" in sleeping.split("\n\n")[0] and "in barrier" not in sleeping.split("\n\n")[0]

@@ -3,14 +3,13 @@
     python worker.py alone FOLDER                                     # one process: the numbers to compare with
     python -m torch.distributed.run --nproc_per_node 2 worker.py zero3 FOLDER
 
-A process that takes too long over a cell writes its stack to `FOLDER/<engine>-<rank>.stacks`, and ends.
+A process that takes too long over a cell writes its stack to the log, and ends.
 """
 
 import faulthandler
 import gc
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -19,15 +18,13 @@ from typing import Any
 import yaml
 from cells import cells
 
-SECONDS_PER_CELL = float(os.environ.get("SECONDS_PER_CELL", "240"))
+SECONDS_PER_CELL = 240
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 
 def main(engine: str, folder: Path) -> None:
     arguments = set_up(engine, folder)
     rank = int(os.environ.get("RANK", "0"))
-    if engine == "stuck":
-        watched("a cell that hangs", engine, rank, folder, lambda: hang(rank))
     from trainings import train  # after the engine is set up: it imports accelerate
 
     records = {}
@@ -36,33 +33,11 @@ def main(engine: str, folder: Path) -> None:
             continue
         gc.collect()  # of the trainers before it: parts of engines are held by each other
         started = time.perf_counter()
-        record = watched(str(cell), engine, rank, folder, lambda: train(cell, engine, folder, arguments))  # noqa: B023
+        faulthandler.dump_traceback_later(SECONDS_PER_CELL, exit=True)
+        record = train(cell, engine, folder, arguments)
+        faulthandler.cancel_dump_traceback_later()
         records[str(cell)] = {**record, "seconds": time.perf_counter() - started}
         Path(folder, f"{engine}-{rank}.records").write_text(json.dumps(records, indent=2))
-
-
-def watched(name: str, engine: str, rank: int, folder: Path, run: Any) -> Any:
-    with open(folder / f"{engine}-{rank}.stacks", "a") as stacks:
-        stacks.write(f"\n{name}: rank {rank} of {engine} is in\n")
-        stacks.flush()
-        faulthandler.enable(stacks)
-        faulthandler.register(signal.SIGTERM, stacks, chain=True)  # sent by the launcher once another has ended
-        faulthandler.dump_traceback_later(SECONDS_PER_CELL, exit=True, file=stacks)
-        result = run()
-        faulthandler.cancel_dump_traceback_later()
-        faulthandler.unregister(signal.SIGTERM)
-        faulthandler.disable()
-    return result
-
-
-def hang(rank: int) -> None:
-    """Wait for a process that never comes."""
-    import torch
-
-    torch.distributed.init_process_group("gloo")
-    if rank == 0:
-        torch.distributed.barrier()
-    time.sleep(600)
 
 
 def set_up(engine: str, folder: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Builds one dataset again and again, in processes that are killed when test_killed.py says so.
 
-As `killed_run.py` it answers requests: one line of JSON on the standard input, one on the standard output. Each run is
-a fork of this process, so torch is imported once; no thread has been started before. Of two processes each gets the
-environment that torchrun would give it. As `killed_run.py FOLDER` it builds the dataset once, under torchrun.
+It answers requests: one line of JSON on the standard input, one on the standard output. Each run is a fork of this
+process, so torch is imported once; no thread has been started before. Of two processes each gets the environment that
+torchrun would give it.
 """
 
 import json
@@ -14,7 +14,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import matplotlib.figure  # noqa: F401  here, so that no run spends its time on it
@@ -129,11 +128,6 @@ def run(
 
 def main() -> None:
     build = make_build()
-    if len(sys.argv) > 1:
-        assert PartialState(cpu=True).num_processes == 2
-        Path(f"{sys.argv[1]}.pid-{PartialState().process_index}").write_text(str(os.getpid()))
-        build(sys.argv[1])
-        return
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the runs print is no answer
     for line in sys.stdin:

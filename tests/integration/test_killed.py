@@ -6,12 +6,10 @@ clock, so that any place in between can be.
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,7 +127,8 @@ def test_killed_before_a_call_of_one_of_two_processes(run: Run, expected: dict, 
     for moment in np.linspace(0, 0.9 * num_calls, 12).astype(int).tolist():
         folder = tmp_path / f"pairs-{moment}"
         assert killed(run(folder, processes=2, rank=rank, call=moment))
-        assert run(folder, processes=2)["status"] == [0, 0]
+        processes = 1 + moment % 2  # any number may go on
+        assert run(folder, processes=processes)["status"] == [0] * processes
         assert contents(folder) == expected
 
 
@@ -160,25 +159,3 @@ def test_killed_at_random_moments(run: Run, expected: dict, tmp_path: Path, proc
             assert run(folder, processes=processes)["status"] == [0] * processes, f"after {hit[-1]} at {moment}"
             assert contents(folder) == expected, f"after {hit[-1]} at {moment}"
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_killed_under_torchrun_and_finished_by_one_process(run: Run, expected: dict, tmp_path: Path) -> None:
-    """The launcher itself, once: two processes begin, and any number may go on."""
-    folder = tmp_path / "pairs"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(DRIVER)]
-    with subprocess.Popen([*command, str(folder)]) as launcher:
-        while len(list(folder.glob("shards/*.ranked.jsonl"))) < 3:
-            assert launcher.poll() is None
-            time.sleep(0.001)
-        for pid in [launcher.pid, *(int((tmp_path / f"pairs.pid-{rank}").read_text()) for rank in range(2))]:
-            os.kill(pid, signal.SIGKILL)
-    assert not (folder / "pairs").exists()
-    shutil.copytree(folder, tmp_path / "copy")
-    assert run(folder)["status"] == [0]
-    assert contents(folder) == expected
-    shutil.rmtree(folder)
-    shutil.move(tmp_path / "copy", folder)
-    subprocess.run([*command, str(folder)], check=True, timeout=120)
-    assert contents(folder) == expected
