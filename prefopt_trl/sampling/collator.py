@@ -24,8 +24,6 @@ from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
 from prefopt_trl.sampling.prompts import check_prompts_fit, tokenize_prompts
 from prefopt_trl.sampling.selection import (
-    NUM_PAIRS,
-    PAIRINGS,
     RANKING,
     STRATEGIES,
     check_selection,
@@ -174,8 +172,9 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
         if self.pairing == RANKING:
             ranked = [rank(*scored) for scored in zip(completions, rewards, members, strict=True)]
             return [self._tokenize(example, **ranking) for example, ranking in zip(examples, ranked, strict=True)]
-        labelled = label_pairs(self.ranker, prompts, completions, members, PAIRINGS[self.pairing], streams)
-        num_pairs = NUM_PAIRS[self.pairing](self.num_samples)
+        labelled = label_pairs(self.ranker, prompts, completions, members, self.pairing, streams)
+        n = self.num_samples
+        num_pairs = {"first-round": n // 2, "tournament": n - 1, "all": n * (n - 1) // 2}[self.pairing]
         return [
             self._tokenize(example, [row[chosen], row[rejected]])
             for example, row, pairs in zip(examples, completions, labelled, strict=True)

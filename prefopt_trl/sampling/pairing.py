@@ -12,7 +12,7 @@ They return [`Pairs`], and raise `ValueError` if `num_completions` is below 2, o
 of values, NaN or a value outside [0, 1].
 
 `play` does the same for many prompts side by side, so that a ranker sees one large batch per round rather than one
-small batch per prompt.
+small batch per prompt. It checks nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,14 +45,6 @@ class Pairs(NamedTuple):
     probability: Probabilities
 
 
-class Pairing(NamedTuple):
-    """One prompt's matches, for `play`: neighbours among the players meet, and the last of an odd number rests."""
-
-    players: Indices
-    rng: np.random.Generator
-    knockout: bool = False  # whoever rested and the winners play on, until one is left
-
-
 def first_round_pairs(num_completions: int, compare: Compare, *, rng: Seed = None) -> Pairs:
     """
     Match the completions at random, each at most once (RSO section 5, "first-round-rank").
@@ -64,7 +56,7 @@ def first_round_pairs(num_completions: int, compare: Compare, *, rng: Seed = Non
     >>> first_round_pairs(4, lambda first, second: rewards[first] > rewards[second], rng=0)
     Pairs(chosen=array([2, 3]), rejected=array([0, 1]), probability=array([1., 1.]))
     """
-    return _play_one(first_round, num_completions, compare, rng)
+    return _play_one("first-round", num_completions, compare, rng)
 
 
 def tournament_pairs(num_completions: int, compare: Compare, *, rng: Seed = None) -> Pairs:
@@ -79,7 +71,7 @@ def tournament_pairs(num_completions: int, compare: Compare, *, rng: Seed = None
     >>> tournament_pairs(4, lambda first, second: rewards[first] > rewards[second], rng=0).chosen[-1]
     np.int64(3)
     """
-    return _play_one(tournament, num_completions, compare, rng)
+    return _play_one("tournament", num_completions, compare, rng)
 
 
 def all_pairs(num_completions: int, compare: Compare, *, rng: Seed = None) -> Pairs:
@@ -92,66 +84,78 @@ def all_pairs(num_completions: int, compare: Compare, *, rng: Seed = None) -> Pa
     >>> len(all_pairs(3, lambda first, second: rewards[first] > rewards[second], rng=0).chosen)
     3
     """
-    return _play_one(round_robin, num_completions, compare, rng)
+    return _play_one("all", num_completions, compare, rng)
 
 
-def first_round(num_completions: int, rng: np.random.Generator) -> Pairing:
-    return Pairing(_shuffled(num_completions, rng), rng)
+def play(
+    pairing: str,
+    nums_completions: Sequence[int],
+    compare: Callable[[Indices, Indices, Indices], Probabilities],
+    rngs: Sequence[np.random.Generator],
+) -> list[Pairs]:
+    """Pair the completions of many prompts side by side, with one call of `compare` for each round of all of them.
 
+    Args:
+        pairing (`str`):
+            `"first-round"`, `"tournament"` or `"all"`.
+        nums_completions (`Sequence[int]` of length `num_prompts`):
+            How many completions each prompt has, at least 2.
+        compare (`Callable`):
+            As above, with one more array first: the position of each match's prompt.
+        rngs (`Sequence` of length `num_prompts`):
+            Source of randomness of each prompt.
 
-def tournament(num_completions: int, rng: np.random.Generator) -> Pairing:
-    return Pairing(_shuffled(num_completions, rng), rng, knockout=True)
-
-
-def round_robin(num_completions: int, rng: np.random.Generator) -> Pairing:
-    players = _shuffled(num_completions, rng)
-    matches = np.stack(np.triu_indices(num_completions, k=1), axis=1)
-    return Pairing(players[matches].reshape(-1), rng)
-
-
-def play(pairings: Sequence[Pairing], compare: Callable[[Indices, Indices, Indices], ArrayLike]) -> list[Pairs]:
+    Returns:
+        `list[Pairs]` of length `num_prompts`.
     """
-    Play the pairings of many prompts side by side, with one call of the ranker for each round of all of them.
-
-    Each of `pairings` is made by `first_round`, `tournament` or `round_robin`. `compare` is called with one more array
-    first: the position in `pairings` of each match's prompt.
-
-    >>> rng = np.random.default_rng(0)
-    >>> rewards = np.array([[0.0, 1.0], [3.0, 2.0]])
-    >>> pairings = [first_round(2, rng) for _ in rewards]
-    >>> play(pairings, lambda prompt, first, second: rewards[prompt, first] > rewards[prompt, second])[1].chosen
-    array([0])
-    """
-    rounds: list[list[Pairs]] = [[] for _ in pairings]
-    playing = {prompt: pairing.players for prompt, pairing in enumerate(pairings)}
+    rounds: list[list[Pairs]] = [[] for _ in rngs]
+    # Neighbors meet, and the last of an odd number rests
+    playing = {
+        prompt: rng.permutation(num) for prompt, (num, rng) in enumerate(zip(nums_completions, rngs, strict=True))
+    }
+    if pairing == "all":
+        playing = {prompt: _each_with_each(players) for prompt, players in playing.items()}
     while playing:
         sizes = [len(players) // 2 for players in playing.values()]
         prompt = np.repeat(list(playing), sizes)
         first = np.concatenate([players[:-1:2] for players in playing.values()])
         second = np.concatenate([players[1::2] for players in playing.values()])
-        probability = np.asarray(compare(prompt, first, second), dtype=np.float64)
-        _check_probability(probability, prompt, first, second)
+        probability = compare(prompt, first, second)
 
         winners: dict[int, Indices] = {}
         for index, matches in zip(playing, np.split(np.arange(len(first)), np.cumsum(sizes)[:-1]), strict=True):
-            pairs = _label(first[matches], second[matches], probability[matches], pairings[index].rng)
+            pairs = _label(first[matches], second[matches], probability[matches], rngs[index])
             rounds[index].append(pairs)
             winners[index] = np.concatenate([playing[index][2 * len(matches) :], pairs.chosen])  # who rested is first
-        playing = {index: left for index, left in winners.items() if pairings[index].knockout and len(left) > 1}
+        playing = {index: left for index, left in winners.items() if pairing == "tournament" and len(left) > 1}
     return [Pairs(*map(np.concatenate, zip(*played, strict=True))) for played in rounds]
 
 
-def _play_one(
-    pairing: Callable[[int, np.random.Generator], Pairing], num_completions: int, compare: Compare, rng: Seed
-) -> Pairs:
-    matches = pairing(num_completions, np.random.default_rng(rng))
-    return play([matches], lambda _, first, second: compare(first, second))[0]
-
-
-def _shuffled(num_completions: int, rng: np.random.Generator) -> Indices:
+def _play_one(pairing: str, num_completions: int, compare: Compare, rng: Seed) -> Pairs:
     if num_completions < 2:
-        raise ValueError(f"num_completions must be at least 2 to make a pair, got {num_completions}")
-    return rng.permutation(num_completions)
+        raise ValueError(f"`num_completions` must be at least 2, to make a pair, got {num_completions}.")
+
+    def checked(_: Indices, first: Indices, second: Indices) -> Probabilities:
+        probability = np.asarray(compare(first, second), dtype=np.float64)
+        if probability.shape != first.shape:
+            raise ValueError(
+                f"`compare` returned an array of shape {probability.shape} for {len(first)} matches. Return one "
+                "probability per match."
+            )
+        valid = (probability >= 0) & (probability <= 1)  # False for NaN
+        if not valid.all():
+            match = int(np.argmin(valid))
+            raise ValueError(
+                f"`compare` returned {probability[match]} for completion {first[match]} against completion "
+                f"{second[match]}. Return the probability, in [0, 1], that the first is preferred."
+            )
+        return probability
+
+    return play(pairing, [num_completions], checked, [np.random.default_rng(rng)])[0]
+
+
+def _each_with_each(players: Indices) -> Indices:
+    return players[np.stack(np.triu_indices(len(players), k=1), axis=1)].reshape(-1)
 
 
 def _label(first: Indices, second: Indices, probability: Probabilities, rng: np.random.Generator) -> Pairs:
@@ -161,18 +165,3 @@ def _label(first: Indices, second: Indices, probability: Probabilities, rng: np.
         rejected=np.where(first_wins, second, first),
         probability=np.maximum(probability, 1 - probability),
     )
-
-
-def _check_probability(probability: Probabilities, prompt: Indices, first: Indices, second: Indices) -> None:
-    if probability.shape != first.shape:
-        raise ValueError(
-            f"compare returned an array of shape {probability.shape} for {len(first)} matches: "
-            "it must return one probability per match"
-        )
-    valid = (probability >= 0) & (probability <= 1)  # False for NaN
-    if not valid.all():
-        match = int(np.argmin(valid))
-        raise ValueError(
-            f"compare returned {probability[match]} for completion {first[match]} against completion {second[match]} "
-            f"of prompt {prompt[match]}: it must return the probability, in [0, 1], that the first is preferred"
-        )

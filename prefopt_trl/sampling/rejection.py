@@ -12,16 +12,24 @@ def statistical_rejection_sampling(
     rng: np.random.Generator | int | None = None,
 ) -> NDArray[np.int64]:
     """
-    Accepts `num_samples` of a prompt's candidates so that they look drawn from the optimal policy.
+    Accept `num_samples` of a prompt's candidates so that they look drawn from the optimal policy.
 
     With candidates drawn from the SFT policy, the accepted ones follow, as the number of candidates grows, the policy
-    that maximises reward under a KL penalty of `beta` (RSO eq. 4): `pi_sft(y | x) * exp(reward(x, y) / beta)`,
-    normalised. No candidate is favoured for its position, and equal rewards are equally likely.
+    that maximizes reward under a KL penalty of `beta` (RSO eq. 4): `pi_sft(y | x) * exp(reward(x, y) / beta)`,
+    normalized. No candidate is favored for its position, and equal rewards are equally likely.
 
-    Each pass of RSO Algorithm 1 takes as `max` the highest reward not yet accepted, proposes every candidate not yet
-    accepted once, in random order, and accepts it with probability `exp((reward - max) / beta)`, until `num_samples`
-    are accepted. This follows the paper's listing except where that accepts more than `num_samples`, prefers early
-    candidates or takes equal texts for one.
+    RSO Algorithm 1 for one prompt:
+
+        remaining, accepted = all candidates, []
+        while len(accepted) < num_samples:
+            best = max(reward[c] for c in remaining)
+            for c in remaining, in random order:
+                accept c if uniform(0, 1) < exp((reward[c] - best) / beta)
+            move those accepted from remaining to accepted
+        return the first num_samples of accepted
+
+    The paper's listing proposes candidates in the order they are given, may return more than `num_samples`, and takes
+    equal texts for one candidate.
 
     A candidate is an index: whether two of them have the same text is for the caller to look at.
 
@@ -53,28 +61,34 @@ def statistical_rejection_sampling(
     array([1, 3])
     ```
     """
-    values = _as_finite(rewards)
-    _check_beta(beta)
-    if not isinstance(num_samples, (int, np.integer)):
-        raise TypeError(f"num_samples must be an integer, got {num_samples!r}")
-    num_candidates = values.shape[-1]
-    if not 1 <= num_samples <= num_candidates:
+    values = np.asarray(rewards, dtype=np.float64)
+    if values.ndim not in (1, 2) or values.size == 0:
         raise ValueError(
-            f"num_samples must be from 1 to the number of candidates, {num_candidates}, got {num_samples}: "
-            "sample more candidates or accept fewer"
+            "`rewards` must have the shape (num_candidates,) or (num_prompts, num_candidates), with one candidate or "
+            f"more, got {values.shape}."
         )
-    rng = np.random.default_rng(rng)
-    num_rejections = _num_rejections(values, num_samples, beta, rng)
-    # Fewest rejections first. Equal ones come in random order, so nobody gains by position when the last pass is cut
-    # short.
-    return np.lexsort((rng.random(values.shape), num_rejections))[..., :num_samples]
+    finite = np.isfinite(values)
+    if not finite.all():
+        index = np.argwhere(~finite)[0]
+        raise ValueError(
+            f"`rewards` must be finite, got {values[tuple(index)]} at [{', '.join(map(str, index))}]. Leave the "
+            "candidate out."
+        )
+    if not beta >= 0:  # `beta < 0` would let NaN pass
+        raise ValueError(f"`beta` must be 0 (the highest rewards), positive, or infinite (uniform), got {beta}.")
+    if not isinstance(num_samples, (int, np.integer)):
+        raise TypeError(f"`num_samples` must be a whole number, got {num_samples!r}.")
+    if not 1 <= num_samples <= values.shape[-1]:
+        raise ValueError(
+            f"`num_samples` must be from 1 to the number of candidates, {values.shape[-1]}, got {num_samples}. Lower "
+            "it, or sample more candidates."
+        )
+    return accept(values, int(num_samples), beta, np.random.default_rng(rng))
 
 
-def _num_rejections(
-    rewards: NDArray[np.float64], num_samples: int, beta: float, rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """How many passes of Algorithm 1 reject each candidate, in as many passes as `num_samples` acceptances take."""
-    num_rejections = np.zeros(rewards.shape, dtype=np.int64)
+def accept(rewards: NDArray[np.float64], num_samples: int, beta: float, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Run Algorithm 1 as [`statistical_rejection_sampling`] does, without its checks."""
+    num_rejections = np.zeros(rewards.shape, dtype=np.int64)  # passes that reject each candidate
     remaining = np.ones(rewards.shape, dtype=bool)
     while (remaining.sum(axis=-1) > rewards.shape[-1] - num_samples).any():
         best = np.where(remaining, rewards, -np.inf).max(axis=-1, keepdims=True)
@@ -82,60 +96,36 @@ def _num_rejections(
         # the paper divides makes 0 and infinity ordinary values. The best itself always passes.
         remaining &= best - rewards > beta * rng.standard_exponential(rewards.shape)
         num_rejections += remaining
-    return num_rejections
+    # Fewest rejections first. Equal ones come in random order, so nobody gains by position when the last pass is cut
+    # short.
+    return np.lexsort((rng.random(rewards.shape), num_rejections))[..., :num_samples]
 
 
-def acceptance_rate(rewards: ArrayLike, beta: float) -> float:
+def acceptance_rate(rewards: NDArray[np.float64], beta: float) -> float:
     """
-    Expected share of the candidates that the first pass of Algorithm 1 accepts (RSO Theorem 1).
+    Return the expected share of a prompt's candidates that the first pass of Algorithm 1 accepts (RSO Theorem 1).
 
     It is the mean of `exp((reward - max) / beta)`. Where it is below `num_samples / num_candidates`, later passes fill
     up with candidates that the optimal policy rarely produces.
 
     Args:
-        rewards (array of shape `(num_candidates,)` or `(num_prompts, num_candidates)`):
-            Rewards of one prompt's candidates, or of many prompts', each with its own `max`; finite.
+        rewards (float64 array of shape `(num_candidates,)`):
+            Rewards of one prompt's candidates, finite.
         beta (`float`):
             Weight of the KL penalty, from 0 (the share of candidates that have the highest reward) to `inf` (1).
 
     Returns:
         `float` in (0, 1].
 
-    Raises:
-        ValueError: if `rewards` has another shape, no element or one that is not finite, or if `beta` is negative or
-            NaN.
-
     Example:
 
     ```python
-    >>> acceptance_rate([1.0, 1.0, 0.0, 0.0], beta=0.0)
+    >>> acceptance_rate(np.array([1.0, 1.0, 0.0, 0.0]), beta=0.0)
     0.5
     ```
     """
-    values = _as_finite(rewards)
-    _check_beta(beta)
-    gap = values.max(axis=-1, keepdims=True) - values
+    gap = rewards.max() - rewards
     if beta == 0:
         return float(np.mean(gap == 0))
     with np.errstate(over="ignore"):
         return float(np.mean(np.exp(-gap / beta)))
-
-
-def _as_finite(rewards: ArrayLike) -> NDArray[np.float64]:
-    values = np.asarray(rewards, dtype=np.float64)
-    if values.ndim not in (1, 2) or values.size == 0:
-        raise ValueError(
-            f"rewards must have the shape (num_candidates,) or (num_prompts, num_candidates), got {values.shape}"
-        )
-    finite = np.isfinite(values)
-    if not finite.all():
-        index = np.argwhere(~finite)[0]
-        raise ValueError(
-            f"rewards[{', '.join(map(str, index))}] is {values[tuple(index)]}: every reward must be a finite number"
-        )
-    return values
-
-
-def _check_beta(beta: float) -> None:
-    if not beta >= 0:  # `beta < 0` would let NaN pass
-        raise ValueError(f"beta must be 0 (the highest rewards), positive, or infinite (uniform), got {beta}")

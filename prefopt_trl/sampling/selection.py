@@ -9,17 +9,12 @@ import numpy as np
 
 from prefopt_trl.data.formats import Completion, Prompt, completion_text
 from prefopt_trl.rankers.base import Ranker, check_probabilities
-from prefopt_trl.sampling.pairing import Pairing, Pairs, first_round, play, round_robin, tournament
-from prefopt_trl.sampling.rejection import acceptance_rate, statistical_rejection_sampling
+from prefopt_trl.sampling.pairing import Pairs, play
+from prefopt_trl.sampling.rejection import accept, acceptance_rate
 
 # Beta of Algorithm 1 that each strategy stands for: its own, and the two limits of RSO section 3.2
 STRATEGIES: dict[str, Callable[[float], float]] = {"rso": float, "sft": lambda beta: np.inf, "top-k": lambda beta: 0.0}
-PAIRINGS = {"first-round": first_round, "tournament": tournament, "all": round_robin}
-NUM_PAIRS: dict[str, Callable[[int], int]] = {
-    "first-round": lambda n: n // 2,
-    "tournament": lambda n: n - 1,
-    "all": lambda n: n * (n - 1) // 2,
-}
+PAIRINGS = ["first-round", "tournament", "all"]
 RANKING = "ranking"  # in place of a pairing: the kept candidates are ranked by reward
 # Columns of candidates, and of the pairs made of them: any other is the user's, and is kept
 OWN_COLUMNS = {
@@ -124,12 +119,12 @@ def select_and_pair(
         stream.choice(distinct[row], min(num_samples, len(distinct[row])), replace=False)
         for row, stream in zip(rows, streams, strict=True)
     ]
-    before = label(at_random, first_round, streams)
+    before = label(at_random, "first-round", streams)
     accepted = [
         keep(rewards[row], texts[row], strategy, num_samples, beta, stream)
         for row, stream in zip(rows, streams, strict=True)
     ]
-    after = label(accepted, first_round if pairing == RANKING else PAIRINGS[pairing], streams)
+    after = label(accepted, "first-round" if pairing == RANKING else pairing, streams)
 
     for row, kept, random_pairs, pairs in zip(rows, accepted, before, after, strict=True):
         differ = texts[row][pairs.chosen] != texts[row][pairs.rejected]
@@ -201,7 +196,7 @@ def keep(
     """
     pool = np.arange(len(texts)) if strategy == "sft" else np.unique(texts)
     num_kept, pool_beta = min(num_samples, len(pool)), STRATEGIES[strategy](beta)
-    return pool[statistical_rejection_sampling(rewards[pool], num_kept, pool_beta, rng=stream)]
+    return pool[accept(rewards[pool], num_kept, pool_beta, stream)]
 
 
 def rank(completions: Sequence[Completion], rewards: np.ndarray, kept: np.ndarray) -> dict[str, list[Any]]:
@@ -215,7 +210,7 @@ def label_pairs(
     prompts: Sequence[Prompt],
     completions: Sequence[Sequence[Completion]],
     members: Sequence[np.ndarray],
-    make_pairing: Callable[..., Pairing],
+    pairing: str,
     streams: Sequence[np.random.Generator],
 ) -> list[Pairs]:
     """Pairs of each prompt's `members` (indices into its completions), as such indices too, labelled by the ranker."""
@@ -227,9 +222,7 @@ def label_pairs(
         source = f"{type(ranker).__name__}.compare"
         return check_probabilities(ranker.compare(matched, firsts, seconds), matched, source)
 
-    played = play(
-        [make_pairing(len(member), stream) for member, stream in zip(members, streams, strict=True)], compare
-    )
+    played = play(pairing, [len(member) for member in members], compare, streams)
     return [
         pairs._replace(chosen=member[pairs.chosen], rejected=member[pairs.rejected])
         for member, pairs in zip(members, played, strict=True)

@@ -8,11 +8,8 @@ import pytest
 from prefopt_trl.sampling.pairing import (
     Pairs,
     all_pairs,
-    first_round,
     first_round_pairs,
     play,
-    round_robin,
-    tournament,
     tournament_pairs,
 )
 
@@ -157,12 +154,12 @@ def test_many_prompts_side_by_side_get_the_pairs_each_would_get_alone() -> None:
     together = [Ranker(size) for size in sizes]
     calls: list[int] = []
 
-    def compare(prompt: np.ndarray, first: np.ndarray, second: np.ndarray) -> list[float]:
+    def compare(prompt: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         calls.append(len(prompt))
-        return [float(together[p](f, s)) for p, f, s in zip(prompt, first, second, strict=True)]
+        return np.array([float(together[p](f, s)) for p, f, s in zip(prompt, first, second, strict=True)])
 
     alone = [tournament_pairs(size, ranker, rng=size) for size, ranker in zip(sizes, rankers, strict=True)]
-    results = play([tournament(size, np.random.default_rng(size)) for size in sizes], compare)
+    results = play("tournament", sizes, compare, [np.random.default_rng(size) for size in sizes])
     assert len(results) == len(sizes)
     for single, shared in zip(alone, results, strict=True):
         for expected, got in zip(single, shared, strict=True):
@@ -171,19 +168,12 @@ def test_many_prompts_side_by_side_get_the_pairs_each_would_get_alone() -> None:
     assert calls == [1 + 4 + 2 + 32 + 1, 2 + 1 + 16 + 1, 1 + 1 + 8, 1 + 4, 2, 1]
 
 
-def test_different_pairings_can_be_played_side_by_side() -> None:
-    rng = np.random.default_rng(0)
-    matches = [first_round(6, rng), round_robin(3, rng), tournament(4, rng)]
-    results = play(matches, lambda p, first, second: first > second)
-    assert [len(pairs.chosen) for pairs in results] == [3, 3, 3]
-    assert all((pairs.chosen > pairs.rejected).all() for pairs in results)
-    assert play([], lambda p, first, second: first > second) == []
-
-
 @pairings
 @pytest.mark.parametrize("num_completions", [0, 1])
 def test_fewer_than_two_completions_make_no_pair(num_completions: int, pairing: Callable[..., Pairs]) -> None:
-    with pytest.raises(ValueError, match=f"num_completions must be at least 2 to make a pair, got {num_completions}"):
+    with pytest.raises(
+        ValueError, match=f"`num_completions` must be at least 2, to make a pair, got {num_completions}"
+    ):
         pairing(num_completions, lambda first, second: first > second)
 
 
@@ -196,7 +186,7 @@ def test_fewer_than_two_completions_make_no_pair(num_completions: int, pairing: 
         (lambda first, second: 0.7, r"shape \(\) for \d+ matches"),
         (lambda first, second: np.where(first == 2, np.nan, np.where(second == 2, np.nan, 0.7)), "returned nan for"),
         (lambda first, second: np.full(len(first), 1.0001), "returned 1.0001 for completion"),
-        (lambda first, second: np.full(len(first), -0.5), "returned -0.5 .* prompt 0: it must return the probability"),
+        (lambda first, second: np.full(len(first), -0.5), "returned -0.5 .*. Return the probability"),
     ],
 )
 def test_what_the_ranker_returns_is_checked(answer: Callable, message: str, pairing: Callable[..., Pairs]) -> None:
@@ -204,10 +194,8 @@ def test_what_the_ranker_returns_is_checked(answer: Callable, message: str, pair
         pairing(4, answer, rng=0)
 
 
-def test_the_error_names_the_prompt_and_both_completions() -> None:
-    def compare(prompt: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        return np.where(prompt == 1, 2.0, 1.0)
-
-    pairings = [first_round(2, np.random.default_rng(0)) for _ in range(3)]
-    with pytest.raises(ValueError, match=r"returned 2.0 for completion [01] against completion [01] of prompt 1"):
-        play(pairings, compare)
+def test_the_error_names_both_completions() -> None:
+    with pytest.raises(
+        ValueError, match=r"`compare` returned 2.0 for completion [01] against completion [01]. Return"
+    ):
+        first_round_pairs(2, lambda first, second: np.full(1, 2.0))
