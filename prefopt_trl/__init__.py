@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers
     from prefopt_trl.sampling.card import push_preference_dataset as push_preference_dataset
     from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling as DataCollatorForRejectionSampling
     from prefopt_trl.sampling.generation import sample_completions as sample_completions
+    from prefopt_trl.sampling.options import GenerationOptions as GenerationOptions
+    from prefopt_trl.sampling.options import SamplingOptions as SamplingOptions
     from prefopt_trl.sampling.pairing import all_pairs as all_pairs
     from prefopt_trl.sampling.pairing import first_round_pairs as first_round_pairs
     from prefopt_trl.sampling.pairing import tournament_pairs as tournament_pairs
@@ -39,6 +41,7 @@ _HOME = {
     "DataCollatorForRanking": "data.collators",
     "DataCollatorForRejectionSampling": "sampling.collator",
     "FunctionRanker": "rankers.function",
+    "GenerationOptions": "sampling.options",
     "ListwiseDPOConfig": "trainers.listwise_dpo_config",
     "ListwiseDPOTrainer": "trainers.listwise_dpo_trainer",
     "PROConfig": "trainers.pro_config",
@@ -51,6 +54,7 @@ _HOME = {
     "RewardModelRanker": "rankers.pointwise",
     "SLiCConfig": "trainers.slic_config",
     "SLiCTrainer": "trainers.slic_trainer",
+    "SamplingOptions": "sampling.options",
     "all_pairs": "sampling.pairing",
     "build_preference_dataset": "sampling.pipeline",
     "decode_shared_prefix": "shared_prefix.decoding",

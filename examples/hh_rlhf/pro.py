@@ -54,7 +54,8 @@ def main(script: PROScriptArguments, args: PROConfig) -> None:
         list(pairs["prompt"]),
         script.num_sampled,
         seed=args.seed,
-        **args.generation_options(),
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
     )
     del model
     completions = [[row["chosen"], row["rejected"], *texts] for row, texts in zip(pairs, sampled, strict=True)]

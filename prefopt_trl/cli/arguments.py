@@ -1,13 +1,8 @@
 """The arguments of the commands that are not TRL's or a trainer's own."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from prefopt_trl.sampling.generation import check_sampling
-from prefopt_trl.sampling.selection import check_selection
-from prefopt_trl.trainers.base_config import PreferenceConfig
-
-OF_TRAINERS = PreferenceConfig.__dataclass_fields__  # what is the same there has the same help
+from prefopt_trl.sampling.options import MAX_NEW_TOKENS, SamplingOptions, is_whole
 
 
 @dataclass(kw_only=True)
@@ -101,17 +96,11 @@ class PreferenceArguments(TrainingData, RankerArguments):
 
 
 @dataclass(kw_only=True)
-class SampleConfig(DataArguments, RankerArguments):
+class SampleConfig(DataArguments, RankerArguments, SamplingOptions):
     """Arguments of [`build_preference_dataset`]."""
 
     output_dir: str = field(metadata={"help": "Folder for the pairs, candidates, statistics and dataset card."})
     dataset_split: str = field(default="train", metadata={"help": "Split to take the prompts of."})
-    strategy: str = field(default="rso", metadata=OF_TRAINERS["strategy"].metadata)
-    num_candidates: int = field(default=64, metadata=OF_TRAINERS["num_candidates"].metadata)
-    num_samples: int = field(default=8, metadata=OF_TRAINERS["num_samples"].metadata)
-    pairing: str = field(default="first-round", metadata=OF_TRAINERS["pairing"].metadata)
-    rejection_beta: float = field(default=0.5, metadata=OF_TRAINERS["rejection_beta"].metadata)
-    max_new_tokens: int = field(default=256, metadata=OF_TRAINERS["max_new_tokens"].metadata)
     max_length: int | None = field(
         default=None,
         metadata={
@@ -119,12 +108,6 @@ class SampleConfig(DataArguments, RankerArguments):
             "`max_new_tokens` are left out and counted."
         },
     )
-    temperature: float = field(default=1.0, metadata=OF_TRAINERS["temperature"].metadata)
-    top_p: float = field(default=1.0, metadata=OF_TRAINERS["top_p"].metadata)
-    top_k: int = field(default=0, metadata=OF_TRAINERS["top_k"].metadata)
-    generation_batch_size: int | None = field(default=None, metadata=OF_TRAINERS["generation_batch_size"].metadata)
-    generation_memory_budget: float = field(default=4.0, metadata=OF_TRAINERS["generation_memory_budget"].metadata)
-    share_prefix: bool = field(default=True, metadata=OF_TRAINERS["share_prefix"].metadata)
     keep_logps: bool = field(
         default=False,
         metadata={
@@ -142,22 +125,8 @@ class SampleConfig(DataArguments, RankerArguments):
     def __post_init__(self) -> None:
         if self.ranker is None:
             raise ValueError("`ranker` is missing, and sampled completions need one to be labelled. Give one.")
-        if not self.rejection_beta >= 0:
-            raise ValueError(f"`rejection_beta` must be at least 0, got {self.rejection_beta}. The paper uses 0.5.")
-        check_selection(self.pairing, self.num_samples, self.rejection_beta, self.num_candidates)
-        options: dict[str, Any] = self.generation_options()
-        sizes = {name: options.pop(name) for name in ("batch_size", "memory_budget", "share_prefix")}
-        check_sampling(self.num_candidates, options, **sizes)
-        if self.seed < 0:
-            raise ValueError(f"`seed` must be at least 0, got {self.seed}.")
-
-    def generation_options(self: Any) -> dict[str, Any]:
-        """As of the trainers' configurations, from fields of the same names."""
-        return PreferenceConfig.generation_options(self)
-
-    def selection_options(self: Any) -> dict[str, Any]:
-        """As of the trainers' configurations, from fields of the same names, and `keep_logps`."""
-        return {**PreferenceConfig.selection_options(self), "keep_logps": self.keep_logps}
+        super().__post_init__()
+        is_whole(self, "seed", 0)
 
 
 @dataclass(kw_only=True)
@@ -170,7 +139,7 @@ class EvaluateConfig(DataArguments, RankerArguments):
         default="test",
         metadata={"help": "Split with prompts and the completions to win against (`chosen` or `completion`)."},
     )
-    max_new_tokens: int = field(default=128, metadata=OF_TRAINERS["max_new_tokens"].metadata)
+    max_new_tokens: int = field(default=128, metadata=MAX_NEW_TOKENS)
     seed: int = field(default=0, metadata={"help": "Seed of the samples, at least 0."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Load models that bring Python code with them."})
@@ -178,7 +147,5 @@ class EvaluateConfig(DataArguments, RankerArguments):
     def __post_init__(self) -> None:
         if self.ranker is None:
             raise ValueError("`ranker` is missing, and samples need one to be rewarded. Give one.")
-        if self.max_new_tokens < 1 or self.seed < 0:
-            raise ValueError(
-                f"`max_new_tokens`={self.max_new_tokens} and `seed`={self.seed} must be at least 1 and 0."
-            )
+        is_whole(self, "max_new_tokens", 1)
+        is_whole(self, "seed", 0)

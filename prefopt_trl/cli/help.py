@@ -30,6 +30,8 @@ GROUPS = {
     "RankerTemplate": "ranker",
     "RankerArguments": "ranker",
     "ModelConfig": "model, adapter and quantisation (trl.ModelConfig)",
+    "GenerationOptions": "shared prompts and sampling",
+    "SamplingOptions": "shared prompts and sampling",
     "PreferenceConfig": "shared prompts and sampling",
     "RSOConfig": "the method",
     "SLiCConfig": "the method",

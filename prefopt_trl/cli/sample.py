@@ -13,6 +13,7 @@ from prefopt_trl.cli.train import keep_given, prompts_that_fit, require_columns
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.runtime.processes import process_state
 from prefopt_trl.sampling.card import push_preference_dataset
+from prefopt_trl.sampling.options import SamplingOptions, as_arguments
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 
 
@@ -39,8 +40,9 @@ def run(own: SampleConfig, model: ModelConfig) -> None:
         ranker,
         output_dir=own.output_dir,
         max_length=own.max_length,
-        **own.selection_options(),
-        **own.generation_options(),
+        seed=own.seed,
+        keep_logps=own.keep_logps,
+        **as_arguments(SamplingOptions.of(own)),
     )
     if state.is_main_process:
         save_config(Path(own.output_dir), own, model)

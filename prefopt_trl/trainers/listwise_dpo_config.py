@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from prefopt_trl.trainers.arguments import is_number, refuse
-from prefopt_trl.trainers.base_config import PreferenceConfig, RankingConfig
+from prefopt_trl.sampling.options import STRATEGY, is_number
+from prefopt_trl.trainers.base_config import RankingConfig, refuse
 
 
 @dataclass
@@ -26,7 +26,7 @@ class ListwiseDPOConfig(RankingConfig):
     """
 
     # Completions as the optimal policy would write them, as in RSO
-    strategy: str = field(default="rso", metadata=PreferenceConfig.__dataclass_fields__["strategy"].metadata)
+    strategy: str = field(default="rso", metadata=STRATEGY)
 
     def __post_init__(self) -> None:
         is_number(self, "beta", "DPO uses 0.1 and 0.5.", above_zero=True)

@@ -83,7 +83,7 @@ def model_card(trainer: Any, trl_card: ModelCard, title: str, source: str, datas
         sampling = {key: value for key, value in data.sampled[0].items() if key != "ranker"}
     elif args.sampling == "online":
         training_data = "Prompts, whose completions were sampled from the reference model during training."
-        sampling = {**args.selection_options(), **args.generation_options()}
+        sampling = {**vars(args.sampling_options()), "seed": args.seed}
     elif data.ranker:
         training_data = "Completions that were given, scored by the ranker."
     else:

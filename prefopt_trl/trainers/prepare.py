@@ -19,6 +19,7 @@ from prefopt_trl.runtime.fingerprints import dataset_fingerprint
 from prefopt_trl.runtime.processes import process_state
 from prefopt_trl.runtime.settings import as_json, read_json, write_json
 from prefopt_trl.runtime.weights import gathered
+from prefopt_trl.sampling.options import as_arguments
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.sampling.prompts import check_prompts_fit, tokenize_prompts
 from prefopt_trl.trainers.base_config import PreferenceConfig
@@ -136,8 +137,9 @@ def sample_preferences(
         ranker,
         output_dir=output_dir,
         max_length=args.max_length,
-        **args.selection_options(),
-        **args.generation_options(),
+        seed=args.seed,
+        keep_logps=args.keep_logps,
+        **as_arguments(args.sampling_options()),
     )
 
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from prefopt_trl.trainers.arguments import REFERENCE_ARGUMENTS, is_number, refuse, refuse_online_sampling
-from prefopt_trl.trainers.base_config import RankingConfig
+from prefopt_trl.sampling.options import is_number
+from prefopt_trl.trainers.base_config import REFERENCE_ARGUMENTS, RankingConfig, refuse, refuse_online_sampling
 
 
 @dataclass

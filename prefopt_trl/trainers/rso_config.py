@@ -2,9 +2,8 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
-from prefopt_trl.trainers.arguments import is_one_of
+from prefopt_trl.sampling.options import is_one_of
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
 # RSO's names of losses, and TRL's names of the same functions
@@ -92,6 +91,6 @@ class RSOConfig(PreferenceConfig):
             )
         self.precompute_ref_log_probs = True  # to TRL they are precomputed
 
-    def selection_options(self) -> dict[str, Any]:
-        options = super().selection_options()
-        return {**options, "keep_logps": True} if self.reference_logps == "sampled" else options
+    @property
+    def keep_logps(self) -> bool:
+        return self.reference_logps == "sampled"

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from prefopt_trl.trainers.arguments import (
+from prefopt_trl.sampling.options import PAIRING, STRATEGY, is_number
+from prefopt_trl.trainers.base_config import (
     REFERENCE_ARGUMENTS,
     TRL_LOSS_ARGUMENTS,
-    is_number,
+    PreferenceConfig,
     refuse,
     refuse_online_sampling,
 )
-from prefopt_trl.trainers.base_config import PreferenceConfig
 
 LOSSES = ["slic", "unlikelihood"]
 
@@ -71,8 +71,8 @@ class SLiCConfig(PreferenceConfig):
     )
 
     # Sampling as in SLiC
-    strategy: str = field(default="sft", metadata=PreferenceConfig.__dataclass_fields__["strategy"].metadata)
-    pairing: str = field(default="tournament", metadata=PreferenceConfig.__dataclass_fields__["pairing"].metadata)
+    strategy: str = field(default="sft", metadata=STRATEGY)
+    pairing: str = field(default="tournament", metadata=PAIRING)
 
     def __post_init__(self) -> None:
         refuse(self, REFERENCE_ARGUMENTS, "SLiC has no reference model, and its margin is `delta`")

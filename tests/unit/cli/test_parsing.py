@@ -157,10 +157,10 @@ def test_what_is_required_is_asked_for(capsys):
     [
         ([], "`ranker` is missing"),
         (["--ranker", "r", "--strategy", "best"], "invalid choice: 'best'"),
-        (["--ranker", "r", "--num_samples", "65"], "`num_samples`=65 must be at least 2"),
+        (["--ranker", "r", "--num_samples", "65"], "`num_samples`=65 completions cannot be kept"),
         (["--ranker", "r", "--rejection_beta", "-1"], "`rejection_beta` must be at least 0"),
         (["--ranker", "r", "--temperature", "0"], "`temperature` must be greater than 0"),
-        (["--ranker", "r", "--seed", "-3"], "`seed` must be at least 0, got -3"),
+        (["--ranker", "r", "--seed", "-3"], "`seed` must be a whole number, at least 0, got -3"),
     ],
 )
 def test_bad_arguments_of_sample(arguments, message, capsys):

@@ -229,7 +229,7 @@ def test_every_sampling_setting_arrives(prompts, policy_dir, tmp_path, monkeypat
     assert received.pop("tokenizer").eos_token == "</s>"
     output_dir = str(tmp_path / "sampled" / "train")
     batches = {"batch_size": 3, "memory_budget": 4.0, "share_prefix": "auto"}
-    assert received == {**given, **batches, "beta": 1.5, "output_dir": output_dir}
+    assert received == {**given, **batches, "beta": 1.5, "keep_logps": False, "output_dir": output_dir}
 
 
 def test_the_same_settings_reuse_the_samples_and_others_are_refused(

@@ -28,8 +28,8 @@ from prefopt_trl.shared_prefix.attention import PrefixLayer
 from prefopt_trl.shared_prefix.decoding import STATELESS, STATELESS_NAMES
 from prefopt_trl.shared_prefix.segments import SegmentLayer
 from prefopt_trl.trainers import upstream
-from prefopt_trl.trainers.arguments import REFERENCE_ARGUMENTS, TRL_LOSS_ARGUMENTS
 from prefopt_trl.trainers.base import PreferenceTrainer
+from prefopt_trl.trainers.base_config import REFERENCE_ARGUMENTS, TRL_LOSS_ARGUMENTS
 
 BASE = "prefopt_trl/trainers/base.py"
 COMPLETIONS = "prefopt_trl/trainers/completions.py"
@@ -457,7 +457,7 @@ def test_the_columns_that_are_kept(tiny_llama_dir, tmp_path):
     )
 
 
-ARGUMENTS = "prefopt_trl/trainers/arguments.py"
+ARGUMENTS = "prefopt_trl/trainers/base_config.py"
 # Arguments of DPOConfig's own that mean the same in every trainer
 IN_ALL_TRAINERS = {
     "activation_offloading",
