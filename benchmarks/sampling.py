@@ -122,8 +122,7 @@ class Sampler:
                 n,
                 max_new_tokens=max_new_tokens,
                 seed=self.seed,
-                memory_budget=self.args.memory_budget,
-                share_prefix=True,
+                generation_memory_budget=self.args.memory_budget,
                 generation_kwargs=self.further,
             )
         self.lengths["ours"] += recording.lengths

@@ -53,9 +53,8 @@ def main(script: PROScriptArguments, args: PROConfig) -> None:
         AutoTokenizer.from_pretrained(policy),
         list(pairs["prompt"]),
         script.num_sampled,
+        args.sampling_options(),
         seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
     )
     del model
     completions = [[row["chosen"], row["rejected"], *texts] for row, texts in zip(pairs, sampled, strict=True)]

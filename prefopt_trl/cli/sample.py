@@ -13,7 +13,6 @@ from prefopt_trl.cli.train import keep_given, prompts_that_fit, require_columns
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.runtime.processes import process_state
 from prefopt_trl.sampling.card import push_preference_dataset
-from prefopt_trl.sampling.options import SamplingOptions, as_arguments
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 
 
@@ -25,6 +24,7 @@ def run(own: SampleConfig, model: ModelConfig) -> None:
     with named("model_name_or_path", path):
         tokenizer = load_tokenizer(path, model.model_revision, own.trust_remote_code)
     ranker = load_ranker(own)
+    assert ranker is not None  # the arguments need one
     require_columns(rows, own.dataset_name, {"prompt"})
     rows = keep_given(rows)
     given = "completions" in rows.column_names
@@ -38,11 +38,11 @@ def run(own: SampleConfig, model: ModelConfig) -> None:
         policy,
         tokenizer,
         ranker,
-        output_dir=own.output_dir,
-        max_length=own.max_length,
+        own.output_dir,
+        own,
         seed=own.seed,
+        max_length=own.max_length,
         keep_logps=own.keep_logps,
-        **as_arguments(SamplingOptions.of(own)),
     )
     if state.is_main_process:
         save_config(Path(own.output_dir), own, model)

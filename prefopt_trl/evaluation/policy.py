@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.sampling.generation import Candidates, sample_candidates
+from prefopt_trl.sampling.options import GenerationOptions
 from prefopt_trl.sampling.prompts import tokenize_prompts
 from prefopt_trl.shared_prefix.scoring import completion_logps
 
@@ -74,14 +75,11 @@ def evaluate_policy(
         policy,
         tokenizer,
         prompt_ids,
-        num_completions=1,
+        1,
+        GenerationOptions(max_new_tokens=max_new_tokens),
         seed=seed,
         keep_logps=True,  # and with them the tokens that were drawn
         progress=False,
-        max_new_tokens=max_new_tokens,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
     )
     completions = [candidates.texts[0] for candidates in sampled]
     candidates = [[text] for text in completions]

@@ -52,9 +52,9 @@ CHECKPOINT_EVERY = 20
 
 # Datasets made of the same candidates, by `build_preference_dataset`
 SAMPLED: dict[str, dict[str, Any]] = {
-    "pairs-rso": {"beta": BETA, "num_samples": 8},
+    "pairs-rso": {"rejection_beta": BETA, "num_samples": 8},
     "pairs-sft": {"strategy": "sft", "num_samples": 8},
-    "pairs-rso-larger-beta": {"beta": LARGER_BETA, "num_samples": 8},
+    "pairs-rso-larger-beta": {"rejection_beta": LARGER_BETA, "num_samples": 8},
     "pairs-slic": {"strategy": "sft", "num_samples": 8, "pairing": "tournament"},
     "rankings-pro": {"strategy": "sft", "num_samples": 4, "pairing": "ranking"},
 }
@@ -143,7 +143,7 @@ def run_quickstart(output_dir: str, seed: int) -> None:
             output_dir=folder / name,
             num_candidates=NUM_CANDIDATES,
             max_new_tokens=MAX_NEW_TOKENS,
-            batch_size=1024,
+            generation_batch_size=1024,
             seed=seed,
             **how,
         )
@@ -227,7 +227,7 @@ def ranker_accuracy(
 ) -> float:
     """Share of pairs of the policy's samples, of different true reward, that the ranker orders as the truth does."""
     samples = sample_completions(
-        policy, tokenizer, list(prompts), 2, max_new_tokens=MAX_NEW_TOKENS, seed=seed, batch_size=512
+        policy, tokenizer, list(prompts), 2, max_new_tokens=MAX_NEW_TOKENS, seed=seed, generation_batch_size=512
     )
     first, second = ([pair[index] for pair in samples] for index in (0, 1))
     truth = np.subtract(true_reward(list(prompts), first), true_reward(list(prompts), second))

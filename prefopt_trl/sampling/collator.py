@@ -22,22 +22,15 @@ from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training,
 from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
 from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
+from prefopt_trl.sampling.options import RANKING, SamplingOptions
 from prefopt_trl.sampling.prompts import check_prompts_fit, tokenize_prompts
-from prefopt_trl.sampling.selection import (
-    RANKING,
-    STRATEGIES,
-    check_selection,
-    first_occurrences,
-    keep,
-    label_pairs,
-    rank,
-)
+from prefopt_trl.sampling.selection import first_occurrences, keep, label_pairs, rank
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class DataCollatorForRejectionSampling(DataCollatorMixin):
+class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
     """
     Samples completions of a batch of prompts, ranks, rejects and pairs them (RSO section 5), and collates the pairs.
 
@@ -68,16 +61,16 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
             Its tokenizer, with an EOS token.
         ranker ([`~prefopt_trl.rankers.Ranker`]):
             Scores candidates and labels pairs.
-        strategy, num_candidates, num_samples, beta, pairing, seed, max_new_tokens, temperature, top_p, top_k:
-            As in [`build_preference_dataset`].
-        batch_size, memory_budget, share_prefix:
-            As in [`sample_completions`].
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of sampling, rejection and pairing.
         max_length, truncation_mode, pad_to_multiple_of:
             As in [`DataCollatorForRanking`].
         while_sampling (`Callable`, *optional*):
             Makes a context to sample in, such as the `disable_adapter` of a PEFT model that is being trained.
         epoch (`int`, *optional*, defaults to `0`):
             Epoch of the batches, so that each draws anew. The trainer sets it.
+        strategy, num_candidates, num_samples and so on:
+            The fields of [`SamplingOptions`].
 
     Raises:
         TypeError: for something that is no ranker.
@@ -97,19 +90,7 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
     tokenizer: PreTrainedTokenizerBase
     ranker: Ranker
     _: KW_ONLY
-    strategy: str = "rso"
-    num_candidates: int = 64
-    num_samples: int = 8
-    beta: float = 0.5
-    pairing: str = "first-round"
     seed: int = 0
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    batch_size: int | None = None
-    memory_budget: float = 4.0
-    share_prefix: str | bool = "auto"
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     pad_to_multiple_of: int | None = None
@@ -119,11 +100,9 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
     num_short: int = field(default=0, init=False)  # prompts that had fewer distinct candidates than `num_samples`
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_ranker(self.ranker)
         eos_token_ids(self.policy, self.tokenizer)  # raises where there is none
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"`strategy` must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}.")
-        check_selection(self.pairing, self.num_samples, self.beta, self.num_candidates)
         make = DataCollatorForRanking if self.pairing == RANKING else DataCollatorForPreference
         pad_token_id: Any = self.tokenizer.pad_token_id
         self._collate = make(
@@ -163,7 +142,7 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
         completions = merge_equal_in_training(self.tokenizer, examples, completions)
         streams = [np.random.default_rng([seed, index]) for index in range(len(prompts))]
         kept = [
-            keep(row_rewards, first_occurrences(row), self.strategy, self.num_samples, self.beta, stream)
+            keep(row_rewards, first_occurrences(row), self, stream)
             for row, row_rewards, stream in zip(completions, rewards, streams, strict=True)
         ]
         self._count_short(kept)
@@ -187,19 +166,7 @@ class DataCollatorForRejectionSampling(DataCollatorMixin):
         check_prompts_fit(prompt_ids, self.max_length)
         with self.while_sampling():
             sampled = sample_candidates(
-                self.policy,
-                self.tokenizer,
-                prompt_ids,
-                self.num_candidates,
-                seed=seed,
-                batch_size=self.batch_size,
-                memory_budget=self.memory_budget,
-                share_prefix=self.share_prefix,
-                progress=False,
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                top_k=self.top_k,
+                self.policy, self.tokenizer, prompt_ids, self.num_candidates, self, seed=seed, progress=False
             )
         return [
             [wrap_completion(prompt, text) for text in candidates.texts]

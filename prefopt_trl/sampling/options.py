@@ -145,15 +145,6 @@ class SamplingOptions(GenerationOptions):
         return {"rso": self.rejection_beta, "sft": math.inf, "top-k": 0.0}[self.strategy]
 
 
-def as_arguments(options: SamplingOptions) -> dict[str, Any]:
-    """Return options by the names of the arguments of [`build_preference_dataset`]."""
-    arguments = {
-        {"rejection_beta": "beta"}.get(name, name.removeprefix("generation_")): value
-        for name, value in vars(options).items()
-    }
-    return {**arguments, "share_prefix": "auto" if options.share_prefix else False}
-
-
 def is_one_of(config: object, name: str, choices: Iterable[str]) -> None:
     """Require an option to be one of its choices; the `ValueError` names the option and the choices."""
     if getattr(config, name) not in choices:

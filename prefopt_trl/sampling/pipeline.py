@@ -3,38 +3,30 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, Value
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt_trl.data.formats import Prompt, check_columns, check_prompts, normalize_pairs
+from prefopt_trl.data.formats import Prompt, check_columns, check_prompts
 from prefopt_trl.data.jsonl import check_candidates, read_jsonl
 from prefopt_trl.data.tokenization import chat_options, check_vocabulary
 from prefopt_trl.rankers.base import Ranker, check_ranker
-from prefopt_trl.runtime.fingerprints import (
-    dataset_fingerprint,
-    model_fingerprint,
-    template_date,
-    tokenizer_fingerprint,
-)
 from prefopt_trl.runtime.processes import interruptible, process_state
 from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.sampling.card import dataset_card
-from prefopt_trl.sampling.generation import check_sampling, eos_token_ids, generation_options, sizes_of_batch
-from prefopt_trl.sampling.logps import pair_logps
+from prefopt_trl.sampling.generation import check_generation_kwargs, sizes_of_batch
+from prefopt_trl.sampling.options import RANKING, SamplingOptions
 from prefopt_trl.sampling.prompts import check_positions, check_prompts_fit, tokenize_prompts
-from prefopt_trl.sampling.selection import RANKING, STRATEGIES, check_selection
-from prefopt_trl.sampling.shards import Rows, Shards, sample_rows
-from prefopt_trl.sampling.statistics import plot_statistics, summarise
+from prefopt_trl.sampling.shards import Shards
+from prefopt_trl.sampling.statistics import plot_statistics, summarize
 from prefopt_trl.sampling.store import POLL_SECONDS, SampleStore
-from prefopt_trl.shared_prefix.continuation import partition_reason, reason_not_to_share_prefix
+from prefopt_trl.shared_prefix.continuation import partition_reason
 
 logger = logging.getLogger(__name__)
 
@@ -52,25 +44,15 @@ def build_preference_dataset(
     prompts: Dataset | list[Prompt] | str | Path,
     policy: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    ranker: Ranker | None,
-    *,
+    ranker: Ranker,
     output_dir: str | Path,
-    strategy: str = "rso",
-    num_candidates: int = 64,
-    num_samples: int = 8,
-    beta: float = 0.5,
-    pairing: str = "first-round",
+    options: SamplingOptions | None = None,
+    *,
     seed: int = 0,
-    max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
     max_length: int | None = None,
-    batch_size: int | None = None,
-    memory_budget: float = 4.0,
-    share_prefix: str | bool = "auto",
     keep_logps: bool = False,
     generation_kwargs: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> Dataset:
     """Build a dataset of preference pairs from prompts, a policy to sample from, and a ranker.
 
@@ -79,9 +61,9 @@ def build_preference_dataset(
     `pairing="ranking"` those kept are ranked by reward instead, for [`PROTrainer`] and its relatives.
 
     Everything is saved in `output_dir`: the candidates with their rewards (`candidates/`, which another run with
-    another `beta` or `strategy` may be given as its `prompts`), the pairs (`pairs/`), `manifest.json` with every
-    setting, `statistics.json`, `statistics.png` and a dataset card (`README.md`). A finished `output_dir` made with
-    the same settings is read, not made again.
+    another `rejection_beta` or `strategy` may be given as its `prompts`), the pairs (`pairs/`), `manifest.json` with
+    every setting, `statistics.json`, `statistics.png` and a dataset card (`README.md`). A finished `output_dir` made
+    with the same settings is read, not made again.
 
     Nothing is lost when it stops. Prompts are sampled and ranked in shards of as many as are sampled at a time, and
     each shard is on the disk (`shards/`, until all is finished) before the next begins; the same call goes on from
@@ -105,25 +87,13 @@ def build_preference_dataset(
             Scores candidates and labels pairs.
         output_dir (`str` or `Path`):
             Folder to save to, which all processes see.
-        strategy (`str`, *optional*, defaults to `"rso"`):
-            `"rso"`: statistical rejection sampling (Algorithm 1). `"top-k"`: the highest rewards. Both keep distinct
-            texts, and all of them where a prompt has fewer than `num_samples`. `"sft"`: at random among all
+        options ([`SamplingOptions`], *optional*):
+            How to sample and select; `prefopt-trl sample --help` explains each field. `"rso"` and `"top-k"` keep
+            distinct texts, and all of them where a prompt has fewer than `num_samples`. `"sft"` draws among all
             candidates, equal texts included, as in the paper; a pair of two equal texts is not made, as no ranker
             prefers one of them and its gradient is zero, so a prompt may make fewer pairs.
-            `"direct"`: `prompts` already has `chosen` and `rejected`, which are returned as they are, and nothing is
-            saved.
-        num_candidates (`int`, *optional*, defaults to `64`):
-            Completions sampled per prompt.
-        num_samples (`int`, *optional*, defaults to `8`):
-            Completions kept per prompt, at least 2. `statistics.json` counts the prompts that have fewer.
-        beta (`float`, *optional*, defaults to `0.5`):
-            Algorithm 1's beta, at least 0, in units of the ranker's reward. Only `"rso"` uses it.
-        pairing (`str`, *optional*, defaults to `"first-round"`):
-            `"first-round"` (`num_samples // 2` pairs), `"tournament"` (`num_samples - 1`) or `"all"`; or `"ranking"`.
         seed (`int`, *optional*, defaults to `0`):
             Seed of sampling, rejection and pairing.
-        max_new_tokens, temperature, top_p, top_k, batch_size, memory_budget, share_prefix, generation_kwargs:
-            As in [`sample_completions`].
         max_length (`int`, *optional*):
             Longest prompt and completion the training will take, in tokens; prompts must be shorter.
         keep_logps (`bool`, *optional*, defaults to `False`):
@@ -131,6 +101,10 @@ def build_preference_dataset(
             nats, summed over the tokens that training reads, with `max_length` (`ref_max_length`). They are what the
             decoder summed while it sampled (`logps` of the candidates) where it drew those tokens, and else computed
             from the text. Given candidates need a column `logps`, and the policy where one of a pair's is None.
+        generation_kwargs (`dict`, *optional*):
+            As in [`sample_completions`].
+        **changes:
+            Fields of `options` by name, in place of those in `options`.
 
     Returns:
         [`~datasets.Dataset`] with `prompt`, `chosen`, `rejected` in the prompts' format, `chosen_reward`,
@@ -138,9 +112,10 @@ def build_preference_dataset(
         [0.5, 1]); of rankings, `prompt`, `completions` and `rewards`, best first.
 
     Raises:
-        TypeError: if `prompts` is neither a dataset, a list nor a file, for example all the splits at once.
-        ValueError: for missing columns, an empty dataset, candidates that do not fit their prompts, `num_samples` over
-            `num_candidates`, an option out of range, a prompt that fills `max_length` (naming its row), a tokenizer
+        TypeError: if `prompts` is neither a dataset, a list nor a file, for example all the splits at once; for
+            something that is no ranker, or a name that is no option.
+        ValueError: for missing columns, an empty dataset, candidates that do not fit their prompts, an option out of
+            range, a prompt that fills `max_length` (naming its row), a tokenizer
             without an EOS token, a ranker that returns the wrong number of values or NaN, an `output_dir` made with
             other settings (naming them), or no prompt with two candidates that differ.
         OSError: if something cannot be written, for example to a full disk. What is saved stays as it is.
@@ -151,29 +126,22 @@ def build_preference_dataset(
 
     ```python
     pairs = build_preference_dataset(
-        prompts, model, tokenizer, PairwiseRanker("my-org/my-ranker"), output_dir="outputs/pairs", max_new_tokens=128
+        prompts, model, tokenizer, PairwiseRanker("my-org/my-ranker"), "outputs/pairs", max_new_tokens=128
     )
     DPOTrainer(model, args=DPOConfig("outputs/dpo", beta=0.05), train_dataset=pairs).train()
     ```
     """
-    if strategy not in (*STRATEGIES, "direct"):
-        raise ValueError(f"`strategy` must be one of {', '.join(STRATEGIES)} and direct, got {strategy!r}.")
+    options = SamplingOptions.of(options, **changes)
     dataset = _as_dataset(prompts)
-    if strategy == "direct":
-        check_columns(dataset, ["prompt", "chosen", "rejected"], "`prompts`")
-        return normalize_pairs(dataset, "`prompts`").select_columns(["prompt", "chosen", "rejected"])
-    check_columns(dataset, ["prompt"], "`prompts`")
-    if ranker is None:
-        raise ValueError(f"`ranker` is missing, and strategy={strategy!r} needs one to label the pairs.")
     check_ranker(ranker)
-    dataset = dataset.with_format(None)
-    given = "completions" in dataset.column_names
-    check_selection(pairing, num_samples, beta, num_candidates=None if given else num_candidates)
-    if keep_logps and pairing == RANKING:
+    check_generation_kwargs(generation_kwargs)
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"`seed` must be a whole number, at least 0, got {seed!r}.")
+    if keep_logps and options.pairing == RANKING:
         raise ValueError("`keep_logps` is for pairs only, and pairing='ranking' makes rankings. Leave it out.")
     if isinstance(tokenizer, str):
         raise TypeError(f"`tokenizer` is {tokenizer!r}. Load it, with `AutoTokenizer.from_pretrained`.")
-    if given:
+    if "completions" in dataset.column_names:
         check_candidates(dataset, "`prompts`")
         if keep_logps and "logps" not in dataset.column_names:
             raise ValueError(
@@ -192,117 +160,86 @@ def build_preference_dataset(
         )
     elif keep_logps and policy.config.is_encoder_decoder:
         raise ValueError("`keep_logps` is for training, which takes no encoder-decoder. Leave it out.")
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"`seed` must be a whole number, at least 0, got {seed!r}.")
+    else:
+        check_vocabulary(tokenizer, policy)
 
-    selection = {"strategy": strategy, "num_samples": num_samples, "beta": beta, "pairing": pairing}
-    models: Any = (None if given and not keep_logps else policy, ranker.model)  # those that are run
     store, process = SampleStore(output_dir), process_state()
+    how = (options, generation_kwargs or {}, seed, keep_logps, max_length)
+    shards = Shards(store, dataset, policy, tokenizer, ranker, *how)
+    models: Any = (None if shards.are_given and not keep_logps else policy, ranker.model)  # those that are run
     with gathered(*models), interruptible(lambda: f"Interrupted: {store.saved()}; the same call goes on from there."):
         if sharded := [model for model in models if model is not None and partition_reason(model)]:
             raise ValueError(
                 f"A {type(sharded[0]).__name__} cannot be sampled or asked: {partition_reason(sharded[0])}. Build the "
                 "dataset before the model is sharded, with a whole one on each process."
             )
-        settings = {
-            **selection,
-            "seed": seed,
-            "keep_logps": keep_logps,
-            "prompts": dataset_fingerprint(dataset),
-            "ranker": ranker.settings(),
-            **({} if tokenizer is None else {"tokenizer": tokenizer_fingerprint(tokenizer)}),
-            **({"max_length": max_length} if keep_logps else {}),
-        }
-        sample: Callable[[Rows, int], Rows] | None = None
-        if policy is not None and tokenizer is not None and not given:
-            check_vocabulary(tokenizer, policy)
-            generation = generation_options(
-                generation_kwargs, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k
-            )
-            batches: dict[str, Any] = {"batch_size": batch_size, "memory_budget": memory_budget}
-            batches["share_prefix"] = share_prefix
-            check_sampling(num_candidates, generation, **batches)
-            sampling = {**generation, **batches}
-            settings |= {
-                **sampling,
-                "num_candidates": num_candidates,
-                # What the probe found, so that no process and no later one finds otherwise
-                "prompts_are_shared": bool(share_prefix) and reason_not_to_share_prefix(policy, 2) is None,
-                "eos_token_ids": eos_token_ids(policy, tokenizer),
-                "policy": model_fingerprint(policy),
-                **({} if isinstance(dataset.features["prompt"], Value) else template_date(tokenizer)),
-            }
-            sample = partial(
-                sample_rows,
-                policy,
-                tokenizer,
-                num_candidates,
-                keep_logps=keep_logps,
-                max_length=max_length,
-                **sampling,
-            )
+        settings = shards.settings()
         if not store.finished(settings):
-            if policy is not None and tokenizer is not None and not given:
-                chat = list(map(chat_options, dataset))
-                prompt_ids = tokenize_prompts(tokenizer, list(dataset["prompt"]), chat)
-                check_prompts_fit(prompt_ids, max_length)
-                check_positions(policy, prompt_ids, max_new_tokens)
-                sizes = max(map(len, prompt_ids)), max_new_tokens, batch_size, memory_budget
-                at_once = prompts_at_once(policy, num_candidates, *sizes, bool(settings["prompts_are_shared"]))
-            else:
-                at_once = GIVEN_COMPLETIONS * len(dataset) // max(1, sum(map(len, dataset["completions"])))
-            score_pairs = None
-            if keep_logps and policy is not None and tokenizer is not None:
-                score_pairs = partial(pair_logps, policy, tokenizer, max_length=max_length)
-            how = (selection, seed, keep_logps, max_length, score_pairs, tokenizer)
-            shards = Shards(store, dataset, sample, ranker, *how)
-            if not process.is_main_process:
-                store.wait_for_settings(settings)
-                _make_shards(shards, process)
-                store.wait_until_finished()
-                return store.pairs()
-            with store.held():
-                if not store.finished(settings):  # by another run, in the meantime
-                    if "date_in_chat_template" in settings:
-                        logger.warning(
-                            "The chat template writes the date (%s) into the prompts, so this run cannot be resumed "
-                            "on another day. To fix it, replace `strftime_now(...)` in `tokenizer.chat_template`.",
-                            settings["date_in_chat_template"],
-                        )
-                    store.begin(settings, *shard_layout(len(dataset), at_once))
-                    _make_shards(shards, process)
-                    _assemble(shards, settings)
-            return store.pairs()
-    pairs = store.pairs()
-    if process.is_main_process:
-        with contextlib.suppress(OSError):  # a read-only disk
-            store.clear()  # where the run that finished it was stopped while it did so
-        made = "rankings" if pairing == RANKING else "pairs"
-        logger.warning("Reusing the %d %s in %s, made with the same settings.", len(pairs), made, output_dir)
-    return pairs
+            _make(shards, settings, process)
+        elif process.is_main_process:
+            with contextlib.suppress(OSError):  # a read-only disk
+                store.clear()  # where the run that finished it was stopped while it did so
+            logger.info("Reusing what is in %s, made with the same settings.", output_dir)
+        return store.pairs()
 
 
-def _as_dataset(prompts: Any) -> Dataset:
-    if isinstance(prompts, str | Path) and str(prompts).endswith(".jsonl"):
-        return read_jsonl(prompts)
+def _as_dataset(prompts: Dataset | list[Prompt] | str | Path) -> Dataset:
     if isinstance(prompts, str | Path):
-        raise TypeError(
-            f"`prompts` is {str(prompts)!r}. Give a dataset, a list of prompts, or the path of a `.jsonl` file, which "
-            "has one JSON object per line and is not compressed."
-        )
+        if not str(prompts).endswith(".jsonl"):
+            raise TypeError(
+                f"`prompts` is {str(prompts)!r}. Give a dataset, a list of prompts, or the path of a `.jsonl` file, "
+                "which has one JSON object per line and is not compressed."
+            )
+        return read_jsonl(prompts)
     if isinstance(prompts, Sequence):
         check_prompts(prompts)
-        return Dataset.from_dict({"prompt": list(prompts)})
-    return prompts  # `check_columns` refuses what is no dataset
+        prompts = Dataset.from_dict({"prompt": list(prompts)})
+    check_columns(prompts, ["prompt"], "`prompts`")
+    return prompts.with_format(None)
 
 
-def prompts_at_once(policy: PreTrainedModel, num_candidates: int, longest: int, max_new_tokens: int, *how: Any) -> int:
-    """How many of [`sizes_of_batch`], which takes the arguments, are a shard."""
-    most = SHARD_COMPLETIONS // num_candidates
+def _make(shards: Shards, settings: dict[str, Any], process: PartialState) -> None:
+    """Make the shards of this process and, on the main process, the dataset of the shards of all."""
+    store = shards.store
+    layout = shard_layout(len(shards.prompts), prompts_at_once(shards))
+    if not process.is_main_process:
+        store.wait_for_settings(settings)
+        _make_shards(shards, process)
+        store.wait_until_finished()
+        return
+    with store.held():
+        if store.finished(settings):  # by another run, in the meantime
+            return
+        if "date_in_chat_template" in settings:
+            logger.warning(
+                "The chat template writes the date (%s) into the prompts, so this run cannot be resumed on another "
+                "day. To fix it, replace `strftime_now(...)` in `tokenizer.chat_template`.",
+                settings["date_in_chat_template"],
+            )
+        store.begin(settings, *layout)
+        _make_shards(shards, process)
+        _assemble(shards, settings)
+
+
+def prompts_at_once(shards: Shards) -> int:
+    """How many prompts are handled at a time; prompts that cannot be sampled are refused by their row.
+
+    What is sampled on a CPU may be less than fits, as much may be lost with it.
+    """
+    prompts = shards.prompts
+    if shards.are_given:
+        return GIVEN_COMPLETIONS * len(prompts) // max(1, sum(map(len, prompts["completions"])))
+    (policy, tokenizer), options = shards.sampler, shards.options
+    prompt_ids = tokenize_prompts(tokenizer, list(prompts["prompt"]), list(map(chat_options, prompts)))
+    check_prompts_fit(prompt_ids, shards.max_length)
+    check_positions(policy, prompt_ids, options.max_new_tokens)
+    longest = max(map(len, prompt_ids))
+    at_once, _ = sizes_of_batch(policy, options.num_candidates, longest, options, shards.share_prompts)
+    at_once = min(at_once, SHARD_COMPLETIONS // options.num_candidates)
     if policy.device.type == "cpu":
-        flops = 2 * sum(map(torch.numel, policy.parameters())) * num_candidates * max_new_tokens
-        most = min(most, int(SHARD_FLOPS // flops))
-    return min(most, sizes_of_batch(policy, num_candidates, longest, max_new_tokens, *how)[0])
+        flops = 2 * sum(map(torch.numel, policy.parameters())) * options.num_candidates * options.max_new_tokens
+        at_once = min(at_once, int(SHARD_FLOPS // flops))
+    return at_once
 
 
 def shard_layout(num_prompts: int, at_once: int) -> tuple[int, int]:
@@ -360,14 +297,14 @@ def _assemble(shards: Shards, settings: dict[str, Any]) -> None:
     num_unfinished = None
     if "finished" in candidates.column_names:
         num_unfinished = sum(finished.count(False) for finished in candidates["finished"])
-    statistics, distributions = summarise(shards.selected(), num_unfinished, **shards.selection)
+    statistics, rewards, probabilities = summarize(shards.selected(), num_unfinished, shards.options)
     pairs = store.write_dataset("pairs", shards.preference_rows(), shards.preference_features())
     store.write_json("statistics.json", statistics.as_dict())
-    if shards.sample is None and "chosen_reward" in pairs.column_names:
+    if shards.are_given and "chosen_reward" in pairs.column_names:
         _warn_of_contradictions(pairs)
     try:
         with store.writing(store.folder / "statistics.png") as temporary:
-            plot_statistics(distributions, temporary)
+            plot_statistics(rewards, probabilities, temporary)
     except ImportError:
         logger.warning("No plot was drawn: install matplotlib, with `pip install 'prefopt-trl[plots]'`.")
     store.write_text("README.md", dataset_card(settings, statistics, pairs))

@@ -1,6 +1,6 @@
 """Which candidates are kept, which of them meet, and whom the ranker prefers (RSO sections 3.2 and 5)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -9,13 +9,10 @@ import numpy as np
 
 from prefopt_trl.data.formats import Completion, Prompt, completion_text
 from prefopt_trl.rankers.base import Ranker, check_probabilities
+from prefopt_trl.sampling.options import RANKING, SamplingOptions
 from prefopt_trl.sampling.pairing import Pairs, play
 from prefopt_trl.sampling.rejection import accept, acceptance_rate
 
-# Beta of Algorithm 1 that each strategy stands for: its own, and the two limits of RSO section 3.2
-STRATEGIES: dict[str, Callable[[float], float]] = {"rso": float, "sft": lambda beta: np.inf, "top-k": lambda beta: 0.0}
-PAIRINGS = ["first-round", "tournament", "all"]
-RANKING = "ranking"  # in place of a pairing: the kept candidates are ranked by reward
 # Columns of candidates, and of the pairs made of them: any other is the user's, and is kept
 OWN_COLUMNS = {
     *("prompt", "completions", "rewards", "finished", "logps"),
@@ -57,36 +54,13 @@ class SelectedPrompt:
     ref_logps: list[tuple[float, float]] | None = None
 
 
-def check_selection(pairing: str, num_samples: int, beta: float, num_candidates: int | None) -> None:
-    """Refuse what could not be selected; `num_candidates` is None where prompts come with candidates of their own.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if pairing not in (*PAIRINGS, RANKING):
-        raise ValueError(f"`pairing` must be one of {', '.join(PAIRINGS)} and {RANKING}, got {pairing!r}.")
-    for name, value in {"num_samples": num_samples, "num_candidates": num_candidates}.items():
-        if value is not None and not isinstance(value, int):
-            raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
-    if num_samples < 2 or (num_candidates is not None and num_samples > num_candidates):
-        raise ValueError(
-            f"`num_samples`={num_samples} must be at least 2, to make a pair, and at most "
-            f"`num_candidates`={num_candidates}."
-        )
-    if not beta >= 0:
-        raise ValueError(f"`beta` must be at least 0, got {beta}. The paper uses 0.5.")
-
-
 def select_and_pair(
     prompts: Sequence[Prompt],
     completions: Sequence[Sequence[Completion]],
     rewards: Sequence[np.ndarray],
     ranker: Ranker,
+    options: SamplingOptions,
     *,
-    strategy: str,
-    num_samples: int,
-    beta: float,
-    pairing: str,
     seed: int,
     first_row: int = 0,
 ) -> list[SelectedPrompt]:
@@ -100,7 +74,7 @@ def select_and_pair(
     Args:
         prompts, completions, rewards (sequences of length `n`):
             Prompts, the candidates of each, and their rewards.
-        ranker, strategy, num_samples, beta, pairing, seed:
+        ranker, options, seed:
             As in [`build_preference_dataset`].
         first_row (`int`, *optional*, defaults to `0`):
             Row of the first of `prompts` among all.
@@ -116,25 +90,23 @@ def select_and_pair(
     label = partial(label_pairs, ranker, [prompts[row] for row in rows], [completions[row] for row in rows])
 
     at_random = [
-        stream.choice(distinct[row], min(num_samples, len(distinct[row])), replace=False)
+        stream.choice(distinct[row], min(options.num_samples, len(distinct[row])), replace=False)
         for row, stream in zip(rows, streams, strict=True)
     ]
     before = label(at_random, "first-round", streams)
-    accepted = [
-        keep(rewards[row], texts[row], strategy, num_samples, beta, stream)
-        for row, stream in zip(rows, streams, strict=True)
-    ]
-    after = label(accepted, "first-round" if pairing == RANKING else pairing, streams)
+    accepted = [keep(rewards[row], texts[row], options, stream) for row, stream in zip(rows, streams, strict=True)]
+    is_ranking = options.pairing == RANKING
+    after = label(accepted, "first-round" if is_ranking else options.pairing, streams)
 
     for row, kept, random_pairs, pairs in zip(rows, accepted, before, after, strict=True):
         differ = texts[row][pairs.chosen] != texts[row][pairs.rejected]
-        if not (len(np.unique(texts[row][kept])) > 1 if pairing == RANKING else differ.any()):
+        if not (len(np.unique(texts[row][kept])) > 1 if is_ranking else differ.any()):
             continue
         selected[row] = SelectedPrompt(
             rewards=rewards[row].tolist(),
             num_distinct=len(distinct[row]),
             accepted=kept.tolist(),
-            acceptance_rate=acceptance_rate(rewards[row][distinct[row]], STRATEGIES[strategy](beta)),
+            acceptance_rate=acceptance_rate(rewards[row][distinct[row]], options.effective_beta),
             random_probabilities=random_pairs.probability.tolist(),
             chosen=pairs.chosen[differ].tolist(),
             rejected=pairs.rejected[differ].tolist(),
@@ -159,7 +131,7 @@ def preference_rows(
     Yields:
         `dict`: one row.
     """
-    columns = {name: value for name, value in candidates.items() if name == "prompt" or name not in OWN_COLUMNS}
+    columns = carried(candidates)
     completions, rewards = candidates["completions"], selected.rewards
     if pairing == RANKING:
         if selected.accepted:
@@ -182,9 +154,12 @@ def preference_rows(
         }
 
 
-def keep(
-    rewards: np.ndarray, texts: np.ndarray, strategy: str, num_samples: int, beta: float, stream: np.random.Generator
-) -> np.ndarray:
+def carried(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns that candidates and pairs take over from their prompt: `prompt` and those of the user."""
+    return {name: value for name, value in columns.items() if name == "prompt" or name not in OWN_COLUMNS}
+
+
+def keep(rewards: np.ndarray, texts: np.ndarray, options: SamplingOptions, stream: np.random.Generator) -> np.ndarray:
     """Indices of the candidates of one prompt that are kept: `num_samples`, or all that there are.
 
     `"rso"` and `"top-k"` keep distinct texts, as Algorithm 1 does. `"sft"` draws among all candidates, so that a text
@@ -194,9 +169,8 @@ def keep(
         texts (int64 array of shape `(num_candidates,)`):
             As [`first_occurrences`] returns them.
     """
-    pool = np.arange(len(texts)) if strategy == "sft" else np.unique(texts)
-    num_kept, pool_beta = min(num_samples, len(pool)), STRATEGIES[strategy](beta)
-    return pool[accept(rewards[pool], num_kept, pool_beta, stream)]
+    pool = np.arange(len(texts)) if options.strategy == "sft" else np.unique(texts)
+    return pool[accept(rewards[pool], min(options.num_samples, len(pool)), options.effective_beta, stream)]
 
 
 def rank(completions: Sequence[Completion], rewards: np.ndarray, kept: np.ndarray) -> dict[str, list[Any]]:

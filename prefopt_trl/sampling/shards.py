@@ -1,6 +1,6 @@
 """The work cut into shards: consecutive prompts that one process samples, ranks and writes down."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +11,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt_trl.data.formats import wrap_completion
 from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training
 from prefopt_trl.rankers.base import Ranker, check_rewards
-from prefopt_trl.sampling.generation import sample_candidates
-from prefopt_trl.sampling.logps import sampled_logps
+from prefopt_trl.runtime.fingerprints import (
+    dataset_fingerprint,
+    model_fingerprint,
+    template_date,
+    tokenizer_fingerprint,
+)
+from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
+from prefopt_trl.sampling.logps import pair_logps, sampled_logps
+from prefopt_trl.sampling.options import RANKING, SamplingOptions
 from prefopt_trl.sampling.prompts import tokenize_prompts
-from prefopt_trl.sampling.selection import OWN_COLUMNS, RANKING, SelectedPrompt, preference_rows, select_and_pair
+from prefopt_trl.sampling.selection import SelectedPrompt, carried, preference_rows, select_and_pair
 from prefopt_trl.sampling.store import SampleStore
+from prefopt_trl.shared_prefix.continuation import reason_not_to_share_prefix
 
 Rows = list[dict[str, Any]]
+SELECTING = ("strategy", "num_samples", "pairing", "rejection_beta")  # options that given candidates depend on, too
 
 
 @dataclass(frozen=True)
@@ -28,41 +37,80 @@ class Shards:
         store ([`SampleStore`]):
             Where shards are written. One that is there is not made again.
         prompts ([`~datasets.Dataset`]):
-            All prompts, or all given candidates.
-        sample (`Callable`, *optional*):
-            Makes rows of candidates of rows of prompts and a seed; None where candidates are given.
+            All prompts. With a column `completions` these are the candidates, and nothing is sampled.
+        policy ([`~transformers.PreTrainedModel`], *optional*), tokenizer ([`~transformers.PreTrainedTokenizerBase`],
+            *optional*):
+            Policy that is sampled, and its tokenizer, whose chat template decides which candidates are distinct. May
+            be None where candidates are given.
         ranker ([`~prefopt_trl.rankers.Ranker`]):
             Scores and compares.
-        selection (`dict`):
-            `strategy`, `num_samples`, `beta` and `pairing`.
+        options ([`SamplingOptions`]), generation_kwargs (`dict`):
+            How to sample and select.
         seed (`int`):
             Seed of all shards.
-        keep_logps (`bool`):
-            Whether candidates have `logps`, which pairs keep.
-        max_length (`int`, *optional*):
-            Tokens of prompt and completion for which these hold.
-        score_pairs (`Callable`, *optional*):
-            Log-probabilities, of shape `(n, 2)`, of prompts and pairs whose candidates have none; None without policy.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            That of the training, whose chat template decides which candidates are distinct.
+        keep_logps (`bool`), max_length (`int`, *optional*):
+            Whether candidates have `logps`, which pairs keep, and the tokens of prompt and completion that these are
+            of.
     """
 
     store: SampleStore
     prompts: Dataset
-    sample: Callable[[Rows, int], Rows] | None
+    policy: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
     ranker: Ranker
-    selection: dict[str, Any]
+    options: SamplingOptions
+    generation_kwargs: dict[str, Any]
     seed: int
     keep_logps: bool
-    max_length: int | None = None
-    score_pairs: Callable[..., np.ndarray] | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
+    max_length: int | None
+
+    @property
+    def are_given(self) -> bool:
+        """Whether the prompts come with their candidates."""
+        return "completions" in self.prompts.column_names
+
+    @property
+    def sampler(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Policy and tokenizer, where candidates are sampled."""
+        assert self.policy is not None and self.tokenizer is not None
+        return self.policy, self.tokenizer
+
+    @property
+    def share_prompts(self) -> bool:
+        """Whether the policy computes each prompt once."""
+        return self.options.share_prefix and reason_not_to_share_prefix(self.sampler[0], 2) is None
+
+    def settings(self) -> dict[str, Any]:
+        """Return all that the dataset depends on, for its manifest."""
+        settings = {
+            **{name: getattr(self.options, name) for name in SELECTING},
+            "seed": self.seed,
+            "keep_logps": self.keep_logps,
+            "prompts": dataset_fingerprint(self.prompts),
+            "ranker": self.ranker.settings(),
+        }
+        if self.tokenizer is not None:
+            settings["tokenizer"] = tokenizer_fingerprint(self.tokenizer)
+        if self.keep_logps:
+            settings["max_length"] = self.max_length
+        if not self.are_given:
+            policy, tokenizer = self.sampler
+            settings |= {
+                **vars(self.options),
+                **self.generation_kwargs,
+                # What the probe found, so that no process and no later one finds otherwise
+                "prompts_are_shared": self.share_prompts,
+                "eos_token_ids": eos_token_ids(policy, tokenizer),
+                "policy": model_fingerprint(policy),
+            }
+            if not isinstance(self.prompts.features["prompt"], Value):
+                settings |= template_date(tokenizer)
+        return settings
 
     def make(self, shard: int) -> None:
         """Sample and rank the prompts of a shard."""
-        if self.sample is not None and not self.store.has_shard(shard, "candidates"):
-            sampled = self.sample(self._given(shard), shard_seed(self.seed, shard))
-            self.store.write_shard(shard, "candidates", sampled)
+        if not self.are_given and not self.store.has_shard(shard, "candidates"):
+            self.store.write_shard(shard, "candidates", self._sample(shard))
         rows = self.candidates(shard)  # as they are read after a restart
         first_row = self._rows(shard).start
         try:
@@ -74,17 +122,41 @@ class Shards:
             selected = self._with_logps(rows, selected, first_row)
         self.store.write_shard(shard, "ranked", map(vars, selected))
 
+    def _sample(self, shard: int) -> Rows:
+        """Candidates of each prompt: `completions`, `finished` (whether each ended by itself) and perhaps `logps`."""
+        policy, tokenizer = self.sampler
+        rows = self._given(shard)
+        prompts, chat = [row["prompt"] for row in rows], list(map(chat_options, rows))
+        sampled = sample_candidates(
+            policy,
+            tokenizer,
+            tokenize_prompts(tokenizer, prompts, chat, for_encoder=policy.config.is_encoder_decoder),
+            self.options.num_candidates,
+            self.options,
+            seed=shard_seed(self.seed, shard),
+            generation_kwargs=self.generation_kwargs,
+            keep_logps=self.keep_logps,
+        )
+        made = []
+        for row, how, candidates in zip(rows, chat, sampled, strict=True):
+            prompt = row["prompt"]
+            completions = [wrap_completion(prompt, text) for text in candidates.texts]
+            made.append({**carried(row), "completions": completions, "finished": candidates.finished})
+            if self.keep_logps:
+                made[-1]["logps"] = sampled_logps(tokenizer, prompt, completions, candidates, self.max_length, **how)
+        return made
+
     def _select(self, rows: Rows, first_row: int) -> list[SelectedPrompt]:
         prompts, completions = [row["prompt"] for row in rows], [row["completions"] for row in rows]
-        if "rewards" in self.prompts.column_names and self.sample is None:
-            rewards, source = [row["rewards"] for row in rows], "The column `rewards`"
+        if self.are_given and "rewards" in self.prompts.column_names:
+            rewards = [np.array(row["rewards"], dtype=np.float64) for row in rows]
         else:
-            rewards, source = self.ranker.score(prompts, completions), type(self.ranker).__name__
-        checked = check_rewards(rewards, prompts, completions, source)
+            scores = self.ranker.score(prompts, completions)
+            rewards = check_rewards(scores, prompts, completions, type(self.ranker).__name__)
         if self.tokenizer is not None:
             completions = merge_equal_in_training(self.tokenizer, rows, completions)
         return select_and_pair(
-            prompts, completions, checked, self.ranker, seed=self.seed, first_row=first_row, **self.selection
+            prompts, completions, rewards, self.ranker, self.options, seed=self.seed, first_row=first_row
         )
 
     def _with_logps(self, rows: Rows, selected: list[SelectedPrompt], first_row: int) -> list[SelectedPrompt]:
@@ -94,59 +166,57 @@ class Shards:
             pairs = list(zip(one.chosen, one.rejected, strict=True))
             logps = [(candidates["logps"][chosen], candidates["logps"][rejected]) for chosen, rejected in pairs]
             unknown = [place for place, both in enumerate(logps) if None in both]
-            if unknown and self.score_pairs is None:
+            if unknown and (self.policy is None or self.tokenizer is None):
                 raise ValueError(
                     f"Row {row} of `prompts` has a candidate without a log-probability in `logps`. Give `policy` and "
                     "`tokenizer`, so that it can be scored, or leave `keep_logps` out."
                 )
-            if unknown and self.score_pairs is not None:
+            if unknown:
                 texts = candidates["completions"]
                 to_score = [(texts[pairs[place][0]], texts[pairs[place][1]]) for place in unknown]
                 prompts = [candidates["prompt"]] * len(unknown)
-                scored = self.score_pairs(prompts, to_score, **chat_options(candidates)).tolist()
-                for place, (chosen, rejected) in zip(unknown, scored, strict=True):
+                scored = pair_logps(*self.sampler, prompts, to_score, self.max_length, **chat_options(candidates))
+                for place, (chosen, rejected) in zip(unknown, scored.tolist(), strict=True):
                     logps[place] = (chosen, rejected)
             made.append(replace(one, ref_logps=logps))
         return made
 
     def candidates(self, shard: int) -> Rows:
-        """Rows of the candidates of a shard."""
-        return self._given(shard) if self.sample is None else self.store.read_shard(shard, "candidates")
+        """Return the rows of the candidates of a shard."""
+        return self._given(shard) if self.are_given else self.store.read_shard(shard, "candidates")
 
     def selected(self) -> Iterator[SelectedPrompt]:
-        """What was selected of each prompt."""
+        """Yield what was selected of each prompt."""
         for shard in range(self.store.layout()[1]):
-            for row in self.store.read_shard(shard, "ranked"):
-                yield SelectedPrompt(**row)
+            yield from self._ranked(shard)
 
     def candidate_rows(self) -> Iterator[dict[str, Any]]:
-        """Rows of all candidates, with their rewards."""
+        """Yield the rows of all candidates, with their rewards."""
         for row, selected in self._all():
             yield {"rewards": selected.rewards} | row
 
     def preference_rows(self) -> Iterator[dict[str, Any]]:
-        """Rows of all pairs or rankings."""
+        """Yield the rows of all pairs or rankings."""
         for row, selected in self._all():
-            yield from preference_rows(row, selected, self.selection["pairing"], self.max_length)
+            yield from preference_rows(row, selected, self.options.pairing, self.max_length)
 
     def candidate_features(self) -> Features:
-        """Features of `candidate_rows`."""
+        """Return the features of `candidate_rows`."""
         given = self.prompts.features
         rewards = {"rewards": List(Value("float64"))}
-        if self.sample is None:
-            return Features(given if "rewards" in given else {**given, **rewards})
+        if self.are_given:
+            return Features({**rewards, **given})
         message = {"role": Value("string"), "content": Value("string")}
         completion = given["prompt"] if isinstance(given["prompt"], Value) else List(message)
         logps = {"logps": List(Value("float64"))} if self.keep_logps else {}
         sampled = {"completions": List(completion), "finished": List(Value("bool"))}
-        return Features({"prompt": given["prompt"], **self._others(given), **sampled, **logps, **rewards})
+        return Features({**carried(given), **sampled, **logps, **rewards})
 
     def preference_features(self) -> Features:
-        """Features of `preference_rows`."""
+        """Return the features of `preference_rows`."""
         candidates, number = self.candidate_features(), Value("float64")
-        columns = {"prompt": candidates["prompt"], **self._others(candidates)}
-        completion = candidates["completions"].feature
-        if self.selection["pairing"] == RANKING:
+        columns, completion = carried(candidates), candidates["completions"].feature
+        if self.options.pairing == RANKING:
             return Features({**columns, "completions": List(completion), "rewards": List(number)})
         numbers = ["chosen_reward", "rejected_reward", "label_probability"]
         numbers += ["ref_chosen_logps", "ref_rejected_logps"] if self.keep_logps else []
@@ -155,9 +225,10 @@ class Shards:
 
     def _all(self) -> Iterator[tuple[dict[str, Any], SelectedPrompt]]:
         for shard in range(self.store.layout()[1]):
-            ranked = self.store.read_shard(shard, "ranked")
-            for row, selected in zip(self.candidates(shard), ranked, strict=True):
-                yield row, SelectedPrompt(**selected)
+            yield from zip(self.candidates(shard), self._ranked(shard), strict=True)
+
+    def _ranked(self, shard: int) -> Iterator[SelectedPrompt]:
+        return (SelectedPrompt(**row) for row in self.store.read_shard(shard, "ranked"))
 
     def _given(self, shard: int) -> Rows:
         return self.prompts.select(self._rows(shard)).to_list()
@@ -167,39 +238,7 @@ class Shards:
         start = shard * prompts_per_shard
         return range(start, min(start + prompts_per_shard, len(self.prompts)))
 
-    @staticmethod
-    def _others(columns: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in columns.items() if name not in OWN_COLUMNS}
-
 
 def shard_seed(seed: int, shard: int) -> int:
     """Seed of the sampling of one shard, as independent of the others' as `numpy.random.SeedSequence` makes it."""
     return int(np.random.SeedSequence([seed, shard]).generate_state(1)[0])
-
-
-def sample_rows(
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    num_candidates: int,
-    rows: Rows,
-    seed: int,
-    *,
-    keep_logps: bool,
-    max_length: int | None,
-    **sampling: Any,
-) -> Rows:
-    """Candidates of each prompt: `completions`, `finished` (whether each ended by itself) and perhaps `logps`."""
-    chat, in_encoder = list(map(chat_options, rows)), policy.config.is_encoder_decoder
-    prompt_ids = tokenize_prompts(tokenizer, [row["prompt"] for row in rows], chat, for_encoder=in_encoder)
-    sampled = sample_candidates(
-        policy, tokenizer, prompt_ids, num_candidates, seed=seed, keep_logps=keep_logps, **sampling
-    )
-    made = []
-    for row, options, candidates in zip(rows, chat, sampled, strict=True):
-        completions = [wrap_completion(row["prompt"], text) for text in candidates.texts]
-        columns = {name: value for name, value in row.items() if name == "prompt" or name not in OWN_COLUMNS}
-        columns |= {"completions": completions, "finished": candidates.finished}
-        if keep_logps:
-            columns["logps"] = sampled_logps(tokenizer, row["prompt"], completions, candidates, max_length, **options)
-        made.append(columns)
-    return made

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from prefopt_trl.data.formats import EQUAL_REWARDS_HINT
-from prefopt_trl.sampling.selection import RANKING, SelectedPrompt
+from prefopt_trl.sampling.options import RANKING, SamplingOptions
+from prefopt_trl.sampling.selection import SelectedPrompt
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -19,6 +20,8 @@ LOST_BY_REJECTION = 0.05
 
 # A ranker that is no surer than this of random pairs has learned next to nothing
 COIN_FLIP = 0.55
+
+Numbers = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -93,42 +96,14 @@ class SamplingStatistics:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Distributions:
-    """The numbers that the statistics summarise.
-
-    Attributes:
-        rewards (`dict[str, np.ndarray]`):
-            Rewards of candidates, accepted, chosen and rejected completions.
-        label_probabilities (`dict[str, np.ndarray]`):
-            Probabilities the ranker gives to its own labels, in [0.5, 1], on random candidates and on the pairs made.
-    """
-
-    rewards: dict[str, np.ndarray]
-    label_probabilities: dict[str, np.ndarray]
-
-
-def summarise(
-    selected: Iterable[SelectedPrompt],
-    num_unfinished: int | None,
-    *,
-    strategy: str,
-    num_samples: int,
-    beta: float,
-    pairing: str,
-) -> tuple[SamplingStatistics, Distributions]:
-    """Statistics of what was selected, of one prompt after the other.
-
-    Args:
-        selected (iterable of [`SelectedPrompt`]):
-            One per prompt; only their numbers are held in memory.
-        num_unfinished (`int` or `None`):
-            As in [`SamplingStatistics`].
-        strategy, num_samples, beta, pairing:
-            As in [`build_preference_dataset`].
+def summarize(
+    selected: Iterable[SelectedPrompt], num_unfinished: int | None, options: SamplingOptions
+) -> tuple[SamplingStatistics, Numbers, Numbers]:
+    """Summarize what was selected, of one prompt after the other; only their numbers are held in memory.
 
     Returns:
-        [`SamplingStatistics`] and the [`Distributions`] that they summarise.
+        [`SamplingStatistics`]; the rewards of candidates, accepted, chosen and rejected completions; and the
+        probabilities that the ranker gives to its own labels, in [0.5, 1], on random candidates and on the pairs made.
 
     Raises:
         ValueError: if all prompts are skipped.
@@ -137,8 +112,8 @@ def summarise(
     certainty: dict[str, list[list[float]]] = {"random candidates": [], "pairs made": []}
     num_distinct: list[int] = []
     first_pass: list[float] = []
-    num_equal = 0
-    num_short = 0
+    num_equal = num_short = 0
+    is_ranking = options.pairing == RANKING
     for prompt in selected:
         of_prompt = np.array(prompt.rewards)
         num_distinct.append(prompt.num_distinct)
@@ -147,12 +122,12 @@ def summarise(
         if prompt.acceptance_rate is None:  # skipped
             continue
         first_pass.append(prompt.acceptance_rate)
-        num_short += len(prompt.accepted) < num_samples
+        num_short += len(prompt.accepted) < options.num_samples
         accepted = of_prompt[prompt.accepted]
         ranked = -np.sort(-accepted)
         rewards["accepted"].append(accepted)
-        rewards["chosen"].append(ranked[:1] if pairing == RANKING else of_prompt[prompt.chosen])
-        rewards["rejected"].append(ranked[1:] if pairing == RANKING else of_prompt[prompt.rejected])
+        rewards["chosen"].append(ranked[:1] if is_ranking else of_prompt[prompt.chosen])
+        rewards["rejected"].append(ranked[1:] if is_ranking else of_prompt[prompt.rejected])
         certainty["random candidates"].append(prompt.random_probabilities)
         certainty["pairs made"].append(prompt.probabilities)
     if not first_pass:
@@ -163,9 +138,14 @@ def summarise(
     drawn = {name: np.concatenate(values) for name, values in rewards.items()}
     probabilities = {name: np.concatenate(values) for name, values in certainty.items()}
     means = {name: float(values.mean()) for name, values in probabilities.items()}
-    warnings = [equal_rewards_warning(num_equal, len(num_distinct))] if num_equal else []
+    warnings = []
+    if num_equal:
+        warnings.append(
+            f"All candidates have equal rewards on {num_equal} of {len(num_distinct)} prompts, so their labels are "
+            f"arbitrary. Use a ranker that tells completions apart. {EQUAL_REWARDS_HINT}"
+        )
     if 2 * num_equal <= len(num_distinct):  # else near coin flips have been explained
-        warnings += filter(None, [label_warning(strategy, beta, *means.values())])
+        warnings += filter(None, [label_warning(options, *means.values())])
     statistics = SamplingStatistics(
         num_prompts=len(num_distinct),
         num_skipped=len(num_distinct) - len(first_pass),
@@ -173,78 +153,50 @@ def summarise(
         num_duplicates=len(drawn["candidates"]) - sum(num_distinct),
         num_unfinished=num_unfinished,
         num_pairs=len(drawn["chosen"]),
-        acceptance_rate=float(np.mean(first_pass)) if strategy == "rso" else None,
-        reward_quantiles={name: reward_quantiles(values) for name, values in drawn.items()},
+        acceptance_rate=float(np.mean(first_pass)) if options.strategy == "rso" else None,
+        reward_quantiles={name: np.quantile(values, QUANTILES).tolist() for name, values in drawn.items()},
         label_probability_before=means["random candidates"],
         label_probability_after=means["pairs made"],
         warning=" ".join(warnings) or None,
-        made="rankings" if pairing == RANKING else "pairs",
+        made="rankings" if is_ranking else "pairs",
         num_short=num_short,
     )
-    return statistics, Distributions(drawn, probabilities)
+    return statistics, drawn, probabilities
 
 
-def reward_quantiles(rewards: np.ndarray) -> list[float]:
-    """Rewards at [`QUANTILES`]."""
-    return np.quantile(rewards, QUANTILES).tolist()
+def label_warning(options: SamplingOptions, before: float, after: float) -> str | None:
+    """Say what a user should know about the labels, or return None.
 
-
-def equal_rewards_warning(num_equal: int, num_prompts: int) -> str:
-    """Say on how many prompts all distinct candidates have the same reward."""
-    return (
-        f"All candidates have equal rewards on {num_equal} of {num_prompts} prompts, so their labels are arbitrary. "
-        f"Use a ranker that tells completions apart. {EQUAL_REWARDS_HINT}"
-    )
-
-
-def label_warning(strategy: str, beta: float, before: float, after: float) -> str | None:
-    """What a user should know about the labels, in a plain sentence, or None.
+    A small beta keeps only candidates that are all good, so their pairs are close. RSO section 3.2 advises that only
+    for a ranker one trusts; the labels of a ranker that is unsure of them are mostly noise.
 
     Args:
-        strategy (`str`):
-            How completions were kept; a larger `beta` is a remedy for `"rso"` only.
-        beta (`float`):
-            Algorithm 1's beta.
+        options ([`SamplingOptions`]):
+            How completions were kept; a larger `rejection_beta` is a remedy for `"rso"` only.
         before, after (`float`):
             Mean probability the ranker gives to its own labels on random candidates, and on the pairs made.
     """
+    beta = options.rejection_beta
     if before < COIN_FLIP:
         return (
             f"The ranker gives its own labels a mean probability of only {before:.2f} on random candidates, so they "
             "are near coin flips, whatever the beta. Rewards are logits: multiply those of a function or reward model "
             "that are too small. Train a pairwise ranker longer, and ask it with the template it was trained on."
         )
-    return small_beta_warning(beta, before, after) if strategy == "rso" else None
-
-
-def small_beta_warning(beta: float, before: float, after: float) -> str | None:
-    """Say so where rejection has left pairs that the ranker can hardly tell apart, else None.
-
-    A small `beta` keeps only candidates that are all good, so their pairs are close. RSO section 3.2 advises that only
-    for a ranker one trusts; the labels of a ranker that is unsure of them are mostly noise.
-    """
-    if after >= UNSURE or before - after < LOST_BY_REJECTION or np.isinf(beta):
+    lost_by_rejection = after < UNSURE and before - after >= LOST_BY_REJECTION
+    if options.strategy != "rso" or not lost_by_rejection or np.isinf(beta):
         return None
     return (
-        f"beta={beta:g} is too small for this ranker: it gives its own labels a mean probability of {after:.2f} after "
-        f"rejection, against {before:.2f} on random candidates, so many labels are near coin flips. Raise beta, say "
-        f"to {4 * beta if beta > 0 else 1:g}, or use a ranker that tells good completions apart. (In `RSOConfig` "
-        "this beta is `rejection_beta`.)"
+        f"`rejection_beta`={beta:g} is too small for this ranker: it gives its own labels a mean probability of "
+        f"{after:.2f} after rejection, against {before:.2f} on random candidates, so many labels are near coin flips. "
+        f"Raise it, say to {4 * beta if beta > 0 else 1:g}, or use a ranker that tells good completions apart."
     )
 
 
-def plot_statistics(distributions: Distributions, path: str | Path) -> None:
-    """Draw the rewards and the ranker's certainty as a PNG.
-
-    Args:
-        distributions ([`Distributions`]):
-            What to draw.
-        path (`str` or `Path`):
-            File to write.
-    """
+def plot_statistics(rewards: Numbers, probabilities: Numbers, path: str | Path) -> None:
+    """Draw the rewards and probabilities of [`summarize`] as a PNG."""
     from matplotlib.figure import Figure
 
-    rewards = distributions.rewards
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     everything = np.concatenate(list(rewards.values()))
@@ -255,7 +207,7 @@ def plot_statistics(distributions: Distributions, path: str | Path) -> None:
         left.hist(values.clip(low, high), bins=bins, label=f"{name} ({len(values):,})", **lines)
     left.set(xlabel="reward", ylabel="density", title="Rewards given by the ranker")
     left.legend(frameon=False)
-    for name, values in distributions.label_probabilities.items():
+    for name, values in probabilities.items():
         right.hist(values, bins=np.linspace(0.5, 1, 26), label=f"{name}: mean {values.mean():.2f}", **lines)
     right.set(xlabel="probability", ylabel="density", title="Probability the ranker gives to its own labels")
     right.set(xlim=(0.5, 1))

@@ -36,7 +36,6 @@ from prefopt_trl.data.tokenization import WithoutAppendedTokens, num_appended_to
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.runtime.processes import checkpoints, interruptible, last_checkpoint, what_is_trained
 from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
-from prefopt_trl.sampling.options import as_arguments
 from prefopt_trl.shared_prefix.forward import add_shared_prefix
 from prefopt_trl.trainers.base_config import PreferenceConfig
 from prefopt_trl.trainers.callbacks import LogPreferencesCallback, first_examples
@@ -291,7 +290,7 @@ class PreferenceTrainer(Published, DPOTrainer):
                 ranker,
                 while_sampling=self._reference_adapter if self.ref_model is None else contextlib.nullcontext,
                 seed=self.args.seed,
-                **as_arguments(self.args.sampling_options()),
+                **vars(self.args.sampling_options()),
                 **collating,
             )
             self.add_callback(_EpochOfSampling(self.data_collator))

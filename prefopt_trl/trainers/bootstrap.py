@@ -20,6 +20,7 @@ from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.runtime.settings import as_json, differences, read_json, write_json
 from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.sampling.generation import sample_candidates
+from prefopt_trl.sampling.options import GenerationOptions
 from prefopt_trl.sampling.prompts import tokenize_prompts
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Bootstrap(TrainerCallback):
     interrupted. A run that starts anew moves what an earlier one has saved in `folder` aside.
 
     `num_parts` is K of Algorithm 1, at most the number of rows. `seed` decides the split, the order of rows and the
-    samples. `generation` has the options of [`sample_candidates`].
+    samples. `options` say how they are sampled.
     """
 
     def __init__(
@@ -47,18 +48,18 @@ class Bootstrap(TrainerCallback):
         ranker: Ranker,
         folder: str | Path,
         seed: int,
-        generation: dict[str, Any],
+        options: GenerationOptions,
     ) -> None:
         if num_parts > len(dataset):
             raise ValueError(
                 f"`bootstrap_parts`={num_parts} is more than the training dataset's {len(dataset)} rows. Lower it."
             )
         self.dataset, self.tokenizer, self.ranker = dataset, tokenizer, ranker
-        self.folder, self.seed, self.generation = Path(folder), seed, generation
+        self.folder, self.seed, self.options = Path(folder), seed, options
         # As they will be read back: what a run that is resumed must have in common with the interrupted one
         with gathered(ranker.model):
             ranker_settings = ranker.settings()
-        settings = {"bootstrap_parts": num_parts, "seed": seed, **generation, "ranker": ranker_settings}
+        settings = {"bootstrap_parts": num_parts, "seed": seed, **vars(options), "ranker": ranker_settings}
         self.settings = as_json(settings)
         order = np.random.default_rng(seed).permutation(len(dataset))
         self.parts = np.array_split(order, num_parts)
@@ -134,7 +135,7 @@ class Bootstrap(TrainerCallback):
         seed = int(np.random.SeedSequence(stream).generate_state(1)[0])
         chat = [chat_options(self.dataset[row]) for row in rows.tolist()]
         prompt_ids = tokenize_prompts(self.tokenizer, prompts, chat)
-        sampled = sample_candidates(model, self.tokenizer, prompt_ids, 1, seed=seed, **self.generation)
+        sampled = sample_candidates(model, self.tokenizer, prompt_ids, 1, self.options, seed=seed)
         extended = [
             [*row, wrap_completion(prompt, candidates.texts[0])]
             for prompt, row, candidates in zip(prompts, completions, sampled, strict=True)

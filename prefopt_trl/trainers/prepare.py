@@ -19,7 +19,6 @@ from prefopt_trl.runtime.fingerprints import dataset_fingerprint
 from prefopt_trl.runtime.processes import process_state
 from prefopt_trl.runtime.settings import as_json, read_json, write_json
 from prefopt_trl.runtime.weights import gathered
-from prefopt_trl.sampling.options import as_arguments
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.sampling.prompts import check_prompts_fit, tokenize_prompts
 from prefopt_trl.trainers.base_config import PreferenceConfig
@@ -59,6 +58,7 @@ def with_completions(
     made = dict(splits)
     offline = [name for name in to_sample if name != "train" or args.sampling == "offline"]
     if offline:
+        assert ranker is not None  # refused above
         policy = load_policy()
         for name in offline:
             output_dir = os.path.join(str(args.output_dir), "sampled", name)
@@ -111,7 +111,7 @@ def sample_preferences(
     name: str,
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    ranker: Ranker | None,
+    ranker: Ranker,
     args: PreferenceConfig,
     output_dir: str,
 ) -> Dataset:
@@ -135,11 +135,11 @@ def sample_preferences(
         policy,
         tokenizer,
         ranker,
-        output_dir=output_dir,
-        max_length=args.max_length,
+        output_dir,
+        args.sampling_options(),
         seed=args.seed,
+        max_length=args.max_length,
         keep_logps=args.keep_logps,
-        **as_arguments(args.sampling_options()),
     )
 
 

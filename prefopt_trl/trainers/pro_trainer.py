@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from prefopt_trl import losses
 from prefopt_trl.data.formats import number_rows
 from prefopt_trl.rankers.base import Ranker
-from prefopt_trl.sampling.options import as_arguments
+from prefopt_trl.sampling.options import GenerationOptions
 from prefopt_trl.trainers.bootstrap import Bootstrap, PartSampler
 from prefopt_trl.trainers.completions import CompletionTrainer, ScoredCompletions
 from prefopt_trl.trainers.pro_config import PROConfig
@@ -96,8 +96,6 @@ class PROTrainer(CompletionTrainer):
                 "`even_batches=False` gives processes batches of different lengths, and with `bootstrap_parts` they "
                 "sample together. Leave it out of `accelerator_config`."
             )
-        arguments = as_arguments(self.args.sampling_options())
-        names = ["max_new_tokens", "temperature", "top_p", "top_k", "batch_size", "memory_budget", "share_prefix"]
         self.bootstrap = Bootstrap(
             self.train_dataset,
             self.args.bootstrap_parts,
@@ -105,7 +103,7 @@ class PROTrainer(CompletionTrainer):
             ranker,
             folder=os.path.join(self.args.output_dir, "bootstrap"),
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            generation={name: arguments[name] for name in names},
+            options=GenerationOptions.of(self.args.sampling_options()),
         )
         self.train_dataset = number_rows(self.train_dataset)
         self.add_callback(self.bootstrap)

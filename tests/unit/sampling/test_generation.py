@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from prefopt_trl import GenerationOptions
 from prefopt_trl.sampling import generation
 from prefopt_trl.sampling.generation import (
     Candidates,
@@ -50,7 +51,6 @@ NARROW = {
     "max_new_tokens": 1,
 }
 CHANCE = 1e-6  # of each chi-square test to fail on samples that do follow the law
-OWN_LAW = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 PromptIds = Sequence[int]
 
 
@@ -149,10 +149,19 @@ def p_value(texts: list[str], law: dict[str, float]) -> float:
 
 def candidates_of(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, **options) -> Candidates:
     """Two completions of one prompt, with whether they ended by themselves: the same whether they share it or not."""
-    options = OWN_LAW | options
+    how = {"max_new_tokens": 20, "generation_batch_size": 2} | options
+    kwargs = {"stop_strings": how.pop("stop_strings", None)}
     prompt_ids = [tokenizer(prompt)["input_ids"]]
     (shared,), (plain,) = (
-        sample_candidates(model, tokenizer, prompt_ids, 2, seed=0, batch_size=2, share_prefix=share_prefix, **options)
+        sample_candidates(
+            model,
+            tokenizer,
+            prompt_ids,
+            2,
+            GenerationOptions(share_prefix=share_prefix, **how),
+            seed=0,
+            generation_kwargs=kwargs,
+        )
         for share_prefix in (True, False)
     )
     assert shared == plain
@@ -170,7 +179,7 @@ def test_completions_follow_the_models_own_law_whatever_the_lengths_of_the_promp
     model, tokenizer = random_model(), letter_tokenizer()
     prompts = ["abc", "d", "ihgfedcba", "bc"]
     completions = sample_completions(
-        model, tokenizer, prompts, 4000, max_new_tokens=2, batch_size=batch_size, share_prefix=share_prefix
+        model, tokenizer, prompts, 4000, max_new_tokens=2, generation_batch_size=batch_size, share_prefix=share_prefix
     )
     laws = [law_of_texts(model, tokenizer, tokenizer(prompt)["input_ids"]) for prompt in prompts]
     assert [len(texts) for texts in completions] == [4000] * 4
@@ -333,16 +342,14 @@ def test_completions_of_an_encoder_decoder_follow_its_law_whatever_the_lengths_o
     for row, other in itertools.product(range(3), repeat=2):
         assert (p_value(completions[row], laws[other]) > CHANCE) == (row == other)
     assert [f"{family} is an encoder-decoder" in record.getMessage() for record in caplog.records] == [True]
-    with pytest.raises(ValueError, match=f"`share_prefix=True` cannot be exact: {family} is an encoder-decoder"):
-        sample_completions(model, tokenizer, prompts, 2, max_new_tokens=2, share_prefix=True)
 
 
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_what_an_encoder_decoder_has_drawn_is_told_without_its_start(family: str) -> None:
     model, tokenizer = encoder_decoder(family), letter_tokenizer()
     prompt_ids = tokenize_prompts(tokenizer, ["b", "aifbdc"])
-    options = OWN_LAW | {"max_new_tokens": 8, "temperature": 1e-4}
-    found = sample_candidates(model, tokenizer, prompt_ids, 2, seed=0, keep_logps=True, **options)
+    options = GenerationOptions(max_new_tokens=8, temperature=1e-4)
+    found = sample_candidates(model, tokenizer, prompt_ids, 2, options, seed=0, keep_logps=True)
     for ids, candidates in zip(prompt_ids, found, strict=True):
         drawn: list[int] = []
         while len(drawn) < 8 and EOS not in drawn:
@@ -379,19 +386,15 @@ def test_where_sharing_is_not_exact_plain_generate_samples_and_it_is_said_once(
             assert found == plain
     said = [record.getMessage() for record in caplog.records if record.name.startswith("prefopt_trl")]
     assert len(said) == 1 and reason in said[0]
-    with pytest.raises(ValueError, match=f"`share_prefix=True` cannot be exact: .*{reason}.* Set it to 'auto'"):
-        sample_completions(model, tokenizer, prompts, 3, max_new_tokens=4, share_prefix=True)
 
 
 @pytest.mark.parametrize("option", [{"num_beams": 2}, {"guidance_scale": 1.5}, {"cache_implementation": "static"}])
 def test_what_only_generate_can_do_is_left_to_it(option: dict, caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer = random_model(), letter_tokenizer()
-    with pytest.raises(ValueError, match="`share_prefix=True` cannot be exact: .*that only `generate` has"):
-        sample_completions(model, tokenizer, ["a"], 2, max_new_tokens=2, share_prefix=True, generation_kwargs=option)
-    if "num_beams" not in option:  # which gives as many completions as it has beams at most
-        texts = sample_completions(model, tokenizer, ["a", "bc"], 2, max_new_tokens=2, generation_kwargs=option)
-        assert [len(row) for row in texts] == [2, 2]
-    assert len([record for record in caplog.records if record.name.startswith("prefopt_trl")]) == 1
+    texts = sample_completions(model, tokenizer, ["a", "bc"], 2, max_new_tokens=2, generation_kwargs=option)
+    assert [len(row) for row in texts] == [2, 2]
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("prefopt_trl")]
+    assert len(said) == 1 and "that only `generate` has" in said[0]
 
 
 def test_each_prompt_is_computed_once_where_it_is_shared() -> None:
@@ -409,10 +412,10 @@ def test_each_prompt_is_computed_once_where_it_is_shared() -> None:
 def test_what_was_drawn_is_kept_with_its_log_probability(share_prefix: bool) -> None:
     model, tokenizer = random_model(), letter_tokenizer()
     prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in ("abc", "d")]
-    options = OWN_LAW | {"max_new_tokens": 8, "temperature": 1.5, "top_p": 0.9, "batch_size": 8}
-    candidates = sample_candidates(
-        model, tokenizer, prompt_ids, 12, seed=0, share_prefix=share_prefix, keep_logps=True, **options
+    options = GenerationOptions(
+        max_new_tokens=8, temperature=1.5, top_p=0.9, generation_batch_size=8, share_prefix=share_prefix
     )
+    candidates = sample_candidates(model, tokenizer, prompt_ids, 12, options, seed=0, keep_logps=True)
     model.eval()
     for ids, row in zip(prompt_ids, candidates, strict=True):
         assert len(row.sampled) == 12 and len(set(map(len, (drawn for drawn, _ in row.sampled)))) > 1
@@ -432,13 +435,21 @@ def test_what_was_drawn_is_kept_with_its_log_probability(share_prefix: bool) -> 
 # The size of a batch
 
 
+def sizes_at(
+    model: PreTrainedModel, num_completions: int, num_bytes: float, shares: bool, batch_size: int | None = None
+) -> tuple[int, int]:
+    budget = num_bytes / 2**30
+    options = GenerationOptions(max_new_tokens=5, generation_batch_size=batch_size, generation_memory_budget=budget)
+    return sizes_of_batch(model, num_completions, 10, options, shares)
+
+
 def test_the_size_of_a_batch_is_what_the_budget_holds() -> None:
     # 2 copies of keys and values of 2 layers with 2 heads of 8 float32 numbers: 512 bytes a token; scores of 12 tokens
     # in float32 with their copies: 288 bytes a completion. With 10 tokens of prompt and 5 of completion:
     model, per_prompt, per_completion = random_model(), 5120, 5 * 512 + 288
 
     def sizes(num_bytes: int, shares: bool = True, batch_size: int | None = None) -> tuple[int, int]:
-        return sizes_of_batch(model, 4, 10, 5, batch_size, num_bytes / 2**30, shares)
+        return sizes_at(model, 4, num_bytes, shares, batch_size)
 
     one = per_prompt + 4 * per_completion
     assert [sizes(num_bytes) for num_bytes in (one, 2 * one - 1, 2 * one, 7 * one)] == [(1, 4), (1, 4), (2, 4), (7, 4)]
@@ -461,12 +472,12 @@ def test_the_size_of_a_batch_is_what_the_budget_holds() -> None:
 
 def test_a_budget_too_small_for_the_completions_of_a_prompt_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     # 7 completions of 2848 bytes each and the prompt's 5120
-    model, one = random_model(), (5120 + 7 * 2848) / 2**30
-    for budget, batch_size in ((one, None), (one / 2, 1)):
-        sizes_of_batch(model, 7, 10, 5, batch_size, budget, shares=True)
+    model, one = random_model(), 5120 + 7 * 2848
+    for num_bytes, batch_size in ((one, None), (one / 2, 1)):
+        sizes_at(model, 7, num_bytes, True, batch_size)
     assert caplog.records == []
     for _ in range(2):
-        sizes_of_batch(model, 7, 10, 5, None, one - 2**-30, shares=True)
+        sizes_at(model, 7, one - 1, True)
     (record,) = caplog.records
     assert "GiB holds 6 of the 7 completions of a prompt at a time" in record.getMessage()
 
@@ -485,7 +496,7 @@ GROUPED_HEADS = {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_valu
 def test_the_size_of_a_batch_of_other_models(config, dtype: torch.dtype, per_token: int) -> None:
     model, of_one = AutoModelForCausalLM.from_config(config, dtype=dtype), per_token * (10 + 5) + 24 * 12
     for num_bytes, num_prompts in ((2 * of_one, 1), (6 * of_one - 1, 2), (6 * of_one, 3)):
-        assert sizes_of_batch(model, 2, 10, 5, None, num_bytes / 2**30, shares=False) == (num_prompts, 2)
+        assert sizes_at(model, 2, num_bytes, False) == (num_prompts, 2)
 
 
 # Seeds and order
@@ -498,7 +509,14 @@ def test_the_seed_decides(share_prefix: bool) -> None:
 
     def sample(seed: int) -> list[list[str]]:
         return sample_completions(
-            model, tokenizer, prompts, 20, max_new_tokens=8, seed=seed, batch_size=16, share_prefix=share_prefix
+            model,
+            tokenizer,
+            prompts,
+            20,
+            max_new_tokens=8,
+            seed=seed,
+            generation_batch_size=16,
+            share_prefix=share_prefix,
         )
 
     torch.manual_seed(0)
@@ -515,16 +533,16 @@ def test_the_order_is_that_of_the_prompts_whatever_their_lengths() -> None:
     tokenizer = letter_tokenizer()
     model = scripted_model(12, tokenizer("abcdefghi")["input_ids"])
     prompts = ["iiia", "b", "iic", "iiiiiid", "e", "if", "g", "iiiih"]
-    completions = sample_completions(model, tokenizer, prompts, 2, max_new_tokens=1, batch_size=4)
+    completions = sample_completions(model, tokenizer, prompts, 2, max_new_tokens=1, generation_batch_size=4)
     assert completions == [[letter] * 2 for letter in "bcdefghi"]
 
 
 @pytest.mark.parametrize(
     ("option", "largest"),
     [
-        *(({"batch_size": size}, most) for size, most in {1: 1, 3: 3, 7: 7, 13: 7, 14: 14, 64: 21}.items()),
-        ({"memory_budget": 1e-9, "share_prefix": False}, 1),
-        ({"memory_budget": 1.0, "share_prefix": False}, 21),
+        *(({"generation_batch_size": size}, most) for size, most in {1: 1, 3: 3, 7: 7, 13: 7, 14: 14, 64: 21}.items()),
+        ({"generation_memory_budget": 1e-9, "share_prefix": False}, 1),
+        ({"generation_memory_budget": 1.0, "share_prefix": False}, 21),
     ],
     ids=str,
 )
@@ -594,7 +612,7 @@ def test_finished_is_told_for_each_row_of_a_batch() -> None:
     tokenizer = letter_tokenizer()
     model = scripted_model(12, [*tokenizer("abcdefghi")["input_ids"], EOS])
     prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in ("a", "f", "d")]
-    sampled = sample_candidates(model, tokenizer, prompt_ids, 1, seed=0, **OWN_LAW | {"max_new_tokens": 5})
+    sampled = sample_candidates(model, tokenizer, prompt_ids, 1, GenerationOptions(max_new_tokens=5), seed=0)
     assert sampled == [Candidates(["bcdef"], [False]), Candidates(["ghi"], [True]), Candidates(["efghi"], [False])]
 
 
@@ -735,7 +753,7 @@ def test_a_model_of_text_and_images_samples_text_and_shares_prompts(family: str,
     rows: list[int] = []
     model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
-        completions = sample_completions(model, tokenizer, prompts, 1500, max_new_tokens=2, share_prefix="auto")
+        completions = sample_completions(model, tokenizer, prompts, 1500, max_new_tokens=2)
     assert caplog.records == []
     assert rows[0] == 2 and sum(rows) <= 2 + 2 * 1500  # both prompts once
     laws = [law_of_texts(model, tokenizer, tokenizer(prompt)["input_ids"]) for prompt in prompts]
@@ -746,13 +764,12 @@ def test_a_model_of_text_and_images_samples_text_and_shares_prompts(family: str,
 # Errors
 
 
-@pytest.mark.parametrize("share_prefix", ["auto", True])
-def test_a_weight_that_is_nan_is_told_and_nothing_is_sampled(share_prefix: str | bool) -> None:
+def test_a_weight_that_is_nan_is_told_and_nothing_is_sampled() -> None:
     model, tokenizer = random_model(), letter_tokenizer()
     with torch.no_grad():
         model.lm_head.weight[5, 3] = math.nan
     with pytest.raises(RuntimeError, match="A completion has no token to draw: its scores are NaN or infinite"):
-        sample_completions(model, tokenizer, ["ab", "c"], 3, max_new_tokens=2, share_prefix=share_prefix)
+        sample_completions(model, tokenizer, ["ab", "c"], 3, max_new_tokens=2)
 
 
 @pytest.mark.parametrize(
@@ -774,19 +791,7 @@ def test_prompts_and_tokenizers_to_sample_with_are_checked(eos_token: str | None
     ("options", "message"),
     [
         ({"num_completions": 0}, "`num_completions` must be a whole number, at least 1, got 0"),
-        ({"batch_size": 0}, "`batch_size` must be a whole number, at least 1, got 0"),
-        ({"batch_size": True}, "`batch_size` must be a whole number, at least 1, got True"),
-        ({"batch_size": 2.5}, "`batch_size` must be a whole number, at least 1, got 2.5"),
-        ({"temperature": 0.0}, "`temperature` must be greater than 0, got 0.0"),
-        ({"temperature": math.nan}, "`temperature` must be greater than 0, got nan"),
-        ({"top_p": 0.0}, "`top_p` must be in .0, 1., got 0.0"),
-        ({"top_p": 1.01}, "`top_p` must be in .0, 1., got 1.01"),
-        ({"top_k": -1}, "`top_k`=-1 must be at least 0"),
-        ({"max_new_tokens": 0}, "`max_new_tokens`=0 at least 1"),
-        ({"memory_budget": 0.0}, "`memory_budget` must be a number of GiB, greater than 0 and finite, got 0.0"),
-        ({"memory_budget": math.inf}, "`memory_budget` must be .* greater than 0 and finite, got inf"),
-        ({"memory_budget": "4GiB"}, "`memory_budget` must be a number of GiB, .* got '4GiB'"),
-        ({"share_prefix": "always"}, "`share_prefix` must be 'auto', True or False, got 'always'"),
+        ({"generation_batch_size": 2.5}, "`generation_batch_size` must be a whole number, at least 1, got 2.5"),
         ({"generation_kwargs": {"top_k": 5}}, "`generation_kwargs` has `top_k`, .* Leave it out"),
         *(({"generation_kwargs": {"stop_strings": stop}}, "has an empty text") for stop in ("", [""], ["a", ""])),
         (
@@ -813,11 +818,11 @@ def test_the_progress_bar_moves_with_each_token(share_prefix: bool, monkeypatch:
             seen.extend([] if self.disable else [self.n])
 
     monkeypatch.setattr(generation, "tqdm", Bar)
-    options = OWN_LAW | {"max_new_tokens": 8, "share_prefix": share_prefix}
+    options = GenerationOptions(max_new_tokens=8, share_prefix=share_prefix)
 
     def sample(**given):
         prompt_ids = [[3], [4, 5]]
-        return sample_candidates(random_model(), letter_tokenizer(), prompt_ids, 30, seed=0, **options, **given)
+        return sample_candidates(random_model(), letter_tokenizer(), prompt_ids, 30, options, seed=0, **given)
 
     watched = sample()
     assert seen[:2] == [60, 120] and seen == sorted(seen) and seen[-1] == 480

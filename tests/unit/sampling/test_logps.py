@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 from trl import DPOConfig, DPOTrainer
 
+from prefopt_trl import GenerationOptions
 from prefopt_trl.data.formats import wrap_completion
 from prefopt_trl.data.tokenization import tokenize_completions
 from prefopt_trl.sampling.generation import Candidates, Sampled, sample_candidates, tokenize_prompts
@@ -155,9 +156,10 @@ def test_every_part_of_the_model_is_left_in_its_mode(model, tokenizer):
 
 
 def sample(model, tokenizer, prompts, num_completions: int, **options) -> list[Candidates]:
-    options = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "keep_logps": True} | options
+    kwargs = {"stop_strings": options.pop("stop_strings", None)}
+    prompt_ids, how = tokenize_prompts(tokenizer, prompts), GenerationOptions(**{"max_new_tokens": 12} | options)
     return sample_candidates(
-        model, tokenizer, tokenize_prompts(tokenizer, prompts), num_completions, seed=0, progress=False, **options
+        model, tokenizer, prompt_ids, num_completions, how, seed=0, generation_kwargs=kwargs, keep_logps=True
     )
 
 

@@ -8,10 +8,11 @@ import pytest
 from datasets import Dataset
 from scipy.stats import chisquare
 
+from prefopt_trl import SamplingOptions
 from prefopt_trl.rankers import FunctionRanker
 from prefopt_trl.rankers.base import Ranker, sigmoid
 from prefopt_trl.sampling.selection import preference_rows, select_and_pair
-from prefopt_trl.sampling.statistics import SamplingStatistics, summarise
+from prefopt_trl.sampling.statistics import SamplingStatistics, summarize
 
 CHANCE = 1e-6  # of each chi-square test to fail on a selection that does follow the law
 
@@ -42,19 +43,19 @@ class Selection:
 
 def select(candidates: Dataset, ranker: Ranker = RANKER, seed: int = 0, **options) -> Selection:
     """What is made of candidates in one shard, and its statistics."""
-    settings = {"strategy": "rso", "num_samples": 2, "beta": 1.0, "pairing": "all"} | options
+    how = SamplingOptions(**{"num_samples": 2, "rejection_beta": 1.0, "pairing": "all"} | options)
     prompts, completions = candidates["prompt"][:], candidates["completions"][:]
     rewards = list(map(np.array, candidates["rewards"]))
-    selected = select_and_pair(prompts, completions, rewards, ranker, seed=seed, **settings)
+    selected = select_and_pair(prompts, completions, rewards, ranker, how, seed=seed)
     finished = candidates["finished"][:] if "finished" in candidates.column_names else None
     num_unfinished = None if finished is None else sum(row.count(False) for row in finished)
-    statistics, distributions = summarise(selected, num_unfinished, **settings)
+    statistics, *drawn = summarize(selected, num_unfinished, how)
     pairs = [
         pair
         for row, kept in zip(candidates, selected, strict=True)
-        for pair in preference_rows(row, kept, settings["pairing"])
+        for pair in preference_rows(row, kept, how.pairing)
     ]
-    return Selection(Dataset.from_list(pairs), statistics, **vars(distributions))
+    return Selection(Dataset.from_list(pairs), statistics, *drawn)
 
 
 def kept(pairs: Dataset) -> dict[str, set[str]]:
@@ -68,7 +69,7 @@ def kept(pairs: Dataset) -> dict[str, set[str]]:
 # Which candidates are kept
 
 
-@pytest.mark.parametrize("options", [{"strategy": "top-k"}, {"strategy": "rso", "beta": 0.0}])
+@pytest.mark.parametrize("options", [{"strategy": "top-k"}, {"strategy": "rso", "rejection_beta": 0.0}])
 def test_top_k_and_beta_0_keep_the_highest_distinct_candidates(options: dict) -> None:
     candidates = scored(
         ["9", "1", "9", "9", "7", "8", "3"],
@@ -87,7 +88,7 @@ REPEATS = ["0", "5", "5", "2", "5 ", "3", "4", "5"]
 
 def test_beta_infinite_keeps_any_distinct_candidates_alike() -> None:
     rows = 3000
-    selected = select(scored(*[REPEATS] * rows), num_samples=2, beta=math.inf)
+    selected = select(scored(*[REPEATS] * rows), num_samples=2, rejection_beta=math.inf)
     counts = Counter(frozenset(pair) for pair in kept(selected.pairs).values())
     assert len(counts) == 10  # each 2 of the 5 that are distinct
     assert sum(counts.values()) == rows
@@ -124,7 +125,7 @@ def test_rso_keeps_by_algorithm_1_with_this_beta() -> None:
     # The candidates with the highest reward pass at once, the third with a probability of exp(-1 / beta) = 1/2, and of
     # three that passed two are kept: the third one with a probability of 1/2 * 2/3.
     rows = 3000
-    selected = select(scored(*[["3", "3.0", "2"]] * rows), num_samples=2, beta=1 / math.log(2))
+    selected = select(scored(*[["3", "3.0", "2"]] * rows), num_samples=2, rejection_beta=1 / math.log(2))
     third = sum("2" in pair for pair in kept(selected.pairs).values())
     assert chisquare([third, rows - third], [rows / 3, 2 * rows / 3]).pvalue > CHANCE
     assert selected.statistics.acceptance_rate == pytest.approx((1 + 1 + 0.5) / 3)
@@ -137,7 +138,7 @@ def test_of_equal_texts_the_first_counts() -> None:
     assert (row["chosen"], row["chosen_reward"], row["rejected"], row["rejected_reward"]) == ("y", 2.0, "x", 1.0)
 
 
-@pytest.mark.parametrize("options", [{"strategy": "top-k"}, {"strategy": "rso", "beta": 0.0}])
+@pytest.mark.parametrize("options", [{"strategy": "top-k"}, {"strategy": "rso", "rejection_beta": 0.0}])
 def test_prompts_with_few_distinct_candidates_keep_these_and_are_counted(options: dict) -> None:
     candidates = scored(["1", "1", "1"], ["1", "2", "3"], [], ["4", "4", "5"], ["6", "7", "8", "9"])
     selected = select(candidates, num_samples=3, **options)
@@ -228,7 +229,9 @@ def test_each_prompt_has_a_random_stream_of_its_own() -> None:
 
     def pairs_of(prompt: str, *rows: Sequence[str], **options) -> list[dict]:
         return [
-            row for row in select(scored(*rows), num_samples=4, beta=9.0, **options).pairs if row["prompt"] == prompt
+            row
+            for row in select(scored(*rows), num_samples=4, rejection_beta=9.0, **options).pairs
+            if row["prompt"] == prompt
         ]
 
     first = pairs_of("p2", numbers, numbers, numbers)
@@ -264,7 +267,7 @@ def test_statistics_are_those_worked_out_by_hand() -> None:
     # Two distinct candidates, so random pairs and pairs made are the same: 2 against 1, and 5 against 1
     candidates = scored(["1", "2", "1"], ["5", "1"], ["3"])
     candidates = candidates.add_column("finished", [[True, False, False], [False, True], [False]])
-    selected = select(candidates, beta=2.0, pairing="first-round")
+    selected = select(candidates, rejection_beta=2.0, pairing="first-round")
     statistics = selected.statistics
     assert (statistics.num_prompts, statistics.num_skipped, statistics.num_pairs) == (3, 1, 2)
     assert (statistics.num_candidates, statistics.num_duplicates, statistics.num_unfinished) == (6, 1, 4)
@@ -295,13 +298,13 @@ def test_candidates_without_the_column_are_not_counted_as_finished() -> None:
 def test_a_beta_that_leaves_close_pairs_is_warned_of() -> None:
     # Of 32 candidates from 0 to 8, four are nearly equal and the best: beta 0 keeps just these, and labels are guesses
     row = ["8", "8.01", "8.02", "8.03", *[str(number / 4) for number in range(28)]]
-    small = select(scored(*[row] * 20), num_samples=4, beta=0.0).statistics
+    small = select(scored(*[row] * 20), num_samples=4, rejection_beta=0.0).statistics
     assert small.label_probability_after < 0.51
     assert small.label_probability_before > 0.75
     assert small.warning is not None
-    assert "beta=0 is too small for this ranker" in small.warning
-    assert select(scored(*[row] * 20), num_samples=4, beta=0.0, strategy="top-k").statistics.warning is None
-    assert select(scored(*[row] * 20), num_samples=4, beta=4.0).statistics.warning is None
+    assert "`rejection_beta`=0 is too small for this ranker" in small.warning
+    assert select(scored(*[row] * 20), num_samples=4, rejection_beta=0.0, strategy="top-k").statistics.warning is None
+    assert select(scored(*[row] * 20), num_samples=4, rejection_beta=4.0).statistics.warning is None
 
 
 # Errors

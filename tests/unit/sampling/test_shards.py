@@ -41,7 +41,7 @@ RANKER = FunctionRanker(mean_code)
 
 
 def fake_candidates(
-    model, tokenizer, prompt_ids, num_completions, *, seed, keep_logps, **options
+    model, tokenizer, prompt_ids, num_completions, options=None, *, seed, keep_logps, generation_kwargs=None
 ) -> list[SimpleNamespace]:
     """Six letters per completion, drawn with the seed."""
     drawn = np.random.default_rng(seed).integers(97, 123, (len(prompt_ids), num_completions, 6))
@@ -67,7 +67,7 @@ def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(shards, "sample_candidates", fake_candidates)
     monkeypatch.setattr(shards, "sampled_logps", lambda tokenizer, prompt, completions, *others: logps_of(completions))
-    monkeypatch.setattr(pipeline, "plot_statistics", lambda distributions, path: path.write_bytes(b"drawn"))
+    monkeypatch.setattr(pipeline, "plot_statistics", lambda rewards, probabilities, path: path.write_bytes(b"drawn"))
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_pairs_keep_the_log_probabilities_of_their_completions(
     def score(model, tokenizer, prompts, pairs, max_length):
         return np.array([[-float(len(prompt)), -0.5] for prompt, _ in zip(prompts, pairs, strict=True)])
 
-    monkeypatch.setattr(pipeline, "pair_logps", score)
+    monkeypatch.setattr(shards, "pair_logps", score)
     pairs = build(tmp_path, given_candidates() if given else PROMPTS, keep_logps=True)
     assert load_from_disk(str(tmp_path / "candidates")).features["logps"] == List(NUMBER)
     assert len(pairs) == 14
@@ -317,21 +317,21 @@ def test_candidates_of_an_unfinished_folder_can_be_kept(build, tmp_path: Path, m
         patch.setattr(shards, "select_and_pair", failing(shards.select_and_pair, 2, RuntimeError("out")))
         with pytest.raises(RuntimeError):
             build(tmp_path / "first")
-    with pytest.raises(ValueError, match="beta: 0.5 there, 2.0 now") as error:
-        build(tmp_path / "first", beta=2.0)
+    with pytest.raises(ValueError, match="rejection_beta: 0.5 there, 2.0 now") as error:
+        build(tmp_path / "first", rejection_beta=2.0)
     file = str(tmp_path / "first" / "shards" / "*.candidates.jsonl")
     advised = f"load_dataset('json', data_files='{file}', split='train')"
     assert f"pass `{advised}` as `prompts`" in str(error.value)
     kept = load_dataset("json", data_files=file, split="train", cache_dir=str(tmp_path / "cache"))
     assert kept["prompt"] == PROMPTS[:4]
-    assert len(build(tmp_path / "second", kept, beta=2.0)) == 8
+    assert len(build(tmp_path / "second", kept, rejection_beta=2.0)) == 8
 
 
 def test_a_manifest_with_nothing_made_may_be_overwritten(build, undisturbed, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(shards, "sample_candidates", failing(fake_candidates, 1, RuntimeError("out of memory")))
         with pytest.raises(RuntimeError, match="out of memory"):
-            build(tmp_path / "stopped", beta=2.0)
+            build(tmp_path / "stopped", rejection_beta=2.0)
     build(tmp_path / "stopped")
     assert contents(tmp_path / "stopped") == undisturbed
 
@@ -437,8 +437,8 @@ def test_a_process_that_does_not_see_the_folder_says_so(build, run_processes, tm
 
 
 def test_every_process_refuses_other_settings(build, undisturbed, run_processes, tmp_path: Path) -> None:
-    for error in run_processes(lambda: build(tmp_path / "undisturbed", beta=2.0), [0, 1], 2):
-        assert isinstance(error, ValueError) and "beta: 0.5 there, 2.0 now" in str(error)
+    for error in run_processes(lambda: build(tmp_path / "undisturbed", rejection_beta=2.0), [0, 1], 2):
+        assert isinstance(error, ValueError) and "rejection_beta: 0.5 there, 2.0 now" in str(error)
     assert contents(tmp_path / "undisturbed") == undisturbed
 
 

@@ -9,15 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from prefopt_trl.sampling.statistics import (
-    QUANTILES,
-    Distributions,
-    SamplingStatistics,
-    label_warning,
-    plot_statistics,
-    reward_quantiles,
-    small_beta_warning,
-)
+from prefopt_trl import SamplingOptions
+from prefopt_trl.sampling.statistics import QUANTILES, SamplingStatistics, label_warning, plot_statistics
 
 QUANTILES_OF_REWARDS = {
     "candidates": [-4.0, -3.125, -1.0, 0.5, 1.0, 2.25, 3.0],
@@ -40,45 +33,31 @@ STATISTICS = SamplingStatistics(
 
 
 @pytest.mark.parametrize(
-    ("rewards", "quantiles"),
-    [
-        (np.arange(101.0), [0, 5, 25, 50, 75, 95, 100]),
-        (np.arange(101.0)[::-1], [0, 5, 25, 50, 75, 95, 100]),
-        (np.array([1.0, 3.0]), [1, 1.1, 1.5, 2, 2.5, 2.9, 3]),  # between the two in a straight line
-        (np.array([-2.0]), [-2] * 7),
-    ],
-)
-def test_quantiles(rewards: np.ndarray, quantiles: list[float]) -> None:
-    assert reward_quantiles(rewards) == pytest.approx(quantiles)
-
-
-@pytest.mark.parametrize(
     ("before", "after"),
     [
         (0.9, 0.65),  # sure enough
         (0.99, 0.7),
         (0.6, 0.56),  # unsure before rejection too: that is the ranker, not beta
-        (0.5, 0.5),
         (0.55, 0.62),  # surer than before
     ],
 )
 def test_no_warning_where_labels_are_sure_or_rejection_is_not_to_blame(before: float, after: float) -> None:
-    assert small_beta_warning(0.5, before, after) is None
+    assert label_warning(SamplingOptions(), before, after) is None
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.9, 0.649), (0.7, 0.64), (0.56, 0.509)])
 def test_a_warning_where_rejection_left_labels_unsure(before: float, after: float) -> None:
-    warning = small_beta_warning(0.5, before, after)
+    warning = label_warning(SamplingOptions(), before, after)
     assert warning is not None
-    assert warning.startswith("beta=0.5 is too small for this ranker: ")
+    assert warning.startswith("`rejection_beta`=0.5 is too small for this ranker: ")
     assert f"a mean probability of {after:.2f} after rejection, against {before:.2f} on random candidates" in warning
-    assert "Raise beta, say to 2, or use a ranker" in warning
+    assert "Raise it, say to 2, or use a ranker" in warning
 
 
 def test_the_warning_names_a_beta_to_try() -> None:
-    assert "say to 0.04," in str(small_beta_warning(0.01, 0.9, 0.6))
-    assert "say to 1," in str(small_beta_warning(0.0, 0.9, 0.6))
-    assert small_beta_warning(math.inf, 0.9, 0.6) is None  # there is no larger one
+    assert "say to 0.04," in str(label_warning(SamplingOptions(rejection_beta=0.01), 0.9, 0.6))
+    assert "say to 1," in str(label_warning(SamplingOptions(rejection_beta=0.0), 0.9, 0.6))
+    assert label_warning(SamplingOptions(rejection_beta=math.inf), 0.9, 0.6) is None  # there is no larger one
 
 
 def test_the_text_says_it_all() -> None:
@@ -111,24 +90,24 @@ def test_the_dictionary_says_which_quantiles_they_are_and_survives_json() -> Non
     assert SamplingStatistics(**content) == STATISTICS
 
 
-def drawn(num_rewards: int) -> Distributions:
+def drawn(num_rewards: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     rewards = {name: rng.normal(size=num_rewards) for name in ("candidates", "accepted", "chosen", "rejected")}
     certainty = {name: rng.uniform(0.5, 1, num_rewards) for name in ("random candidates", "pairs made")}
-    return Distributions(rewards, certainty)
+    return rewards, certainty
 
 
-def equal(reward: float) -> Distributions:
-    return Distributions({name: np.full(5, reward) for name in ("candidates", "chosen")}, {"pairs made": np.ones(5)})
+def equal(reward: float) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    return {name: np.full(5, reward) for name in ("candidates", "chosen")}, {"pairs made": np.ones(5)}
 
 
-@pytest.mark.parametrize("distributions", [drawn(200), drawn(1), equal(0.0), equal(-3.7), equal(1e6)])
-def test_the_plot_is_a_png_and_drawing_leaves_nothing_behind(distributions: Distributions, tmp_path: Path) -> None:
+@pytest.mark.parametrize("numbers", [drawn(200), drawn(1), equal(0.0), equal(-3.7), equal(1e6)])
+def test_the_plot_is_a_png_and_drawing_leaves_nothing_behind(numbers: tuple, tmp_path: Path) -> None:
     pictures = [tmp_path / "one.png", tmp_path / "two.png"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for picture in pictures:
-            plot_statistics(distributions, picture)
+            plot_statistics(*numbers, picture)
     assert pictures[0].read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels = imread(pictures[0])
     assert pixels.shape == (480, 1200, 4)
@@ -142,7 +121,7 @@ def test_the_plot_shows_each_distribution(tmp_path: Path, monkeypatch: pytest.Mo
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
     rewards = {"candidates": np.array([*[0.0] * 3, *[4.0] * 1]), "chosen": np.array([4.0] * 1234)}
-    plot_statistics(Distributions(rewards, {"pairs made": np.array([0.5, 0.75, 1.0, 1.0])}), tmp_path / "plot.png")
+    plot_statistics(rewards, {"pairs made": np.array([0.5, 0.75, 1.0, 1.0])}, tmp_path / "plot.png")
     left, right = figures[0].axes
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["candidates (4)", "chosen (1,234)"]
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["pairs made: mean 0.81"]
@@ -157,7 +136,7 @@ def test_rare_extremes_are_drawn_at_the_edge(tmp_path: Path, monkeypatch: pytest
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
     rewards = {"candidates": np.array([0.0, 1.0] * 2000), "chosen": np.array([-50.0, 1e6, 1e6])}
-    plot_statistics(Distributions(rewards, {"pairs made": np.array([0.5])}), tmp_path / "plot.png")
+    plot_statistics(rewards, {"pairs made": np.array([0.5])}, tmp_path / "plot.png")
     axes = figures[0].axes[0]
     low, high = axes.get_xlim()
     assert -0.1 < low < 0 < 1 < high < 1.1
@@ -167,10 +146,11 @@ def test_rare_extremes_are_drawn_at_the_edge(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("strategy", ["rso", "sft", "top-k"])
 def test_a_ranker_that_flips_coins_is_named_for_every_strategy(strategy):
-    assert "0.52 on random candidates" in str(label_warning(strategy, 0.5, 0.52, 0.51))
-    assert label_warning(strategy, 0.5, 0.56, 0.56) is None
+    options = SamplingOptions(strategy=strategy)
+    assert "0.52 on random candidates" in str(label_warning(options, 0.52, 0.51))
+    assert label_warning(options, 0.56, 0.56) is None
 
 
-def test_a_larger_beta_is_advised_for_rso_only():
-    assert label_warning("rso", 0.5, 0.8, 0.6) == small_beta_warning(0.5, 0.8, 0.6) is not None
-    assert label_warning("top-k", 0.5, 0.8, 0.6) is None
+@pytest.mark.parametrize("strategy", ["sft", "top-k"])
+def test_a_larger_beta_is_advised_for_rso_only(strategy):
+    assert label_warning(SamplingOptions(strategy=strategy), 0.8, 0.6) is None

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from prefopt_trl import FunctionRanker, PROConfig, PROTrainer
+from prefopt_trl import FunctionRanker, GenerationOptions, PROConfig, PROTrainer
 from prefopt_trl.sampling.generation import sample_candidates
 from prefopt_trl.trainers import bootstrap
 from prefopt_trl.trainers.bootstrap import Bootstrap, PartSampler, re_rank
@@ -83,7 +83,8 @@ def test_the_sample_never_takes_the_first_place(rewards, order, dealt):
 
 
 def make_bootstrap(num_rows: int, num_parts: int, seed: int = 0) -> Bootstrap:
-    return Bootstrap(rankings(num_rows), num_parts, None, FunctionRanker(checksum), "unused", seed, {})
+    how = ("unused", seed, GenerationOptions())
+    return Bootstrap(rankings(num_rows), num_parts, None, FunctionRanker(checksum), *how)
 
 
 @pytest.mark.parametrize(
@@ -158,10 +159,10 @@ def run(tiny_llama_dir, tmp_path_factory) -> SimpleNamespace:
     """Two epochs of three parts of two steps each, written down, with evaluation in the middle of a part."""
     folder, dataset, weights = tmp_path_factory.mktemp("run"), rankings(12), {}
 
-    def record_samples(model, tokenizer, prompt_ids, num_completions, **settings):
-        sample = SimpleNamespace(prompt_ids=prompt_ids, num_completions=num_completions, settings=settings)
+    def record_samples(model, tokenizer, prompt_ids, num_completions, options, seed):
+        sample = SimpleNamespace(prompt_ids=prompt_ids, num_completions=num_completions, options=options, seed=seed)
         sample.weights = {name: value.clone() for name, value in model.state_dict().items()}
-        sampled = sample_candidates(model, tokenizer, prompt_ids, num_completions, **settings)
+        sampled = sample_candidates(model, tokenizer, prompt_ids, num_completions, options, seed=seed)
         sample.texts = [candidates.texts for candidates in sampled]
         trainer.events.append(("sample", sample))
         return sampled
@@ -214,21 +215,21 @@ def test_samples_come_from_the_policy_of_that_moment(run, tiny_llama_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     policy = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     sampling = of_kind(run, "sample")
-    assert len({sample.settings["seed"] for sample in sampling}) == 6
+    assert len({sample.seed for sample in sampling}) == 6
     differ = 0
     for part, sample in enumerate(sampling):
         prompts = run.dataset[run.trainer.bootstrap.parts[part % 3].tolist()]["prompt"]
-        prompt_ids, settings = sample.prompt_ids, sample.settings
+        prompt_ids, how = sample.prompt_ids, {"options": sample.options, "seed": sample.seed}
         assert prompt_ids == [tokenizer(prompt)["input_ids"] for prompt in prompts] and sample.num_completions == 1
-        assert [settings[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k")] == [16, 1.0, 1.0, 0]
+        assert sample.options == GenerationOptions(max_new_tokens=16)
         before_step = run.weights[2 * part]
         assert all(torch.equal(value, sample.weights[name]) for name, value in before_step.items())
         policy.load_state_dict(before_step)
-        again = sample_candidates(policy, tokenizer, prompt_ids, 1, **settings)
+        again = sample_candidates(policy, tokenizer, prompt_ids, 1, **how)
         assert [candidates.texts for candidates in again] == sample.texts
         if part:
             policy.load_state_dict(run.weights[2 * part - 1])
-            earlier = sample_candidates(policy, tokenizer, prompt_ids, 1, **settings)
+            earlier = sample_candidates(policy, tokenizer, prompt_ids, 1, **how)
             differ += [candidates.texts for candidates in earlier] != sample.texts
     assert differ >= 3  # of 5: with the weights of one step before they would have been others
 

@@ -172,7 +172,7 @@ def candidates_by_hand(policy_dir, seed=42):
         6,
         max_new_tokens=6,
         seed=shard_seed(seed, 0),
-        batch_size=24,
+        generation_batch_size=24,
     )
 
 
@@ -219,8 +219,8 @@ def test_prompts_are_sampled_into_a_tournament(make, policy_dir):
 def test_the_sampling_temperature_of_pro_arrives(make, monkeypatch):
     received = {}
 
-    def record(prompts, policy, tokenizer, ranker, **settings):
-        received.update(settings)
+    def record(prompts, policy, tokenizer, ranker, output_dir, options, **settings):
+        received.update(settings, **vars(options))
         return dataset(RANKINGS)
 
     monkeypatch.setattr("prefopt_trl.trainers.prepare.build_preference_dataset", record)

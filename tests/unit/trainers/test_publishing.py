@@ -200,7 +200,8 @@ def test_the_card_says_how_the_data_were_sampled(make: Any, tmp_path: Path) -> N
     assert "Dataset: `my-org/my-prompts`.\n\nSampled before training." in data
     sampled = f"\n```text\n{trainer.training_data.sampled[1]}\n```\n"
     assert sampled in data and "4 pairs from 2 of 2 prompts\n" in data
-    for setting, value in {"beta": "5.0", "num_candidates": "8", "num_samples": "4", "strategy": '"rso"'}.items():
+    settings = {"rejection_beta": "5.0", "num_candidates": "8", "num_samples": "4", "strategy": '"rso"'}
+    for setting, value in settings.items():
         assert f"| `{setting}` | `{value}` |" in data
     assert '| `class` | `"FunctionRanker"` |' in section(data, "### Ranker")
     hyperparameters = section(card.text, "## Hyperparameters")

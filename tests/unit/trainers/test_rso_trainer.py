@@ -158,7 +158,7 @@ def test_prompts_are_sampled_from_the_reference_policy_ranked_and_trained_on(pro
         6,
         max_new_tokens=6,
         seed=shard_seed(3, 0),
-        batch_size=36,
+        generation_batch_size=36,
     )
     assert candidates["completions"] == expected and candidates["prompt"] == PROMPTS["prompt"]
     kept = Dataset.load_from_disk(str(folder / "pairs"))
@@ -195,7 +195,7 @@ def test_which_model_is_sampled(how, prompts, policy_dir, tiny_llama_dir, tmp_pa
         6,
         max_new_tokens=6,
         seed=shard_seed(42, 0),
-        batch_size=36,
+        generation_batch_size=36,
     )
     assert Dataset.load_from_disk(str(tmp_path / "sampled" / "train" / "candidates"))["completions"] == sampled
     trainer.train()
@@ -205,8 +205,9 @@ def test_which_model_is_sampled(how, prompts, policy_dir, tiny_llama_dir, tmp_pa
 def test_every_sampling_setting_arrives(prompts, policy_dir, tmp_path, monkeypatch):
     received = {}
 
-    def record(dataset, policy, tokenizer, ranker, **settings):
+    def record(dataset, policy, tokenizer, ranker, output_dir, options, **settings):
         received.update(settings, dataset=dataset, policy=policy, tokenizer=tokenizer, ranker=ranker)
+        received.update(vars(options), output_dir=output_dir)
         return Dataset.from_dict(PAIRS)
 
     monkeypatch.setattr("prefopt_trl.trainers.prepare.build_preference_dataset", record)
@@ -228,13 +229,12 @@ def test_every_sampling_setting_arrives(prompts, policy_dir, tmp_path, monkeypat
     assert (received.pop("dataset"), received.pop("policy"), received.pop("ranker")) == (prompts, model, ranker)
     assert received.pop("tokenizer").eos_token == "</s>"
     output_dir = str(tmp_path / "sampled" / "train")
-    batches = {"batch_size": 3, "memory_budget": 4.0, "share_prefix": "auto"}
-    assert received == {**given, **batches, "beta": 1.5, "keep_logps": False, "output_dir": output_dir}
+    batches = {"generation_batch_size": 3, "generation_memory_budget": 4.0, "share_prefix": True}
+    others = {"rejection_beta": 1.5, "keep_logps": False, "output_dir": output_dir}
+    assert received == {**given, **batches, **others}
 
 
-def test_the_same_settings_reuse_the_samples_and_others_are_refused(
-    prompts, policy_dir, tmp_path, generate_calls, caplog
-):
+def test_the_same_settings_reuse_the_samples_and_others_are_refused(prompts, policy_dir, tmp_path, generate_calls):
     def make(ranker=brevity, **given):
         settings = {**SAMPLING, **given}
         return RSOTrainer(
@@ -243,12 +243,11 @@ def test_the_same_settings_reuse_the_samples_and_others_are_refused(
 
     first = make()
     assert len(generate_calls) == 2  # a probe, and then all six prompts with six candidates
-    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
-        again = make(gamma=0.5, learning_rate=1e-4, loss_type="hinge-norm")  # not settings of the samples
-    assert len(generate_calls) == 2 and "Reusing the 12 pairs" in caplog.text
+    again = make(gamma=0.5, learning_rate=1e-4, loss_type="hinge-norm")  # not settings of the samples
+    assert len(generate_calls) == 2
     assert again.train_dataset["chosen_ids"] == first.train_dataset["chosen_ids"]
     assert again.train_dataset["rejected_ids"] == first.train_dataset["rejected_ids"]
-    with pytest.raises(ValueError, match=r"other settings:\n  beta: 0.5 there, 1.5 now\n  num_candidates: 6 there, 5"):
+    with pytest.raises(ValueError, match=r"num_candidates: 6 there, 5 now\n  rejection_beta: 0.5 there, 1.5 now"):
         make(rejection_beta=1.5, num_candidates=5)
     with pytest.raises(ValueError, match=r"other settings:\n  ranker.function: 'brevity:"):
         make(ranker=lambda prompts, completions, **kwargs: [0.0] * len(completions))

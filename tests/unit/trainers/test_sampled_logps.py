@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt_trl import FunctionRanker, RSOConfig, RSOTrainer, build_preference_dataset
 from prefopt_trl.quickstart.tiny import tiny_llama, word_tokenizer
-from prefopt_trl.sampling import pipeline
+from prefopt_trl.sampling import shards
 
 WORDS = ["ginger", "leek", "cream", "salt", "soup", "rice", "beans", "oil", "onion"]
 PROMPTS = ["Take ginger salt", "Add cream", "Boil rice"]
@@ -95,7 +95,7 @@ def test_some_log_probabilities_are_the_decoders_and_others_are_computed(tmp_pat
         scored.extend(pairs)
         return np.zeros((len(pairs), 2))
 
-    monkeypatch.setattr(pipeline, "pair_logps", count)
+    monkeypatch.setattr(shards, "pair_logps", count)
     pairs = build_preference_dataset(
         PROMPTS,
         AutoModelForCausalLM.from_pretrained(policy_dir),
