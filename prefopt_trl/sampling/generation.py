@@ -15,7 +15,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
-    StopStringCriteria,
 )
 from transformers.generation import GenerationMode
 from transformers.utils import logging
@@ -27,7 +26,12 @@ from prefopt_trl.sampling.options import GenerationOptions
 from prefopt_trl.sampling.prompts import check_positions, tokenize_prompts
 from prefopt_trl.shared_prefix.attention import left_pad
 from prefopt_trl.shared_prefix.continuation import WholeRows, partition_reason, reason_not_to_share_prefix
-from prefopt_trl.shared_prefix.decoding import CountTokens, decode_shared_prefix, reason_not_to_decode
+from prefopt_trl.shared_prefix.decoding import (
+    CountTokens,
+    StopStringsInCompletion,
+    decode_shared_prefix,
+    reason_not_to_decode,
+)
 from prefopt_trl.shared_prefix.support import evaluating, log_reason
 
 logger = logging.get_logger(__name__)
@@ -71,7 +75,7 @@ class Candidates:
             One text per completion, without special tokens. Texts may repeat.
         finished (`list[bool]`):
             Whether each completion ended by itself, with an EOS token or a stop string, within `max_new_tokens`. A
-            stop string is not part of the text.
+            stop string is not part of the text, and does not begin in the prompt.
         sampled (`list[Sampled]`):
             What was drawn for each completion; empty unless it was asked for.
     """
@@ -126,8 +130,9 @@ def sample_completions(
             is left alone.
         generation_kwargs (`dict`, *optional*):
             Further options of [`~transformers.GenerationConfig`], such as `{"stop_strings": ["\\n\\nHuman:"]}`. A stop
-            string is not part of the text. Where an option would read padding as part of the prompt (`min_length`,
-            `no_repeat_ngram_size`), only prompts of equal length are sampled together.
+            string ends the completion that it is in, and is not part of the text; one that begins in the prompt ends
+            nothing. Where an option would read padding as part of the prompt (`min_length`, `no_repeat_ngram_size`),
+            only prompts of equal length are sampled together.
         **changes:
             Fields of `options` by name, in place of those in `options`.
 
@@ -197,7 +202,8 @@ def sample_candidates(
     # Not as an option of the config: `generate` would lose the tokenizer on the way to a decoding function of ours
     stop_strings = further.pop("stop_strings", None) or []
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
-    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, stop_strings)] if stop_strings else [])
+    stops = [StopStringsInCompletion(tokenizer, stop_strings)] if stop_strings else []
+    criteria = StoppingCriteriaList(stops)
     config = GenerationConfig(
         do_sample=True,
         max_new_tokens=options.max_new_tokens,
@@ -239,6 +245,8 @@ def sample_candidates(
         for start, rows in zip(starts, batches, strict=False):
             inputs = _pad([prompt_ids[row] for row in rows], pad_token_id, model)
             begin = 1 if in_decoder else inputs["input_ids"].shape[1]  # of the completions
+            for stop in stops:
+                stop.begin = begin
             for done in range(0, num_completions, completions_at_once):
                 count = min(completions_at_once, num_completions - done)
                 torch.manual_seed(int(np.random.SeedSequence([seed, start, done]).generate_state(1)[0]))

@@ -41,6 +41,18 @@ class CountTokens(stopping.StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
+class StopStringsInCompletion(stopping.StopStringCriteria):
+    """Ends a row at a stop string in its completion; transformers' own also ends it at one that begins in the prompt.
+
+    Set `begin` to the column in which completions begin.
+    """
+
+    begin = 0
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return super().__call__(input_ids[:, self.begin :], scores, **kwargs)
+
+
 # They look at each row by itself and keep nothing between steps, so rows may leave. Others, a user's own among them,
 # see all rows to the end, as in `generate`.
 STATELESS_NAMES = (
@@ -53,6 +65,7 @@ STATELESS_NAMES = (
 )
 STATELESS: set[type] = {
     CountTokens,
+    StopStringsInCompletion,
     *(
         vars(module)[name]
         for module in (logits_process, stopping)

@@ -651,6 +651,17 @@ def test_stop_strings_are_cut_off(stop_strings: str | list[str], text: str, fini
     assert texts == [[text]]
 
 
+def test_a_stop_string_that_begins_in_the_prompt_ends_nothing() -> None:
+    tokenizer = letter_tokenizer()
+    model = scripted_model(12, [*tokenizer("abcdefghi")["input_ids"], EOS])
+    crossing = candidates_of(model, tokenizer, "ab", stop_strings=["bc", "abcd"])
+    assert crossing == Candidates(["cdefghi"] * 2, [True] * 2)
+    assert candidates_of(model, tokenizer, "ab", stop_strings=["bc", "fg"]) == Candidates(["cde"] * 2, [True] * 2)
+    # The same stop string ends the completion that has all of it, also in one batch with the other
+    how = {"max_new_tokens": 9, "generation_kwargs": {"stop_strings": "bc"}}
+    assert sample_completions(model, tokenizer, ["ab", "a"], 1, **how) == [["cdefghi"], [""]]
+
+
 def test_a_stop_string_may_begin_inside_a_token_and_be_a_special_token() -> None:
     tokenizer = letter_tokenizer([*"abcdefg", "cd", "ef"])
     a, b, g, cd, ef = tokenizer.convert_tokens_to_ids(["a", "b", "g", "cd", "ef"])
