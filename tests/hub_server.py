@@ -8,7 +8,7 @@ import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -37,10 +37,8 @@ class Hub:
 
     server: HTTPServer
     lfs_from: int = 10_000  # bytes; smaller files are part of the commit
-    part_size: int | None = None  # bytes; files are sent in parts where it is set
     repos: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)  # by SHA-256
-    parts: dict[str, dict[int, bytes]] = field(default_factory=dict)
     private: dict[str, bool] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
@@ -73,8 +71,8 @@ class Hub:
                 if failure.after < 0 and failure.times != 0:
                     failure.times = failure.times and failure.times - 1
                     return self._fail(request, failure)
-        # Addresses of parts and of their end are signed, and what is public is read without a token
-        open_to_all = re.match(r"(GET|HEAD) |\w+ /lfs/\w+(/\d+)?$|POST .*/paths-info/", line)
+        # Addresses of uploads are signed, and what is public is read without a token
+        open_to_all = re.match(r"(GET|HEAD) |\w+ /lfs/\w+$", line)
         if not open_to_all and request.headers.get("Authorization") != f"Bearer {TOKEN}":
             return refused(401, "Invalid credentials in Authorization header")
         for path, serve in ROUTES.items():
@@ -124,26 +122,12 @@ class Hub:
             oid, size = wanted["oid"], wanted["size"]
             objects.append({"oid": oid, "size": size})
             if oid not in self.objects:
-                upload: dict[str, Any] = {"href": f"{self.url}/lfs/{oid}"}
-                if self.part_size:
-                    numbers = range(1, -(-size // self.part_size) + 1)
-                    upload["header"] = {f"{number:05}": f"{self.url}/lfs/{oid}/{number}" for number in numbers}
-                    upload["header"]["chunk_size"] = str(self.part_size)
-                objects[-1]["actions"] = {"upload": upload, "verify": {"href": f"{self.url}/lfs/{oid}/verify"}}
+                upload = f"{self.url}/lfs/{oid}"
+                objects[-1]["actions"] = {"upload": {"href": upload}, "verify": {"href": f"{upload}/verify"}}
         return answer({"transfer": "basic", "objects": objects})
 
     def put(self, request: Request, oid: str) -> Response:
-        return self._keep(oid, request.get_data())
-
-    def put_part(self, request: Request, oid: str, part: str) -> Response:
-        self.parts.setdefault(oid, {})[int(part)] = request.get_data()
-        return Response(headers={"ETag": f"part-{part}"})
-
-    def complete(self, request: Request, oid: str) -> Response:
-        numbers = [part["partNumber"] for part in request.get_json(force=True)["parts"]]
-        return self._keep(oid, b"".join(self.parts[oid][number] for number in numbers))
-
-    def _keep(self, oid: str, content: bytes) -> Response:
+        content = request.get_data()
         if sha256(content) != oid:
             return refused(400, "the content is not what was announced")
         self.objects[oid] = content
@@ -179,19 +163,11 @@ class Hub:
         return answer({**found, "downloads": 0, "likes": 0, "disabled": False, "gated": False})
 
     def tree(self, request: Request, type: str, repo: str, path: str | None = None) -> Response:
-        files, wanted = self.repos.get((type, repo), {}), path or ""
-        entries = [described(name, files[name]) for name in files if name.startswith(wanted and f"{wanted}/")]
-        folders = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents if parent.name}
+        files, wanted = self.repos.get((type, repo), {}), f"{path}/" if path else ""
+        entries = [described(name, files[name]) for name in files if name.startswith(wanted)]
+        folders = {name.rpartition("/")[0] for name in files if "/" in name}
         entries += [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)]
-        if not request.args.get("recursive", "").lower().startswith("t"):
-            entries = [entry for entry in entries if str(PurePosixPath(entry["path"]).parent) == (wanted or ".")]
         return answer(entries) if entries or not wanted else refused(404, "Entry not found", "EntryNotFound")
-
-    def paths_info(self, request: Request, type: str, repo: str) -> Response:
-        files, paths = self.repos[type, repo], request.form.getlist("paths") or request.get_json(silent=True)["paths"]
-        found = [described(path, files[path]) for path in paths if path in files]
-        folders = [path for path in paths if any(name.startswith(f"{path}/") for name in files)]
-        return answer(found + [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders])
 
     def auth_check(self, request: Request, type: str, repo: str) -> Response:
         good = request.headers.get("Authorization") == f"Bearer {TOKEN}"
@@ -203,12 +179,7 @@ class Hub:
         if content is None:
             return refused(404, "Entry not found", "EntryNotFound")
         headers = {"ETag": f'"{git_oid(content)}"', "X-Repo-Commit": self._sha(kind, repo)}
-        start, status = 0, 200
-        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", "")):
-            start, end = int(found[1]), min(int(found[2] or len(content) - 1), len(content) - 1)
-            headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
-            content, status = content[start : end + 1], 206
-        return Response(content, status, headers, content_type="application/octet-stream")
+        return Response(content, 200, headers, content_type="application/octet-stream")
 
     def _sha(self, type: str, repo: str) -> str:
         files = self.repos[type, repo]
@@ -222,14 +193,11 @@ ROUTES: dict[str, Callable[..., Response]] = {
     rf"POST {API}/preupload/main": Hub.preupload,
     rf"POST /(?:datasets/)?{REPO}\.git/info/lfs/objects/batch": Hub.batch,
     r"PUT /lfs/(?P<oid>\w{64})": Hub.put,
-    r"PUT /lfs/(?P<oid>\w{64})/(?P<part>\d+)": Hub.put_part,
-    r"POST /lfs/(?P<oid>\w{64})": Hub.complete,
     r"POST /lfs/(?P<oid>\w{64})/verify": Hub.verify,
     rf"POST {API}/commit/main": Hub.commit,
     rf"GET {API}(?:/revision/\w+)?": Hub.info,
     rf"GET {API}/auth-check(?:/write)?": Hub.auth_check,
     rf"GET {API}/tree/\w+(?:/(?P<path>.+))?": Hub.tree,
-    rf"POST {API}/paths-info/\w+": Hub.paths_info,
     rf"(?:GET|HEAD) /(?P<type>datasets/)?{REPO}/resolve/\w+/(?P<path>.+)": Hub.resolve,
 }
 

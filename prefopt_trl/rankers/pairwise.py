@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Completion, Prompt, check_columns, completion_text, normalize_pairs, prompt_text
 from prefopt_trl.data.tokenization import decoder_start_token_id
-from prefopt_trl.rankers.base import Ranker, check_inputs, logit
+from prefopt_trl.rankers.base import check_inputs, logit
 from prefopt_trl.rankers.inference import RankingModel
 from prefopt_trl.rankers.publishing import PublishedModel
 from prefopt_trl.rankers.templates import (
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 SMALLEST_PROBABILITY = 1e-6
 
 
-class PairwiseRanker(PublishedModel, Ranker):
+class PairwiseRanker(PublishedModel):
     """A language model that compares two completions of a prompt (RSO section 2).
 
     The probability that the first is preferred is the softmax over the logits of the answers "A" and "B", averaged

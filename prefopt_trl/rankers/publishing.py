@@ -1,6 +1,6 @@
 """A ranker's model as a folder with a card, and its push to the Hub."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +8,16 @@ from huggingface_hub import ModelCardData, RepoCard
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.rankers.inference import RankingModel
 from prefopt_trl.runtime.cards import public_name, render
 from prefopt_trl.runtime.hub import push_folder
 
 
-class PublishedModel(ABC):
+class PublishedModel(Ranker):
     """The `save_pretrained` and `push_to_hub` of rankers that hold a model."""
 
     ranking_model: RankingModel
-
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """Return the ranker's settings."""
 
     @abstractmethod
     def arguments(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Fingerprints (SHA-256 in hex) of what a sampled dataset was made with: equal ones let its rows be used again."""
+"""Fingerprints (SHA-256 in hex) of what a sampled dataset was made with: its rows are reused if they are equal."""
 
 import hashlib
 import inspect
@@ -18,19 +18,19 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-# Of each parameter at least so many elements are read, evenly spaced: training moves nearly all of them
+# At least so many elements of each parameter are read, evenly spaced: training changes nearly all of them
 ELEMENTS_PER_PARAMETER = 32
 
 
 def model_fingerprint(model: nn.Module) -> str:
     """Fingerprint the weights of a model without reading all of them.
 
-    It covers the config, the adapters and which of them is active, and names, shapes, dtypes and a few dozen evenly
-    spaced elements of each parameter. So it is cheap for a 7B model and differs after any training, but not after a
-    change that spares those elements.
+    It covers the config, the adapters and which of them is active, and the name, shape, dtype and a few dozen evenly
+    spaced elements of each parameter. So it is cheap for a 7B model and differs after any training, but misses a
+    change of the other elements alone.
     """
     digest = hashlib.sha256(_settings_of(model).encode())
-    # What stands idle behind a trained copy: a new classification head's is random in every process
+    # The original behind a trained copy is not used, and that of a new classification head is random in every process
     copied = [part for part in model.modules() if isinstance(part, ModulesToSaveWrapper) and not part.disable_adapters]
     idle = {id(parameter) for part in copied for parameter in part.original_module.parameters()}
     for name, parameter in model.named_parameters():
@@ -43,7 +43,7 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-# Says where a model was loaded from or how it is run, not what it computes
+# Where a model was loaded from or how it is run, not what it computes
 NOT_THE_MODEL = {
     "_name_or_path",
     "base_model_name_or_path",
@@ -55,7 +55,7 @@ NOT_THE_MODEL = {
 
 
 def _settings_of(model: Any) -> str:
-    """Config of a model and of its adapters, as JSON."""
+    """Return the config of a model and of its adapters as JSON."""
     configs = {"config": model.config.to_dict()} if hasattr(model, "config") else {}
     if hasattr(model, "peft_config"):
         configs |= {name: adapter.to_dict() for name, adapter in model.peft_config.items()}
@@ -75,26 +75,21 @@ def _settings_of(model: Any) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Fingerprint a tokenizer by all it does to a text, its special tokens and its chat template."""
+    """Fingerprint a tokenizer by its backend, its special tokens and its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    parts = (
-        sorted(tokenizer.get_vocab().items()) if backend is None else _without_calls(backend.to_str()),
-        sorted(tokenizer.special_tokens_map.items()),
-        tokenizer.chat_template,
-    )
+    if backend is None:
+        rules: Any = sorted(tokenizer.get_vocab().items())
+    else:  # the last call left its padding and truncation in the backend
+        rules = json.dumps({**json.loads(backend.to_str()), "padding": None, "truncation": None}, sort_keys=True)
+    parts = (rules, sorted(tokenizer.special_tokens_map.items()), tokenizer.chat_template)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _without_calls(tokenizer: str) -> str:
-    """A tokenizer as JSON, without the padding and truncation that its last call left in it."""
-    return json.dumps({**json.loads(tokenizer), "padding": None, "truncation": None}, sort_keys=True)
 
 
 def template_date(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Return the setting `{"date_in_chat_template": "28 Nov 2026"}` of a chat template that writes today's date.
 
-    Llama 3.2's and Granite's do, by `strftime_now`: on another day the same messages are other tokens. It is an empty
-    `dict` for other templates.
+    Those of Llama 3.2 and Granite do, with `strftime_now`, so the same messages have other tokens on another day.
+    Other templates return an empty `dict`.
     """
     template = str(tokenizer.chat_template)
     formats = re.findall(r"""strftime_now\(\s*["'](.+?)["']""", template) or ["%Y-%m-%d"]
@@ -104,10 +99,10 @@ def template_date(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def cache_of_contents(path: Path) -> str:
-    """Return a `cache_dir` for `load_dataset`, which differs with the contents of a file or of a folder's files.
+    """Return a `cache_dir` for `load_dataset` that depends on the contents of a file or of a folder's files.
 
-    `datasets` identifies a local file by its path and modification time, and reads stale rows from its cache where a
-    file was replaced and that time is the same. Remove this once `datasets` compares contents.
+    `datasets` identifies a local file by its path and modification time, and reads stale rows from its cache if a file
+    was replaced by one with the same time. To go once `datasets` compares contents.
     """
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(path.rglob("[!.]*")):
@@ -120,9 +115,12 @@ def cache_of_contents(path: Path) -> str:
 def function_fingerprint(function: Callable[..., Any]) -> str:
     """Fingerprint a function by its name, its source code, its defaults and the values it closes over.
 
-    Of a method, the attributes of its object count too. What is read from elsewhere (a global, a file) is not seen. A
-    callable whose source Python cannot find (typed at a prompt, a `functools.partial`, an object with `__call__`) is
-    fingerprinted by what it pickles to, and one that does not pickle is refused. The name and a colon come first.
+    For a method the attributes of its object count, too. What the function reads elsewhere (a global, a file) is not
+    covered. A callable whose source Python cannot find (typed at a prompt, a `functools.partial`, an object with
+    `__call__`) is fingerprinted by its pickle. The fingerprint begins with the name and a colon.
+
+    Raises:
+        ValueError: if what the function holds does not pickle.
     """
     name = getattr(function, "__qualname__", type(function).__qualname__)
     try:
@@ -134,7 +132,7 @@ def function_fingerprint(function: Callable[..., Any]) -> str:
         source, held = "", function
     try:
         values = Hasher.hash(held)
-    except Exception as error:  # whatever its parts raise on pickling
+    except Exception as error:  # whatever its parts raise when they are pickled
         raise ValueError(
             f"Cannot tell whether {name} changes between runs: what it holds does not pickle, or Python finds no "
             "source for it. Wrap it in a plain `def` function saved in a file."
@@ -143,7 +141,7 @@ def function_fingerprint(function: Callable[..., Any]) -> str:
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:
-    """Fingerprint the rows of a dataset, as JSON: columns, order and values, not where they are stored."""
+    """Fingerprint the rows of a dataset as JSON: columns, order and values, but not where they are stored."""
     digest = hashlib.sha256()
     for row in dataset:
         try:
@@ -157,7 +155,7 @@ def dataset_fingerprint(dataset: Dataset) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what results depend on, for the files that hold results."""
+    """Return the versions of the libraries that results depend on."""
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy")
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
@@ -165,5 +163,5 @@ def versions() -> dict[str, str]:
 def _contents(cell: CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # closes over a name that has no value yet
+    except ValueError:  # the name has no value yet
         return None

@@ -1,6 +1,5 @@
-"""The processes of a run: how many there are, which one this is, and what is left of a run that is stopped."""
+"""The processes of a run: how many there are, which one this is, and what an interrupted run has saved."""
 
-import json
 import logging
 import os
 import signal
@@ -15,16 +14,18 @@ import torch
 from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
 
+from prefopt_trl.runtime.settings import read_json
+
 logger = logging.getLogger(__name__)
 
 
 def is_main_process() -> bool:
-    """Whether this is the main process of those that `accelerate launch` or `torchrun` started, or the only one."""
+    """Return whether this is the only process, or the main one of `accelerate launch` or `torchrun`."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def process_state() -> PartialState:
-    """Return the state of this process among those that were started; raise if others are not known to it."""
+    """Return the state of this process among those that were launched; raise if it does not know of the others."""
     state = PartialState(cpu=not torch.accelerator.is_available())
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and state.num_processes == 1:
@@ -38,9 +39,9 @@ def process_state() -> PartialState:
 
 @contextmanager
 def interruptible(what_is_saved: Callable[[], str]) -> Iterator[None]:
-    """While entered, the sentence `what_is_saved()` is the message of a `KeyboardInterrupt`, and SIGTERM prints it.
+    """Within, let `what_is_saved()` be the message of a `KeyboardInterrupt`, and print it on SIGTERM.
 
-    SIGTERM then ends the process as before. A handler of the caller's is left in place.
+    SIGTERM then ends the process as before. A handler that the caller has set is left in place.
     """
     owner = os.getpid()
 
@@ -65,35 +66,34 @@ def interruptible(what_is_saved: Callable[[], str]) -> Iterator[None]:
 
 
 def checkpoints(folder: str | Path) -> list[str]:
-    """The names of a run's whole checkpoints, the oldest first."""
+    """Return the names of a run's complete checkpoints, the oldest first."""
     steps = [path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*")]
     names = [f"checkpoint-{step}" for step in sorted(filter(str.isdigit, steps), key=int)]
-    return [name for name in names if _is_json(Path(folder, name, "trainer_state.json"))]  # which is written last
+    return [name for name in names if _is_complete(Path(folder, name))]
 
 
-def _is_json(file: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:
-        json.loads(file.read_bytes())
-    except (FileNotFoundError, ValueError):
+        return read_json(checkpoint / "trainer_state.json") is not None  # `Trainer` writes it last
+    except ValueError:
         return False
-    return True
 
 
 def last_checkpoint(folder: str | Path) -> str:
-    """Return the path of a run's last whole checkpoint or raise; a logged line names a later one that is not whole."""
+    """Return the path of a run's last complete checkpoint, or raise; log a later one that is incomplete."""
     if not (names := checkpoints(folder)):
         raise ValueError(f"`resume_from_checkpoint` finds no checkpoint in {folder}. Leave it out to start anew.")
     last, latest = os.path.join(folder, names[-1]), get_last_checkpoint(str(folder))
     if latest != last and is_main_process():
-        logger.warning("%s is not whole, as its saving was interrupted: going on from %s.", latest, last)
+        logger.warning("%s is incomplete, as its saving was interrupted. Resuming from %s.", latest, last)
     return last
 
 
 def what_is_trained(folder: str | Path, before: Collection[str] = ()) -> str:
-    """Say which checkpoint of a training that is stopped is saved, not one from `before` it, and how to go on."""
+    """Say which checkpoint an interrupted training has saved, other than those from `before`, and how to resume."""
     if not (names := [name for name in checkpoints(folder) if name not in before]):
         return f"Interrupted before the first checkpoint was saved in {folder}. A lower `save_steps` saves sooner."
     return (
-        f"Interrupted: {Path(folder, names[-1])} is saved, and `resume_from_checkpoint=True` (of a command: "
-        "`--resume_from_checkpoint`) goes on from there."
+        f"Interrupted: {Path(folder, names[-1])} is saved. Resume from it with `resume_from_checkpoint=True` (of a "
+        "command: `--resume_from_checkpoint`)."
     )

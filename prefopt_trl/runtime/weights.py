@@ -1,4 +1,4 @@
-"""Weights that DeepSpeed ZeRO-3 or FSDP2 has spread over the processes, brought together to sample and to rank."""
+"""Gather weights that DeepSpeed ZeRO-3 or FSDP2 has sharded over the processes, to sample and to rank with them."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -7,35 +7,30 @@ from typing import Any
 import torch
 from torch import nn
 
-# Modules of these run before and after each part of a model, to gather its weights and to let go of them
+# Modules of the hooks that gather the weights of each part of a model before it runs, and release them after it
 ENGINES = ("deepspeed.", "torch.distributed.fsdp.")
 
 
 @contextmanager
 def gathered(*models: nn.Module | None) -> Iterator[None]:
-    """Hold the whole weights of the models on every process: gathered once, and not for each token.
+    """Hold the whole weights of the models on every process, gathered once instead of for each token.
 
-    Within, the models are ordinary ones: the hooks with which an engine gathers and spreads the weights of each part
-    are off, so that processes may make different numbers of forward passes. All processes must enter and leave
-    together. Models that are not spread, and None, are left alone; so is FSDP1, which has no weights to be gathered
-    module by module.
+    Within, the engines' hooks are off, so that processes may make different numbers of forward passes. All processes
+    must enter and leave together. Models that are not sharded, and None, are left alone. So is FSDP1, whose weights
+    cannot be gathered module by module.
     """
-    held = {id(module): module for model in models if model is not None for module in model.modules()}
-    modules = list(held.values())
-    partitioned = {
-        id(parameter): parameter
-        for module in modules
-        for parameter in module.parameters(recurse=False)
-        if hasattr(parameter, "ds_id")
-    }
+    modules = list(dict.fromkeys(module for model in models if model is not None for module in model.modules()))
+    parameters = dict.fromkeys(parameter for module in modules for parameter in module.parameters(recurse=False))
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    sharded = _sharded(modules)
     with ExitStack() as stack:
         if partitioned:
             import deepspeed
 
-            stack.enter_context(deepspeed.zero.GatheredParameters(list(partitioned.values())))
-        sharded = _sharded(modules)
-        if sharded:
-            stack.enter_context(_unsharded(sharded))
+            stack.enter_context(deepspeed.zero.GatheredParameters(partitioned))
+        for module in sharded:
+            module.unshard()
+            stack.callback(module.reshard)
         if partitioned or sharded:
             stack.enter_context(_without_hooks(modules))
         yield
@@ -50,21 +45,11 @@ def _sharded(modules: list[nn.Module]) -> list[Any]:
 
 
 @contextmanager
-def _unsharded(modules: list[Any]) -> Iterator[None]:
-    for module in modules:  # a model comes before its parts, and the first becomes the root unless there is one
-        module._get_fsdp_state()._lazy_init()
-    for module in modules:
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.reshard()
-
-
-@contextmanager
 def _without_hooks(modules: list[nn.Module]) -> Iterator[None]:
-    """Turn the engines' own hooks off, as they would let go of the weights after each forward pass."""
+    """Remove the engines' hooks, which would release the weights after each forward pass.
+
+    Neither engine has a public way to turn them off. To go once both do.
+    """
     registries = [hooks for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
     before = [dict(hooks) for hooks in registries]
     for hooks in registries:

@@ -104,8 +104,8 @@ def test_an_interrupted_command_says_what_is_saved_in_one_line(number, code, sav
     os.kill(os.getpid(), number)  # as torchrun does, after the terminal
     last = "Interrupted before the first checkpoint was saved in out. A lower `save_steps` saves sooner."
     if saved:
-        last = "Interrupted: out/checkpoint-20 is saved, and `resume_from_checkpoint=True` (of a command: "
-        last += "`--resume_from_checkpoint`) goes on from there."
+        last = "Interrupted: out/checkpoint-20 is saved. Resume from it with `resume_from_checkpoint=True` (of a "
+        last += "command: `--resume_from_checkpoint`)."
     assert capsys.readouterr().err == f"prefopt-trl rso: {last}\n"
 
 

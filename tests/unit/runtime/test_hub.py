@@ -49,16 +49,13 @@ def run_command(message: str, hub: Hub) -> None:
 # What arrives
 
 
-@pytest.mark.parametrize("pipeline", ["lfs", "lfs in parts", "xet"])
-def test_the_repository_has_the_files_of_the_folder(hub: Hub, folder: Path, pipeline: str, monkeypatch: Any) -> None:
-    hub.part_size = 7_000 if pipeline == "lfs in parts" else None
-    if pipeline == "xet":
+@pytest.mark.parametrize("xet", [False, True])
+def test_the_repository_has_the_files_of_the_folder(hub: Hub, folder: Path, xet: bool, monkeypatch: Any) -> None:
+    if xet:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
         hub.lfs_from = 100_000  # Xet's own storage is not part of the server: all is in the commit
     assert push(folder) == f"{hub.url}/{REPO}"
     assert hub.files(REPO) == belonging(folder)
-    parts = [line for line in hub.requests if re.match(r"PUT /lfs/\w{64}/\d", line)]
-    assert len(parts) == (6 if pipeline == "lfs in parts" else 0)  # 20,256 bytes are three parts
 
 
 def test_the_card_is_written_before_the_first_byte_leaves(hub: Hub, folder: Path, caplog: Any) -> None:

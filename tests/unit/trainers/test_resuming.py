@@ -280,7 +280,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(content, make, tmp_path, c
     assert train(make, RSOTrainer, PAIRS, tmp_path, True) == whole
     (said,) = [message for message in caplog.messages if "checkpoint-" in message]
     assert said == (
-        f"{tmp_path}/checkpoint-3 is not whole, as its saving was interrupted: going on from {tmp_path}/checkpoint-2."
+        f"{tmp_path}/checkpoint-3 is incomplete, as its saving was interrupted. Resuming from {tmp_path}/checkpoint-2."
     )
     with pytest.raises(ValueError, match="finds no checkpoint in .*/new. Leave it out to start anew"):
         train(make, RSOTrainer, PAIRS, tmp_path / "new", True)
@@ -292,7 +292,10 @@ def test_ctrl_c_while_training_names_the_checkpoint(make, tmp_path):
             if state.global_step == 3:
                 raise KeyboardInterrupt
 
-    for every, message in {4: "before the first checkpoint was saved in", 1: "checkpoint-2 is saved, and"}.items():
+    for every, message in {
+        4: "before the first checkpoint was saved in",
+        1: "checkpoint-2 is saved\\. Resume",
+    }.items():
         trainer = make(RSOTrainer, PAIRS, output_dir=tmp_path, **RUN | {"save_steps": every})
         trainer.add_callback(Stop())
         with pytest.raises(KeyboardInterrupt, match=message):
