@@ -101,16 +101,6 @@ def test_full_states_are_the_bytes_of_a_float32_model():
         assert states.optimizer == states_bytes(optimizer, torch.float32)
 
 
-def test_zero3_states_are_those_of_bfloat16_weights_trained_in_float32():
-    model, config, size = tiny(torch.bfloat16)
-    states = plan.zero3(size, config, 1)
-    copy, *_ = tiny()
-    optimizer = stepped(copy)
-    assert states.weights == num_bytes(model.parameters())
-    assert states.gradients == num_bytes(parameter.grad for parameter in copy.parameters())
-    assert states.optimizer == num_bytes(copy.parameters()) + states_bytes(optimizer, torch.float32)
-
-
 def test_adafactor_keeps_one_whole_state_of_a_flat_vector_and_rows_and_columns_of_a_matrix():
     options = {"scale_parameter": False, "relative_step": False}
     flat, matrix = torch.nn.ParameterList([torch.zeros(60)]), torch.nn.ParameterList([torch.zeros(6, 10)])

@@ -20,8 +20,14 @@ def tokenizer(tiny_llama_dir):
     return AutoTokenizer.from_pretrained(tiny_llama_dir)
 
 
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder)
+def load(folder, end_bias=None):
+    """The policy or, with a bias, one for which all other tokens are equally likely."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if end_bias is not None:
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
+        model.lm_head.bias.data[model.config.eos_token_id] = end_bias
+    return model
 
 
 def evaluate(policy, reference, tokenizer, targets, **kwargs):
@@ -41,21 +47,14 @@ def test_a_policy_is_at_distance_zero_from_itself(tiny_llama_dir, tokenizer):
 
 def test_kl_of_a_policy_that_always_says_one_token(tiny_llama_dir, tokenizer):
     # A policy that must end at once, against one for which every token is equally likely: KL = ln(vocabulary)
-    policy, reference = load(tiny_llama_dir), load(tiny_llama_dir)
-    for model in (policy, reference):
-        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
-    policy.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
-    policy.lm_head.bias.data[tokenizer.eos_token_id] = 100.0
+    policy, reference = load(tiny_llama_dir, end_bias=100.0), load(tiny_llama_dir, end_bias=0.0)
     result = evaluate(policy, reference, tokenizer, ["a"] * 40)
     assert result["kl"].mean == pytest.approx(np.log(len(tokenizer)), abs=1e-4)
     assert result["ranker_reward"].mean == -1.0  # the empty text, against a target of one letter
 
 
 def test_wins_count_ties_as_half(tiny_llama_dir, tokenizer):
-    policy = load(tiny_llama_dir)
-    policy.lm_head.weight.data.zero_()
-    policy.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
-    policy.lm_head.bias.data[tokenizer.eos_token_id] = 100.0  # every sample is empty
+    policy = load(tiny_llama_dir, end_bias=100.0)  # every sample is empty
     targets = [""] * 20 + ["longer"] * 20
     result = evaluate(policy, policy, tokenizer, targets, true_reward=lambda prompts, completions: [0.0] * 40)
     assert result["ranker_win_rate"].mean == 0.25

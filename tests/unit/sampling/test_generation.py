@@ -238,21 +238,6 @@ def test_arguments_narrow_the_law_as_they_say(share_prefix: bool) -> None:
     assert p_value(sample(generation_kwargs={"min_p": 0.2}), law(0.4, 0.3, 0.15, 0.1)) > CHANCE
 
 
-def test_a_temperature_near_zero_is_greedy() -> None:
-    model, tokenizer = random_model(seed=3), letter_tokenizer()
-    prompts = ["ab", "c", "defg", "ihg", "ff"]
-    expected = []
-    for prompt in prompts:
-        ids = tokenizer(prompt)["input_ids"]
-        length = len(ids)
-        while len(ids) < length + 6 and ids[-1] != EOS:
-            ids.append(int(next_token_law(model, ids).argmax()))
-        expected.append(tokenizer.decode(ids[length:], skip_special_tokens=True))
-    assert len(set(expected)) > 1
-    completions = sample_completions(model, tokenizer, prompts, 3, max_new_tokens=6, temperature=1e-4)
-    assert completions == [[text] * 3 for text in expected]
-
-
 SINCE_5_23 = pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="fails in `generate`")
 
 
@@ -395,17 +380,6 @@ def test_what_only_generate_can_do_is_left_to_it(option: dict, caplog: pytest.Lo
     assert [len(row) for row in texts] == [2, 2]
     said = [record.getMessage() for record in caplog.records if record.name.startswith("prefopt_trl")]
     assert len(said) == 1 and "that only `generate` has" in said[0]
-
-
-def test_each_prompt_is_computed_once_where_it_is_shared() -> None:
-    model, tokenizer, sizes = random_model(), letter_tokenizer(), []
-    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[:2]))
-    sample_completions(model, tokenizer, ["abcdef", "abc"], 16, max_new_tokens=3)
-    assert sizes[-3] == (2, 6)
-    assert [tokens for _, tokens in sizes[-2:]] == [1, 1]
-    sizes.clear()
-    sample_completions(model, tokenizer, ["abcdef", "abc"], 16, max_new_tokens=3, share_prefix=False)
-    assert sizes[0] == (32, 6)
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])

@@ -69,20 +69,6 @@ def kept(pairs: Dataset) -> dict[str, set[str]]:
 # Which candidates are kept
 
 
-@pytest.mark.parametrize("options", [{"strategy": "top-k"}, {"strategy": "rso", "rejection_beta": 0.0}])
-def test_top_k_and_beta_0_keep_the_highest_distinct_candidates(options: dict) -> None:
-    candidates = scored(
-        ["9", "1", "9", "9", "7", "8", "3"],
-        ["2", "5", "6", "5", "4"],
-        ["2", "5", "6", "5", "4"],
-        prompts=["a", "b", "low"],
-    )
-    for seed in range(5):
-        selected = select(candidates, num_samples=3, seed=seed, **options)
-        assert kept(selected.pairs) == {"a": {"9", "8", "7"}, "b": {"6", "5", "4"}, "low": {"2", "4", "5"}}
-        assert len(selected.pairs) == 9
-
-
 REPEATS = ["0", "5", "5", "2", "5 ", "3", "4", "5"]
 
 
@@ -139,16 +125,25 @@ def test_of_equal_texts_the_first_counts() -> None:
 
 
 @pytest.mark.parametrize("options", [{"strategy": "top-k"}, {"strategy": "rso", "rejection_beta": 0.0}])
-def test_prompts_with_few_distinct_candidates_keep_these_and_are_counted(options: dict) -> None:
-    candidates = scored(["1", "1", "1"], ["1", "2", "3"], [], ["4", "4", "5"], ["6", "7", "8", "9"])
-    selected = select(candidates, num_samples=3, **options)
-    assert kept(selected.pairs) == {"p1": {"1", "2", "3"}, "p3": {"4", "5"}, "p4": {"7", "8", "9"}}
-    assert Counter(selected.pairs["prompt"]) == {"p1": 3, "p3": 1, "p4": 3}
-    assert selected.statistics.num_prompts == 5
+def test_top_k_and_beta_0_keep_the_highest_distinct_candidates_and_count_prompts_that_have_few(options: dict) -> None:
+    rows = (
+        ["1", "1", "1"],
+        ["1", "2", "3"],
+        [],
+        ["4", "4", "5"],
+        ["9", "1", "9", "9", "7", "8", "3"],
+        ["2", "5", "6", "4"],
+    )
+    candidates = scored(*rows, prompts=["p0", "p1", "p2", "p3", "p4", "low"])
+    for seed in range(5):
+        selected = select(candidates, num_samples=3, seed=seed, **options)
+        highest = {"p1": {"1", "2", "3"}, "p3": {"4", "5"}, "p4": {"7", "8", "9"}, "low": {"2", "4", "5"}}
+        assert kept(selected.pairs) == highest
+    assert Counter(selected.pairs["prompt"]) == {"p1": 3, "p3": 1, "p4": 3, "low": 3}
+    assert selected.statistics.num_prompts == 6
     assert (selected.statistics.num_skipped, selected.statistics.num_short) == (2, 1)
-    assert selected.statistics.num_candidates == 13
-    assert selected.statistics.num_duplicates == 3
-    assert len(selected.rewards["candidates"]) == 13
+    assert selected.statistics.num_candidates == len(selected.rewards["candidates"]) == 20
+    assert selected.statistics.num_duplicates == 5
 
 
 def test_no_prompt_with_two_distinct_candidates_is_an_error() -> None:
@@ -287,12 +282,9 @@ def test_statistics_are_those_worked_out_by_hand() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["sft", "top-k"])
-def test_only_rso_has_an_acceptance_rate(strategy: str) -> None:
-    assert select(scored(["1", "2"]), strategy=strategy).statistics.acceptance_rate is None
-
-
-def test_candidates_without_the_column_are_not_counted_as_finished() -> None:
-    assert select(scored(["1", "2"])).statistics.num_unfinished is None
+def test_without_rejection_or_the_column_there_is_no_rate_and_no_count(strategy: str) -> None:
+    statistics = select(scored(["1", "2"]), strategy=strategy).statistics
+    assert statistics.acceptance_rate is statistics.num_unfinished is None
 
 
 def test_a_beta_that_leaves_close_pairs_is_warned_of() -> None:

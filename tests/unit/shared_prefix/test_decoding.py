@@ -52,6 +52,11 @@ PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14], [15]]
 CHANCE = 1e-6  # of each chi-square test to fail on samples that do follow the law
 
 
+@pytest.fixture
+def model():
+    return build(SHARING["llama"])
+
+
 def inputs_of(prompts=PROMPTS) -> dict[str, torch.Tensor]:
     inputs = left_pad(prompts, 0, torch.device("cpu"))
     del inputs["position_ids"]
@@ -62,6 +67,15 @@ def shared(model, num_completions: int = 1, prompts=PROMPTS, **options):
     return model.generate(
         **inputs_of(prompts), custom_generate=decode_shared_prefix, num_completions=num_completions, **options
     )
+
+
+def check_as_generate(model, num_completions: int = 2, prompts=PROMPTS, **options) -> torch.Tensor:
+    """Require that every completion is that of `generate`, greedy unless the options say otherwise, and return it."""
+    options = {"do_sample": False} | options
+    expected = model.generate(**inputs_of(prompts), **options)
+    found = shared(model, num_completions, prompts, **options)
+    assert torch.equal(found, expected.repeat_interleave(num_completions, dim=0))
+    return expected
 
 
 def sampled(model, num_completions: int, prompts=PROMPTS, seed: int = 0, **options) -> SharedPrefixOutput:
@@ -97,13 +111,10 @@ def teacher_forced(model, completions: list[list[int]], prompts=PROMPTS) -> list
 def test_greedy_decoding_is_that_of_generate_token_for_token(family):
     model = build(SHARING[family])
     assert reason_not_to_share_prefix(model, 64) is None
-    options = {"do_sample": False, "max_new_tokens": 16}
-    endless = model.generate(**inputs_of(), **options, eos_token_id=None)[:, 6:].tolist()
+    endless = check_as_generate(model, max_new_tokens=16, eos_token_id=None)[:, 6:].tolist()
     end_ids = [endless[0][3], endless[1][9]]  # so that rows end at different times, or not at all
-    expected = model.generate(**inputs_of(), **options, eos_token_id=end_ids)
-    found = shared(model, 3, **options, eos_token_id=end_ids)
-    assert torch.equal(found, expected.repeat_interleave(3, dim=0))
-    assert len({len(row) for row in completions_of(expected, end_ids)}) > 1
+    ending = check_as_generate(model, 3, max_new_tokens=16, eos_token_id=end_ids)
+    assert len({len(row) for row in completions_of(ending, end_ids)}) > 1
 
 
 @pytest.mark.parametrize("family", SHARING)
@@ -304,8 +315,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("do_sample", [True, False])
-def test_every_option_gives_the_tokens_of_generate(name, do_sample, monkeypatch):
-    model = build(SHARING["llama"])
+def test_every_option_gives_the_tokens_of_generate(model, name, do_sample, monkeypatch):
     options = {"do_sample": do_sample, "max_new_tokens": 16, "top_k": 0, "eos_token_id": [2, 3, 4, 5]} | OPTIONS[name]
 
     def invert(probabilities: torch.Tensor) -> torch.Tensor:
@@ -314,61 +324,51 @@ def test_every_option_gives_the_tokens_of_generate(name, do_sample, monkeypatch)
 
     monkeypatch.setattr(torch, "multinomial", lambda probabilities, num_samples: invert(probabilities)[:, None])
     monkeypatch.setattr(decoding, "draw", lambda scores: invert(scores.softmax(dim=-1)))
-    expected = model.generate(**inputs_of(), **options)
-    found = shared(model, 2, **options)
-    assert torch.equal(found, expected.repeat_interleave(2, dim=0))
+    check_as_generate(model, **options)
 
 
-def test_stop_strings_end_rows_where_generate_ends_them():
-    model, tokenizer = build(SHARING["llama"]), letters()
+def test_stop_strings_end_rows_where_generate_ends_them(model):
+    tokenizer = letters()
     options = {"do_sample": False, "max_new_tokens": 16}
     endless = model.generate(**inputs_of(), **options, eos_token_id=None)[:, 6:].tolist()
     # With an EOS that no row has: without one `generate` does not pad the rows that have ended
     options["eos_token_id"] = min(set(range(3, VOCAB_SIZE)) - {token for row in endless for token in row})
     stop_strings = [tokenizer.decode(endless[0][3:5]), tokenizer.decode(endless[1][9:10])]
     assert list(map(len, stop_strings)) == [2, 1]
-    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, stop_strings)])
-    expected = model.generate(**inputs_of(), **options, stopping_criteria=criteria)
-    found = shared(model, 2, **options, stopping_criteria=criteria)
-    assert torch.equal(found, expected.repeat_interleave(2, dim=0))
+    options["stopping_criteria"] = StoppingCriteriaList([StopStringCriteria(tokenizer, stop_strings)])
+    check_as_generate(model, **options)
     # and the log-probabilities stop there
     ends = [
         next((end for end in range(1, 17) if tokenizer.decode(row[:end]).endswith(tuple(stop_strings))), 16)
         for row in endless
     ]
     assert len(set(ends)) > 1
-    output = shared(model, 1, **options, stopping_criteria=criteria, return_dict_in_generate=True)
+    output = shared(model, 1, **options, return_dict_in_generate=True)
     completions = [row[:end] for row, end in zip(endless, ends, strict=True)]
     assert output.logps.tolist() == pytest.approx(teacher_forced(model, completions), abs=1e-3)
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="no penalty knows of padding")
-def test_a_penalty_knows_the_padding_of_every_row_and_is_left_as_it_was():
+def test_a_penalty_knows_the_padding_of_every_row_and_is_left_as_it_was(model):
     # Of the first prompt all tokens count, of the second the last three, of the third none; and all that is decoded
-    model, ignored = build(SHARING["llama"]), torch.tensor([2, 3, 6])
-    penalty = RepetitionPenaltyLogitsProcessor(4.0, prompt_ignore_length=ignored)
-    options = {"do_sample": False, "max_new_tokens": 16, "logits_processor": LogitsProcessorList([penalty])}
-    endless = model.generate(**inputs_of(), **options, eos_token_id=None)[:, 6:].tolist()
+    penalty = RepetitionPenaltyLogitsProcessor(4.0, prompt_ignore_length=torch.tensor([2, 3, 6]))
+    options = {"max_new_tokens": 16, "logits_processor": LogitsProcessorList([penalty])}
+    endless = check_as_generate(model, **options, eos_token_id=None)[:, 6:].tolist()
     end_ids = [endless[0][2], endless[1][6], endless[2][11]]  # so that rows leave
-    expected = model.generate(**inputs_of(), **options, eos_token_id=end_ids)
-    assert len({len(row) for row in completions_of(expected, end_ids)}) > 1
-    found = shared(model, 3, **options, eos_token_id=end_ids)
-    assert torch.equal(found, expected.repeat_interleave(3, dim=0))
+    ending = check_as_generate(model, 3, **options, eos_token_id=end_ids)
+    assert len({len(row) for row in completions_of(ending, end_ids)}) > 1
     assert torch.equal(penalty.prompt_ignore_length, torch.tensor([2, 3, 6]))
     # The same number for all rows, and a processor that is not told anything
     for other in (RepetitionPenaltyLogitsProcessor(4.0, 3), RepetitionPenaltyLogitsProcessor(4.0)):
         options["logits_processor"] = LogitsProcessorList([other])
-        expected = model.generate(**inputs_of(), **options, eos_token_id=end_ids)
-        assert torch.equal(shared(model, 3, **options, eos_token_id=end_ids), expected.repeat_interleave(3, dim=0))
+        check_as_generate(model, 3, **options, eos_token_id=end_ids)
 
 
 def test_positions_that_are_given_are_used():
     model = build(SHARING["gpt2"])
-    options = {"do_sample": False, "max_new_tokens": 12}
     given = torch.tensor([[0, 0, 3, 5, 6, 20], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 40]])
-    expected = model.generate(**inputs_of(), **options, position_ids=given)
-    assert torch.equal(shared(model, 2, **options, position_ids=given), expected.repeat_interleave(2, dim=0))
-    assert not torch.equal(model.generate(**inputs_of(), **options)[[0, 2]], expected[[0, 2]])
+    placed = check_as_generate(model, max_new_tokens=12, position_ids=given)
+    assert not torch.equal(check_as_generate(model, max_new_tokens=12)[[0, 2]], placed[[0, 2]])
 
 
 class Witness:
@@ -409,8 +409,8 @@ class SeenByCriterion(Witness, StoppingCriteria):
         ("stopping_criteria", lambda: StoppingCriteriaList([SeenByCriterion()])),
     ],
 )
-def test_a_users_own_processor_or_criterion_sees_all_rows_to_the_end(argument, make):
-    model, theirs, ours = build(SHARING["llama"]), make(), make()
+def test_a_users_own_processor_or_criterion_sees_all_rows_to_the_end(model, argument, make):
+    theirs, ours = make(), make()
     options = {"do_sample": False, "max_new_tokens": 16}
     endless = model.generate(**inputs_of(), **options, eos_token_id=None, **{argument: make()})[:, 6:].tolist()
     options["eos_token_id"] = end = endless[0][0]
@@ -431,17 +431,13 @@ class Contrasting(LogitsProcessor):
         return scores - 0.5 * self.model(input_ids=input_ids[:, -1:], use_cache=False).logits[:, -1]
 
 
-def test_a_processor_may_run_the_model_itself():
-    model = build(SHARING["llama"])
-    options = {"do_sample": False, "max_new_tokens": 10, "logits_processor": LogitsProcessorList([Contrasting(model)])}
-    expected = model.generate(**inputs_of(), **options, eos_token_id=None)
-    assert torch.equal(shared(model, 2, **options, eos_token_id=None), expected.repeat_interleave(2, dim=0))
-    del options["logits_processor"]
-    assert not torch.equal(model.generate(**inputs_of(), **options, eos_token_id=None), expected)
+def test_a_processor_may_run_the_model_itself(model):
+    processors = LogitsProcessorList([Contrasting(model)])
+    contrasted = check_as_generate(model, max_new_tokens=10, eos_token_id=None, logits_processor=processors)
+    assert not torch.equal(check_as_generate(model, max_new_tokens=10, eos_token_id=None), contrasted)
 
 
-def test_rows_that_have_ended_leave_the_batch():
-    model = build(SHARING["llama"])
+def test_rows_that_have_ended_leave_the_batch(model):
     sizes = []
     model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[:2]))
     output = sampled(model, 64, max_new_tokens=30, eos_token_id=list(range(2, 10)))
@@ -456,19 +452,16 @@ def test_rows_that_have_ended_leave_the_batch():
 
 
 @pytest.mark.parametrize(("prompts", "num_completions"), [([[5, 6, 7]], 1), ([[5, 6, 7]], 64), ([[5], [6], [7]], 1)])
-def test_one_prompt_one_completion_and_no_padding(prompts, num_completions):
-    model = build(SHARING["llama"])
+def test_one_prompt_one_completion_and_no_padding(model, prompts, num_completions):
     output = sampled(model, num_completions, prompts, max_new_tokens=6)
     assert output.sequences.shape[0] == len(prompts) * num_completions
     completions = completions_of(output.sequences, prompts=prompts)
     assert output.logps.tolist() == pytest.approx(teacher_forced(model, completions, prompts), abs=1e-3)
-    options = {"do_sample": False, "max_new_tokens": 6}
-    expected = model.generate(**inputs_of(prompts), **options).repeat_interleave(num_completions, dim=0)
-    assert torch.equal(shared(model, num_completions, prompts, **options), expected)
+    expected = check_as_generate(model, num_completions, prompts, max_new_tokens=6)
     # and without a mask, which `generate` then makes
-    input_ids = inputs_of(prompts)["input_ids"]
-    found = model.generate(input_ids, custom_generate=decode_shared_prefix, num_completions=num_completions, **options)
-    assert torch.equal(found, expected)
+    options = {"custom_generate": decode_shared_prefix, "num_completions": num_completions, "do_sample": False}
+    found = model.generate(inputs_of(prompts)["input_ids"], **options, max_new_tokens=6)
+    assert torch.equal(found, expected.repeat_interleave(num_completions, dim=0))
 
 
 # What is left as it was, and models of all kinds
@@ -494,8 +487,7 @@ def state_of(model) -> tuple:
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_the_model_is_as_before_also_after_an_error(implementation, fails):
-    model = build(SHARING["llama"])
+def test_the_model_is_as_before_also_after_an_error(model, implementation, fails):
     model.set_attn_implementation(implementation)
     model.config.attention_dropout = 0.5
     expected = model.generate(**inputs_of(), do_sample=False, max_new_tokens=8)
@@ -513,8 +505,7 @@ def test_the_model_is_as_before_also_after_an_error(implementation, fails):
     assert model.generation_config is generation_config
 
 
-def test_a_model_with_gradient_checkpointing_in_training_gives_the_same():
-    model = build(SHARING["llama"])
+def test_a_model_with_gradient_checkpointing_in_training_gives_the_same(model):
     expected = shared(model, 2, do_sample=False, max_new_tokens=8)
     model.gradient_checkpointing_enable()
     model.train()
@@ -534,20 +525,18 @@ def test_bfloat16_sums_what_the_model_says():
 
 def test_an_adapter_counts_only_while_it_is_active():
     base = build(SHARING["llama"])
-    plain = shared(base, 2, do_sample=False, max_new_tokens=8)
+    plain = check_as_generate(base, max_new_tokens=8)
     torch.manual_seed(1)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
     assert reason_not_to_share_prefix(model, 20) is None
-    adapted = shared(model, 2, do_sample=False, max_new_tokens=8)
-    expected = model.generate(**inputs_of(), do_sample=False, max_new_tokens=8)
-    assert torch.equal(adapted, expected.repeat_interleave(2, dim=0)) and not torch.equal(adapted, plain)
+    assert not torch.equal(check_as_generate(model, max_new_tokens=8), plain)
     output = sampled(model, 4, max_new_tokens=8)
     assert output.logps.tolist() == pytest.approx(teacher_forced(model, completions_of(output.sequences)), abs=1e-3)
     with model.disable_adapter():
-        assert torch.equal(shared(model, 2, do_sample=False, max_new_tokens=8), plain)
+        assert torch.equal(check_as_generate(model, max_new_tokens=8), plain)
     model.add_adapter("other", LoraConfig(task_type="CAUSAL_LM", init_lora_weights=True))
     model.set_adapter("other")  # which adds nothing yet
-    assert torch.equal(shared(model, 2, do_sample=False, max_new_tokens=8), plain)
+    assert torch.equal(check_as_generate(model, max_new_tokens=8), plain)
 
 
 def test_a_model_of_four_bits_gives_the_same(tmp_path):
@@ -561,8 +550,7 @@ def test_a_model_of_four_bits_gives_the_same(tmp_path):
     ).eval()
     assert model.is_loaded_in_4bit and model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
     assert reason_not_to_share_prefix(model, 20) is None
-    expected = model.generate(**inputs_of(), do_sample=False, max_new_tokens=6)
-    assert torch.equal(shared(model, 2, do_sample=False, max_new_tokens=6), expected.repeat_interleave(2, dim=0))
+    check_as_generate(model, max_new_tokens=6)
     # Its matrix products round a little differently for one row and for many
     output = sampled(model, 3, max_new_tokens=6)
     expected = teacher_forced(model, completions_of(output.sequences))
@@ -588,8 +576,7 @@ def test_a_model_of_four_bits_gives_the_same(tmp_path):
         ({"inputs_embeds": torch.zeros(3, 6, 32)}, "inputs_embeds cannot be shared by completions"),
     ],
 )
-def test_what_cannot_be_shared_is_refused(options, message):
-    model = build(SHARING["llama"])
+def test_what_cannot_be_shared_is_refused(model, options, message):
     with pytest.raises(ValueError, match=message):
         shared(model, **{"num_completions": 2, "max_new_tokens": 4} | options)
 
@@ -599,17 +586,14 @@ def test_a_model_whose_config_rules_it_out_is_refused():
     with pytest.raises(ValueError, match="cannot share their prompt: bloom uses ALiBi.* Use plain `generate`"):
         shared(bloom, 2, max_new_tokens=4)
     model = build(MistralConfig(**LLAMA_LIKE, sliding_window=10))
-    options = {"do_sample": False, "eos_token_id": None}
     # The longest prompt has 6 tokens: with 4 more a row fills the window, with 5 it would leave it
-    found = shared(model, 2, max_new_tokens=4, **options)
-    assert torch.equal(found, model.generate(**inputs_of(), max_new_tokens=4, **options).repeat_interleave(2, dim=0))
+    check_as_generate(model, max_new_tokens=4, eos_token_id=None)
     message = r"rows of up to 11 tokens exceed the attention window of mistral \(`sliding_window`=10\)"
     with pytest.raises(ValueError, match=message):
-        shared(model, 2, max_new_tokens=5, **options)
+        shared(model, 2, max_new_tokens=5)
 
 
-def test_a_cache_that_has_tokens_is_refused_and_an_empty_one_is_not_needed():
-    model = build(SHARING["llama"])
+def test_a_cache_that_has_tokens_is_refused_and_an_empty_one_is_not_needed(model):
     expected = shared(model, 2, do_sample=False, max_new_tokens=4)
     found = shared(model, 2, do_sample=False, max_new_tokens=4, past_key_values=DynamicCache())
     assert torch.equal(found, expected)
@@ -619,29 +603,31 @@ def test_a_cache_that_has_tokens_is_refused_and_an_empty_one_is_not_needed():
 
 
 @pytest.mark.parametrize("novel", [None, {}, 3, True, "text", DynamicCache()], ids=repr)
-def test_what_generate_passes_anew_is_taken_where_it_is_no_input(novel):
-    model, options = build(SHARING["llama"]), {"do_sample": False, "max_new_tokens": 4, "num_completions": 2}
+def test_what_generate_passes_anew_is_taken_where_it_is_no_input(model, novel):
+    options = {"do_sample": False, "max_new_tokens": 4, "num_completions": 2}
     passing_more = functools.partial(decode_shared_prefix, novel=novel)
     found = model.generate(**inputs_of(), **options, custom_generate=passing_more)
     assert torch.equal(found, shared(model, **options))
 
 
 @pytest.mark.parametrize("breaks", ["generate", "attention"])
-def test_a_transformers_with_other_names_costs_the_sharing_alone(breaks, monkeypatch, caplog):
-    model, generate = build(SHARING["llama"]), LlamaForCausalLM.generate
+def test_a_transformers_with_other_names_costs_the_sharing_alone(model, breaks, monkeypatch, caplog):
+    generate = LlamaForCausalLM.generate
+
+    def passing_more(self, *args, custom_generate, **kwargs):
+        novel = functools.partial(custom_generate, novel=torch.zeros(1, 2))
+        return generate(self, *args, custom_generate=novel, **kwargs)
+
     if breaks == "attention":
         monkeypatch.setattr(AttentionInterface, "register", None)
-        message = "llama cannot share a prompt's keys (TypeError"
-        with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
-            assert [message in reason_not_to_share_prefix(model, 20) for _ in range(2)] == [True, True]
+        message, reason = (
+            "llama cannot share a prompt's keys (TypeError",
+            lambda: reason_not_to_share_prefix(model, 20),
+        )
     else:
-
-        def passing_more(self, *args, custom_generate, **kwargs):
-            novel = functools.partial(custom_generate, novel=torch.zeros(1, 2))
-            return generate(self, *args, custom_generate=novel, **kwargs)
-
         monkeypatch.setattr(LlamaForCausalLM, "generate", passing_more)
         message = "`generate` of this transformers cannot decode so (ValueError: novel"
-        with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
-            assert [message in reason_not_to_decode(model) for _ in range(2)] == [True, True]
+        reason = functools.partial(reason_not_to_decode, model)
+    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
+        assert [message in reason() for _ in range(2)] == [True, True]
     assert len(caplog.records) == 1 and message in caplog.text
