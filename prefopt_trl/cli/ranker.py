@@ -11,9 +11,9 @@ from trl import ModelConfig, SFTConfig
 
 from prefopt_trl.cli.arguments import RankerData
 from prefopt_trl.cli.config_file import config_text
+from prefopt_trl.cli.data import rows_that_fit
 from prefopt_trl.cli.models import model_to_train
-from prefopt_trl.cli.sft import SupervisedTrainer
-from prefopt_trl.cli.train import load_splits, rows_that_fit, train_and_save
+from prefopt_trl.cli.training import SupervisedTrainer, load_splits, train_and_save
 from prefopt_trl.evaluation.policy import Estimate
 from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
 from prefopt_trl.rankers.publishing import ranker_card

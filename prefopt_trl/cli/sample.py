@@ -8,8 +8,8 @@ from trl import ModelConfig
 
 from prefopt_trl.cli.arguments import SampleConfig
 from prefopt_trl.cli.config_file import save_config
+from prefopt_trl.cli.data import keep_given, prompts_that_fit, require_columns
 from prefopt_trl.cli.models import load_ranker, load_tokenizer, model_to_run, named
-from prefopt_trl.cli.train import keep_given, prompts_that_fit, require_columns
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.runtime.processes import process_state
 from prefopt_trl.sampling.card import push_preference_dataset
