@@ -1,27 +1,25 @@
 """`prefopt-trl evaluate`: what a policy's samples are worth to a ranker, and how far it is from its reference."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from trl import ModelConfig
 
 from prefopt_trl.cli.arguments import EvaluateConfig
-from prefopt_trl.cli.config_file import save_config
 from prefopt_trl.cli.models import load_ranker, load_tokenizer, model_to_run
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.evaluation.policy import evaluate_policy
 from prefopt_trl.evaluation.report import as_percentage, table, with_error
-from prefopt_trl.runtime.processes import process_state
+from prefopt_trl.runtime.processes import interruptible, process_state
 
 
-def run(own: EvaluateConfig, model: ModelConfig) -> None:
+def run(own: EvaluateConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Measure the policy, print the table, and write it as JSON and Markdown."""
     state = PartialState(cpu=True) if own.use_cpu else process_state()
-    path: Any = model.model_name_or_path
-    save_config(own.output_dir, own, model)
+    path = str(model.model_name_or_path)
     rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_split, own.num_rows)
     target = next((column for column in ("completion", "chosen") if column in rows.column_names), None)
     if target is None or "prompt" not in rows.column_names or not isinstance(rows[0]["prompt"], str) or len(rows) < 2:
@@ -31,16 +29,21 @@ def run(own: EvaluateConfig, model: ModelConfig) -> None:
         )
     ranker = load_ranker(own)
     assert ranker is not None  # the arguments need one
-    measured = evaluate_policy(
-        model_to_run(path, model, state.device, own.trust_remote_code),
-        model_to_run(own.reference, ModelConfig(dtype=model.dtype), state.device, own.trust_remote_code),
-        load_tokenizer(path, model.model_revision, own.trust_remote_code),
-        ranker,
-        list(rows["prompt"]),
-        list(rows[target]),
-        max_new_tokens=own.max_new_tokens,
-        seed=own.seed,
-    )
+    policy = model_to_run(path, model, state.device, own.trust_remote_code)
+    reference = model_to_run(own.reference, ModelConfig(dtype=model.dtype), state.device, own.trust_remote_code)
+    tokenizer = load_tokenizer(path, model.model_revision, own.trust_remote_code)
+    save_config()
+    with interruptible(lambda: "Interrupted before anything was saved."):
+        measured = evaluate_policy(
+            policy,
+            reference,
+            tokenizer,
+            ranker,
+            list(rows["prompt"]),
+            list(rows[target]),
+            max_new_tokens=own.max_new_tokens,
+            seed=own.seed,
+        )
     win_rate = measured["ranker_win_rate"]
     wins = f"{win_rate.mean * len(rows):g} of {len(rows)} prompts"  # a tie counts half
     report = table(

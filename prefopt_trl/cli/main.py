@@ -26,9 +26,14 @@ def _run(arguments: Sequence[str]) -> None:
 
             print(command_help(name))
             return
-        from prefopt_trl.cli.launch import start  # it imports torch
+        if COMMANDS[name].launched:
+            from prefopt_trl.cli.launch import launch  # it imports torch
 
-        start(name, rest)
+            launch(name, rest)
+        else:
+            from prefopt_trl.cli.run import main as run
+
+            run(name, rest)
         return
 
     parser = argparse.ArgumentParser(

@@ -1,6 +1,7 @@
 """`prefopt-trl ranker`: a pairwise ranker, trained by TRL's SFTTrainer to answer which completion was chosen."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +11,6 @@ from datasets import Dataset
 from trl import ModelConfig, SFTConfig
 
 from prefopt_trl.cli.arguments import RankerData
-from prefopt_trl.cli.config_file import config_text
 from prefopt_trl.cli.data import rows_that_fit
 from prefopt_trl.cli.models import model_to_train
 from prefopt_trl.cli.training import SupervisedTrainer, load_splits, train_and_save
@@ -50,9 +50,8 @@ class RankerTrainer(SupervisedTrainer):
         card.save(Path(args.output_dir, "README.md"))
 
 
-def run(own: RankerData, args: SFTConfig, model: ModelConfig) -> None:
+def run(own: RankerData, args: SFTConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Train a ranker on preference pairs, and measure it on those of the evaluation split."""
-    config = config_text(own, args, model)  # as given: what follows changes `args`
     trained = model_to_train(model, args)
     splits, pairs = load_splits(own, args), {}
     for name, rows in splits.items():
@@ -66,7 +65,7 @@ def run(own: RankerData, args: SFTConfig, model: ModelConfig) -> None:
             splits[name], pairs[name] = answers.select(fitting), rows.select(fitting)
     trainer = RankerTrainer(own.dataset_name, args=args, **splits, **trained)
     trainer.template = own.ranker_template
-    train_and_save(trainer, own, config, once_saved=lambda: measure(trainer, **pairs))
+    train_and_save(trainer, own, save_config, once_saved=lambda: measure(trainer, **pairs))
     trainer.create_model_card()
 
 

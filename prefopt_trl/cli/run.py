@@ -10,18 +10,18 @@ import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm.auto import tqdm
 
 import prefopt_trl
 from prefopt_trl.cli.checks import check_arguments
 from prefopt_trl.cli.commands import COMMANDS
-from prefopt_trl.cli.config_file import launched_with
-from prefopt_trl.cli.parsing import fail, parse
+from prefopt_trl.cli.parsing import config_text, parse, write_config
 from prefopt_trl.runtime.hub import PushError
 from prefopt_trl.runtime.processes import checkpoints, is_main_process, last_checkpoint, what_is_trained
 
+USER_ERRORS = (ValueError, OSError, ImportError)  # of the arguments
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a scheduler sends
 SECONDS_FOR_OTHERS = 10  # in which the launcher ends a process whose main one has failed
@@ -34,8 +34,10 @@ def main(name: str, arguments: Sequence[str]) -> None:
     `log_level=debug`, and for any other exception, there is a traceback. An interrupted command ends with one line
     that says what is saved, and exit code 130 (Ctrl-C) or 143 (SIGTERM).
     """
-    parsed, launching = parse(name, arguments)
-    launched_with(launching)
+    try:
+        parsed, launch = parse(name, arguments)
+    except USER_ERRORS as error:
+        fail(name, error)
     owner = os.getpid()
     for number in INTERRUPTS:
         signal.signal(number, partial(_interrupt, owner))
@@ -45,7 +47,7 @@ def main(name: str, arguments: Sequence[str]) -> None:
     )
     before = checkpoints(folder) if folder and not resumes else []
     try:
-        run(name, *parsed)
+        run(name, parsed, launch)
     except KeyboardInterrupt as interrupt:
         saved = what_is_trained(folder, before) if folder else "Interrupted before anything was saved."
         what = str(interrupt) or saved
@@ -55,18 +57,26 @@ def main(name: str, arguments: Sequence[str]) -> None:
     except (ValueError, TypeError, FileNotFoundError, PushError) as error:
         if any(getattr(part, "log_level", None) == "debug" for part in parsed) or not _is_ours(error):
             raise
-        if not is_main_process():
-            time.sleep(SECONDS_FOR_OTHERS)  # it speaks only where the main process has nothing to say
         fail(name, error, code=1 if isinstance(error, PushError) else 2)
 
 
-def run(name: str, *parsed: Any) -> None:
+def fail(name: str, message: object, code: int = 2) -> NoReturn:
+    """End with one line, which is the main process's: the others wait for its end, which is theirs."""
+    if not is_main_process():
+        time.sleep(SECONDS_FOR_OTHERS)  # it speaks only where the main process has nothing to say
+    print(f"prefopt-trl {name}: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def run(name: str, parsed: Sequence[Any], launch: dict[str, object]) -> None:
     """Check the arguments of a command, and run it.
 
     Raises:
         ValueError, FileNotFoundError: for arguments that cannot work.
     """
     check_arguments(*parsed)
+    folder = next(part.output_dir for part in parsed if hasattr(part, "output_dir"))
+    text = config_text(parsed, launch)  # as given: a command changes its arguments
     for part in parsed:
         if getattr(part, "resume_from_checkpoint", None) is True:
             part.resume_from_checkpoint = last_checkpoint(part.output_dir)
@@ -77,7 +87,7 @@ def run(name: str, *parsed: Any) -> None:
                 f"{part.output_dir} has checkpoints of an earlier run ({', '.join(earlier)}), and this one writes "
                 "over those of the same step. `--resume_from_checkpoint` goes on from the last one instead."
             )
-    COMMANDS[name].run(*parsed)
+    COMMANDS[name].run(*parsed, partial(write_config, folder, text))
 
 
 def _interrupt(owner: int, number: int, frame: Any) -> None:

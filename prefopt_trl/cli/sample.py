@@ -1,13 +1,11 @@
 """`prefopt-trl sample`: preference pairs, or rankings, sampled from a policy and labelled by a ranker."""
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 from accelerate import PartialState
 from trl import ModelConfig
 
 from prefopt_trl.cli.arguments import SampleConfig
-from prefopt_trl.cli.config_file import save_config
 from prefopt_trl.cli.data import keep_given, prompts_that_fit, require_columns
 from prefopt_trl.cli.models import load_ranker, load_tokenizer, model_to_run, named
 from prefopt_trl.data.loading import load_rows
@@ -16,10 +14,10 @@ from prefopt_trl.sampling.card import push_preference_dataset
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 
 
-def run(own: SampleConfig, model: ModelConfig) -> None:
+def run(own: SampleConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Build the dataset; candidates that the data already has are not sampled again."""
     state = PartialState(cpu=True) if own.use_cpu else process_state()
-    path: Any = model.model_name_or_path
+    path = str(model.model_name_or_path)
     rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_split, own.num_rows)
     with named("model_name_or_path", path):
         tokenizer = load_tokenizer(path, model.model_revision, own.trust_remote_code)
@@ -45,7 +43,7 @@ def run(own: SampleConfig, model: ModelConfig) -> None:
         keep_logps=own.keep_logps,
     )
     if state.is_main_process:
-        save_config(Path(own.output_dir), own, model)
+        save_config()
         if own.hub_dataset_id is not None:
             print(f"Pushed to {push_preference_dataset(own.output_dir, own.hub_dataset_id)}.")
     state.destroy_process_group()

@@ -1,17 +1,17 @@
 """`prefopt-trl sft`: TRL's SFTTrainer on prompts and completions."""
 
+from collections.abc import Callable
+
 from trl import ModelConfig, SFTConfig
 
 from prefopt_trl.cli.arguments import TrainingData
-from prefopt_trl.cli.config_file import config_text
 from prefopt_trl.cli.data import require_columns
 from prefopt_trl.cli.models import model_to_train
 from prefopt_trl.cli.training import SupervisedTrainer, load_splits, train_and_save
 
 
-def run(own: TrainingData, args: SFTConfig, model: ModelConfig) -> None:
+def run(own: TrainingData, args: SFTConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Fine-tune a model; of preference pairs, on the chosen completions."""
-    config = config_text(own, args, model)  # as given: what follows changes `args`
     splits = load_splits(own, args)
     for name, rows in splits.items():
         if rows is None:
@@ -21,5 +21,5 @@ def run(own: TrainingData, args: SFTConfig, model: ModelConfig) -> None:
         if {"prompt", "chosen"} <= set(rows.column_names):
             splits[name] = rows.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
     trainer = SupervisedTrainer(own.dataset_name, args=args, **splits, **model_to_train(model, args))
-    train_and_save(trainer, own, config)
+    train_and_save(trainer, own, save_config)
     trainer.create_model_card()

@@ -1,11 +1,11 @@
-"""`prefopt-trl {rso,slic,pro,listwise-dpo,rrhf}`: the five trainers, each known by its configuration."""
+"""`prefopt-trl {rso,slic,pro,listwise-dpo,rrhf}`: the trainers of `METHODS`, each known by its configuration."""
 
+from collections.abc import Callable
 from typing import Any
 
 from trl import ModelConfig
 
 from prefopt_trl.cli.arguments import PreferenceArguments
-from prefopt_trl.cli.config_file import config_text
 from prefopt_trl.cli.data import GIVEN, completions_that_fit, keep_given, prompts_that_fit, require_columns
 from prefopt_trl.cli.models import load_ranker, model_to_train
 from prefopt_trl.cli.training import load_splits, train_and_save
@@ -23,9 +23,8 @@ TRAINERS: dict[type[PreferenceConfig], type[PreferenceTrainer]] = {
 COMPLETIONS = {"chosen", "rejected", "completions", "rewards"}
 
 
-def run(own: PreferenceArguments, args: Any, model: ModelConfig) -> None:
+def run(own: PreferenceArguments, args: Any, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Train, and save the result in `args.output_dir`."""
-    config = config_text(own, args, model)  # as given: what follows changes `args`
     trained = model_to_train(model, args)
     splits = load_splits(own, args)
     trainer_class = TRAINERS[type(args)]
@@ -46,4 +45,4 @@ def run(own: PreferenceArguments, args: Any, model: ModelConfig) -> None:
         elif own.ranker is not None and trainer_class.learns_from == "rankings":
             rows = completions_that_fit(rows, trained["processing_class"], args.max_length)
         splits[name] = rows
-    train_and_save(trainer_class(args=args, ranker=load_ranker(own), **splits, **trained), own, config)
+    train_and_save(trainer_class(args=args, ranker=load_ranker(own), **splits, **trained), own, save_config)

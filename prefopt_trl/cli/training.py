@@ -8,7 +8,6 @@ from typing import Any
 from trl import SFTTrainer
 
 from prefopt_trl.cli.arguments import TrainingData
-from prefopt_trl.cli.config_file import write_config
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.runtime.cards import name as as_code
 from prefopt_trl.runtime.cards import public_name
@@ -25,12 +24,12 @@ def load_splits(own: TrainingData, args: Any) -> dict[str, Any]:
 
 
 def train_and_save(
-    trainer: Any, own: TrainingData, config: str, once_saved: Callable[[], None] = lambda: None
+    trainer: Any, own: TrainingData, save_config: Callable[[], None], once_saved: Callable[[], None] = lambda: None
 ) -> None:
     """Write the configuration, train, save, and only then push if `push_to_hub` says so."""
     args = trainer.args
     if trainer.accelerator.is_main_process:
-        write_config(args.output_dir, config)
+        save_config()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(_internal_call=True)  # it would push by itself, before we have said what is saved
     trainer.accelerator.print(f"The trained model is saved in {args.output_dir}.")

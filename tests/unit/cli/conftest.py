@@ -46,4 +46,4 @@ def training(tiny) -> list[str]:
 @pytest.fixture
 def run_in_process():
     """Run a command, with its exceptions as they are raised."""
-    return lambda name, arguments: run(name, *parse(name, arguments)[0])
+    return lambda name, arguments: run(name, *parse(name, arguments))

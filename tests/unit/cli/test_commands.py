@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import load_from_disk
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from prefopt_trl.cli.arguments import RankerArguments
-from prefopt_trl.cli.config_file import launched_with, save_config
 from prefopt_trl.cli.models import load_ranker
-from prefopt_trl.cli.parsing import parse
+from prefopt_trl.cli.parsing import config_text, parse
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.rankers.pairwise import PairwiseRanker
 from prefopt_trl.trainers.rso_trainer import RSOTrainer
@@ -293,8 +293,7 @@ def test_evaluate_writes_what_it_prints(tiny, run_in_process, function_ranker, t
 def test_a_saved_configuration_has_no_tokens_in_it():
     arguments = "--dataset_name d --model_name_or_path m --output_dir out --use_cpu --bf16 no --hub_token hf_secret"
     init = ["--model_init_kwargs", '{"token": "hf_other", "use_cache": false}']
-    (own, args, model), _ = parse("rso", [*arguments.split(), *init])
-    text = save_config("out", own, args, model).read_text()
+    text = config_text(*parse("rso", [*arguments.split(), *init]))
     assert "hf_" not in text
     assert "use_cache: false" in text
 
@@ -307,15 +306,11 @@ def test_a_saved_configuration_has_no_tokens_in_it():
     ],
 )
 def test_a_saved_configuration_is_the_same_run_again(name, given, tiny, tmp_path):
-    parsed, launching = parse(name, [*tiny, "--output_dir", "out", "--bf16", "False", *given.split()])
-    launched_with(launching)
-    file = save_config("saved", *parsed)
-    again, options = parse(name, ["--config", str(file)])
-    assert again == parsed
-    launched_with(options)
-    assert save_config("again", *again).read_text() == file.read_text()
-    launched_with([])
-    assert "num_processes" not in save_config("alone", *parsed).read_text()
+    parsed = parse(name, [*tiny, "--output_dir", "out", "--bf16", "False", *given.split()])
+    Path("config.yaml").write_text(config_text(*parsed))
+    again = parse(name, ["--config", "config.yaml"])
+    assert again[0] == parsed[0]
+    assert yaml.safe_load(config_text(*again)) == yaml.safe_load(Path("config.yaml").read_text())
 
 
 def test_a_reward_model_is_known_by_its_class(training, run_in_process, tiny_llama_dir):

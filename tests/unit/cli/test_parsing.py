@@ -5,7 +5,8 @@ import os
 import pytest
 
 from prefopt_trl import RSOConfig
-from prefopt_trl.cli.parsing import launch_options, parse
+from prefopt_trl.cli import run
+from prefopt_trl.cli.parsing import parse, read
 
 BASE = [
     "--dataset_name",
@@ -32,15 +33,14 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
     assert (own.only_prompts, own.ranker) == (True, "r")
     assert isinstance(args, RSOConfig)
     assert (args.gamma, args.num_samples, args.learning_rate, args.pairing) == (0.2, 6, 5e-6, "first-round")
-    assert launching == []
+    assert launching == {}
 
 
 def test_launch_options_of_file_and_command_line_are_kept_apart(tmp_path):
     text = "accelerate_config: zero3\nnum_processes: 8\nmulti_gpu: true\nuse_fsdp: false\n"
     file = write(tmp_path, text)
     _, launching = parse("rso", [*BASE, *file, "--num_processes", "2", "--accelerate_config=ddp"])
-    assert launching[:5] == ["--accelerate_config", "zero3", "--num_processes", "8", "--multi_gpu"]
-    assert launching[5:] == ["--num_processes", "2", "--accelerate_config", "ddp"]
+    assert launching == {"accelerate_config": "ddp", "num_processes": "2", "multi_gpu": True, "use_fsdp": False}
 
 
 def test_config_may_be_written_with_an_equals_sign(tmp_path):
@@ -49,7 +49,7 @@ def test_config_may_be_written_with_an_equals_sign(tmp_path):
     assert args.gamma == 0.2
 
 
-@pytest.mark.parametrize("read", [parse, launch_options])
+@pytest.mark.parametrize("read", [parse, read])
 def test_environment_variables_of_the_file_are_set(read, tmp_path, monkeypatch):
     monkeypatch.setenv("PREFOPT_OF_A_TEST", "before")
     read("rso", [*BASE, *write(tmp_path, "env:\n  PREFOPT_OF_A_TEST: after\n")])
@@ -61,21 +61,21 @@ def test_environment_variables_of_the_file_are_set(read, tmp_path, monkeypatch):
     [
         (["--lerning_rate", "1"], "unknown argument 'lerning_rate'. Did you mean 'learning_rate'?"),
         (["--learning", "1"], "unknown argument 'learning'"),  # no abbreviations: another option may come
-        (["--no_activation_offloading"], "Did you mean `--activation_offloading False`?"),
+        (["--no_activation_offloading"], "Did you mean 'activation_offloading'?"),
         (["--num_procesess", "2"], "unknown argument 'num_procesess'. Did you mean 'num_processes'?"),
         (["extra"], "unexpected argument 'extra'"),
         (["--gamma", "-1"], "`gamma` (or `beta`) must be greater than 0 and finite, got -1.0"),
         (["--gamma", "much"], "argument --gamma: invalid float value: 'much'"),
         (["--strategy", "best"], "invalid choice: 'best'"),
         (["--only_prompts"], "`only_prompts` needs a `ranker`"),
-        (["--config"], "--config needs a YAML file, and nothing is none"),
+        (["--config"], "argument --config: expected one argument"),
         (["--config", "a.yaml", "--config=b.yaml"], "--config is given twice. Give one file"),
         (["--config", "missing.yaml"], "--config needs a YAML file, and missing.yaml is none"),
     ],
 )
 def test_bad_arguments_end_with_one_line_and_exit_code_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse("rso", [*BASE, *arguments])
+        run.main("rso", [*BASE, *arguments])
     assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("prefopt-trl rso: error: ")
@@ -114,32 +114,30 @@ def test_the_latest_checkpoint_in_a_file(text, tmp_path):
         ("gamma: [1\n", "config.yaml is not YAML"),
         ("gamma: -1.0\n", "`gamma` (or `beta`) must be greater than 0"),
         ("num_samples: eight\n", "argument --num_samples/--num-samples: invalid int value: 'eight'"),
-        ("pairing: none at all\n", '`pairing` in the file of --config is "none at all", and must be one of first-'),
-        ("rejection_beta: [1, 2]\n", "`rejection_beta` in the file of --config is [1, 2], and must be a number."),
-        ("rejection_beta: true\n", "is true, and must be a number."),
-        ("num_rows: true\n", "is true, and must be a whole number or null."),
-        ("num_rows: 3.0\n", "`num_rows` in the file of --config is 3.0, and must be a whole number or null."),
-        ("num_candidates: null\n", "is null, and must be a whole number."),
-        ("ranker: [a, b]\n", '`ranker` in the file of --config is ["a", "b"], and must be text or null.'),
-        ("dtype: fp16\n", 'is "fp16", and must be one of auto, bfloat16, float16, float32'),
-        ("save_strategy: no\n", "is false, and must be one of no, steps, epoch, best. Put text that YAML reads as"),
-        ("output_dir: 2024-01-02\n", 'is "2024-01-02", and must be text'),
-        ("only_prompts: 1\n", "is 1, and must be true or false."),
-        ("model_init_kwargs: [1]\n", "is [1], and must be a mapping or text or null."),
-        ("loss_type: [sigmoid, 1]\n", 'is ["sigmoid", 1], and must be a list'),
-        ("loss_weights: [1e-2]\n", "must be a list"),  # YAML wants 1.0e-2
+        ("num_rows: 3.0\n", "argument --num_rows/--num-rows: invalid int value: '3.0'"),
+        ("pairing: none at all\n", "invalid choice: 'none at all' (choose from 'first-round',"),
+        ("dtype: fp16\n", "invalid choice: 'fp16' (choose from 'auto', 'bfloat16', 'float16', 'float32')"),
+        ("rejection_beta: [1, 2]\n", "`rejection_beta` in the file of --config is [1, 2], and must be float."),
+        ("rejection_beta: true\n", "is true, and must be float."),
+        ("num_rows: true\n", "is true, and must be int | None."),
+        ("num_candidates: null\n", "is null, and must be int."),
+        ("ranker: [a, b]\n", '`ranker` in the file of --config is ["a", "b"], and must be str | None.'),
+        ("save_strategy: no\n", "Put text that YAML reads as something else, such as no, in quotes."),
+        ("output_dir: 2024-01-02\n", 'is "2024-01-02", and must be str'),
+        ("model_init_kwargs: [1]\n", "is [1], and must be dict[str, typing.Any] | str | None."),
+        ("loss_weights: [much]\n", "argument --loss_weights/--loss-weights: invalid float value: 'much'"),
     ],
 )
 def test_bad_files_end_with_one_line_and_exit_code_2(text, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse("rso", [*BASE, *write(tmp_path, text)])
+        run.main("rso", [*BASE, *write(tmp_path, text)])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_values_of_a_file_that_fit_pass(tmp_path):
     text = "num_rows: null\nmax_length: null\ngamma: 1\nlearning_rate: 5e-6\nsave_strategy: 'no'\nbf16: no\n"
-    text += "loss_type: [sigmoid, hinge]\nloss_weights: [1, 0.5]\nlr_scheduler_kwargs: {num_cycles: 2}\n"
+    text += "loss_type: [sigmoid, hinge]\nloss_weights: [1, 5e-1]\nlr_scheduler_kwargs: {num_cycles: 2}\n"
     (own, args, _), _ = parse("rso", [*BASE, *write(tmp_path, text)])
     assert (own.num_rows, args.max_length, args.gamma, args.learning_rate) == (None, None, 1, 5e-6)
     assert (args.save_strategy, args.loss_weights, args.lr_scheduler_kwargs) == ("no", [1, 0.5], {"num_cycles": 2})
@@ -165,13 +163,12 @@ def test_what_is_required_is_asked_for(capsys):
 )
 def test_bad_arguments_of_sample(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse("sample", ["--dataset_name", "d", "--model_name_or_path", "m", "--output_dir", "o", *arguments])
+        run.main("sample", ["--dataset_name", "d", "--model_name_or_path", "m", "--output_dir", "o", *arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_evaluate_is_not_launched_and_takes_no_launch_options(capsys):
+def test_evaluate_is_not_launched_and_takes_no_launch_options():
     arguments = ["--dataset_name", "d", "--model_name_or_path", "m", "--output_dir", "o", "--reference", "m"]
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="unknown argument 'num_processes'"):
         parse("evaluate", [*arguments, "--ranker", "r", "--num_processes", "2"])
-    assert "unknown argument 'num_processes'" in capsys.readouterr().err

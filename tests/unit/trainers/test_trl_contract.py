@@ -536,8 +536,6 @@ def test_what_sharing_needs_of_transformers():
 
 
 def test_what_is_used_of_other_objects():
-    holds = "_setup_devices" in vars(transformers.TrainingArguments)
-    require(holds, "`TrainingArguments` has no `_setup_devices`", "prefopt_trl/cli/launch.py")
     state = getattr(fully_shard_state, "FSDPState", None)
     holds = hasattr(FSDPModule, "_get_fsdp_state") and hasattr(state, "_lazy_init")
     require(holds, "FSDP2 has no `_get_fsdp_state()._lazy_init()`", "prefopt_trl/runtime/weights.py")
