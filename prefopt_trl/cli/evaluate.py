@@ -9,7 +9,7 @@ from accelerate import PartialState
 from trl import ModelConfig
 
 from prefopt_trl.cli.arguments import EvaluateConfig
-from prefopt_trl.cli.models import load_ranker, load_tokenizer, model_to_run
+from prefopt_trl.cli.models import check_model, load_ranker, load_tokenizer, model_to_run
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.evaluation.policy import evaluate_policy
 from prefopt_trl.evaluation.report import as_percentage, table, with_error
@@ -18,6 +18,7 @@ from prefopt_trl.runtime.processes import interruptible, process_state
 
 def run(own: EvaluateConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Measure the policy, print the table, and write it as JSON and Markdown."""
+    check_model(model, trains=False)
     state = PartialState(cpu=True) if own.use_cpu else process_state()
     path = str(model.model_name_or_path)
     rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_split, own.num_rows)

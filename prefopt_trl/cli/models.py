@@ -1,8 +1,12 @@
 """Models, adapters and rankers as the command line names them."""
 
 import importlib
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,6 @@ from transformers.utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prefopt_trl.cli.arguments import RankerArguments
-from prefopt_trl.cli.checks import is_function, look_beside_the_data, not_importable, other_base
-from prefopt_trl.data.tokenization import check_vocabulary
 from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.rankers.function import FunctionRanker
 from prefopt_trl.rankers.inference import is_reward_model
@@ -27,17 +29,45 @@ from prefopt_trl.rankers.pairwise import PairwiseRanker
 from prefopt_trl.rankers.pointwise import RewardModelRanker
 
 
+def check_model(model: ModelConfig, trains: bool = True) -> None:
+    """Refuse a model's arguments of which one is missing or has no effect, before anything is loaded."""
+    if model.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is missing. Give the folder or Hub id of a model.")
+    if model.use_peft and not trains:
+        raise ValueError("`use_peft` is for training, and this command trains nothing. Leave it out.")
+    defaults = ModelConfig()
+    for field in fields(model):
+        flag = "load_in_4bit" if "bnb" in field.name else "use_peft"
+        belongs = "bnb" in field.name or "lora" in field.name or field.name == "use_dora"
+        if belongs and not getattr(model, flag) and getattr(model, field.name) != getattr(defaults, field.name):
+            raise ValueError(
+                f"`{field.name}` has no effect without `{flag}`. Add `{flag}`, or leave `{field.name}` out."
+            )
+    if model.load_in_4bit or model.load_in_8bit:
+        check_bitsandbytes("load_in_4bit" if model.load_in_4bit else "load_in_8bit")
+
+
+def check_bitsandbytes(argument: str) -> None:
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(f"`{argument}` needs bitsandbytes. Run `pip install 'prefopt-trl[bitsandbytes]'`.")
+
+
 def model_to_train(model: ModelConfig, args: Any) -> dict[str, Any]:
-    """The arguments of a trainer that say which model it trains.
+    """Return the arguments of a trainer that say which model it trains.
 
     A path to an adapter gives its base with the adapter on top, to be trained further; TRL keeps a frozen copy of it
     as the reference model. For another path `args.model_init_kwargs` get what the model's arguments say.
     """
-    path: Any = model.model_name_or_path
+    check_model(model)
+    path = str(model.model_name_or_path)
     init = {**_init_kwargs(model), **(args.model_init_kwargs or {})}
-    with named("model_name_or_path", path):
-        tokenizer = load_tokenizer(path, model.model_revision, args.trust_remote_code)
+    tokenizer = load_tokenizer(path, model.model_revision, args.trust_remote_code)
     if find_adapter_config_file(path, revision=model.model_revision) is not None:
+        if model.use_peft:
+            raise ValueError(
+                f"{path} is an adapter already, and `use_peft` would put another on top. Leave `use_peft` out to "
+                "train this one further, or merge it into its base first (`merge_and_unload` of PEFT)."
+            )
         args.model_init_kwargs = None
         adapted = load_adapter(path, model, {**init, "trust_remote_code": args.trust_remote_code}, is_trainable=True)
         return {"model": adapted, "processing_class": tokenizer}
@@ -53,64 +83,45 @@ def model_to_train(model: ModelConfig, args: Any) -> dict[str, Any]:
 def model_to_run(path: str, model: ModelConfig, device: Any, trust_remote_code: bool) -> Any:
     """Load a policy to sample from, with its adapter if it is one, onto a device."""
     init = {**_init_kwargs(model), "trust_remote_code": trust_remote_code}
-    if find_adapter_config_file(path, revision=model.model_revision) is not None:
-        loaded = load_adapter(path, model, init, is_trainable=False)
-    else:
-        with named("model_name_or_path" if path == model.model_name_or_path else "reference", path):
-            config = AutoConfig.from_pretrained(
-                path, revision=model.model_revision, trust_remote_code=trust_remote_code
-            )
-        auto_class: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        loaded = auto_class.from_pretrained(path, quantization_config=get_quantization_config(model), **init)
+    argument = "model_name_or_path" if path == model.model_name_or_path else "reference"
+    with named(f"`{argument}`={path!r}"):
+        if find_adapter_config_file(path, revision=model.model_revision) is not None:
+            loaded = load_adapter(path, model, init, is_trainable=False)
+        else:
+            options = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
+            is_encoder_decoder = AutoConfig.from_pretrained(path, **options).is_encoder_decoder
+            auto_class: Any = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+            loaded = auto_class.from_pretrained(path, quantization_config=get_quantization_config(model), **init)
     return (loaded if getattr(loaded, "is_quantized", False) else loaded.to(device)).eval()
 
 
 def load_adapter(path: str, model: ModelConfig, init: dict[str, Any], is_trainable: bool) -> PeftModel:
-    """Load the base model that an adapter names, quantized as `model` says, and the adapter on top.
-
-    Raises:
-        ValueError: if it names no base, or does not fit it.
-    """
+    """Load the base model that an adapter names, quantized as `model` says, and the adapter on top."""
     config = PeftConfig.from_pretrained(path, revision=model.model_revision)
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(f"The adapter {path} names no base model. Add `base_model_name_or_path` to its config.")
     init = {**init, "revision": config.revision or "main", "quantization_config": get_quantization_config(model)}
-    try:
+    with named(f"`base_model_name_or_path`={base!r} in {path}/adapter_config.json"):
         on_base = AutoModelForCausalLM.from_pretrained(base, **init)
-    except OSError as error:
-        raise other_base(path, base) from error
-    try:
+    with named(f"the adapter {path} on its base {base}"):
         return PeftModel.from_pretrained(on_base, path, revision=model.model_revision, is_trainable=is_trainable)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"The adapter {path} does not fit its base model {base}: {' '.join(str(error).split())[:300]}. Was it "
-            "trained on another one? `base_model_name_or_path` in its adapter_config.json says which is loaded."
-        ) from error
 
 
 def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, which it must fit, or of an adapter's base if the adapter has none."""
-    source, is_adapter = path, find_adapter_config_file(path, revision=revision) is not None
-    if is_adapter and not _has_tokenizer(path):
-        source = str(PeftConfig.from_pretrained(path, revision=revision).base_model_name_or_path)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if source == path:
-        options["revision"] = revision
+    """Load the tokenizer of `model_name_or_path`, or of its base if it is an adapter that has none."""
+    source, options = path, {"revision": revision, "trust_remote_code": trust_remote_code}
+    has_tokenizer = not Path(path).is_dir() or Path(path, "tokenizer_config.json").is_file()
+    if not has_tokenizer and find_adapter_config_file(path) is not None:
+        source = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+        del options["revision"]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
-        if source != path:
-            raise other_base(path, source) from error
-        if not Path(path).is_dir():
-            raise
         raise ValueError(
-            f"{path} has no tokenizer that can be loaded ({_in_short(error)}). Save the model's there, with "
-            "`save_pretrained`."
+            f"`model_name_or_path`={path!r} has no tokenizer that can be loaded from {source} ({_in_short(error)}). "
+            "Check the path or id, or save the model's tokenizer there with `save_pretrained`."
         ) from error
-    if not is_adapter:
-        check_vocabulary(tokenizer, AutoConfig.from_pretrained(path, **options))
-    return tokenizer
 
 
 def load_ranker(arguments: RankerArguments) -> Ranker | None:
@@ -118,33 +129,39 @@ def load_ranker(arguments: RankerArguments) -> Ranker | None:
     name = arguments.ranker
     if name is None:
         return None
-    if is_function(name):
-        return FunctionRanker(_import_function(name))
-    with named("ranker", name):
+    file, _, _ = name.partition(":")
+    if file.endswith(".py"):
+        raise ValueError(f"`ranker`={name!r} is a file. Name a function in it as `package.module.function`.")
+    if not os.path.exists(name) and "/" not in name and "." in name:
+        return _function_ranker(name)
+    with named(f"`ranker`={name!r}"):
         if is_reward_model(name):
             return RewardModelRanker(name, batch_size=arguments.ranker_batch_size)
         return PairwiseRanker(name, template=arguments.ranker_template, batch_size=arguments.ranker_batch_size)
 
 
-@contextmanager
-def named(argument: str, name: str) -> Iterator[None]:
-    """While entered, a model that cannot be read is told by its argument and name, which transformers may omit."""
+def _function_ranker(path: str) -> FunctionRanker:
+    if os.getcwd() not in sys.path:  # as TRL's GRPO command, for a file in the current folder
+        sys.path.insert(0, os.getcwd())
+    module, _, name = path.rpartition(".")
     try:
-        yield
-    except OSError as error:
+        return FunctionRanker(getattr(importlib.import_module(module), name))
+    except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"`{argument}`={name!r} is no local folder with a model in it, and no model of the Hub that can be read "
-            f"now ({_in_short(error)})."
+            f"`ranker`={path!r} is no folder, and no function that can be imported and called ({_in_short(error)}). "
+            "Give a folder, a Hub id with its organization, or `package.module.function`."
         ) from error
 
 
-def _import_function(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    look_beside_the_data()
+@contextmanager
+def named(argument: str) -> Iterator[None]:
+    """Re-raise an error of loading a model with the argument that names it."""
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise not_importable(path, error) from error
+        yield
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{argument} cannot be loaded ({_in_short(error)}). Check the path, or the Hub id."
+        ) from error
 
 
 def _in_short(error: Exception) -> str:
@@ -157,7 +174,3 @@ def _init_kwargs(model: ModelConfig) -> dict[str, Any]:
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
     }
-
-
-def _has_tokenizer(path: str) -> bool:
-    return not Path(path).is_dir() or Path(path, "tokenizer_config.json").is_file()

@@ -12,8 +12,7 @@ from trl import ModelConfig, SFTConfig
 
 from prefopt_trl.cli.arguments import RankerData
 from prefopt_trl.cli.data import rows_that_fit
-from prefopt_trl.cli.models import model_to_train
-from prefopt_trl.cli.training import SupervisedTrainer, load_splits, train_and_save
+from prefopt_trl.cli.training import SupervisedTrainer, prepare, train_and_save
 from prefopt_trl.evaluation.policy import Estimate
 from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
 from prefopt_trl.rankers.publishing import ranker_card
@@ -52,8 +51,8 @@ class RankerTrainer(SupervisedTrainer):
 
 def run(own: RankerData, args: SFTConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Train a ranker on preference pairs, and measure it on those of the evaluation split."""
-    trained = model_to_train(model, args)
-    splits, pairs = load_splits(own, args), {}
+    trained, splits = prepare(own, args, model)
+    pairs = {}
     for name, rows in splits.items():
         if rows is not None:
             answers = pairwise_ranker_dataset(rows, own.ranker_template, args.seed)

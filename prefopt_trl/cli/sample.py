@@ -7,7 +7,7 @@ from trl import ModelConfig
 
 from prefopt_trl.cli.arguments import SampleConfig
 from prefopt_trl.cli.data import keep_given, prompts_that_fit, require_columns
-from prefopt_trl.cli.models import load_ranker, load_tokenizer, model_to_run, named
+from prefopt_trl.cli.models import check_model, load_ranker, load_tokenizer, model_to_run
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.runtime.processes import process_state
 from prefopt_trl.sampling.card import push_preference_dataset
@@ -16,11 +16,11 @@ from prefopt_trl.sampling.pipeline import build_preference_dataset
 
 def run(own: SampleConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Build the dataset; candidates that the data already has are not sampled again."""
+    check_model(model, trains=False)
     state = PartialState(cpu=True) if own.use_cpu else process_state()
     path = str(model.model_name_or_path)
     rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_split, own.num_rows)
-    with named("model_name_or_path", path):
-        tokenizer = load_tokenizer(path, model.model_revision, own.trust_remote_code)
+    tokenizer = load_tokenizer(path, model.model_revision, own.trust_remote_code)
     ranker = load_ranker(own)
     assert ranker is not None  # the arguments need one
     require_columns(rows, own.dataset_name, {"prompt"})

@@ -6,13 +6,12 @@ from trl import ModelConfig, SFTConfig
 
 from prefopt_trl.cli.arguments import TrainingData
 from prefopt_trl.cli.data import require_columns
-from prefopt_trl.cli.models import model_to_train
-from prefopt_trl.cli.training import SupervisedTrainer, load_splits, train_and_save
+from prefopt_trl.cli.training import SupervisedTrainer, prepare, train_and_save
 
 
 def run(own: TrainingData, args: SFTConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Fine-tune a model; of preference pairs, on the chosen completions."""
-    splits = load_splits(own, args)
+    trained, splits = prepare(own, args, model)
     for name, rows in splits.items():
         if rows is None:
             continue
@@ -20,6 +19,6 @@ def run(own: TrainingData, args: SFTConfig, model: ModelConfig, save_config: Cal
         require_columns(rows, own.dataset_name, {"prompt", "completion"}, {"prompt", "chosen"}, *alone)
         if {"prompt", "chosen"} <= set(rows.column_names):
             splits[name] = rows.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
-    trainer = SupervisedTrainer(own.dataset_name, args=args, **splits, **model_to_train(model, args))
+    trainer = SupervisedTrainer(own.dataset_name, args=args, **splits, **trained)
     train_and_save(trainer, own, save_config)
     trainer.create_model_card()

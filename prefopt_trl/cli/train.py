@@ -7,8 +7,8 @@ from trl import ModelConfig
 
 from prefopt_trl.cli.arguments import PreferenceArguments
 from prefopt_trl.cli.data import GIVEN, completions_that_fit, keep_given, prompts_that_fit, require_columns
-from prefopt_trl.cli.models import load_ranker, model_to_train
-from prefopt_trl.cli.training import load_splits, train_and_save
+from prefopt_trl.cli.models import load_ranker
+from prefopt_trl.cli.training import prepare, train_and_save
 from prefopt_trl.trainers.base import PreferenceTrainer
 from prefopt_trl.trainers.base_config import PreferenceConfig
 from prefopt_trl.trainers.listwise_dpo_trainer import ListwiseDPOTrainer
@@ -25,8 +25,7 @@ COMPLETIONS = {"chosen", "rejected", "completions", "rewards"}
 
 def run(own: PreferenceArguments, args: Any, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Train, and save the result in `args.output_dir`."""
-    trained = model_to_train(model, args)
-    splits = load_splits(own, args)
+    trained, splits = prepare(own, args, model)
     trainer_class = TRAINERS[type(args)]
     target: Any = getattr(args, "target_column", None)  # SLiC's
     given_target = GIVEN.get(target, target)

@@ -2,25 +2,60 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trl import SFTTrainer
+from transformers.integrations import get_available_reporting_integrations
+from trl import ModelConfig, SFTTrainer
 
 from prefopt_trl.cli.arguments import TrainingData
+from prefopt_trl.cli.models import check_bitsandbytes, model_to_train
 from prefopt_trl.data.loading import load_rows
+from prefopt_trl.data.tokenization import check_vocabulary
 from prefopt_trl.runtime.cards import name as as_code
 from prefopt_trl.runtime.cards import public_name
+from prefopt_trl.runtime.processes import (
+    checkpoints,
+    interruptible,
+    is_main_process,
+    last_checkpoint,
+    what_is_trained,
+)
 from prefopt_trl.trainers.publishing import Published, check_repository
 
 
-def load_splits(own: TrainingData, args: Any) -> dict[str, Any]:
-    """The dataset to train on, and the one to evaluate on where `eval_strategy` is not `"no"`."""
+def prepare(own: TrainingData, args: Any, model: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments of a trainer for its model and for its data.
+
+    What would otherwise fail after hours of sampling is checked first.
+    """
+    if "8bit" in args.optim:
+        check_bitsandbytes("optim")
+    installed = get_available_reporting_integrations()
+    if missing := [tracker for tracker in args.report_to if tracker not in installed]:
+        raise ValueError(
+            f"`report_to={missing[0]}` is not among the trackers installed ({', '.join(installed)}). Install its "
+            "package, or use one of these or 'none'."
+        )
+    folder, given = args.output_dir, args.resume_from_checkpoint
+    if given is True:
+        args.resume_from_checkpoint = last_checkpoint(folder)
+    elif given and not Path(given, "trainer_state.json").is_file():
+        folder = given if checkpoints(given) else Path(given).parent
+        there = ", ".join(checkpoints(folder)) or "none"
+        raise FileNotFoundError(f"`resume_from_checkpoint`={given!r} is no checkpoint. Those in {folder}: {there}.")
+    elif not given and is_main_process() and (earlier := checkpoints(folder)):
+        print(
+            f"{folder} has checkpoints of an earlier run ({', '.join(earlier)}), and this one writes over those of "
+            "the same step. `--resume_from_checkpoint` resumes the last one instead."
+        )
+    trained = model_to_train(model, args)
     evaluated = None
     if args.eval_strategy != "no":
         evaluated = load_rows(own.dataset_name, own.dataset_config, own.dataset_test_split)
-    trained = load_rows(own.dataset_name, own.dataset_config, own.dataset_train_split, own.num_rows)
-    return {"train_dataset": trained, "eval_dataset": evaluated}
+    rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_train_split, own.num_rows)
+    return trained, {"train_dataset": rows, "eval_dataset": evaluated}
 
 
 def train_and_save(
@@ -28,14 +63,16 @@ def train_and_save(
 ) -> None:
     """Write the configuration, train, save, and only then push if `push_to_hub` says so."""
     args = trainer.args
+    before = [] if args.resume_from_checkpoint else checkpoints(args.output_dir)
     if trainer.accelerator.is_main_process:
         save_config()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(_internal_call=True)  # it would push by itself, before we have said what is saved
-    trainer.accelerator.print(f"The trained model is saved in {args.output_dir}.")
-    once_saved()
-    if args.push_to_hub and (url := trainer.push_to_hub(dataset_name=own.dataset_name)):
-        print(f"Pushed to {url}.")
+    with interruptible(partial(what_is_trained, args.output_dir, before)):
+        trainer.save_model(_internal_call=True)  # it would push by itself, before we have said what is saved
+        trainer.accelerator.print(f"The trained model is saved in {args.output_dir}.")
+        once_saved()
+        if args.push_to_hub and (url := trainer.push_to_hub(dataset_name=own.dataset_name)):
+            print(f"Pushed to {url}.")
     trainer.accelerator.end_training()  # which `Trainer.end` does, since transformers 5.18
 
 
@@ -54,6 +91,12 @@ class SupervisedTrainer(Published, SFTTrainer):
             check_repository(given["args"])
         self.dataset_name = dataset_name
         super().__init__(**given)
+        check_vocabulary(given["processing_class"], self.model)  # type: ignore[arg-type]  # it is a model
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        before = [] if resume_from_checkpoint else checkpoints(str(self.args.output_dir))
+        with interruptible(partial(what_is_trained, str(self.args.output_dir), before)):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property
     def source(self) -> str:

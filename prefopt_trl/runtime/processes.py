@@ -41,7 +41,8 @@ def process_state() -> PartialState:
 def interruptible(what_is_saved: Callable[[], str]) -> Iterator[None]:
     """Within, let `what_is_saved()` be the message of a `KeyboardInterrupt`, and print it on SIGTERM.
 
-    SIGTERM then ends the process as before. A handler that the caller has set is left in place.
+    SIGTERM then ends the process as before. A handler that the caller has set is left in place. Any
+    other exception gets the sentence as a note below its traceback.
     """
     owner = os.getpid()
 
@@ -59,6 +60,10 @@ def interruptible(what_is_saved: Callable[[], str]) -> Iterator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         interrupt.args = interrupt.args or (what_is_saved(),)
+        raise
+    except Exception as error:
+        if not hasattr(error, "__notes__"):  # of a context within this one
+            error.add_note(what_is_saved())
         raise
     finally:
         if handles:

@@ -19,7 +19,7 @@ from transformers import (
 from trl import ModelConfig
 
 from prefopt_trl.cli.arguments import RankerArguments
-from prefopt_trl.cli.models import load_ranker, load_tokenizer, model_to_run, model_to_train
+from prefopt_trl.cli.models import load_ranker, model_to_run, model_to_train
 from prefopt_trl.rankers import FunctionRanker, PairwiseRanker, RewardModelRanker
 from prefopt_trl.rankers.templates import resolve_template
 
@@ -86,52 +86,47 @@ def test_an_adapter_of_another_base_is_refused(adapter):
     LlamaForCausalLM(config).save_pretrained("other")
     settings = json.loads(Path(adapter, "adapter_config.json").read_text())
     Path(adapter, "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "other"}))
-    with pytest.raises(ValueError, match="The adapter adapter does not fit its base model other: .*size mismatch"):
+    with pytest.raises(ValueError, match="the adapter adapter on its base other cannot be loaded .*size mismatch"):
         model_to_run(adapter, ModelConfig(), "cpu", False)
     Path(adapter, "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="The adapter adapter names no base model"):
         model_to_run(adapter, ModelConfig(), "cpu", False)
 
 
-def test_a_tokenizer_of_text_and_images_fits_a_model_of_text(tiny_llama_dir):
-    """As that of Gemma 3 of 1B, whose image token its model does not embed."""
-    AutoModelForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained("text")
-    size = len(AutoTokenizer.from_pretrained(tiny_llama_dir))
-    images = AutoTokenizer.from_pretrained(tiny_llama_dir, extra_special_tokens={"image_token": "<image>"})
-    images.save_pretrained("text")
-    assert load_tokenizer("text", "main", False).image_token_id == size
+def test_an_adapter_on_top_of_an_adapter_is_refused(adapter):
+    with pytest.raises(ValueError, match="adapter is an adapter already, and `use_peft` would put another on top"):
+        model_to_train(ModelConfig(adapter, use_peft=True), arguments())
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(tiny_llama_dir):
+@pytest.mark.parametrize("name", ["sft", "rso"])
+def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(name, tiny_llama_dir, training, run_in_process):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     AutoModelForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained("wrong")
     size = len(tokenizer)
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained("wrong")
     with pytest.raises(ValueError, match=f"token ids up to {size}, and the model embeddings for {size} tokens"):
-        load_tokenizer("wrong", "main", False)
+        run_in_process(name, [*training, "--model_name_or_path", "wrong", "--output_dir", "out"])
 
 
 def test_a_folder_without_a_tokenizer_is_named(tiny_llama_dir):
     AutoModelForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained("bare")
-    with pytest.raises(ValueError, match="bare has no tokenizer that can be loaded .* Save the model's there"):
+    with pytest.raises(ValueError, match="'bare' has no tokenizer that can be loaded from bare .* save the model's"):
         model_to_train(ModelConfig("bare"), arguments())
 
 
 def test_a_base_that_cannot_be_read_is_named_with_its_adapter(adapter):
     settings = json.loads(Path(adapter, "adapter_config.json").read_text())
     Path(adapter, "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "no/base"}))
-    message = "the adapter adapter names its base 'no/base', .* in adapter/adapter_config.json"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="`model_name_or_path`='adapter' has no tokenizer .* loaded from no/base"):
         model_to_train(ModelConfig(adapter), arguments())
+    message = "`base_model_name_or_path`='no/base' in adapter/adapter_config.json cannot be loaded"
     with pytest.raises(ValueError, match=message):
         model_to_run(adapter, ModelConfig(adapter), "cpu", False)
 
 
 def test_what_is_neither_here_nor_on_the_hub_is_named_with_its_argument():
-    named = "is no local folder with a model in it, and no model of the Hub that can be read now"
-    with pytest.raises(ValueError, match=f"`model_name_or_path`='no/model' {named}"):
-        model_to_train(ModelConfig("no/model"), arguments())
+    named = "cannot be loaded .*. Check the path, or the Hub id"
     with pytest.raises(ValueError, match=f"`model_name_or_path`='no/model' {named}"):
         model_to_run("no/model", ModelConfig("no/model"), "cpu", False)
     with pytest.raises(ValueError, match=f"`reference`='no/model' {named}"):
@@ -167,9 +162,15 @@ def test_a_function_is_found_beside_the_data(tmp_path):
     assert ranker.rewards(["a"], [["b", "c"]]) == [[1.0, 1.0]]
 
 
-@pytest.mark.parametrize("name", ["no_such_module.reward", "json.no_such_function"])
+@pytest.mark.parametrize("name", ["own.py", "./own.py:brevity"])
+def test_a_file_is_not_a_function(name):
+    with pytest.raises(ValueError, match=f"`ranker`='{name}' is a file. Name a function in it as `package.module"):
+        load_ranker(RankerArguments(ranker=name))
+
+
+@pytest.mark.parametrize("name", ["no_such_module.reward", "json.no_such_function", "json.dumps"])
 def test_a_function_that_is_not_there_is_refused(name):
-    with pytest.raises(ValueError, match="is no folder, and no function that can be imported"):
+    with pytest.raises(ValueError, match="is no folder, and no function that can be imported and called"):
         load_ranker(RankerArguments(ranker=name))
 
 

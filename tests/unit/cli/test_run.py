@@ -1,7 +1,8 @@
-"""What ends a command: a line for what we refuse, a traceback for what nobody expected."""
+"""What ends a command: a line for what a user can mend, a traceback for everything else."""
 
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from prefopt_trl.cli import run
 from prefopt_trl.cli.main import main
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.runtime.hub import PushError
+from prefopt_trl.runtime.processes import interruptible
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def push():
     raise PushError("out was not pushed")
 
 
-def test_what_our_checks_refuse_is_one_line(failing, capsys):
+def test_what_a_user_can_mend_is_one_line(failing, capsys):
     with pytest.raises(SystemExit) as stop:
         failing(refuse)
     assert stop.value.code == 2
@@ -78,49 +80,61 @@ def test_the_traceback_is_there_for_those_who_ask(failing):
         failing(refuse, "--log_level", "debug")
 
 
-@pytest.mark.parametrize(
-    ("work", "error"), [(lambda: int("x"), ValueError), (lambda: Path("gone").read_text(), FileNotFoundError)]
-)
-def test_what_nobody_expected_keeps_its_traceback(work, error, failing):
-    with pytest.raises(error):
+def begin(error):
+    with interruptible(lambda: "3 of 4 are saved"):
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError("a full disk"), ImportError("a package")])
+def test_a_traceback_is_there_once_sampling_or_training_has_begun(error, failing):
+    with pytest.raises(type(error)) as raised:
+        failing(lambda: begin(error))
+    assert raised.value.__notes__ == ["3 of 4 are saved"]
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), RuntimeError("a bug"), TypeError("a bug")])
+def test_what_no_user_can_mend_keeps_its_traceback(error, failing):
+    def work():
+        raise error
+
+    with pytest.raises(type(error)):
         failing(work)
+
+
+def test_an_error_of_a_function_that_ranks_keeps_its_traceback(training):
+    Path("raising.py").write_text(
+        "def reward(prompts, completions):\n    return [float(text) for text in completions]\n"
+    )
+    sampling = "--only_prompts --ranker raising.reward --num_candidates 4 --num_samples 2 --max_new_tokens 4"
+    with pytest.raises(ValueError, match="could not convert string to float"):
+        run.main("rso", [*training, *sampling.split(), "--output_dir", "out"])
 
 
 # Interrupted
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("saved", [None, 20])
-def test_an_interrupted_command_says_what_is_saved_in_one_line(number, code, saved, failing, capsys):
-    def train():
-        if saved:
-            Path(f"out/checkpoint-{saved}").mkdir(parents=True)
-            Path(f"out/checkpoint-{saved}/trainer_state.json").write_text("{}")
-        os.kill(os.getpid(), number)
+@pytest.mark.parametrize("said", ["Interrupted: 3 of 4 shards are saved.", ""])
+def test_ctrl_c_is_one_line_of_the_main_process(said, failing, monkeypatch, capsys):
+    def work():
+        with interruptible(lambda: said) if said else nullcontext():
+            os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(SystemExit) as stop:
-        failing(train)
-    assert stop.value.code == code
-    os.kill(os.getpid(), number)  # as torchrun does, after the terminal
-    last = "Interrupted before the first checkpoint was saved in out. A lower `save_steps` saves sooner."
-    if saved:
-        last = "Interrupted: out/checkpoint-20 is saved. Resume from it with `resume_from_checkpoint=True` (of a "
-        last += "command: `--resume_from_checkpoint`)."
-    assert capsys.readouterr().err == f"prefopt-trl rso: {last}\n"
-
-
-def test_what_is_interrupted_may_say_more_and_other_processes_say_nothing(failing, monkeypatch, capsys):
-    def sample():
-        raise KeyboardInterrupt("Interrupted: 3 of 4 shards are saved.")
-
-    for rank, said in {"0": "prefopt-trl rso: Interrupted: 3 of 4 shards are saved.\n", "1": ""}.items():
+    expected = f"prefopt-trl rso: {said or 'Interrupted before anything was saved.'}\n"
+    for rank, printed in {"0": expected, "1": ""}.items():
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit, match="130"):
-            failing(sample)
-        assert capsys.readouterr().err == said
+            failing(work)
+        os.kill(os.getpid(), signal.SIGINT)  # as torchrun does, after the terminal
+        assert capsys.readouterr().err == printed
 
 
-def test_a_bug_of_our_own_keeps_its_traceback(failing, monkeypatch):
-    monkeypatch.setattr("prefopt_trl.data.loading.check_columns", lambda *given: int("x"))
-    with pytest.raises(ValueError, match="invalid literal"):
-        failing(lambda: load_rows("pairs.jsonl"))
+@pytest.mark.parametrize("name", ["sft", "rso"])
+def test_an_interrupted_training_says_what_is_saved(name, training, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.Trainer.train", lambda *given, **named: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit, match="130"):
+        run.main(name, [*training, "--output_dir", "out"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (
+        f"prefopt-trl {name}: Interrupted before the first checkpoint was saved in out. A lower `save_steps` saves "
+        "sooner."
+    )

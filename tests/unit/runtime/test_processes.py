@@ -34,6 +34,13 @@ def test_ctrl_c_says_what_is_saved_once():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_an_error_has_what_is_saved_as_its_note_once():
+    outer, inner = (processes.interruptible(lambda name=name: name) for name in ("the outer", "the inner"))
+    with pytest.raises(ValueError, match="a bug") as raised, outer, inner:
+        raise ValueError("a bug")
+    assert raised.value.__notes__ == ["the inner"]
+
+
 @pytest.mark.parametrize(("rank", "said"), [("0", "3 of 4 are saved\n"), ("1", "")])
 def test_sigterm_says_it_and_ends_the_process_as_before(rank, said):
     code = f"""
