@@ -107,6 +107,12 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert prefopt_trl.__version__ == PROJECT["version"] == metadata.version("prefopt-trl")
 
 
+def test_every_package_is_installed() -> None:
+    setuptools = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {file.parent.relative_to(REPO_ROOT) for file in (REPO_ROOT / "prefopt_trl").rglob("*.py")}
+    assert {".".join(folder.parts) for folder in folders} == set(setuptools["packages"]) - {"prefopt_trl.ds_configs"}
+
+
 def test_the_console_script_names_a_function() -> None:
     (script,) = metadata.entry_points(group="console_scripts", name="prefopt-trl")
     assert script.value == PROJECT["scripts"]["prefopt-trl"]
