@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from prefopt_trl.runtime.quiet import quiet_libraries
+from prefopt_trl.trainers import METHODS as _METHODS
 
 if TYPE_CHECKING:  # `as` makes a name public for type checkers
     from prefopt_trl import losses as losses
@@ -42,18 +43,8 @@ _HOME = {
     "DataCollatorForRejectionSampling": "sampling.collator",
     "FunctionRanker": "rankers.function",
     "GenerationOptions": "sampling.options",
-    "ListwiseDPOConfig": "trainers.listwise_dpo_config",
-    "ListwiseDPOTrainer": "trainers.listwise_dpo_trainer",
-    "PROConfig": "trainers.pro_config",
-    "PROTrainer": "trainers.pro_trainer",
     "PairwiseRanker": "rankers.pairwise",
-    "RRHFConfig": "trainers.rrhf_config",
-    "RRHFTrainer": "trainers.rrhf_trainer",
-    "RSOConfig": "trainers.rso_config",
-    "RSOTrainer": "trainers.rso_trainer",
     "RewardModelRanker": "rankers.pointwise",
-    "SLiCConfig": "trainers.slic_config",
-    "SLiCTrainer": "trainers.slic_trainer",
     "SamplingOptions": "sampling.options",
     "all_pairs": "sampling.pairing",
     "build_preference_dataset": "sampling.pipeline",
@@ -64,6 +55,11 @@ _HOME = {
     "sample_completions": "sampling.generation",
     "statistical_rejection_sampling": "sampling.rejection",
     "tournament_pairs": "sampling.pairing",
+    **{
+        f"{method.name}{kind}": f"trainers.{command.replace('-', '_')}_{kind.lower()}"
+        for command, method in _METHODS.items()
+        for kind in ("Config", "Trainer")
+    },
 }
 
 if not TYPE_CHECKING:  # type checkers cannot evaluate it, and would hide every name

@@ -6,23 +6,18 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from prefopt_trl import __version__
-
-PACKAGES = ["trl", "transformers", "torch", "accelerate", "datasets", "peft", "numpy", "huggingface_hub"]
-ENGINES = ["deepspeed", "bitsandbytes", "flash-attn", "liger-kernel", "vllm"]
+REQUIRED = ["prefopt-trl", "trl", "transformers", "torch", "accelerate", "datasets", "peft", "numpy"]
+OTHERS = ["huggingface_hub", "deepspeed", "bitsandbytes", "flash-attn", "liger-kernel", "vllm"]
 
 
 def print_environment() -> None:
     """Print versions, devices and engines."""
-    rows = {
-        "prefopt-trl": __version__,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
-        "devices": _devices(),
-        "CPU cores": str(os.cpu_count()),
-        **{name: _version(name) for name in ENGINES},
-    }
+    devices = "no accelerator"
+    if torch.accelerator.is_available():
+        names = map(torch.get_device_module().get_device_name, range(torch.accelerator.device_count()))
+        devices = f"{', '.join(names)} ({torch.accelerator.current_accelerator()})"
+    rows = {"platform": platform.platform(), "python": platform.python_version(), "devices": devices}
+    rows |= {"CPU cores": str(os.cpu_count()), **{name: _version(name) for name in [*REQUIRED, *OTHERS]}}
     print("\n".join(f"- {name}: {value}" for name, value in rows.items()))
 
 
@@ -31,10 +26,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _devices() -> str:
-    if not torch.accelerator.is_available():
-        return "no accelerator"
-    names = [torch.get_device_module().get_device_name(index) for index in range(torch.accelerator.device_count())]
-    return f"{', '.join(names)} ({torch.accelerator.current_accelerator()})"

@@ -5,45 +5,52 @@ import sys
 from collections.abc import Sequence
 
 from prefopt_trl import __version__
+from prefopt_trl.cli.commands import COMMANDS
+from prefopt_trl.runtime.quiet import quiet_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; see `prefopt-trl --help`."""
+    quiet_libraries()
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        _run(sys.argv[1:] if arguments is None else arguments)
+        if words and words[0] in COMMANDS:
+            _run(*words)
+        else:
+            _run_study_or_env(words)
     except KeyboardInterrupt as stopped:  # before a command has begun, or in the quickstart
         print(f"prefopt-trl: {str(stopped) or 'Interrupted.'}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def _run(arguments: Sequence[str]) -> None:
-    from prefopt_trl.cli.commands import COMMANDS
+def _run(name: str, *arguments: str) -> None:
+    if {"--help", "-h"} & set(arguments):
+        from prefopt_trl.cli.help import first_screen
 
-    name, *rest = arguments or [""]
-    if name in COMMANDS:
-        if {"--help", "-h"} & set(rest):
-            from prefopt_trl.cli.help import command_help
+        if "all" in arguments:
+            from prefopt_trl.cli.parsing import make_parser
 
-            print(command_help(name))
-            return
-        if COMMANDS[name].launched:
-            from prefopt_trl.cli.launch import launch  # it imports torch
-
-            launch(name, rest)
+            make_parser(name).print_help()
         else:
-            from prefopt_trl.cli.run import main as run
+            print(first_screen(name))
+    elif COMMANDS[name].launched:
+        from prefopt_trl.cli.launch import launch
 
-            run(name, rest)
-        return
+        launch(name, arguments)
+    else:
+        from prefopt_trl.cli.run import main as run
 
+        run(name, arguments)
+
+
+def _run_study_or_env(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="prefopt-trl", description="Preference optimisation from sampled preferences."
+        prog="prefopt-trl", description="Preference optimization from sampled preferences."
     )
     parser.add_argument("--version", action="version", version=f"prefopt-trl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command_name, command in COMMANDS.items():
-        commands.add_parser(command_name, help=command.summary)
-
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.summary)
     quickstart = commands.add_parser(
         "quickstart",
         help="compare DPO, SFT-sampled pairs and RSO on a small text world whose true reward is known",
@@ -55,20 +62,18 @@ def _run(arguments: Sequence[str]) -> None:
         "--output_dir", default="outputs/quickstart", help="folder for the report and the RSO model"
     )
     quickstart.add_argument("--seed", type=int, default=0, help="seed of data, models and samples (default 0)")
-    what_env_does = "print versions, devices and engines, for a bug report"
-    commands.add_parser("env", help=what_env_does, description=what_env_does.capitalize() + ".")
-
-    options = parser.parse_args(arguments)
-    if options.command == "env":
+    commands.add_parser("env", help="print versions, devices and engines, for a bug report")
+    given = parser.parse_args(arguments)
+    if given.command == "env":
         from prefopt_trl.cli.env import print_environment
 
         print_environment()
-        return
-    if options.seed < 0:
-        parser.error(f"argument --seed: must be at least 0, got {options.seed}")
-    from prefopt_trl.quickstart.study import run_quickstart  # after parsing: it imports torch
+    elif given.seed < 0:
+        parser.error(f"argument --seed: must be at least 0, got {given.seed}")
+    else:
+        from prefopt_trl.quickstart.study import run_quickstart
 
-    run_quickstart(options.output_dir, options.seed)
+        run_quickstart(given.output_dir, given.seed)
 
 
 if __name__ == "__main__":

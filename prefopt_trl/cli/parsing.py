@@ -12,10 +12,12 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from trl import TrlParser
+from trl import ModelConfig, SFTConfig, TrlParser
 
-from prefopt_trl import __version__
+import prefopt_trl
+from prefopt_trl.cli.arguments import TrainingData
 from prefopt_trl.cli.commands import COMMANDS
+from prefopt_trl.trainers import METHODS
 
 LaunchOptions = dict[str, object]  # of `accelerate launch`, by name; that of a flag is True
 SECRETS = {"token", "hub_token", "push_to_hub_token", "use_auth_token"}  # `pad_token` and `eos_token` are none
@@ -71,9 +73,12 @@ def read(name: str, arguments: Sequence[str]) -> tuple[TrlParser, Namespace, Lau
 
 def make_parser(name: str) -> TrlParser:
     """Return the parser of a command's own arguments."""
-    command = COMMANDS[name]
+    own: Any = COMMANDS[name].own
+    configs: list[Any] = [SFTConfig, ModelConfig] if issubclass(own, TrainingData) else [ModelConfig]
+    if name in METHODS:
+        configs[0] = getattr(prefopt_trl, f"{METHODS[name].name}Config")
     usage = f"prefopt-trl {name} [--config FILE.yaml] [--OPTION VALUE ...], or --help for the options"
-    parser = TrlParser(command.dataclasses(), prog=f"prefopt-trl {name}", usage=usage, allow_abbrev=False)
+    parser = TrlParser([own, *configs], prog=f"prefopt-trl {name}", usage=usage, allow_abbrev=False)
     for action in parser._actions:  # TRL's parser wants a value for these, and users write a flag
         if action.dest == "resume_from_checkpoint":
             action.nargs, action.const, action.type = "?", True, _checkpoint
@@ -98,7 +103,7 @@ def config_text(parsed: Sequence[Any], launch: LaunchOptions) -> str:
     values = {field.name: getattr(part, field.name) for part in parsed for field in fields(part) if field.init}
     values.pop("resume_from_checkpoint", None)
     plain = json.loads(json.dumps(launch | values, default=asdict), object_hook=_without_secrets)
-    comment = f"# Every argument of this run, by prefopt-trl {__version__}; `--config` takes it\n"
+    comment = f"# Every argument of this run, by prefopt-trl {prefopt_trl.__version__}; `--config` takes it\n"
     return comment + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=119)
 
 
@@ -129,8 +134,8 @@ def _read_config(prog: str, arguments: Sequence[str]) -> tuple[dict[str, Any], l
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a YAML mapping, `name: value` on each line, and holds {config!r:.80}.")
-    variables = config.pop("env", None) or {}
-    os.environ.update({name: str(value) for name, value in variables.items()})
+    if isinstance(config.get("env"), dict):  # otherwise it is an unknown argument
+        os.environ.update({name: str(value) for name, value in config.pop("env").items()})
     return config, words
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from tqdm.auto import tqdm
 
-from prefopt_trl.cli.commands import COMMANDS
+from prefopt_trl.cli.commands import load
 from prefopt_trl.runtime.quiet import quiet_libraries
 
 USER_ERRORS = (ValueError, OSError, ImportError)  # what a user can mend
@@ -60,7 +60,7 @@ def run(name: str, parsed: Sequence[Any], launch: dict[str, object]) -> None:
 
     folder = next(part.output_dir for part in parsed if hasattr(part, "output_dir"))
     text = config_text(parsed, launch)  # as given: a command changes its arguments
-    COMMANDS[name].run(*parsed, partial(write_config, folder, text))
+    load(name).run(*parsed, partial(write_config, folder, text))
 
 
 def fail(name: str, message: object, code: int = 2) -> NoReturn:

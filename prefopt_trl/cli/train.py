@@ -5,28 +5,21 @@ from typing import Any
 
 from trl import ModelConfig
 
+import prefopt_trl
 from prefopt_trl.cli.arguments import PreferenceArguments
 from prefopt_trl.cli.data import GIVEN, completions_that_fit, keep_given, prompts_that_fit, require_columns
 from prefopt_trl.cli.models import load_ranker
 from prefopt_trl.cli.training import prepare, train_and_save
-from prefopt_trl.trainers.base import PreferenceTrainer
-from prefopt_trl.trainers.base_config import PreferenceConfig
-from prefopt_trl.trainers.listwise_dpo_trainer import ListwiseDPOTrainer
-from prefopt_trl.trainers.pro_trainer import PROTrainer
-from prefopt_trl.trainers.rrhf_trainer import RRHFTrainer
-from prefopt_trl.trainers.rso_trainer import RSOTrainer
-from prefopt_trl.trainers.slic_trainer import SLiCTrainer
+from prefopt_trl.trainers import METHODS
 
-TRAINERS: dict[type[PreferenceConfig], type[PreferenceTrainer]] = {
-    trainer.config_class: trainer for trainer in (RSOTrainer, SLiCTrainer, PROTrainer, ListwiseDPOTrainer, RRHFTrainer)
-}
+TRAINERS = [getattr(prefopt_trl, f"{method.name}Trainer") for method in METHODS.values()]
 COMPLETIONS = {"chosen", "rejected", "completions", "rewards"}
 
 
 def run(own: PreferenceArguments, args: Any, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Train, and save the result in `args.output_dir`."""
     trained, splits = prepare(own, args, model)
-    trainer_class = TRAINERS[type(args)]
+    trainer_class = next(trainer for trainer in TRAINERS if trainer.config_class is type(args))
     target: Any = getattr(args, "target_column", None)  # SLiC's
     given_target = GIVEN.get(target, target)
     for name, rows in splits.items():

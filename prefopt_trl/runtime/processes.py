@@ -41,8 +41,8 @@ def process_state() -> PartialState:
 def interruptible(what_is_saved: Callable[[], str]) -> Iterator[None]:
     """Within, let `what_is_saved()` be the message of a `KeyboardInterrupt`, and print it on SIGTERM.
 
-    SIGTERM then ends the process as before. A handler that the caller has set is left in place. Any
-    other exception gets the sentence as a note below its traceback.
+    SIGTERM then ends the process as before. A handler that the caller has set is left in place. Any other exception
+    gets the sentence as a note below its traceback.
     """
     owner = os.getpid()
 

@@ -29,6 +29,17 @@ ALLOWED_LIBRARIES = {
     "prefopt_trl/sampling/rejection.py": {"numpy"},
     "prefopt_trl/sampling/pairing.py": {"numpy"},
 }
+# What `prefopt-trl --help` imports: the standard library alone, and each other
+LIGHT = {
+    "prefopt_trl",
+    "prefopt_trl.cli.arguments",
+    "prefopt_trl.cli.commands",
+    "prefopt_trl.cli.help",
+    "prefopt_trl.cli.main",
+    "prefopt_trl.runtime.quiet",
+    "prefopt_trl.sampling.options",
+    "prefopt_trl.trainers",
+}
 TRL_SUBMODULES = {module.name for module in pkgutil.iter_modules(find_spec("trl").submodule_search_locations)}
 # In a submodule only, but documented by TRL under that path, so public.
 TRL_PUBLIC = {"trl.trainer.dpo_trainer.DataCollatorForPreference"}
@@ -140,12 +151,11 @@ def private_trl_names(files: list[SourceFile]) -> Iterator[str]:
 
 def slow_commands(files: list[SourceFile]) -> Iterator[str]:
     for file in files:
-        if file.path not in ("prefopt_trl/cli/__init__.py", "prefopt_trl/cli/main.py"):
-            continue  # the other files are the commands, which main.py imports when they run
+        if file.module not in LIGHT:
+            continue  # the other files of `cli` are the commands, which are imported when they run
         for imported in file.imports:
             standard = imported.target.split(".")[0] in sys.stdlib_module_names
-            # Both import the standard library alone
-            own = imported.target in ("prefopt_trl.__version__", "prefopt_trl.runtime.quiet.quiet_libraries")
+            own = imported.target == "prefopt_trl.__version__" or imported.target.rpartition(".")[0] in LIGHT
             if imported.eager and not standard and not own:
                 yield f"{file.path}:{imported.line} imports {imported.target} outside of a function"
 
