@@ -53,7 +53,7 @@ def main(script: PROScriptArguments, args: PROConfig) -> None:
         AutoTokenizer.from_pretrained(policy),
         list(pairs["prompt"]),
         script.num_sampled,
-        args.sampling_options(),
+        args,
         seed=args.seed,
     )
     del model

@@ -13,7 +13,6 @@ RANKING = "ranking"  # in place of a pairing: the kept candidates are ranked by 
 
 # Help of the options that some configurations give another default or another name
 MAX_NEW_TOKENS = {"help": "Longest completion to sample, in tokens."}
-TEMPERATURE = {"help": "Sampling temperature. Algorithm 1 assumes samples of the policy itself: 1."}
 NUM_SAMPLES = {"help": "Completions kept per prompt."}
 STRATEGY = {
     "help": "How `num_samples` completions are kept out of `num_candidates`: 'rso' by statistical rejection "
@@ -37,7 +36,9 @@ class GenerationOptions:
     """
 
     max_new_tokens: int = field(default=256, metadata=MAX_NEW_TOKENS)
-    temperature: float = field(default=1.0, metadata=TEMPERATURE)
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature. Algorithm 1 assumes samples of the policy itself: 1."}
+    )
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling threshold; 1 keeps the whole distribution."})
     top_k: int = field(
         default=0, metadata={"help": "Sample among the k most likely tokens only; 0 means all of them."}

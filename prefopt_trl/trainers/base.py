@@ -36,6 +36,7 @@ from prefopt_trl.data.tokenization import WithoutAppendedTokens, num_appended_to
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.runtime.processes import checkpoints, interruptible, last_checkpoint, what_is_trained
 from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
+from prefopt_trl.sampling.options import SamplingOptions
 from prefopt_trl.shared_prefix.forward import add_shared_prefix
 from prefopt_trl.trainers.base_config import PreferenceConfig
 from prefopt_trl.trainers.callbacks import LogPreferencesCallback, first_examples
@@ -290,7 +291,7 @@ class PreferenceTrainer(Published, DPOTrainer):
                 ranker,
                 while_sampling=self._reference_adapter if self.ref_model is None else contextlib.nullcontext,
                 seed=self.args.seed,
-                **vars(self.args.sampling_options()),
+                **vars(SamplingOptions.of(self.args)),
                 **collating,
             )
             self.add_callback(_EpochOfSampling(self.data_collator))
@@ -373,7 +374,7 @@ class PreferenceTrainer(Published, DPOTrainer):
         columns += [column for column in own if column not in columns]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        if getattr(self.args, "reference_logps", "computed") == "sampled":
+        if self.args.keep_logps:
             return with_sampled_logps(dataset, name, self.args.max_length)
         self._set_up_models()  # called by DPOTrainer.__init__, before ours ends
         if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset) and not dataset.cache_files:

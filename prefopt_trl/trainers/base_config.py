@@ -69,7 +69,7 @@ class PreferenceConfig(SamplingOptions, DPOConfig):
                 "`precompute_ref_log_probs` needs the pairs before training, and `sampling='online'` samples them "
                 "later. Set one of them."
             )
-        self.sampling_options()  # which checks them
+        SamplingOptions.__post_init__(self)
         is_one_of(self, "pairing", self._pairings)
         DPOConfig.__post_init__(self)
         if self.log_completions and not set(TABLE_TRACKERS) & set(self.report_to or []):
@@ -77,10 +77,6 @@ class PreferenceConfig(SamplingOptions, DPOConfig):
                 f"`log_completions` has no effect with `report_to`={self.report_to}, which has none of "
                 f"{', '.join(TABLE_TRACKERS)}. Name one there, or leave `log_completions` out."
             )
-
-    def sampling_options(self) -> SamplingOptions:
-        """Return how to sample and select, for [`build_preference_dataset`] and [`sample_completions`]."""
-        return SamplingOptions.of(self)
 
     @property
     def keep_logps(self) -> bool:
@@ -115,7 +111,8 @@ def refuse(config: DPOConfig, names: Iterable[str], reason: str) -> None:
                 )
 
 
-def refuse_online_sampling(config: PreferenceConfig, name: str, remedy: str = "Use `sampling='offline'`.") -> None:
-    """Refuse to sample from a reference model where there is none; the `ValueError` says what to do instead."""
+def refuse_reference(config: PreferenceConfig, reason: str, remedy: str = "Use `sampling='offline'`.") -> None:
+    """Refuse arguments that need a reference model; the `ValueError` names one, with the reason why there is none."""
+    refuse(config, REFERENCE_ARGUMENTS, reason)
     if config.sampling == "online":
-        raise ValueError(f"`sampling='online'` samples from the reference model, and {name} has none. {remedy}")
+        raise ValueError(f"`sampling='online'` samples from the reference model, but {reason}. {remedy}")

@@ -17,6 +17,7 @@ from prefopt_trl.runtime.fingerprints import versions
 from prefopt_trl.runtime.settings import as_json
 from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.sampling.card import read_sampled, sampling_summary
+from prefopt_trl.sampling.options import SamplingOptions
 from prefopt_trl.sampling.statistics import SamplingStatistics
 from prefopt_trl.trainers.base_config import PreferenceConfig, RankingConfig
 
@@ -83,7 +84,7 @@ def model_card(trainer: Any, trl_card: ModelCard, title: str, source: str, datas
         sampling = {key: value for key, value in data.sampled[0].items() if key != "ranker"}
     elif args.sampling == "online":
         training_data = "Prompts, whose completions were sampled from the reference model during training."
-        sampling = {**vars(args.sampling_options()), "seed": args.seed}
+        sampling = {**vars(SamplingOptions.of(args)), "seed": args.seed}
     elif data.ranker:
         training_data = "Completions that were given, scored by the ranker."
     else:
@@ -145,7 +146,7 @@ def _hyperparameters(trainer: Any, model: Any) -> dict[str, Any]:
 def _reference_model(trainer: Any, model: Any) -> str:
     if not trainer.has_reference:
         return f"None: {trainer._name} needs none."
-    if getattr(trainer.args, "reference_logps", "computed") == "sampled":
+    if trainer.args.keep_logps:
         return "The policy that was sampled: its log-probabilities were saved while sampling."
     if trainer.args.sync_ref_model:
         return "A copy of the model that followed it during training (`sync_ref_model`)."

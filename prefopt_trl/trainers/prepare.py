@@ -136,7 +136,7 @@ def sample_preferences(
         tokenizer,
         ranker,
         output_dir,
-        args.sampling_options(),
+        args,
         seed=args.seed,
         max_length=args.max_length,
         keep_logps=args.keep_logps,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from prefopt_trl.sampling.options import is_number, is_one_of
-from prefopt_trl.trainers.base_config import REFERENCE_ARGUMENTS, RankingConfig, refuse, refuse_online_sampling
+from prefopt_trl.trainers.base_config import RankingConfig, refuse_reference
 
 REWARD_TEMPERATURES = ["dynamic", "none"]
 
@@ -61,7 +61,8 @@ class PROConfig(RankingConfig):
     )
 
     def __post_init__(self) -> None:
-        refuse(self, REFERENCE_ARGUMENTS, "PRO has no reference model")
+        remedy = "To learn from samples of the policy while it trains, set `bootstrap_parts`."
+        refuse_reference(self, "PRO has no reference model", remedy)
         is_one_of(self, "reward_temperature", REWARD_TEMPERATURES)
         is_number(self, "sft_weight", "The paper uses 0.05.")
         if not isinstance(self.bootstrap_parts, int) or self.bootstrap_parts < 0:
@@ -73,6 +74,4 @@ class PROConfig(RankingConfig):
                 f"`train_sampling_strategy`={self.train_sampling_strategy!r} has no effect with `bootstrap_parts`, "
                 "which goes through the data part by part. Leave it out."
             )
-        remedy = "To learn from samples of the policy while it trains, set `bootstrap_parts`."
-        refuse_online_sampling(self, "PRO", remedy)
         super().__post_init__()

@@ -103,7 +103,7 @@ class PROTrainer(CompletionTrainer):
             ranker,
             folder=os.path.join(self.args.output_dir, "bootstrap"),
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            options=GenerationOptions.of(self.args.sampling_options()),
+            options=GenerationOptions.of(self.args),
         )
         self.train_dataset = number_rows(self.train_dataset)
         self.add_callback(self.bootstrap)

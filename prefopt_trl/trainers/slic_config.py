@@ -3,13 +3,7 @@
 from dataclasses import dataclass, field
 
 from prefopt_trl.sampling.options import PAIRING, STRATEGY, is_number
-from prefopt_trl.trainers.base_config import (
-    REFERENCE_ARGUMENTS,
-    TRL_LOSS_ARGUMENTS,
-    PreferenceConfig,
-    refuse,
-    refuse_online_sampling,
-)
+from prefopt_trl.trainers.base_config import TRL_LOSS_ARGUMENTS, PreferenceConfig, refuse, refuse_reference
 
 LOSSES = ["slic", "unlikelihood"]
 
@@ -75,7 +69,7 @@ class SLiCConfig(PreferenceConfig):
     pairing: str = field(default="tournament", metadata=PAIRING)
 
     def __post_init__(self) -> None:
-        refuse(self, REFERENCE_ARGUMENTS, "SLiC has no reference model, and its margin is `delta`")
+        refuse_reference(self, "SLiC has no reference model, and its margin is `delta`")
         refuse(self, TRL_LOSS_ARGUMENTS, "it is for TRL's losses on pairs")
         loss_types = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
         if "hinge" in loss_types:
@@ -108,5 +102,4 @@ class SLiCConfig(PreferenceConfig):
                 f"`target_column`={self.target_column!r} needs a `regularization_weight` above 0. Set both, or "
                 "leave it out."
             )
-        refuse_online_sampling(self, "SLiC")
         super().__post_init__()

@@ -139,7 +139,7 @@ def test_pairs_are_not_ranked(config_class, config):
 
 @pytest.mark.parametrize("config_class", REFERENCE_FREE)
 def test_online_sampling_needs_a_reference_model(config_class, config):
-    with pytest.raises(ValueError, match="`sampling='online'` samples from the reference model, and .* has none"):
+    with pytest.raises(ValueError, match="`sampling='online'` samples from the reference model, but .* has no ref"):
         config(config_class, sampling="online")
 
 
@@ -179,11 +179,11 @@ def test_how_to_sample(config):
     given = {"max_new_tokens": 9, "top_p": 0.8, "top_k": 11, "generation_batch_size": 5, "share_prefix": False}
     ranking = {"strategy": "sft", "num_samples": 4, "pairing": "ranking"}
     pro = config(PROConfig, temperature=0.7, **given)
-    assert pro.sampling_options() == SamplingOptions(temperature=0.7, **ranking, **given)
+    assert SamplingOptions.of(pro) == SamplingOptions(temperature=0.7, **ranking, **given)
     slic = config(SLiCConfig, temperature=0.7, **given)
-    assert slic.sampling_options() == SamplingOptions(strategy="sft", pairing="tournament", temperature=0.7, **given)
+    assert SamplingOptions.of(slic) == SamplingOptions(strategy="sft", pairing="tournament", temperature=0.7, **given)
     rso = config(RSOConfig, rejection_beta=2.0, num_candidates=16)
-    assert rso.sampling_options() == SamplingOptions(rejection_beta=2.0, num_candidates=16)
+    assert SamplingOptions.of(rso) == SamplingOptions(rejection_beta=2.0, num_candidates=16)
     assert not rso.keep_logps and config(RSOConfig, reference_logps="sampled").keep_logps
 
 

@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, T5Config
 
-from prefopt_trl import FunctionRanker, sample_completions
+from prefopt_trl import FunctionRanker, SamplingOptions, sample_completions
 from prefopt_trl.sampling.shards import shard_seed
 from prefopt_trl.trainers import base
 from prefopt_trl.trainers.listwise_dpo_trainer import ListwiseDPOTrainer
@@ -220,7 +220,7 @@ def test_the_sampling_temperature_of_pro_arrives(make, monkeypatch):
     received = {}
 
     def record(prompts, policy, tokenizer, ranker, output_dir, options, **settings):
-        received.update(settings, **vars(options))
+        received.update(settings, **vars(SamplingOptions.of(options)))
         return dataset(RANKINGS)
 
     monkeypatch.setattr("prefopt_trl.trainers.prepare.build_preference_dataset", record)

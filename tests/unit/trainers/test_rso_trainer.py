@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
-from prefopt_trl import losses
+from prefopt_trl import SamplingOptions, losses
 from prefopt_trl.rankers import FunctionRanker
 from prefopt_trl.sampling.generation import sample_completions
 from prefopt_trl.sampling.shards import shard_seed
@@ -207,7 +207,7 @@ def test_every_sampling_setting_arrives(prompts, policy_dir, tmp_path, monkeypat
 
     def record(dataset, policy, tokenizer, ranker, output_dir, options, **settings):
         received.update(settings, dataset=dataset, policy=policy, tokenizer=tokenizer, ranker=ranker)
-        received.update(vars(options), output_dir=output_dir)
+        received.update(vars(SamplingOptions.of(options)), output_dir=output_dir)
         return Dataset.from_dict(PAIRS)
 
     monkeypatch.setattr("prefopt_trl.trainers.prepare.build_preference_dataset", record)

@@ -137,7 +137,7 @@ def test_evaluation_and_accumulation(by_hand, make):
         ({"loss_type": "unlikelihood", "regularization_weight": 1.0}, "`regularization_weight` has no effect with"),
         ({"unlikelihood_weight": 0.5}, "`unlikelihood_weight` needs `loss_type='unlikelihood'`"),
         ({"target_column": "reference"}, "`target_column`='reference' needs a `regularization_weight` above 0"),
-        ({"sampling": "online"}, "`sampling='online'` samples from the reference model, and SLiC has none"),
+        ({"sampling": "online"}, "`sampling='online'` samples from the reference model, but SLiC has no"),
         ({"pairing": "ranking"}, "`pairing` must be one of first-round, tournament, all, got 'ranking'"),
     ],
 )
