@@ -11,6 +11,7 @@ from trl import ModelConfig
 from prefopt_trl.cli.arguments import EvaluateConfig
 from prefopt_trl.cli.models import check_model, load_ranker, load_tokenizer, model_to_run
 from prefopt_trl.data.loading import load_rows
+from prefopt_trl.data.tokenization import chat_options
 from prefopt_trl.evaluation.policy import evaluate_policy
 from prefopt_trl.evaluation.report import as_percentage, table, with_error
 from prefopt_trl.runtime.processes import interruptible, process_state
@@ -23,10 +24,10 @@ def run(own: EvaluateConfig, model: ModelConfig, save_config: Callable[[], None]
     path = str(model.model_name_or_path)
     rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_split, own.num_rows)
     target = next((column for column in ("completion", "chosen") if column in rows.column_names), None)
-    if target is None or "prompt" not in rows.column_names or not isinstance(rows[0]["prompt"], str) or len(rows) < 2:
+    if target is None or "prompt" not in rows.column_names or len(rows) < 2:
         raise ValueError(
-            f"{own.dataset_name} must have at least 2 rows with columns `prompt`, of plain text, and `chosen` or "
-            f"`completion`; it has {len(rows)} with {', '.join(rows.column_names)}."
+            f"{own.dataset_name} must have at least 2 rows with columns `prompt` and `chosen` or `completion`; "
+            f"it has {len(rows)} with {', '.join(rows.column_names)}."
         )
     ranker = load_ranker(own)
     assert ranker is not None  # the arguments need one
@@ -43,6 +44,7 @@ def run(own: EvaluateConfig, model: ModelConfig, save_config: Callable[[], None]
             list(rows["prompt"]),
             list(rows[target]),
             max_new_tokens=own.max_new_tokens,
+            chat=list(map(chat_options, rows)),
             seed=own.seed,
         )
     win_rate = measured["ranker_win_rate"]

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt_trl.data.formats import Completion, Prompt
 from prefopt_trl.data.tokenization import tokenize_completions
 from prefopt_trl.sampling.generation import Candidates
+from prefopt_trl.shared_prefix.continuation import WholeRows
 from prefopt_trl.shared_prefix.scoring import completion_logps
 from prefopt_trl.shared_prefix.support import evaluating
 
-PAIRS_AT_ONCE = 4
+ROWS_AT_ONCE = 8  # two of each pair
 
 
 def sampled_logps(
@@ -71,44 +72,33 @@ def pair_logps(
     Returns:
         `np.ndarray` of shape `(n, 2)`: in nats, summed over the completion's tokens, EOS among them.
     """
-    with evaluating(model):
-        parts = [
-            _logps(
-                model,
-                tokenizer,
-                prompts[start : start + PAIRS_AT_ONCE],
-                pairs[start : start + PAIRS_AT_ONCE],
-                max_length,
-                **chat_template_kwargs,
-            )
-            for start in range(0, len(prompts), PAIRS_AT_ONCE)
-        ]
-    return np.concatenate([np.empty((0, 2)), *parts])
-
-
-def _logps(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    pairs: Sequence[tuple[Completion, Completion]],
-    max_length: int | None,
-    **chat_template_kwargs: Any,
-) -> np.ndarray:
-    rows: list[tuple[int, list[int]]] = []
+    rows = []
     for prompt, pair in zip(prompts, pairs, strict=True):
         prompt_ids, completion_ids = tokenize_completions(tokenizer, prompt, pair, **chat_template_kwargs)
-        rows += [(len(prompt_ids), (prompt_ids + ids)[:max_length]) for ids in completion_ids]
-    longest = max(len(ids) for _, ids in rows)
-    place = torch.arange(longest)
-    lengths = torch.tensor([len(ids) for _, ids in rows])[:, None]
-    before = torch.tensor([length for length, _ in rows])[:, None]
-    input_ids = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids in rows])
-    with torch.no_grad():
+        rows += [(prompt_ids, ids) for ids in completion_ids]
+    parts = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
+    logps = [row_logps(model, part, max_length, torch.arange(len(part)) // 2) for part in parts]
+    return np.concatenate([np.empty(0), *logps]).reshape(-1, 2)
+
+
+def row_logps(
+    model: PreTrainedModel,
+    rows: Sequence[tuple[list[int], list[int]]],
+    max_length: int | None = None,
+    group_ids: torch.Tensor | None = None,
+) -> np.ndarray:
+    """Compute the log-probabilities of completions, each given as the token ids of its prompt and its own.
+
+    Rows of the same group share their prompt; without groups, none do. Return a float64 array of shape `(num_rows,)`,
+    in nats, summed over the tokens of the completion that `max_length` leaves.
+    """
+    inputs = WholeRows([(prompt + completion)[:max_length] for prompt, completion in rows], 0, model.device).inputs
+    begin = torch.tensor([[len(prompt)] for prompt, _ in rows], device=model.device)
+    place = torch.arange(inputs["input_ids"].shape[1], device=model.device)
+    completion_mask = inputs["attention_mask"] * (place >= begin)
+    groups = None if group_ids is None else group_ids.to(model.device)
+    with evaluating(model), torch.no_grad():
         logps, _ = completion_logps(
-            model,
-            input_ids.to(model.device),
-            attention_mask=(place < lengths).long().to(model.device),
-            completion_mask=((place >= before) & (place < lengths)).long().to(model.device),
-            group_ids=torch.arange(len(prompts), device=model.device).repeat_interleave(2),
+            model, **inputs, completion_mask=completion_mask, group_ids=groups, share_prefix=groups is not None
         )
-    return logps.double().cpu().view(-1, 2).numpy()
+    return logps.double().cpu().numpy()

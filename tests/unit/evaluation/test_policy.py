@@ -1,11 +1,14 @@
 """What is measured of a policy's samples, against values known beforehand."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt_trl import FunctionRanker
+from prefopt_trl.data.tokenization import chat_options
 from prefopt_trl.evaluation.policy import Estimate, evaluate_policy
 
 PROMPTS = [f"The fox number {number}" for number in range(40)]
@@ -76,6 +79,24 @@ def test_kl_is_that_of_the_tokens_drawn(tiny_llama_dir, tokenizer):
     )["kl"]
     assert exact > 0.1
     assert abs(kl.mean - exact) < 5 * kl.standard_error < 0.5 * exact  # by chance wrong once in a million
+
+
+def test_conversations_are_written_with_the_tools_and_arguments_of_their_row(tiny_llama_dir):
+    reads, says = (AutoTokenizer.from_pretrained(tiny_llama_dir) for _ in range(2))
+    reads.chat_template = "{{ style }}{{ tools[0]['name'] }}" + reads.chat_template
+    says.chat_template = "tersesum" + says.chat_template
+    policy, reference = load(tiny_llama_dir), load(tiny_llama_dir)
+    reference.lm_head.weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    prompts = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    targets = [[{"role": "assistant", "content": "a"}]] * 40
+    ranker = FunctionRanker(lambda prompts, completions: [float(len(said[0]["content"])) for said in completions])
+
+    def measured(tokenizer, **given):
+        return evaluate_policy(policy, reference, tokenizer, ranker, prompts, targets, max_new_tokens=6, **given)
+
+    rows = [{"tools": json.dumps([{"name": "sum"}]), "chat_template_kwargs": {"style": "terse"}}] * 40
+    found = measured(reads, chat=list(map(chat_options, rows)))
+    assert found == measured(says) != measured(reads, chat=[{"style": "", "tools": [{"name": ""}]}] * 40)
 
 
 def test_what_the_ranker_returns_is_checked(tiny_llama_dir, tokenizer, monkeypatch):
