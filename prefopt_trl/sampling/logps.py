@@ -25,21 +25,11 @@ def sampled_logps(
     max_length: int | None,
     **chat_template_kwargs: Any,
 ) -> list[float | None]:
-    """Log-probabilities that the decoder summed, for the completions that training reads as the same tokens.
+    """Return the log-probability that the decoder summed for each completion, None where training reads other tokens.
 
-    It does not where a completion was cut at `max_new_tokens` (training ends it with EOS), where a stop string was cut
-    off, where its text has other tokens than those drawn, or where `max_length` cuts it.
-
-    Args:
-        completions (`Sequence`):
-            The texts of `candidates`, in the format of the prompt.
-        candidates ([`Candidates`]):
-            With what was `sampled`.
-        max_length (`int`, *optional*):
-            Most tokens of prompt and completion in training.
-
-    Returns:
-        `list[float | None]`: in nats, summed over tokens; None where training reads other tokens.
+    It does where a completion was cut at `max_new_tokens` (training ends it with EOS), where a stop string was cut
+    off, where its text has other tokens than those drawn, or where `max_length` cuts prompt and completion.
+    `completions` are the texts of `candidates` in the format of the prompt.
     """
     logps: list[float | None] = []
     for completion, (ids, logp) in zip(completions, candidates.sampled, strict=True):
@@ -57,20 +47,10 @@ def pair_logps(
     max_length: int | None,
     **chat_template_kwargs: Any,
 ) -> np.ndarray:
-    """Log-probabilities of pairs, as TRL's `DPOTrainer` would compute those of its reference model.
+    """Compute the log-probabilities of pairs as TRL's `DPOTrainer` computes those of its reference model.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Policy that was sampled.
-        prompts (`Sequence` of length `n`):
-            Prompts.
-        pairs (`Sequence` of length `n`):
-            Two completions of each.
-        max_length (`int`, *optional*):
-            Most tokens of prompt and completion; a completion loses its end.
-
-    Returns:
-        `np.ndarray` of shape `(n, 2)`: in nats, summed over the completion's tokens, EOS among them.
+    Return a float64 array of shape `(num_pairs, 2)`, in nats, summed over the tokens of a completion, EOS among them.
+    A prompt and completion longer than `max_length` tokens lose the end.
     """
     rows = []
     for prompt, pair in zip(prompts, pairs, strict=True):

@@ -243,7 +243,7 @@ def prompts_at_once(shards: Shards) -> int:
 
 
 def shard_layout(num_prompts: int, at_once: int) -> tuple[int, int]:
-    """Prompts per shard, a multiple of those that are handled at a time, and the number of shards."""
+    """Return the prompts per shard, a multiple of those that are handled at a time, and the number of shards."""
     at_once = max(at_once, 1)
     prompts_per_shard = at_once * -(-num_prompts // (at_once * MOST_SHARDS))
     return prompts_per_shard, -(-num_prompts // prompts_per_shard)
@@ -278,7 +278,7 @@ def _make_shards(shards: Shards, process: PartialState) -> None:
 
 
 def _warn_of_contradictions(pairs: Dataset) -> None:
-    """Say so where rewards that were given are of another ranker than the one that labels."""
+    """Warn of given rewards that are of another ranker than the one that labels."""
     rewards = zip(pairs["chosen_reward"], pairs["rejected_reward"], strict=True)
     contradicted = sum(chosen < rejected for chosen, rejected in rewards)
     if contradicted > MANY_CONTRADICTED * len(pairs):

@@ -11,11 +11,7 @@ from prefopt_trl.data.tokenization import prompt_token_ids
 
 
 def check_prompts_fit(prompt_ids: Sequence[Sequence[int]], max_length: int | None) -> None:
-    """Refuse prompts that leave no room for a completion.
-
-    Raises:
-        ValueError: naming the first row, and how many there are.
-    """
+    """Refuse prompts that leave no room for a completion; the `ValueError` names the first row."""
     too_long = [row for row, ids in enumerate(prompt_ids) if max_length is not None and len(ids) >= max_length]
     if too_long:
         raise ValueError(
@@ -26,11 +22,7 @@ def check_prompts_fit(prompt_ids: Sequence[Sequence[int]], max_length: int | Non
 
 
 def check_positions(model: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Refuse prompts whose completions may go beyond the positions that the model, as GPT-2, has a table of.
-
-    Raises:
-        ValueError: naming the first row, and how many there are.
-    """
+    """Refuse prompts whose completions may go beyond the positions that the model, as GPT-2, has a table of."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     tensors = [*model.named_parameters(), *model.named_buffers()]
     tables = [tensor for name, tensor in tensors if re.search(r"(wpe|position\w*)(\.weight)?$", name)]
@@ -59,13 +51,10 @@ def tokenize_prompts(
     *,
     for_encoder: bool = False,
 ) -> list[list[int]]:
-    """Return the token ids of each prompt, as training reads them.
+    """Return the token ids of each prompt, as training reads them; the `ValueError` names the row of an empty one.
 
     `chat` has the arguments of each prompt for `apply_chat_template` (see [`chat_options`]). An encoder reads a whole
     text, so with `for_encoder` what the tokenizer appends stays, such as T5's EOS.
-
-    Raises:
-        ValueError: naming the row of a prompt that is empty, or neither text nor messages.
     """
     check_prompts(prompts)
     made = []

@@ -66,21 +66,10 @@ def select_and_pair(
 ) -> list[SelectedPrompt]:
     """Keep `num_samples` candidates of each prompt, and let the ranker label pairs of them.
 
-    Every prompt has a random stream of its own, made from `seed` and its row, so that it does not matter which others
-    it is selected with. [`keep`] says which candidates are kept. A pair of two equal texts is not made: no ranker
-    prefers one of them, and every loss of a difference has gradient zero. A prompt is skipped if all its candidates
-    are equal, or all those kept that met.
-
-    Args:
-        prompts, completions, rewards (sequences of length `n`):
-            Prompts, the candidates of each, and their rewards.
-        ranker, options, seed:
-            As in [`build_preference_dataset`].
-        first_row (`int`, *optional*, defaults to `0`):
-            Row of the first of `prompts` among all.
-
-    Returns:
-        `list` of [`SelectedPrompt`], one per prompt.
+    Every prompt has a random stream of its own, made from `seed` and its row among all prompts (`first_row` is that of
+    the first here), so that it does not matter which others it is selected with. A pair of two equal texts is not
+    made: no ranker prefers one of them, and every loss of a difference has gradient zero. A prompt is skipped if all
+    its candidates are equal, or all those kept that met.
     """
     texts = [first_occurrences(row) for row in completions]
     distinct = [np.unique(row) for row in texts]
@@ -118,19 +107,7 @@ def select_and_pair(
 def preference_rows(
     candidates: dict[str, Any], selected: SelectedPrompt, pairing: str, max_length: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the final dataset that one prompt makes: its pairs, or its ranking, or none.
-
-    Args:
-        candidates (`dict`):
-            Row of candidates, with `prompt` and `completions`. Columns other than [`OWN_COLUMNS`] are kept.
-        selected ([`SelectedPrompt`]):
-            What was selected of them.
-        pairing, max_length:
-            As in [`build_preference_dataset`].
-
-    Yields:
-        `dict`: one row.
-    """
+    """Yield the rows of the final dataset that a row of candidates makes: its pairs, or its ranking, or none."""
     columns = carried(candidates)
     completions, rewards = candidates["completions"], selected.rewards
     if pairing == RANKING:
@@ -160,21 +137,18 @@ def carried(columns: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def keep(rewards: np.ndarray, texts: np.ndarray, options: SamplingOptions, stream: np.random.Generator) -> np.ndarray:
-    """Indices of the candidates of one prompt that are kept: `num_samples`, or all that there are.
+    """Return the indices of a prompt's candidates that are kept: `num_samples`, or all that there are.
 
     `"rso"` and `"top-k"` keep distinct texts, as Algorithm 1 does. `"sft"` draws among all candidates, so that a text
-    sampled twice is twice as likely: these are samples of the policy (RSO section 5, "sft-sample-rank").
-
-    Args:
-        texts (int64 array of shape `(num_candidates,)`):
-            As [`first_occurrences`] returns them.
+    sampled twice is twice as likely: these are samples of the policy (RSO section 5, "sft-sample-rank"). `texts` are
+    what [`first_occurrences`] returns.
     """
     pool = np.arange(len(texts)) if options.strategy == "sft" else np.unique(texts)
     return pool[accept(rewards[pool], min(options.num_samples, len(pool)), options.effective_beta, stream)]
 
 
 def rank(completions: Sequence[Completion], rewards: np.ndarray, kept: np.ndarray) -> dict[str, list[Any]]:
-    """Columns `completions` and `rewards` of one prompt's kept candidates, best first."""
+    """Return columns `completions` and `rewards` of a prompt's kept candidates, best first."""
     best_first = kept[np.argsort(-rewards[kept], kind="stable")]
     return {"completions": [completions[index] for index in best_first], "rewards": rewards[best_first].tolist()}
 
@@ -187,7 +161,7 @@ def label_pairs(
     pairing: str,
     streams: Sequence[np.random.Generator],
 ) -> list[Pairs]:
-    """Pairs of each prompt's `members` (indices into its completions), as such indices too, labelled by the ranker."""
+    """Pair each prompt's `members` (indices into its completions), and return pairs of such indices."""
 
     def compare(position: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         matched = [prompts[at] for at in position]
@@ -204,7 +178,7 @@ def label_pairs(
 
 
 def first_occurrences(completions: Sequence[Completion]) -> np.ndarray:
-    """For each completion the index of the first one with its text. Rankers do not see outer space."""
+    """Return for each completion the index of the first one with its text. Rankers do not see outer space."""
     first: dict[str, int] = {}
     texts = (completion_text(completion).strip() for completion in completions)
     return np.array([first.setdefault(text, index) for index, text in enumerate(texts)], dtype=np.int64)

@@ -26,16 +26,12 @@ ROWS_IN_MEMORY = 100  # of prompts with all their candidates, while they are wri
 
 
 class SampleStore:
-    """Manifest, shards, candidates, pairs and statistics of one sampled dataset.
+    """Manifest, shards, candidates, pairs and statistics of one sampled dataset, in a folder.
 
     `manifest.json` holds every setting the dataset depends on, and whether it is finished. Each file or folder is
     written under a temporary name, synced to the disk and then renamed, so that what is there is whole, whenever a
     process or the machine dies. Any number of processes may share the folder: each shard has one writer, and all else
     is written by the main process.
-
-    Args:
-        folder (`str` or `Path`):
-            Folder of the dataset, made when something is first written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -47,11 +43,8 @@ class SampleStore:
     def finished(self, settings: dict[str, Any]) -> bool:
         """Whether the folder holds a finished dataset made with these settings.
 
-        Raises:
-            ValueError: if it holds one made with other settings, finished or not (the message names those that
-                differ), or candidates or pairs without the manifest that says how they were made. A manifest alone
-                may be overwritten.
-            TypeError: if a setting cannot be written as JSON.
+        A `ValueError` names the settings that differ where it holds a dataset, finished or not, made with others; a
+        manifest alone may be overwritten.
         """
         now = as_json(settings)  # as they will be read back
         holds_results = self._holds_results()  # asked first: another process may be about to begin
@@ -84,22 +77,11 @@ class SampleStore:
         """Write down the settings, unless they are there already; what follows is made with them."""
         manifest = self._manifest()
         if manifest is None or differences(manifest["settings"], as_json(settings)):
-            self.write_json(
-                "manifest.json",
-                {
-                    "finished": False,
-                    "num_shards": num_shards,
-                    "prompts_per_shard": prompts_per_shard,
-                    "settings": settings,
-                },
-            )
+            layout = {"num_shards": num_shards, "prompts_per_shard": prompts_per_shard}
+            self.write_json("manifest.json", {"finished": False, **layout, "settings": settings})
 
     def wait_for_settings(self, settings: dict[str, Any]) -> None:
-        """Wait until the main process has written down these settings.
-
-        Raises:
-            RuntimeError: if it has not after half an hour.
-        """
+        """Wait until the main process has written down these settings; raise `RuntimeError` after half an hour."""
         now = as_json(settings)
         began = reminded = time.monotonic()
         while (manifest := self._manifest()) is None or differences(manifest["settings"], now):
@@ -121,10 +103,9 @@ class SampleStore:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """While entered, no other run may make a dataset in this folder; a process that dies lets go of it.
+        """Let no other run make a dataset in this folder, or raise `RuntimeError` if one does.
 
-        Raises:
-            RuntimeError: if another run does.
+        A process that dies lets go of the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.folder, os.O_RDONLY)
@@ -143,7 +124,7 @@ class SampleStore:
             os.close(descriptor)
 
     def layout(self) -> tuple[int, int]:
-        """Prompts per shard, and the number of shards."""
+        """Return the prompts per shard, and the number of shards."""
         manifest = self._manifest()
         assert manifest is not None  # written by `begin`
         return manifest["prompts_per_shard"], manifest["num_shards"]
@@ -178,7 +159,7 @@ class SampleStore:
         return self._shard(shard, stage).exists()
 
     def ranked_shards(self) -> list[int]:
-        """Numbers of the shards that are ranked, by any process."""
+        """Return the numbers of the shards that are ranked, by any process."""
         return sorted(int(path.name.split(".")[0]) for path in self.shards.glob("*.ranked.jsonl"))
 
     def write_shard(self, shard: int, stage: str, rows: Iterable[dict[str, Any]]) -> None:
@@ -188,7 +169,7 @@ class SampleStore:
             temporary.write_bytes("".join(lines).encode())
 
     def read_shard(self, shard: int, stage: str) -> list[dict[str, Any]]:
-        """Rows of a finished shard."""
+        """Read the rows of a finished shard."""
         with self._shard(shard, stage).open("rb") as lines:
             return [json.loads(line) for line in lines]
 
@@ -198,11 +179,7 @@ class SampleStore:
     # What is made of them
 
     def write_dataset(self, name: str, rows: Iterable[dict[str, Any]], features: Features) -> Dataset:
-        """Write `rows`, one after the other, as a folder for `load_from_disk`: a function of the rows alone.
-
-        Returns:
-            [`~datasets.Dataset`] that was written.
-        """
+        """Write `rows`, one after the other, as a folder for `load_from_disk`, whose bytes depend on them alone."""
         digest = hashlib.sha256(repr(features).encode())
         arrow = self.shards / f"{name}.arrow"
         with self.writing(arrow) as temporary:
@@ -229,7 +206,7 @@ class SampleStore:
             temporary.write_bytes(content.encode())
 
     def pairs(self) -> Dataset:
-        """Pairs of a finished dataset."""
+        """Read the pairs of a finished dataset."""
         folder = self.folder / "pairs"
         # `Dataset.map` writes its cache beside the file that it reads, unless what it reads is in memory
         return load_from_disk(str(folder), keep_in_memory=not os.access(folder, os.W_OK))
@@ -244,12 +221,7 @@ class SampleStore:
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[Path]:
-        """A temporary name to write a file or folder under, which is `path` once it is whole and on the disk.
-
-        Raises:
-            OSError: if it cannot be written, for example to a full disk, saying what is saved. `path` is then as it
-                was.
-        """
+        """Yield a temporary name to write under, as [`runtime.settings.writing`]; an `OSError` says what is saved."""
         try:
             with writing(path) as temporary:
                 yield temporary
