@@ -34,7 +34,7 @@ def main(name: str, arguments: Sequence[str]) -> None:
     quiet_libraries()
     from prefopt_trl.cli.parsing import parse  # it imports torch
     from prefopt_trl.runtime.hub import PushError
-    from prefopt_trl.runtime.processes import is_main_process
+    from prefopt_trl.runtime.processes import SavedNote, is_main_process
 
     signal.signal(signal.SIGINT, partial(_interrupt, os.getpid()))
     debug = False
@@ -47,11 +47,13 @@ def main(name: str, arguments: Sequence[str]) -> None:
             said = str(interrupt) or "Interrupted before anything was saved."
             tqdm.write(f"prefopt-trl {name}: {said}", file=sys.stderr)  # not behind a bar
         raise SystemExit(128 + signal.SIGINT) from None
-    except (*USER_ERRORS, PushError) as error:
-        has_begun = hasattr(error, "__notes__")  # they say what is saved
-        if debug or (has_begun and not isinstance(error, PushError)):
+    except PushError as error:
+        fail(name, error, code=1)
+    except USER_ERRORS as error:
+        notes = getattr(error, "__notes__", [])
+        if debug or any(isinstance(note, SavedNote) for note in notes):
             raise
-        fail(name, error, code=1 if isinstance(error, PushError) else 2)
+        fail(name, " ".join([str(error), *notes]))
 
 
 def run(name: str, parsed: Sequence[Any], launch: dict[str, object]) -> None:

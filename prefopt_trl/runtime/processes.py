@@ -37,12 +37,16 @@ def process_state() -> PartialState:
     return state
 
 
+class SavedNote(str):
+    """The note of an error that ends sampling or training: what is saved of it."""
+
+
 @contextmanager
 def interruptible(what_is_saved: Callable[[], str]) -> Iterator[None]:
     """Within, let `what_is_saved()` be the message of a `KeyboardInterrupt`, and print it on SIGTERM.
 
     SIGTERM then ends the process as before. A handler that the caller has set is left in place. Any other exception
-    gets the sentence as a note below its traceback.
+    gets the sentence as a [`SavedNote`].
     """
     owner = os.getpid()
 
@@ -62,8 +66,7 @@ def interruptible(what_is_saved: Callable[[], str]) -> Iterator[None]:
         interrupt.args = interrupt.args or (what_is_saved(),)
         raise
     except Exception as error:
-        if not hasattr(error, "__notes__"):  # of a context within this one
-            error.add_note(what_is_saved())
+        error.add_note(SavedNote(what_is_saved()))
         raise
     finally:
         if handles:

@@ -167,7 +167,7 @@ def build_preference_dataset(
     how = (options, generation_kwargs or {}, seed, keep_logps, max_length)
     shards = Shards(store, dataset, policy, tokenizer, ranker, *how)
     models: Any = (None if shards.are_given and not keep_logps else policy, ranker.model)  # those that are run
-    with gathered(*models), interruptible(lambda: f"Interrupted: {store.saved()}; the same call goes on from there."):
+    with gathered(*models):
         if sharded := [model for model in models if model is not None and partition_reason(model)]:
             raise ValueError(
                 f"A {type(sharded[0]).__name__} cannot be sampled or asked: {partition_reason(sharded[0])}. Build the "
@@ -175,7 +175,9 @@ def build_preference_dataset(
             )
         settings = shards.settings()
         if not store.finished(settings):
-            _make(shards, settings, process)
+            layout = shard_layout(len(dataset), prompts_at_once(shards))
+            with interruptible(lambda: f"Interrupted: {store.saved()}; the same call goes on from there."):
+                _make(shards, settings, layout, process)
         elif process.is_main_process:
             with contextlib.suppress(OSError):  # a read-only disk
                 store.clear()  # where the run that finished it was stopped while it did so
@@ -198,10 +200,9 @@ def _as_dataset(prompts: Dataset | list[Prompt] | str | Path) -> Dataset:
     return prompts.with_format(None)
 
 
-def _make(shards: Shards, settings: dict[str, Any], process: PartialState) -> None:
+def _make(shards: Shards, settings: dict[str, Any], layout: tuple[int, int], process: PartialState) -> None:
     """Make the shards of this process and, on the main process, the dataset of the shards of all."""
     store = shards.store
-    layout = shard_layout(len(shards.prompts), prompts_at_once(shards))
     if not process.is_main_process:
         store.wait_for_settings(settings)
         _make_shards(shards, process)

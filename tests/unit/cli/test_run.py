@@ -26,7 +26,11 @@ def failing(monkeypatch, training):
 
 
 def refuse():
-    load_rows("pairs.jsonl", num_rows=0)
+    try:
+        load_rows("pairs.jsonl", num_rows=0)
+    except ValueError as error:
+        error.add_note("A note says more.")
+        raise
 
 
 def push():
@@ -38,7 +42,7 @@ def test_what_a_user_can_mend_is_one_line(failing, capsys):
         failing(refuse)
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines() == [
-        "prefopt-trl rso: error: `num_rows` must be at least 1, got 0. Leave it out for all rows."
+        "prefopt-trl rso: error: `num_rows` must be at least 1, got 0. Leave it out for all rows. A note says more."
     ]
 
 
@@ -108,6 +112,16 @@ def test_an_error_of_a_function_that_ranks_keeps_its_traceback(training):
     sampling = "--only_prompts --ranker raising.reward --num_candidates 4 --num_samples 2 --max_new_tokens 4"
     with pytest.raises(ValueError, match="could not convert string to float"):
         run.main("rso", [*training, *sampling.split(), "--output_dir", "out"])
+
+
+def test_a_folder_of_another_dataset_is_refused_before_sampling_begins(tiny, capsys):
+    Path("brief.py").write_text("def brevity(prompts, completions):\n    return [-len(c) for c in completions]\n")
+    sampling = "--ranker brief.brevity --num_candidates 4 --num_samples 2 --max_new_tokens 4 --output_dir out"
+    run.main("sample", [*tiny, *sampling.split()])
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        run.main("sample", [*tiny, *sampling.split(), "--seed", "1"])
+    assert "\nprefopt-trl sample: error: out " in capsys.readouterr().err
 
 
 # Interrupted

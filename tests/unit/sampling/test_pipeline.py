@@ -693,7 +693,7 @@ class BadRanker(CountingRanker):
 def test_a_ranker_that_returns_the_wrong_rewards_is_named(returned: list, message: str, build, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as error:
         build(tmp_path / "pairs", ranker=BadRanker(returned))
-    assert error.value.__notes__ == ["Row 0 of these 3 is row 0 of `prompts`."]
+    assert error.value.__notes__[0] == "Row 0 of these 3 is row 0 of `prompts`."
     assert names(tmp_path / "pairs" / "shards") == {"00000.candidates.jsonl"}  # sampled is sampled
 
 

@@ -301,7 +301,7 @@ def test_what_is_sampled_and_ranked_is_not_done_again(at: int, build, undisturbe
         with pytest.raises(RuntimeError, match="the judge is out") as error:
             build(tmp_path / "stopped")
     shard = (at - 1) // 3
-    assert error.value.__notes__ == [f"Row 0 of these {1 if shard == 3 else 2} is row {2 * shard} of `prompts`."]
+    assert error.value.__notes__[0] == f"Row 0 of these {1 if shard == 3 else 2} is row {2 * shard} of `prompts`."
     files = {path.name for path in (tmp_path / "stopped" / "shards").iterdir()}
     assert files == {f"{done:05d}.candidates.jsonl" for done in range(shard + 1)} | {
         f"{done:05d}.ranked.jsonl" for done in range(shard)
