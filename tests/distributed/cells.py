@@ -13,27 +13,20 @@ class Cell:
     """One training.
 
     Attributes:
-        trainer (`str`):
-            One of [`TRAINERS`].
         weights (`str`):
-            `"full"`, `"tied"` (full, with the weights of the embedding in the head), `"lora"` (a fresh adapter, whose
-            reference is the base model), `"adapter"` (a trained one, whose reference is a frozen copy of it),
-            `"object"` (full, of weights that have changed since they were loaded, whose reference is a copy) or
-            `"qlora"` (nf4, double quantisation, `paged_adamw_8bit`).
+            `"full"`, `"tied"` (full, the embedding in the head), `"lora"` (a fresh adapter), `"adapter"` (a trained
+            one, whose reference is a frozen copy), `"object"` (full, changed since they were loaded, whose reference
+            is a copy) or `"qlora"` (nf4, double quantisation, `paged_adamw_8bit`).
         data (`str`):
             `"given"` completions; `"scored"` ones, to which a ranker gives rewards first; or prompts that are sampled
             `"offline"` or `"online"`. `"bootstrap"` adds samples to given completions.
-        share_prefix (`bool`):
-            Whether each prompt is computed once.
-        options (`dict`):
-            Further arguments of the configuration.
     """
 
     trainer: str
     weights: str = "full"
     data: str = "given"
     share_prefix: bool = True
-    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)  # further arguments of the configuration
 
     def __str__(self) -> str:
         sharing = [] if self.share_prefix else ["not shared"]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from prefopt_trl.trainers.rso_config import RSOConfig
 from prefopt_trl.trainers.rso_trainer import RSOTrainer
 from tests.unit.trainers.conftest import _fast_collection  # noqa: F401
 
-TRAINER_ARGUMENTS = ("model", "ref_model", "train_dataset", "eval_dataset", "peft_config", "compute_metrics")
+TRAINER_ARGUMENTS = ("model", "ref_model", "train_dataset", "eval_dataset", "peft_config")
 NOT_COMPARED = ("runtime", "per_second")  # wall-clock times
 
 # TRL's metrics, all of which must come out of the shared rows too
@@ -83,6 +84,8 @@ def train(
     trainer_class: type[DPOTrainer], config_class: type[DPOConfig], resume_from: str | None = None, **given: Any
 ) -> Run:
     arguments = {name: given.pop(name) for name in TRAINER_ARGUMENTS if name in given}
+    # Each trainer has models of its own, where they are not given by name
+    arguments = {name: value() if isinstance(value, FunctionType) else value for name, value in arguments.items()}
     settings = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": 160, "bf16": False, "use_cpu": True}
     settings |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     settings |= {"learning_rate": 1e-2 if "peft_config" in arguments else 1e-3}
@@ -118,9 +121,10 @@ def assert_same(run: Run, expected: Run) -> None:
 
 
 def both(tmp_path: Path, **given: Any) -> tuple[Run, Run]:
-    """Our run and TRL's with the same arguments."""
-    expected = train_dpo(tmp_path, **given)
-    return train_rso(tmp_path, **given), expected
+    """Our run and TRL's with the same arguments, which must be the same."""
+    run, expected = train_rso(tmp_path, **given), train_dpo(tmp_path, **given)
+    assert_same(run, expected)
+    return run, expected
 
 
 def assert_shared(run: Run, expected: Run) -> None:
@@ -191,7 +195,6 @@ NOT_WITH_LORA = {"sync_ref_model"}  # TRL refuses it
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_other_option_is_trls(variant, pairs, policy_dir, tmp_path):
     run, expected = both(tmp_path, model=policy_dir, train_dataset=pairs.select(range(8)), **VARIANTS[variant])
-    assert_same(run, expected)
     if variant == "truncation of prompts":  # pairs cut at different places have nothing in common
         assert run.num_rows == expected.num_rows // 2
     else:
@@ -216,7 +219,6 @@ def test_precomputing_shares_the_prompts_too(pairs, policy_dir, tmp_path):
     splits = {"first": pairs.select(range(12, 16)), "second": pairs.select(range(16, 20))}
     given = {"eval_dataset": splits, "eval_strategy": "steps", "eval_steps": 2, "precompute_ref_log_probs": True}
     run, expected = both(tmp_path, model=policy_dir, train_dataset=pairs.select(range(8)), **given)
-    assert_same(run, expected)
     assert {"eval_first_loss", "eval_second_loss"} <= {name for log in run.logs for name in log}
     assert_shared(run, expected)
     rows, wanted = ([one.trainer.train_dataset, one.trainer.eval_dataset["first"]] for one in (run, expected))
@@ -226,7 +228,8 @@ def test_precomputing_shares_the_prompts_too(pairs, policy_dir, tmp_path):
 
 
 def test_bfloat16_is_as_close_as_its_rounding(pairs, policy_dir, tmp_path):
-    run, expected = both(tmp_path, bf16=True, model=policy_dir, train_dataset=pairs.select(range(12)))
+    given = {"bf16": True, "model": policy_dir, "train_dataset": pairs.select(range(12))}
+    run, expected = train_rso(tmp_path, **given), train_dpo(tmp_path, **given)
     # bfloat16 keeps 8 bits. Sums in another order round otherwise: a completion of 100 tokens is off by some tenths of
     # a nat, which gamma = 0.1 makes some hundredths of a loss. The mean log-probability stays within 0.1%.
     assert losses(run) == pytest.approx(losses(expected), abs=5e-2)
@@ -239,40 +242,27 @@ def test_bfloat16_is_as_close_as_its_rounding(pairs, policy_dir, tmp_path):
 
 
 def test_an_explicit_reference_model(pairs, policy_dir, tiny_llama_dir, tmp_path):
-    def given() -> dict[str, Any]:
-        return {
-            "model": AutoModelForCausalLM.from_pretrained(policy_dir),
-            "ref_model": AutoModelForCausalLM.from_pretrained(tiny_llama_dir),
-            "train_dataset": pairs.select(range(8)),
-        }
-
-    run, expected = train_rso(tmp_path, **given()), train_dpo(tmp_path, **given())
+    load = AutoModelForCausalLM.from_pretrained
+    models = {"model": lambda: load(policy_dir), "ref_model": lambda: load(tiny_llama_dir)}
+    run, expected = both(tmp_path, train_dataset=pairs.select(range(8)), **models)
     assert abs(expected.logs[0]["rewards/margins"]) > 0.1  # the reference is another model from the start
-    assert_same(run, expected)
     assert_shared(run, expected)
 
 
 def test_a_pretrained_adapter_is_its_own_reference(pairs, policy_dir, tmp_path):
+    def load() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(policy_dir)
+
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(policy_dir)
     adapter = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
-    get_peft_model(base, adapter).save_pretrained(tmp_path / "adapter")
-
-    def given() -> dict[str, Any]:
-        base = AutoModelForCausalLM.from_pretrained(policy_dir)
-        return {
-            "model": PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True),
-            "train_dataset": pairs.select(range(8)),
-        }
-
-    expected = train_dpo(tmp_path, **given())
+    get_peft_model(load(), adapter).save_pretrained(tmp_path / "adapter")
+    adapted = {"model": lambda: PeftModel.from_pretrained(load(), str(tmp_path / "adapter"), is_trainable=True)}
+    run, expected = both(tmp_path, train_dataset=pairs.select(range(8)), **adapted)
     assert expected.logs[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
-    run = train_rso(tmp_path, **given())
-    assert_same(run, expected)
     assert_shared(run, expected)
     with run.trainer.model.disable_adapter():  # the base is untouched
         weights = dict(run.trainer.model.get_base_model().named_parameters())
-        assert torch.equal(weights["model.embed_tokens.weight"], base.model.embed_tokens.weight)
+        assert torch.equal(weights["model.embed_tokens.weight"], load().model.embed_tokens.weight)
 
 
 @pytest.mark.parametrize("fine_tuning", FINE_TUNING)
@@ -299,16 +289,13 @@ def mixtral_dir(tiny_llama_dir: str, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.mark.parametrize("output_router_logits", [True, False])
 def test_the_auxiliary_loss_of_experts_is_trls(output_router_logits, mixtral_dir, pairs, tmp_path, caplog):
-    def given() -> dict[str, Any]:
-        models = [AutoModelForCausalLM.from_pretrained(mixtral_dir) for _ in range(2)]
-        for model in models:
-            model.config.output_router_logits = output_router_logits
-        return {"model": models[0], "ref_model": models[1], "train_dataset": pairs.select(range(12))}
+    def load() -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(mixtral_dir)
+        model.config.output_router_logits = output_router_logits
+        return model
 
-    expected = train_dpo(tmp_path, **given())
+    _, expected = both(tmp_path, model=load, ref_model=load, train_dataset=pairs.select(range(12)))
     assert expected.logs[0]["aux_loss"] > 0
-    run = train_rso(tmp_path, **given())
-    assert_same(run, expected)
     reasons = [record.getMessage() for record in caplog.records if "not shared" in record.getMessage()]
     # Once per model that asks for the router's logits: the policy, and the reference if its config says so
     assert len(reasons) == 1 + output_router_logits and all("output_router_logits" in reason for reason in reasons)
@@ -317,13 +304,11 @@ def test_the_auxiliary_loss_of_experts_is_trls(output_router_logits, mixtral_dir
 def test_experts_without_auxiliary_loss_share(mixtral_dir, pairs, tmp_path):
     given = {"model": mixtral_dir, "train_dataset": pairs.select(range(8)), "router_aux_loss_coef": 0.0}
     run, expected = both(tmp_path, **given)
-    assert_same(run, expected)
     assert_shared(run, expected)
 
 
 def test_prefix_tuning_falls_back(pairs, policy_dir, tmp_path, caplog):
     virtual = PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
     given = {"peft_config": virtual, "gradient_checkpointing": False}  # PEFT refuses it
-    run, expected = both(tmp_path, model=policy_dir, train_dataset=pairs.select(range(8)), **given)
-    assert_same(run, expected)
+    both(tmp_path, model=policy_dir, train_dataset=pairs.select(range(8)), **given)
     assert [record.getMessage() for record in caplog.records if "past_key_values" in record.getMessage()]

@@ -19,14 +19,11 @@ TRANSCRIPTS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz", "pairs.json"])
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz", "pairs.json", "pairs.parquet"])
 def test_a_file_is_read_whole_whatever_the_split(tmp_path, name):
-    assert load_rows(write_jsonl(tmp_path / name, PAIRS), split="test").to_list() == PAIRS
-
-
-def test_a_parquet_file(tmp_path):
-    Dataset.from_list(PAIRS).to_parquet(tmp_path / "pairs.parquet")
-    assert load_rows(str(tmp_path / "pairs.parquet")).to_list() == PAIRS
+    file = str(tmp_path / name)
+    Dataset.from_list(PAIRS).to_parquet(file) if "parquet" in name else write_jsonl(tmp_path / name, PAIRS)
+    assert load_rows(file, split="test").to_list() == PAIRS
 
 
 def test_what_save_to_disk_wrote(tmp_path):

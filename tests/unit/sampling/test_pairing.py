@@ -182,7 +182,6 @@ def test_fewer_than_two_completions_make_no_pair(num_completions: int, pairing: 
     ("answer", "message"),
     [
         (lambda first, second: np.full(len(first) + 1, 0.7), "one probability per match"),
-        (lambda first, second: np.full((len(first), 1), 0.7), "one probability per match"),
         (lambda first, second: 0.7, r"shape \(\) for \d+ matches"),
         (lambda first, second: np.where(first == 2, np.nan, np.where(second == 2, np.nan, 0.7)), "returned nan for"),
         (lambda first, second: np.full(len(first), 1.0001), "returned 1.0001 for completion"),

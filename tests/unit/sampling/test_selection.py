@@ -13,8 +13,7 @@ from prefopt_trl.rankers import FunctionRanker
 from prefopt_trl.rankers.base import Ranker, sigmoid
 from prefopt_trl.sampling.selection import preference_rows, select_and_pair
 from prefopt_trl.sampling.statistics import SamplingStatistics, summarize
-
-CHANCE = 1e-6  # of each chi-square test to fail on a selection that does follow the law
+from tests.unit.laws import CHANCE
 
 
 def value(prompts, completions, **kwargs):

@@ -74,14 +74,10 @@ def test_the_text_says_it_all() -> None:
 
 
 def test_the_text_leaves_out_what_is_not_known() -> None:
+    known = str(STATISTICS).splitlines()
     values = {**vars(STATISTICS), "num_unfinished": None, "acceptance_rate": None, "reward_quantiles": {}}
-    assert str(SamplingStatistics(**values)).splitlines() == [
-        "32 pairs from 8 of 10 prompts",
-        "candidates: 640, of which 33 repeat another",
-        "skipped prompts, whose candidates do not differ: 2",
-        "prompts with fewer distinct candidates than num_samples: 3",
-        "mean probability the ranker gives to its own labels: 0.625 (0.810 on random candidates)",
-    ]
+    candidates = "candidates: 640, of which 33 repeat another"
+    assert str(SamplingStatistics(**values)).splitlines() == [known[0], candidates, *known[2:4], known[-1]]
 
 
 def test_the_dictionary_says_which_quantiles_they_are_and_survives_json() -> None:

@@ -119,7 +119,7 @@ def test_every_step_equals_naive_attention(num_heads, num_kv_heads, counts, soft
 
 def test_all_tokens_take_the_room_of_the_longest_and_values_may_have_another_size_than_keys():
     rows = SlowRows([4, 1, 2], 4, 4, longest=5, value_size=5)
-    rows.check(5)
+    rows.check(5, scaling=0.7)
     assert rows.cache.layers[0].keys.shape[2] == 5
 
 
@@ -129,14 +129,10 @@ def test_prompts_of_one_length_need_no_mask():
     rows.check(6)
 
 
-def test_scaling_is_that_of_the_model():
-    SlowRows([2, 1, 3], 4, 2, longest=9).check(2, scaling=0.7)
-
-
 def test_scores_of_thousands_neither_overflow_nor_vanish():
     # exp of a score of 89 overflows in float32, and a part may lie that far below the other
-    rows = SlowRows([4, 1, 2], 4, 2, longest=9)
-    rows.check(6, atol=1e-3, magnitude=1000.0)
+    SlowRows([4, 1, 2], 4, 2, longest=9).check(6, atol=1e-3, magnitude=1000.0)
+    SlowSegments(SEGMENTS, 4, 2).check(atol=1e-3, magnitude=1000.0)
 
 
 def test_rows_and_prompts_leave():
@@ -159,9 +155,9 @@ def test_rows_and_prompts_leave():
 
 
 def test_bfloat16_is_close_and_its_softmax_is_in_float32():
-    # 300 tokens of its own: summed in bfloat16, with 8 bits, such a softmax would be wrong by several percent
-    rows = SlowRows([4, 1, 2], 4, 2, longest=301, dtype=torch.bfloat16)
-    rows.check(301, atol=0.03)
+    # Summed in bfloat16, with 8 bits, a softmax over 300 tokens would be wrong by several percent
+    SlowRows([4, 1, 2], 4, 2, longest=301, dtype=torch.bfloat16).check(301, atol=0.03)
+    SlowSegments([[300, 2], [1], [4]], 4, 2, dtype=torch.bfloat16).check(atol=0.03)
 
 
 def test_keys_of_another_cache_sinks_and_dropout_are_refused():
@@ -236,14 +232,8 @@ def test_segments_in_parts_equal_naive_attention(monkeypatch, num_heads, num_kv_
     assert len(numbers) > 2 * len(cases) * (1 + 3)  # without parts: two layers, all segments and each prompt
 
 
-def test_segments_with_values_of_another_size_another_scaling_and_scores_of_thousands():
+def test_segments_with_values_of_another_size_and_another_scaling():
     SlowSegments(SEGMENTS, 4, 2, value_size=5).check(scaling=0.7)
-    SlowSegments(SEGMENTS, 4, 2).check(atol=1e-3, magnitude=1000.0)
-
-
-def test_segments_in_bfloat16_are_close_and_their_softmax_is_in_float32():
-    # Summed in bfloat16, with 8 bits, a softmax over 300 tokens would be wrong by several percent
-    SlowSegments([[300, 2], [1], [4]], 4, 2, dtype=torch.bfloat16).check(atol=0.03)
 
 
 # The model's own attention

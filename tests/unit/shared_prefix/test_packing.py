@@ -98,6 +98,8 @@ def test_gradient_of_a_shared_token_is_counted_for_both_rows():
 
 def test_pair_groups_follow_trl_layout():
     assert pair_groups(6).tolist() == [0, 1, 2, 0, 1, 2]
+    with pytest.raises(ValueError, match="3 rows are not pairs.*Pass `group_ids`"):
+        pair_groups(3)
 
 
 def test_random_batches_against_brute_force():
@@ -114,8 +116,3 @@ def test_random_batches_against_brute_force():
         if max(len(prompts[group]) + len(text) for group, text in zip(group_ids, completions, strict=True)) < 2:
             continue
         test_every_row_reads_back_with_its_own_history((prompts, completions, group_ids))
-
-
-def test_an_odd_number_of_rows_is_not_pairs():
-    with pytest.raises(ValueError, match="3 rows are not pairs.*Pass `group_ids`"):
-        pair_groups(3)
