@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from huggingface_hub import DatasetCardData
 
-from prefopt_trl.runtime.cards import name, render
+from prefopt_trl.runtime.cards import render
 from prefopt_trl.runtime.fingerprints import dataset_fingerprint
 from prefopt_trl.runtime.hub import push_folder
 from prefopt_trl.runtime.settings import read_json
@@ -23,25 +23,6 @@ CONFIGS: list[dict[str, Any]] = [
     {"config_name": "pairs", "data_files": "pairs/data-*.arrow", "default": True},
     {"config_name": "candidates", "data_files": "candidates/data-*.arrow"},
 ]
-
-COLUMNS = {
-    "prompt": "the prompt, as text or as messages",
-    "chosen": "the completion that the ranker prefers",
-    "rejected": "the other one",
-    "chosen_reward": "the ranker's reward of `chosen`, a logit",
-    "rejected_reward": "the ranker's reward of `rejected`",
-    "label_probability": "the ranker's probability that `chosen` is the better one, in [0.5, 1]",
-    "completions": "the completions kept, best first",
-    "rewards": "the ranker's reward of each, a logit",
-    "ref_chosen_logps": "log-probability of `chosen` under the policy that was sampled, summed, in nats",
-    "ref_rejected_logps": "the same of `rejected`",
-}
-
-STRATEGIES = {
-    "rso": "distinct ones are kept by statistical rejection sampling (Algorithm 1)",
-    "sft": "are kept at random",
-    "top-k": "distinct ones with the highest rewards are kept",
-}
 
 
 def dataset_card(settings: dict[str, Any], statistics: SamplingStatistics, dataset: Dataset) -> str:
@@ -59,28 +40,8 @@ def dataset_card(settings: dict[str, Any], statistics: SamplingStatistics, datas
         tags=["trl", "prefopt-trl", "preference", settings["strategy"], settings["pairing"]],
         pretty_name=f"Sampled preferences ({statistics.made})",
     )
-    card = render(
-        "dataset",
-        metadata,
-        summary=sampling_summary(settings, statistics),
-        made=statistics.made,
-        trainer="RSOTrainer" if statistics.made == "pairs" else "PROTrainer",
-        columns=[[name(column), COLUMNS.get(column, "given with the prompts")] for column in dataset.column_names],
-        settings=settings,
-    )
+    card = render("dataset", metadata, settings=settings, statistics=statistics, columns=dataset.column_names)
     return f"{card}\n"
-
-
-def sampling_summary(settings: dict[str, Any], statistics: SamplingStatistics) -> str:
-    """Write in Markdown how a dataset was sampled, with its warning and its statistics."""
-    warning = f"> **Warning:** {statistics.warning}\n\n" if statistics.warning else ""
-    return f"""Each prompt has candidates with a reward by a ranker, of which up to {settings["num_samples"]}
-{STRATEGIES[settings["strategy"]]}, as in
-[Statistical Rejection Sampling Improves Preference Optimization](https://arxiv.org/abs/2309.06657).
-
-{warning}```text
-{statistics}
-```"""
 
 
 def read_sampled(folder: str | Path) -> tuple[dict[str, Any], SamplingStatistics] | None:

@@ -12,11 +12,11 @@ from peft import PeftModel
 from transformers import ProcessorMixin
 
 from prefopt_trl.rankers.base import Ranker
-from prefopt_trl.runtime.cards import name, public_name, render
+from prefopt_trl.runtime.cards import public_name, render
 from prefopt_trl.runtime.fingerprints import versions
 from prefopt_trl.runtime.settings import as_json
 from prefopt_trl.runtime.weights import gathered
-from prefopt_trl.sampling.card import read_sampled, sampling_summary
+from prefopt_trl.sampling.card import read_sampled
 from prefopt_trl.sampling.options import SamplingOptions
 from prefopt_trl.sampling.statistics import SamplingStatistics
 from prefopt_trl.trainers.base_config import PreferenceConfig, RankingConfig
@@ -75,46 +75,35 @@ def model_card(trainer: Any, trl_card: ModelCard, title: str, source: str, datas
     The card that TRL writes gives the tags, the base model and the links to the trackers of the run. `source` is the
     repository or folder that the model is loaded from. Of a local `dataset_name` the card shows the last part only.
     """
-    args, data, processor = trainer.args, trainer.training_data, trainer.processing_class
     model = trainer.accelerator.unwrap_model(trainer.model)
-    reads_images = isinstance(processor, ProcessorMixin)
-    sampling = None
-    if data.sampled:
-        training_data = f"Sampled before training. {sampling_summary(*data.sampled)}"
-        sampling = {key: value for key, value in data.sampled[0].items() if key != "ranker"}
-    elif args.sampling == "online":
-        training_data = "Prompts, whose completions were sampled from the reference model during training."
-        sampling = {**vars(SamplingOptions.of(args)), "seed": args.seed}
-    elif data.ranker:
-        training_data = "Completions that were given, scored by the ranker."
-    else:
-        training_data = f"{'Preference pairs' if trainer.learns_from == 'pairs' else 'Rankings'} that were given."
+    is_adapter, training_data = isinstance(model, PeftModel), trainer.training_data
+    sampling, statistics = training_data.sampled or (None, None)
+    if sampling is None and trainer.args.sampling == "online":
+        sampling = {**vars(SamplingOptions.of(trainer.args)), "seed": trainer.args.seed}
     metadata = ModelCardData(
         base_model=trl_card.data.get("base_model"),
         datasets=None if dataset_name is None or Path(dataset_name).exists() else dataset_name,
-        library_name="peft" if isinstance(model, PeftModel) else "transformers",
+        library_name="peft" if is_adapter else "transformers",
         model_name=title,
         tags=trl_card.data.get("tags"),
     )
     return render(
         "model",
         metadata,
-        title=title,
         trainer=trainer,
         model=model,
-        base_name=public_name(model.config.name_or_path),
+        title=title,
         source=source,
-        is_adapter=isinstance(model, PeftModel),
-        auto_model="AutoModelForImageTextToText" if reads_images else "AutoModelForCausalLM",
-        auto_processor="AutoProcessor" if reads_images else "AutoTokenizer",
-        has_chat_template=getattr(processor, "chat_template", None) is not None,
+        is_adapter=is_adapter,
+        reads_images=isinstance(trainer.processing_class, ProcessorMixin),
+        base_name=public_name(model.config.name_or_path),
         dataset_name=public_name(dataset_name or ""),
-        training_data=training_data,
-        sampling=sampling,
-        ranker=data.ranker,
+        reference_name=public_name(trainer.reference_given or ""),
+        sampling={key: value for key, value in (sampling or {}).items() if key != "ranker"},
+        statistics=statistics,
+        ranker=training_data.ranker,
         trackers="\n".join(line for line in trl_card.text.splitlines() if line.startswith("[<img ")),
         hyperparameters=_hyperparameters(trainer, model),
-        reference_model=_reference_model(trainer, model),
         versions=[["prefopt-trl", version("prefopt-trl")], *map(list, versions().items())],
     )
 
@@ -141,19 +130,3 @@ def _hyperparameters(trainer: Any, model: Any) -> dict[str, Any]:
         settings = quantization if isinstance(quantization, dict) else quantization.to_diff_dict()
         shown["quantization"] = {key: value for key, value in settings.items() if not key.startswith("_")}
     return as_json(shown, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
-
-
-def _reference_model(trainer: Any, model: Any) -> str:
-    if not trainer.has_reference:
-        return f"None: {trainer._name} needs none."
-    if trainer.args.keep_logps:
-        return "The policy that was sampled: its log-probabilities were saved while sampling."
-    if trainer.args.sync_ref_model:
-        return "A copy of the model that followed it during training (`sync_ref_model`)."
-    if trainer.reference_given:
-        return f"A model of its own: {name(public_name(trainer.reference_given))}."
-    if isinstance(model, PeftModel):
-        if "ref" in model.peft_config:
-            return "The base model with a frozen copy of the adapter as it was before training."
-        return "The base model, without the adapter."
-    return "A copy of the model as it was before training."

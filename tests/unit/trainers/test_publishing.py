@@ -197,7 +197,7 @@ def test_the_card_says_how_the_data_were_sampled(make: Any, tmp_path: Path) -> N
     trainer.create_model_card(model_name="My model", dataset_name="my-org/my-prompts", tags="extra")
     card = ModelCard.load(tmp_path / "README.md")
     data = section(card.text, "## Training data")
-    assert "Dataset: `my-org/my-prompts`.\n\nSampled before training." in data
+    assert "Dataset: `my-org/my-prompts`.\n\nSampled before training.\n\n```text\n" in data
     sampled = f"\n```text\n{trainer.training_data.sampled[1]}\n```\n"
     assert sampled in data and "4 pairs from 2 of 2 prompts\n" in data
     settings = {"rejection_beta": "5.0", "num_candidates": "8", "num_samples": "4", "strategy": '"rso"'}
