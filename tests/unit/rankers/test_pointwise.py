@@ -159,19 +159,27 @@ CANDIDATES = [
 ]
 
 
+def shared_and_plain(*given, **options) -> list[RewardModelRanker]:
+    return [RewardModelRanker(*given, share_prefix=share_prefix, **options) for share_prefix in (True, False)]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapter"])
 @pytest.mark.parametrize("config", reward_models(), ids=lambda config: config.model_type)
-def test_sharing_changes_no_reward(tokenizer, caplog, config, batch_size):
+def test_sharing_changes_no_reward(tokenizer, caplog, config, adapted, batch_size):
     model = with_large_weights(config)
+    if adapted:
+        torch.manual_seed(1)
+        before = RewardModelRanker(model, tokenizer, share_prefix=False).score(PROMPTS[:1], [CANDIDATES])[0]
+        lora = LoraConfig(task_type="SEQ_CLS", init_lora_weights=False, target_modules="all-linear")
+        model = get_peft_model(model, lora).eval()
+        after = RewardModelRanker(model, tokenizer, share_prefix=False).score(PROMPTS[:1], [CANDIDATES])[0]
+        assert np.abs(after - before).max() > 1e-2
     prompts = [*PROMPTS, "Why?", "What is the capital of France? What is the capital of France? Tell me how to bake."]
     completions = [CANDIDATES[:1], CANDIDATES[:2], CANDIDATES, CANDIDATES[4:]]
     for max_length in (None, 45):
-        shared, plain = (
-            RewardModelRanker(
-                model, tokenizer, batch_size=batch_size, max_length=max_length, share_prefix=share_prefix
-            ).score(prompts, completions)
-            for share_prefix in (True, False)
-        )
+        rankers = shared_and_plain(model, tokenizer, batch_size=batch_size, max_length=max_length)
+        shared, plain = (ranker.score(prompts, completions) for ranker in rankers)
         assert [len(row) for row in shared] == [1, 2, 8, 4]
         assert np.concatenate(shared) == pytest.approx(np.concatenate(plain), abs=1e-5)
         assert np.ptp(shared[2]) > 0.1
@@ -185,45 +193,38 @@ def test_sharing_changes_no_reward_where_eos_is_padding(tokenizer, batch_size):
     tokenizer.pad_token = None
     # Of BOS and EOS alone the model looks at BOS, which is all that the texts of an empty prompt have in common
     prompts, completions = ["Why?", "Bake bread.", ""], [["", " a", " a b"], ["", " No.", " No. No."], ["", "a", "b"]]
-    shared, plain = (
-        RewardModelRanker(model, tokenizer, batch_size=batch_size, share_prefix=share_prefix).score(
-            prompts, completions
-        )
-        for share_prefix in (True, False)
-    )
+    rankers = shared_and_plain(model, tokenizer, batch_size=batch_size)
+    shared, plain = (ranker.score(prompts, completions) for ranker in rankers)
     assert model.config.pad_token_id == tokenizer.eos_token_id
     assert np.concatenate(shared) == pytest.approx(np.concatenate(plain), abs=1e-5)
 
 
-def test_a_batch_is_shared_where_rows_of_a_group_have_a_token_behind_their_first(model, tokenizer):
-    def rows(token_ids, groups, share_prefix=True):
-        ranker = RewardModelRanker(model, tokenizer, share_prefix=share_prefix)
-        return type(ranker.ranking_model.rows(token_ids, groups, pad_token_id=0))
-
-    alike = [[5, 6, 7], [5, 6, 8]]
-    assert rows(alike, ["one", "one"]) is RowsAfterPrefix
-    assert rows([*alike, [9, 10]], ["one", "one", "other"]) is RowsAfterPrefix
-    assert rows(alike, ["one", "one"], share_prefix=False) is WholeRows
-    assert rows(alike, ["one", "other"]) is WholeRows  # nothing to share
-    # Of a row of one token nothing would follow what is shared, and padding is not read
-    for single in ([5], [5, 0], [5, 0, 0], [0, 0]):
-        assert rows([*alike, single], ["one", "one", "other"]) is WholeRows
-    assert rows([*alike, [0, 5]], ["one", "one", "other"]) is RowsAfterPrefix
+def alike(common: int, length: int, number: int) -> list[list[int]]:
+    return [[*range(5, 5 + common), *[100 + row] * (length - common)] for row in range(number)]
 
 
-@pytest.mark.parametrize("config", reward_models(), ids=lambda config: config.model_type)
-def test_an_adapter_that_is_shared_changes_no_reward(tokenizer, config):
-    base = with_large_weights(config)
-    plain_base = RewardModelRanker(base, tokenizer).score(PROMPTS[:1], [CANDIDATES])[0]
-    torch.manual_seed(1)
-    lora = LoraConfig(task_type="SEQ_CLS", init_lora_weights=False, target_modules="all-linear")
-    model = get_peft_model(base, lora).eval()
-    shared, plain = (
-        RewardModelRanker(model, tokenizer, share_prefix=share_prefix).score(PROMPTS[:1], [CANDIDATES])[0]
-        for share_prefix in (True, False)
-    )
-    assert shared == pytest.approx(plain, abs=1e-5)
-    assert np.abs(plain - plain_base).max() > 1e-2
+@pytest.mark.parametrize(
+    ("token_ids", "groups", "share_prefix", "expected"),
+    [
+        ([[5, 6, 7], [5, 6, 8]], [0, 0], True, RowsAfterPrefix),
+        ([[5, 6, 7], [5, 6, 8], [9, 10]], [0, 0, 1], True, RowsAfterPrefix),
+        ([[5, 6, 7], [5, 6, 8], [0, 5]], [0, 0, 1], True, RowsAfterPrefix),
+        ([[5, 6, 7], [5, 6, 8]], [0, 0], False, WholeRows),
+        ([[5, 6, 7], [5, 6, 8]], [0, 1], True, WholeRows),  # nothing to share
+        # Nothing would follow what a row of one token shares, and padding is not read
+        *[([[5, 6, 7], [5, 6, 8], row], [0, 0, 1], True, WholeRows) for row in ([5], [5, 0], [5, 0, 0], [0, 0])],
+        # Of 4 x 10 tokens, 3 x 2 are saved and 34 are left, or 3 x 3 and 31: at most 32 are worth it
+        (alike(common=2, length=10, number=4), [0] * 4, True, WholeRows),
+        (alike(common=3, length=10, number=4), [0] * 4, True, RowsAfterPrefix),
+        # Of 2 x 10 tokens, 3 are saved and 17 are left, or 4 and 16: at most 16 are worth it
+        (alike(common=3, length=10, number=2), [0] * 2, True, WholeRows),
+        (alike(common=4, length=10, number=2), [0] * 2, True, RowsAfterPrefix),
+        (alike(common=9, length=10, number=2), [0] * 2, True, RowsAfterPrefix),
+    ],
+)
+def test_a_batch_is_shared_where_it_pays(model, tokenizer, token_ids, groups, share_prefix, expected):
+    ranker = RewardModelRanker(model, tokenizer, share_prefix=share_prefix)
+    assert type(ranker.ranking_model.rows(token_ids, groups, pad_token_id=0)) is expected
 
 
 def test_a_prompt_is_computed_once(model, tokenizer):
@@ -247,45 +248,29 @@ def test_a_prompt_is_computed_once(model, tokenizer):
         RobertaConfig(**TINY),
         ModernBertConfig(**TINY),
         ElectraConfig(**TINY, embedding_size=32),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_an_encoder_sees_the_whole_text_and_shares_nothing(tokenizer, caplog, config):
-    config.pad_token_id = tokenizer.pad_token_id
-    model = with_large_weights(config)
-    ranker = RewardModelRanker(model, tokenizer, batch_size=8, max_length=120)
-    rewards = ranker.score(PROMPTS, COMPLETIONS)
-    for prompt, row, found in zip(PROMPTS, COMPLETIONS, rewards, strict=True):
-        with torch.no_grad():
-            texts = [torch.tensor([tokenizer(prompt + text + "</s>").input_ids]) for text in row]
-            expected = [model(input_ids=ids).logits.item() for ids in texts]
-        assert found == pytest.approx(expected, abs=1e-4)
-    assert np.ptp(rewards[0]) > 1e-3
-    ranker.score(PROMPTS, COMPLETIONS)
-    assert len([record for record in caplog.records if "Prompts are not shared" in record.message]) == 1
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
+        # These take only rows with as many EOS as each other
         T5Config(vocab_size=300, d_model=32, d_ff=32, num_layers=1, num_heads=2, num_labels=1, eos_token_id=2),
         BartConfig(vocab_size=300, d_model=32, encoder_layers=1, decoder_layers=1, num_labels=1, eos_token_id=2),
+        # And these read padding
         XLNetConfig(**TINY_XLNET),
         NystromformerConfig(**TINY),
     ],
     ids=lambda config: config.model_type,
 )
-def test_the_others_of_a_batch_change_no_reward(tokenizer, config):
-    """T5 and BART take only rows with as many EOS as each other; XLNet reads the last token, padding or not."""
+def test_a_model_that_shares_nothing_sees_the_whole_text_and_no_other(tokenizer, caplog, config):
     config.pad_token_id = config.decoder_start_token_id = tokenizer.pad_token_id
     model = with_large_weights(config)
     texts = [" Paris.", " No</s> or yes", " The dog sleeps on, and on.", "</s></s>", " Maybe"]
-    (rewards,) = RewardModelRanker(model, tokenizer).score(["Why?"], [texts])
+    ranker = RewardModelRanker(model, tokenizer, batch_size=8, max_length=120)
+    for _ in range(2):
+        (rewards,) = ranker.score(["Why?"], [texts])
     for text, reward in zip(texts, rewards, strict=True):
         ids = tokenizer("Why?" + text + ("" if text.endswith("</s>") else "</s>")).input_ids
         with torch.no_grad():
             assert reward == pytest.approx(model(input_ids=torch.tensor([ids])).logits.item(), abs=1e-4)
     assert np.ptp(rewards) > 1e-3
+    said = [record.message for record in caplog.records if "Prompts are not shared" in record.message]
+    assert len(said) == (config.model_type not in ("xlnet", "nystromformer"))  # whose rows are run one by one
 
 
 @pytest.mark.parametrize(
@@ -306,32 +291,21 @@ def test_the_default_limit_is_what_the_model_has_positions_for(config, positions
 def test_a_long_prompt_loses_its_beginning_but_no_bos(model, tokenizer, caplog):
     prompt, completion = "Mix the flour, the water and the salt, then wait.", " Bread."
     token_ids = tokenizer(prompt + completion + "</s>").input_ids
-    ranker = RewardModelRanker(model, tokenizer, max_length=20)
-    with caplog.at_level(logging.WARNING):
-        rewards = ranker.score([prompt, "Hi"], [[completion], [completion]])
-    kept = token_ids[:1] + token_ids[-19:]
-    assert rewards[0] == pytest.approx(reward_of_last_token(model, kept), abs=1e-5)
+    rewards = RewardModelRanker(model, tokenizer, max_length=20).score([prompt, "Hi"], [[completion], [completion]])
+    assert rewards[0] == pytest.approx(reward_of_last_token(model, token_ids[:1] + token_ids[-19:]), abs=1e-5)
     messages = [record.message for record in caplog.records if record.name.startswith("prefopt_trl")]
     assert messages == ["1 of 2 texts exceeded max_length=20 tokens: their prompts lost their beginning."]
 
-
-def test_the_whole_prompt_may_go_but_no_token_of_the_completion(model, tokenizer):
+    # The whole prompt may go, but no token of the completion
     num_tokens = len(tokenizer(" Bread.</s>").input_ids)  # with BOS
     rewards = RewardModelRanker(model, tokenizer, max_length=num_tokens).score(["Bake"], [[" Bread."]])
-    alone = RewardModelRanker(model, tokenizer).score([""], [[" Bread."]])
-    assert rewards[0] == pytest.approx(alone[0], abs=1e-6)
-    with pytest.raises(ValueError, match="Prompt row 0"):
-        RewardModelRanker(model, tokenizer, max_length=num_tokens - 1).score(["Bake"], [[" Bread."]])
-
-
-@pytest.mark.parametrize("conversational", [False, True], ids=["plain", "conversational"])
-def test_a_completion_that_exceeds_max_length_names_its_row(model, tokenizer, conversational):
-    prompt = as_messages("user", "Hi") if conversational else "Hi"
-    ranker = RewardModelRanker(model, tokenizer, max_length=20)
-    with pytest.raises(
-        ValueError, match=r"Prompt row 1: .*exceeds `max_length` \(20 tokens\)\. Raise `max_length`, or"
-    ):
-        ranker.score([prompt, prompt], [["Hello"], ["x" * 30]])
+    assert rewards[0] == RewardModelRanker(model, tokenizer).score([""], [[" Bread."]])[0]
+    for one_prompt in ("Hi", as_messages("user", "Hi")):
+        ranker = RewardModelRanker(model, tokenizer, max_length=num_tokens - 1)
+        with pytest.raises(
+            ValueError, match=r"Prompt row 1: .*exceeds `max_length` \(\d+ tokens\)\. Raise `max_length`"
+        ):
+            ranker.score(["Hi", one_prompt], [["H"], [" Bread." * 3]])
 
 
 def test_eos_that_the_tokenizer_appends_is_no_second_one_and_no_part_of_the_prompt(
@@ -439,7 +413,7 @@ ANSWERS = [[" of it? Paris.", " then? It is Paris", " ?"], ["?", " now? Mix the 
 @pytest.mark.parametrize("head", [MeanPooled, AtMarker, LlamaForSequenceClassification])
 def test_a_head_that_reads_more_than_the_last_token_is_given_whole_rows(tokenizer, caplog, head):
     model = with_head_of(head, tokenizer)
-    shared, plain = (RewardModelRanker(model, tokenizer, share_prefix=share_prefix) for share_prefix in (True, False))
+    shared, plain = shared_and_plain(model, tokenizer)
     expected = plain.score(QUESTIONS, ANSWERS)
     with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
         shared.score(QUESTIONS, ANSWERS)  # the probes
@@ -456,17 +430,3 @@ def test_a_head_that_reads_more_than_the_last_token_is_given_whole_rows(tokenize
         assert said == [] and num_shared < 0.6 * sum(counts)
     else:
         assert [reason in message for message in said] == [True] and num_shared == sum(counts)
-
-
-def test_rows_that_have_little_in_common_are_not_shared(model, tokenizer):
-    def rows(common: int, length: int, number: int):
-        token_ids = [[*range(5, 5 + common), *[100 + row] * (length - common)] for row in range(number)]
-        return type(RewardModelRanker(model, tokenizer).ranking_model.rows(token_ids, [0] * number, pad_token_id=0))
-
-    # Of 4 x 10 tokens, 3 x 2 are saved and 34 are left, or 3 x 3 and 31: at most 32 are worth it
-    assert rows(common=2, length=10, number=4) is WholeRows
-    assert rows(common=3, length=10, number=4) is RowsAfterPrefix
-    # Of 2 x 10 tokens, 3 are saved and 17 are left, or 4 and 16: at most 16 are worth it
-    assert rows(common=3, length=10, number=2) is WholeRows
-    assert rows(common=4, length=10, number=2) is RowsAfterPrefix
-    assert rows(common=9, length=10, number=2) is RowsAfterPrefix
