@@ -25,14 +25,13 @@ class TableRanker(PointwiseRanker):
         return {}
 
 
-def test_good_rewards_come_back_as_float64_arrays():
-    checked = check_rewards([(1, 2, 3), np.array([4], dtype=np.float32)], PROMPTS, COMPLETIONS, "Mine")
-    assert [row.tolist() for row in checked] == [[1.0, 2.0, 3.0], [4.0]]
-    assert all(row.dtype == np.float64 for row in checked)
-
-
-def test_a_prompt_without_completions_has_no_rewards():
+def test_good_values_come_back_in_float64():
+    rewards = check_rewards([(1, 2, 3), np.array([4], dtype=np.float32)], PROMPTS, COMPLETIONS, "Mine")
+    assert [row.tolist() for row in rewards] == [[1.0, 2.0, 3.0], [4.0]]
     assert [row.tolist() for row in check_rewards([[], [1]], PROMPTS, [[], ["d"]], "Mine")] == [[], [1.0]]
+    probabilities = check_probabilities([0, np.float32(0.5)], PROMPTS, "Mine")
+    assert probabilities.tolist() == [0.0, 0.5]
+    assert {values.dtype for values in (*rewards, probabilities)} == {np.dtype(np.float64)}
 
 
 @pytest.mark.parametrize(
@@ -55,11 +54,6 @@ def test_bad_rewards_name_the_row_and_the_remedy(rewards, message):
         check_rewards(rewards, PROMPTS, COMPLETIONS, "Mine")
 
 
-def test_good_probabilities_come_back_as_a_float64_array():
-    checked = check_probabilities([0, np.float32(0.5)], PROMPTS, "Mine")
-    assert checked.tolist() == [0.0, 0.5] and checked.dtype == np.float64
-
-
 @pytest.mark.parametrize(
     ("probabilities", "message"),
     [
@@ -75,14 +69,11 @@ def test_bad_probabilities_name_the_row_and_the_remedy(probabilities, message):
         check_probabilities(probabilities, PROMPTS, "Mine")
 
 
-def test_sigmoid_and_logit_at_known_points():
-    assert sigmoid(np.array([0.0, math.log(3)])) == pytest.approx([0.5, 0.75], abs=1e-15)
+def test_sigmoid_and_logit_at_known_points_and_in_both_tails():
     assert logit(np.array([0.5, 0.75, 0.2])) == pytest.approx([0.0, math.log(3), -math.log(4)], abs=1e-15)
-
-
-def test_sigmoid_is_exact_in_both_tails_without_a_warning():
     with np.errstate(over="raise", invalid="raise"):
-        assert sigmoid(np.array([-1000.0, -40.0, 1000.0])) == pytest.approx([0.0, math.exp(-40), 1.0], rel=1e-12)
+        found = sigmoid(np.array([0.0, math.log(3), -1000.0, -40.0, 1000.0]))
+    assert found == pytest.approx([0.5, 0.75, 0.0, math.exp(-40), 1.0], rel=1e-12)
 
 
 def test_pointwise_rewards_compare_by_bradley_terry():

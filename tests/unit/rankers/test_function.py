@@ -1,5 +1,6 @@
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -37,11 +38,6 @@ def test_completions_of_a_conversation_come_as_messages():
     assert seen == [(QUESTION, answer), (QUESTION, answer), ("plain", "text")]
 
 
-def test_compare_is_the_sigmoid_of_the_difference():
-    probabilities = FunctionRanker(brevity).compare(["p", "p"], ["ab", "abc"], ["abc", "abc"])
-    assert probabilities == pytest.approx([1 / (1 + math.exp(-1)), 0.5], abs=1e-15)
-
-
 def test_tensors_are_numbers():
     ranker = FunctionRanker(lambda prompts, completions: torch.tensor([1.5, 2.5], dtype=torch.bfloat16))
     assert ranker.score(["p"], [["a", "b"]])[0].tolist() == [1.5, 2.5]
@@ -60,17 +56,20 @@ def test_a_wrong_number_of_rewards_is_refused(returned, found):
         FunctionRanker(lambda prompts, completions: returned).score(["p"], [["a", "b"]])
 
 
-def test_a_function_that_needs_more_is_refused_at_once():
-    with pytest.raises(TypeError, match=r"missing a required argument: 'solution'.*functools\.partial"):
-        FunctionRanker(lambda completions, solution, **kwargs: [])
+async def judge(prompts, completions):
+    return []
 
 
-def test_a_coroutine_function_is_refused_at_once():
-    async def judge(prompts, completions):
-        return []
-
-    with pytest.raises(TypeError, match="coroutine function. Wrap it in a plain one"):
-        FunctionRanker(judge)
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda completions, solution, **kwargs: [], r"missing a required argument: 'solution'.*functools\.partial"),
+        (judge, "coroutine function. Wrap it in a plain one"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_refused_at_once(function, message):
+    with pytest.raises(TypeError, match=message):
+        FunctionRanker(function)
 
 
 def test_settings_are_json_and_tell_functions_apart():
@@ -104,14 +103,7 @@ def test_a_version_is_all_that_is_known_of_the_function():
 
 
 def test_a_function_that_cannot_be_known_needs_a_version():
-    unpicklable = (number for number in range(3))
-
-    class Generating(Judge):
-        questions = unpicklable
-
-        def __init__(self):
-            self.questions = unpicklable
-
-    with pytest.raises(ValueError, match="Generating changes between runs"):
-        FunctionRanker(Generating()).settings()
-    assert FunctionRanker(Generating(), version="7").settings()["function"] == "7"
+    function = partial(brevity, unused=(number for number in range(3)))  # which does not pickle
+    with pytest.raises(ValueError, match="partial changes between runs"):
+        FunctionRanker(function).settings()
+    assert FunctionRanker(function, version="7").settings()["function"] == "7"

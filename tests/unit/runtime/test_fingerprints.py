@@ -75,45 +75,18 @@ def length(completions):
     return [len(completion) for completion in completions]
 
 
-def test_a_function_is_known_by_its_name_and_source():
-    def with_other_source():
-        def length(completions):
-            return [len(completion) + 1 for completion in completions]
+def with_other_source():
+    def length(completions):
+        return [len(completion) + 1 for completion in completions]
 
-        length.__qualname__ = "length"
-        return length
-
-    name, _, digest = function_fingerprint(length).partition(":")
-    assert name == "length" and len(digest) == 64
-    assert function_fingerprint(with_other_source()) == function_fingerprint(with_other_source())
-    assert function_fingerprint(with_other_source()) != function_fingerprint(length)
+    length.__qualname__ = "length"
+    return length
 
 
-def test_a_function_without_source_is_known_by_what_it_does():
-    def typed(source: str):
-        names: dict = {}
-        exec(source, names)
-        return names["f"]
-
-    assert function_fingerprint(typed("f = lambda x: x + 1")) == function_fingerprint(typed("f = lambda x: x + 1"))
-    assert function_fingerprint(typed("f = lambda x: x + 1")) != function_fingerprint(typed("f = lambda x: x + 2"))
-
-
-def test_the_arguments_of_a_partial_count():
-    assert function_fingerprint(functools.partial(length, 1)) == function_fingerprint(functools.partial(length, 1))
-    assert function_fingerprint(functools.partial(length, 1)) != function_fingerprint(functools.partial(length, 2))
-
-
-def test_a_callable_that_cannot_be_known_says_what_to_do():
-    class Judge:
-        def __init__(self):
-            self.questions = (question for question in [])  # generators do not pickle
-
-        def __call__(self, completions):
-            return completions
-
-    with pytest.raises(ValueError, match=r"Judge changes between runs.*plain `def` function"):
-        function_fingerprint(Judge())
+def typed(source: str):
+    names: dict = {}
+    exec(source, names)
+    return names["f"]
 
 
 def scaled(factor):
@@ -131,14 +104,26 @@ class Scorer:
         return [self.factor * len(completion) for completion in completions]
 
 
-def test_what_a_function_closes_over_counts():
-    assert function_fingerprint(scaled(1)) == function_fingerprint(scaled(1))
-    assert function_fingerprint(scaled(1)) != function_fingerprint(scaled(-1))
+@pytest.mark.parametrize(
+    ("make", "make_other"),
+    [
+        (with_other_source, lambda: length),
+        (lambda: typed("f = lambda x: x + 1"), lambda: typed("f = lambda x: x + 2")),  # has no source
+        (lambda: functools.partial(length, 1), lambda: functools.partial(length, 2)),
+        (lambda: scaled(1), lambda: scaled(-1)),  # what it closes over
+        (lambda: Scorer(1).reward, lambda: Scorer(-1).reward),  # what the object of a method holds
+    ],
+)
+def test_a_function_is_known_by_its_source_and_what_it_holds(make, make_other):
+    assert function_fingerprint(make()) == function_fingerprint(make()) != function_fingerprint(make_other())
+    name, _, digest = function_fingerprint(length).partition(":")
+    assert name == "length" and len(digest) == 64
 
 
-def test_what_the_object_of_a_method_holds_counts():
-    assert function_fingerprint(Scorer(1).reward) == function_fingerprint(Scorer(1).reward)
-    assert function_fingerprint(Scorer(1).reward) != function_fingerprint(Scorer(-1).reward)
+def test_a_callable_that_cannot_be_known_says_what_to_do():
+    judge = functools.partial(length, (question for question in []))  # generators do not pickle
+    with pytest.raises(ValueError, match=r"partial changes between runs.*plain `def` function"):
+        function_fingerprint(judge)
 
 
 def test_the_scale_of_an_adapter_counts(tiny_llama_dir):

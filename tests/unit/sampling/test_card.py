@@ -1,5 +1,4 @@
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +92,9 @@ def code(cell: str) -> str:
 
 @pytest.mark.parametrize(("name", "expected"), [("pairs", PAIRS), ("candidates", CANDIDATES), (None, PAIRS)])
 def test_the_folder_loads_by_its_card(folder: Path, tmp_path: Path, name: str | None, expected: Dataset) -> None:
+    load_from_disk(str(folder / "pairs")).map(lambda row: {"source": "changed"})  # leaves a cache beside the data
+    caches = [path.relative_to(folder).as_posix() for path in folder.rglob("cache-*.arrow")]
+    assert len(caches) == 1 and not list(filter_repo_objects(caches, allow_patterns=card.PUSHED))
     loaded = load_dataset(str(folder), name, split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded.to_list() == expected.to_list()
     assert loaded.features == expected.features
@@ -236,27 +238,13 @@ def test_how_it_was_sampled_is_read_again(folder: Path) -> None:
     assert read_sampled(folder) == (SETTINGS, STATISTICS)
 
 
-def test_a_push_that_fails_says_that_nothing_is_lost_and_can_be_repeated(hub: Hub, folder: Path) -> None:
+def test_a_push_that_fails_has_the_command_and_can_be_repeated(hub: Hub, folder: Path) -> None:
     hub.fail("POST .*/commit/", 403, "Private repository storage limit reached")
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "README.md"}
     with pytest.raises(PushError) as error:
         push_preference_dataset(folder, "someone/pairs")
     message = str(error.value)
-    assert message.startswith(f"{folder} was not pushed to someone/pairs: the Hub answered 403: Private")
     assert f"\n    hf upload someone/pairs {folder} --repo-type dataset --include README.md " in message
     assert message.rstrip().endswith("--delete 'candidates/*' --delete 'pairs/*'")
-    assert all(path.read_bytes() == content for path, content in before.items())
     hub.failures.clear()
     push_preference_dataset(folder, "someone/pairs")
     assert "pairs/data-00000-of-00001.arrow" in hub.files("someone/pairs", "dataset")
-
-
-def test_caches_that_map_leaves_beside_the_data_are_neither_read_nor_pushed(folder: Path, tmp_path: Path) -> None:
-    copied = shutil.copytree(folder, tmp_path / "copied")
-    pairs = load_from_disk(str(copied / "pairs"))
-    pairs.map(lambda row: {"prompt": "changed"})
-    caches = [path.relative_to(copied).as_posix() for path in copied.rglob("cache-*.arrow")]
-    assert len(caches) == 1
-    loaded = load_dataset(str(copied), "pairs", split="train", cache_dir=str(tmp_path / "cache"))
-    assert loaded["prompt"] == pairs["prompt"]
-    assert not list(filter_repo_objects(caches, allow_patterns=card.PUSHED))
