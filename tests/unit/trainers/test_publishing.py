@@ -99,8 +99,11 @@ def test_all_is_saved_before_the_hub_is_called_and_a_failed_push_is_repeated(hub
     assert hub.files(REPO) == of_the_model(tmp_path / "slic")
 
 
-def test_a_push_that_does_not_block(hub: Hub, make: Any, tmp_path: Path) -> None:
-    trainer = make(SLiCTrainer, PAIRS, output_dir=tmp_path / "my-slic")
+def test_a_push_that_does_not_block_and_none_before_it_with_hub_strategy_end(hub: Hub, make: Any, tmp_path: Path):
+    given = {"push_to_hub": True, "hub_strategy": "end", **EVERY_STEP}
+    trainer = make(SLiCTrainer, PAIRS, output_dir=tmp_path / "my-slic", **given)
+    trainer.train()
+    assert hub.files("someone/my-slic") == {}
     assert trainer.push_to_hub(blocking=False).result(timeout=20) == f"{hub.url}/someone/my-slic"
     assert hub.files("someone/my-slic") == of_the_model(tmp_path / "my-slic")
 
@@ -156,11 +159,6 @@ def test_training_goes_on_without_a_push(hub, make, tmp_path, caplog, strategy, 
     assert not [name for name in pushed if "sampled" in name or "training_args" in name]
     assert not any(TOKEN.encode() in content for content in pushed.values())
     assert pushed["model.safetensors"] == (folder / "checkpoint-2" / "model.safetensors").read_bytes()
-
-
-def test_hub_strategy_end_pushes_nothing_during_training(hub: Hub, make: Any) -> None:
-    make(SLiCTrainer, PAIRS, push_to_hub=True, hub_model_id=REPO, hub_strategy="end", **EVERY_STEP).train()
-    assert hub.files(REPO) == {}
 
 
 # The card
@@ -251,39 +249,35 @@ def test_other_reference_models(make: Any, policy_dir: str, tmp_path: Path) -> N
     reference = AutoModelForCausalLM.from_pretrained(policy_dir)
     make(RSOTrainer, PAIRS, ref_model=reference).create_model_card()
     assert f"A model of its own: `{Path(policy_dir).name}`." in card_of(tmp_path)
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(policy_dir), LoraConfig(task_type="CAUSAL_LM", r=3))
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(policy_dir), LoraConfig(task_type="CAUSAL_LM"))
     make(RSOTrainer, PAIRS, model=adapted, loss_type="hinge-norm").create_model_card()
     assert "The base model with a frozen copy of the adapter" in card_of(tmp_path)
-    assert "| `adapter.r` | `3` |" in card_of(tmp_path)
     assert '| `loss_type` | `["hinge"]` |' in card_of(tmp_path)  # TRL's name
-
-
-@pytest.mark.parametrize(
-    ("asked", "shown"),
-    [
-        ("all-linear", "14 modules named down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
-        (["v_proj", "model.layers.0.mlp.up_proj"], ["model.layers.0.mlp.up_proj", "v_proj"]),
-        (".*layers.1.*proj", ".*layers.1.*proj"),
-    ],
-)
-def test_the_card_names_an_adapters_modules_in_few_words(make: Any, tmp_path: Path, asked: Any, shown: Any) -> None:
-    make(RSOTrainer, PAIRS, peft_config=LoraConfig(target_modules=asked)).create_model_card()
-    assert f"| `adapter.target_modules` | `{json.dumps(shown)}` |" in card_of(tmp_path)
 
 
 NF4 = {"bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 NF4 |= {"load_in_4bit": True}
+ALL = "14 modules named down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+TWO = ["model.layers.0.mlp.up_proj", "v_proj"]
 
 
 @pytest.mark.parametrize(
-    ("given", "shown"), [(BitsAndBytesConfig(**NF4), NF4), ({"quant_method": "gptq"}, {"quant_method": "gptq"})]
+    ("asked", "modules", "quantization", "settings"),
+    [
+        ("all-linear", ALL, None, {}),
+        (TWO, TWO, BitsAndBytesConfig(**NF4), NF4),
+        (".*layers.1.*proj", ".*layers.1.*proj", {"quant_method": "gptq"}, {"quant_method": "gptq"}),
+    ],
 )
-def test_the_card_has_the_settings_of_the_quantization(make: Any, tmp_path: Path, given: Any, shown: Any) -> None:
-    trainer = make(SLiCTrainer, PAIRS)
-    trainer.model.config.quantization_config = given
+def test_the_card_has_adapter_and_quantization_in_few_words(make, tmp_path, asked, modules, quantization, settings):
+    trainer = make(RSOTrainer, PAIRS, peft_config=LoraConfig(target_modules=asked, r=3))
+    if quantization:
+        trainer.model.config.quantization_config = quantization
     trainer.create_model_card()
-    rows = [line for line in card_of(tmp_path).splitlines() if line.startswith("| `quantization")]
-    assert rows == [f"| `quantization.{name}` | `{json.dumps(value)}` |" for name, value in sorted(shown.items())]
+    lines = card_of(tmp_path).splitlines()
+    assert "| `adapter.r` | `3` |" in lines and f"| `adapter.target_modules` | `{json.dumps(modules)}` |" in lines
+    rows = [f"| `quantization.{name}` | `{json.dumps(value)}` |" for name, value in sorted(settings.items())]
+    assert [line for line in lines if line.startswith("| `quantization")] == rows
 
 
 def test_names_are_not_read_as_markdown_and_no_folder_is_told(make: Any, policy_dir: str, tmp_path: Path) -> None:
