@@ -49,6 +49,7 @@ def check_model(model: ModelConfig, trains: bool = True) -> None:
 
 
 def check_bitsandbytes(argument: str) -> None:
+    """Require the package that an argument needs."""
     if find_spec("bitsandbytes") is None:
         raise ValueError(f"`{argument}` needs bitsandbytes. Run `pip install 'prefopt-trl[bitsandbytes]'`.")
 
