@@ -51,16 +51,9 @@ def _run_study_or_env(arguments: list[str]) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.summary)
-    quickstart = commands.add_parser(
-        "quickstart",
-        help="compare DPO, SFT-sampled pairs and RSO on a small text world whose true reward is known",
-        description="Train an SFT policy and a pairwise ranker on the controlled task, then train the policy on the "
-        "given comparisons (direct), pairs of its own samples (sft-sample-rank) and rejection-sampled pairs (RSO), "
-        "and compare them. Needs no network and no GPU, and takes about six minutes on two cores.",
-    )
-    quickstart.add_argument(
-        "--output_dir", default="outputs/quickstart", help="folder for the report and the RSO model"
-    )
+    summary = "compare ways to sample preferences in a text world whose true reward is known (six minutes, offline)"
+    quickstart = commands.add_parser("quickstart", help=summary, description=summary)
+    quickstart.add_argument("--output_dir", default="outputs/quickstart", help="folder for the report and a model")
     quickstart.add_argument("--seed", type=int, default=0, help="seed of data, models and samples (default 0)")
     commands.add_parser("env", help="print versions, devices and engines, for a bug report")
     given = parser.parse_args(arguments)

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from transformers import (
     AutoConfig,
@@ -48,6 +49,7 @@ def check_model(model: ModelConfig, trains: bool = True) -> None:
 
 
 def check_bitsandbytes(argument: str) -> None:
+    """Require the package that an argument needs."""
     if find_spec("bitsandbytes") is None:
         raise ValueError(f"`{argument}` needs bitsandbytes. Run `pip install 'prefopt-trl[bitsandbytes]'`.")
 
@@ -80,7 +82,7 @@ def model_to_train(model: ModelConfig, args: Any) -> dict[str, Any]:
     }
 
 
-def model_to_run(path: str, model: ModelConfig, device: Any, trust_remote_code: bool) -> Any:
+def model_to_run(path: str, model: ModelConfig, device: torch.device | str, trust_remote_code: bool) -> Any:
     """Load a policy to sample from, with its adapter if it is one, onto a device."""
     init = {**_init_kwargs(model), "trust_remote_code": trust_remote_code}
     argument = "model_name_or_path" if path == model.model_name_or_path else "reference"
@@ -95,7 +97,7 @@ def model_to_run(path: str, model: ModelConfig, device: Any, trust_remote_code: 
     return (loaded if getattr(loaded, "is_quantized", False) else loaded.to(device)).eval()
 
 
-def load_adapter(path: str, model: ModelConfig, init: dict[str, Any], is_trainable: bool) -> PeftModel:
+def load_adapter(path: str, model: ModelConfig, init: dict[str, object], is_trainable: bool) -> PeftModel:
     """Load the base model that an adapter names, quantized as `model` says, and the adapter on top."""
     config = PeftConfig.from_pretrained(path, revision=model.model_revision)
     base = config.base_model_name_or_path
@@ -168,7 +170,7 @@ def _in_short(error: Exception) -> str:
     return " ".join(str(error).split())[:200].rstrip(".")
 
 
-def _init_kwargs(model: ModelConfig) -> dict[str, Any]:
+def _init_kwargs(model: ModelConfig) -> dict[str, object]:
     return {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,

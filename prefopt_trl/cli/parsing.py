@@ -73,12 +73,13 @@ def read(name: str, arguments: Sequence[str]) -> tuple[TrlParser, Namespace, Lau
 
 def make_parser(name: str) -> TrlParser:
     """Return the parser of a command's own arguments."""
-    own: Any = COMMANDS[name].own
-    configs: list[Any] = [SFTConfig, ModelConfig] if issubclass(own, TrainingData) else [ModelConfig]
+    dataclasses: list[Any] = [COMMANDS[name].own, ModelConfig]
     if name in METHODS:
-        configs[0] = getattr(prefopt_trl, f"{METHODS[name].name}Config")
+        dataclasses.insert(1, getattr(prefopt_trl, f"{METHODS[name].name}Config"))
+    elif issubclass(dataclasses[0], TrainingData):
+        dataclasses.insert(1, SFTConfig)
     usage = f"prefopt-trl {name} [--config FILE.yaml] [--OPTION VALUE ...], or --help for the options"
-    parser = TrlParser([own, *configs], prog=f"prefopt-trl {name}", usage=usage, allow_abbrev=False)
+    parser = TrlParser(dataclasses, prog=f"prefopt-trl {name}", usage=usage, allow_abbrev=False)
     for action in parser._actions:  # TRL's parser wants a value for these, and users write a flag
         if action.dest == "resume_from_checkpoint":
             action.nargs, action.const, action.type = "?", True, _checkpoint
@@ -116,7 +117,7 @@ def _checkpoint(word: str) -> str | bool:
     return {"true": True, "false": False}.get(word.lower(), word)
 
 
-def _read_config(prog: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def _read_config(prog: str, arguments: Sequence[str]) -> tuple[dict[str, object], list[str]]:
     """Return the mapping in the file of `--config`, whose environment variables are set, and the other words."""
     parser = ArgumentParser(prog, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", default=[], metavar="FILE.yaml")

@@ -15,13 +15,7 @@ from prefopt_trl.data.loading import load_rows
 from prefopt_trl.data.tokenization import check_vocabulary
 from prefopt_trl.runtime.cards import name as as_code
 from prefopt_trl.runtime.cards import public_name
-from prefopt_trl.runtime.processes import (
-    checkpoints,
-    interruptible,
-    is_main_process,
-    last_checkpoint,
-    what_is_trained,
-)
+from prefopt_trl.runtime.processes import checkpoints, interruptible, is_main_process, last_checkpoint, what_is_trained
 from prefopt_trl.trainers.publishing import Published, check_repository
 
 

@@ -25,6 +25,9 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
 
@@ -41,17 +44,19 @@ from prefopt_trl.trainers.pro_trainer import PROTrainer
 from prefopt_trl.trainers.rso_trainer import RSOTrainer
 from prefopt_trl.trainers.slic_trainer import SLiCTrainer
 
-TASK: dict[str, Any] = {"num_prompts": 400, "num_eval_prompts": 512}
-SFT: dict[str, Any] = {"max_steps": 500, "per_device_train_batch_size": 64, "learning_rate": 3e-3}
-RANKER: dict[str, Any] = {"max_steps": 900, "per_device_train_batch_size": 128, "learning_rate": 3e-3}
-POLICY: dict[str, Any] = {"max_steps": 240, "per_device_train_batch_size": 32, "learning_rate": 1e-4}
+Arguments = dict[str, Any]
+
+TASK = {"num_prompts": 400, "num_eval_prompts": 512}
+SFT: Arguments = {"max_steps": 500, "per_device_train_batch_size": 64, "learning_rate": 3e-3}
+RANKER: Arguments = {"max_steps": 900, "per_device_train_batch_size": 128, "learning_rate": 3e-3}
+POLICY: Arguments = {"max_steps": 240, "per_device_train_batch_size": 32, "learning_rate": 1e-4}
 GAMMA = 0.5  # temperature of RSO eq. 10; SLiC's margin is 1 / gamma
 NUM_CANDIDATES = 64
 BETA, LARGER_BETA = 0.5, 2.0  # the paper's, and the one to try where the ranker is unsure of its labels
 CHECKPOINT_EVERY = 20
 
 # Datasets made of the same candidates, by `build_preference_dataset`
-SAMPLED: dict[str, dict[str, Any]] = {
+SAMPLED: dict[str, Arguments] = {
     "pairs-rso": {"rejection_beta": BETA, "num_samples": 8},
     "pairs-sft": {"strategy": "sft", "num_samples": 8},
     "pairs-rso-larger-beta": {"rejection_beta": LARGER_BETA, "num_samples": 8},
@@ -68,7 +73,7 @@ class Method:
     source: str
     trainer: type[PreferenceTrainer] = RSOTrainer
     loss: str = "RSO eq. 10"
-    arguments: dict[str, Any] = field(default_factory=lambda: {"gamma": GAMMA})
+    arguments: Arguments = field(default_factory=lambda: {"gamma": GAMMA})
 
 
 METHODS = {
@@ -116,17 +121,12 @@ def run_quickstart(output_dir: str, seed: int) -> None:
     say(f"A comparison: {example['prompt']!r}, chosen {example['chosen']!r}, rejected {example['rejected']!r}")
 
     say(f"SFT policy: {SFT['max_steps']} steps on {len(task.sft_dataset):,} examples")
-    sft_dir = str(folder / "sft")
-    sft = _sft(task.policy_model(tokenizer, seed), tokenizer, task.sft_dataset, SFT, folder / "sft_trainer", seed)
-    sft.save_pretrained(sft_dir)
-    tokenizer.save_pretrained(sft_dir)
+    sft = _sft(task.policy_model(tokenizer, seed), tokenizer, task.sft_dataset, SFT, folder / "sft", seed)
 
     say(f"Pairwise ranker: {RANKER['max_steps']} steps on {len(task.comparisons):,} comparisons")
     answers = pairwise_ranker_dataset(task.comparisons, seed=seed)
     judge = task.policy_model(ranker_tokenizer, seed + 1)
-    _sft(judge, ranker_tokenizer, answers, RANKER, folder / "ranker_trainer", seed)
-    judge.save_pretrained(str(folder / "ranker"))
-    ranker_tokenizer.save_pretrained(str(folder / "ranker"))
+    _sft(judge, ranker_tokenizer, answers, RANKER, folder / "ranker", seed)
     ranker = PairwiseRanker(judge, ranker_tokenizer, batch_size=512, seed=seed)
     accuracy = ranker_accuracy(ranker, sft, tokenizer, task.eval_dataset["prompt"], seed)
     say(f"Ranker accuracy on pairs of SFT samples, against the true reward: {accuracy:.3f}")
@@ -159,7 +159,7 @@ def run_quickstart(output_dir: str, seed: int) -> None:
     for name, method in METHODS.items():
         say(f"{name}: {POLICY['max_steps']} steps on {method.source}")
         dataset = made[method.dataset]
-        policy, checkpoints = _train(method, sft_dir, tokenizer, dataset, measure, halves["train"], folder, seed)
+        policy, checkpoints = _train(method, tokenizer, dataset, measure, halves["train"], folder, seed)
         curves[name] = checkpoints.measured
         chosen[name] = checkpoints.best
         policy.load_state_dict(checkpoints.best_weights)
@@ -186,15 +186,17 @@ def _sft(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     dataset: Dataset,
-    hyperparameters: dict[str, Any],
-    output_dir: Path,
+    hyperparameters: Arguments,
+    folder: Path,
     seed: int,
 ) -> PreTrainedModel:
-    """Train a model on prompts and completions with TRL's SFTTrainer."""
-    args = SFTConfig(str(output_dir), warmup_steps=0.1, seed=seed, **_COMMON, **hyperparameters)
+    """Train a model on prompts and completions with TRL's SFTTrainer, and save it."""
+    args = SFTConfig(f"{folder}_trainer", warmup_steps=0.1, seed=seed, **_COMMON, **hyperparameters)
     trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
     _bar_without_logs(trainer)
     trainer.train()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return model.eval()
 
 
@@ -210,7 +212,7 @@ def _bar_without_logs(trainer: Trainer) -> None:
     trainer.add_callback(_Bar)
 
 
-_COMMON: dict[str, Any] = {
+_COMMON: Arguments = {
     "report_to": "none",
     "save_strategy": "no",
     "bf16": False,
@@ -267,7 +269,10 @@ class _Checkpoints(TrainerCallback):
     def best(self) -> int:
         return int(np.argmax([point["ranker_reward"].mean for point in self.measured]))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
         if state.global_step % CHECKPOINT_EVERY:
             return
         self.measured.append(self.measure(model, self.examples))
@@ -277,7 +282,6 @@ class _Checkpoints(TrainerCallback):
 
 def _train(
     method: Method,
-    sft_dir: str,
     tokenizer: PreTrainedTokenizerFast,
     dataset: Dataset,
     measure: _Measure,
@@ -287,8 +291,8 @@ def _train(
 ) -> tuple[PreTrainedModel, _Checkpoints]:
     """Train the SFT policy by one method, measured all along."""
     checkpoints = _Checkpoints(measure, examples)
-    policy = AutoModelForCausalLM.from_pretrained(sft_dir)
-    config: Any = method.trainer.config_class
+    policy = AutoModelForCausalLM.from_pretrained(folder / "sft")
+    config = method.trainer.config_class
     trainer = method.trainer(
         policy,
         args=config(

@@ -1,5 +1,6 @@
 """What pyproject.toml promises, what the constraints pin, what is installed and what CI runs must agree."""
 
+import ast
 import os
 import re
 import tomllib
@@ -111,6 +112,14 @@ def test_every_package_is_installed() -> None:
     setuptools = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     folders = {file.parent.relative_to(REPO_ROOT) for file in (REPO_ROOT / "prefopt_trl").rglob("*.py")}
     assert {".".join(folder.parts) for folder in folders} == set(setuptools["packages"]) - {"prefopt_trl.ds_configs"}
+
+
+def test_type_checkers_know_every_public_name_from_its_file() -> None:
+    tree = ast.parse(Path(prefopt_trl.__file__).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    imported = {f"{part.module}.{alias.name}" for part in block.body for alias in part.names}
+    homes = {f"prefopt_trl.{module}.{name}" for name, module in prefopt_trl._HOME.items()}
+    assert imported == homes | {"prefopt_trl.losses"}
 
 
 def test_the_console_script_names_a_function() -> None:
