@@ -19,6 +19,11 @@ SIDES = {"train_rso": "trl_sdpa", "train_pro": "unshared", "rank": "unshared", "
 FAST = ("train_rso_7b", "rank_1b")
 
 
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch):
+    monkeypatch.setattr(run.gc, "collect", lambda: 0)  # which takes longer than what is measured here
+
+
 def run_main(monkeypatch, folder, *arguments):
     monkeypatch.setattr(sys, "argv", ["run.py", "--shape", "tiny", "--output_dir", str(folder), *arguments])
     run.main()
