@@ -1,19 +1,19 @@
 """Batches of rankings, in the layout that TRL's trainers have for pairs."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.data.data_collator import DataCollatorMixin
 
+from prefopt_trl.data.formats import Row
 from prefopt_trl.data.rankings import check_ranking
 
 
 @dataclass
 class DataCollatorForRanking(DataCollatorMixin):
     """
-    Collates prompts with any number of completions each, padded on the right; TRL's `DataCollatorForPreference` for
+    Collate prompts with any number of completions each, padded on the right; TRL's `DataCollatorForPreference` for
     rankings.
 
     Each example has `"prompt_ids"` (`list[int]`), `"completion_ids"` (`list[list[int]]`, any number of completions)
@@ -74,7 +74,7 @@ class DataCollatorForRanking(DataCollatorMixin):
         if self.truncation_mode not in ("keep_start", "keep_end"):
             raise ValueError(f"`truncation_mode` must be 'keep_start' or 'keep_end', got {self.truncation_mode!r}.")
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def torch_call(self, examples: list[Row]) -> dict[str, torch.Tensor]:
         kept = slice(self.max_length)
         if self.max_length is not None and self.truncation_mode == "keep_end":
             kept = slice(-self.max_length, None)

@@ -6,7 +6,7 @@ A *prompt* or *completion* is a string (plain format) or a list of `{"role": ...
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from datasets import Dataset, IterableDataset, Value
 from trl import extract_prompt
@@ -14,6 +14,8 @@ from trl import extract_prompt
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
 Completion: TypeAlias = str | Sequence[Message]
+Row: TypeAlias = dict[str, Any]  # of a dataset, by column
+AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
 TURN_NAMES = {"system": "System", "user": "Human", "assistant": "Assistant"}
 ASSISTANT_TURN = "\n\nAssistant:"
@@ -75,7 +77,7 @@ def check_format(value: Prompt | Completion, where: str) -> None:
             raise ValueError(f"{where} has a message whose `content` is None. Give it text, or leave the row out.")
 
 
-def check_list(values: Any, name: str, wanted: str) -> None:
+def check_list(values: object, name: str, wanted: str) -> None:
     """Require a list of texts or conversations rather than a single one; the `TypeError` names the shape wanted."""
     if isinstance(values, str):
         found = "a single text"
@@ -116,14 +118,14 @@ def format_of(value: Prompt | Completion) -> str:
     return "text" if isinstance(value, str) else "a list of messages"
 
 
-def normalize_pairs(dataset: Any, where: str) -> Any:
+def normalize_pairs(dataset: AnyDataset, where: str) -> AnyDataset:
     """Return preference pairs as TRL reads them: plain Python values, with prompts in the format of their completions.
 
     UltraFeedback on the Hub has prompts of text, and completions that are whole conversations, which begin with a
     user's message of that text. Such a prompt becomes the messages with which both completions begin. The `ValueError`
     for None in a cell, or for completions that do not begin with the prompt, names the row of `where`.
     """
-    if not isinstance(dataset, Dataset | IterableDataset) or dataset.features is None:
+    if dataset.features is None:  # a stream that does not know them
         return dataset
     dataset, features = dataset.with_format(None), dataset.features
     columns = [column for column in ("prompt", "chosen", "rejected") if column in features]
@@ -145,7 +147,7 @@ def normalize_pairs(dataset: Any, where: str) -> Any:
     return dataset
 
 
-def _split_conversations(pair: dict[str, Any], row: int, where: str) -> dict[str, Any]:
+def _split_conversations(pair: Row, row: int, where: str) -> Row:
     split = extract_prompt({"chosen": pair["chosen"], "rejected": pair["rejected"]})
     if not split["prompt"] or split["prompt"][-1]["content"] != pair["prompt"]:
         raise ValueError(
@@ -187,7 +189,7 @@ def columns_of(dataset: Dataset | IterableDataset, name: str) -> list[str]:
 
 
 def number_rows(dataset: Dataset) -> Dataset:
-    """The dataset with a column `row`, the number of each row, in place of any of that name."""
+    """Return the dataset with a column `row`, the number of each row, in place of any of that name."""
     if "row" in dataset.column_names:
         dataset = dataset.remove_columns("row")
     return dataset.add_column("row", range(len(dataset)))

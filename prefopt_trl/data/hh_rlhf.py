@@ -26,7 +26,7 @@ def load_hh_rlhf(
     conversational: bool = False,
 ) -> Dataset:
     r"""
-    Loads HH-RLHF with each pair of transcripts split into their common prompt and two completions.
+    Load HH-RLHF with each pair of transcripts split into their common prompt and two completions.
 
     The prompt ends with the last `"\n\nAssistant:"` up to which the two transcripts agree; everything after it is
     completion. Mostly that is the last turn of both. Where the conversations part ways earlier, a completion goes on
@@ -145,7 +145,7 @@ def split_transcripts(dataset: Dataset, where: str, conversational: bool) -> Dat
 
 
 def _prompt_end(row: dict[str, str]) -> int | None:
-    """Where the last assistant turn begins up to which both transcripts agree, after its colon."""
+    """Return where the last assistant turn begins up to which both transcripts agree, after its colon."""
     chosen, rejected = row["chosen"], row["rejected"]
     start = chosen.rfind(ASSISTANT_TURN)
     while start >= 0 and chosen.startswith(HUMAN_TURN):
@@ -170,7 +170,7 @@ def _split_row(row: dict[str, str], conversational: bool) -> dict[str, str] | di
 
 
 def _messages(text: str) -> list[Message]:
-    """The turns of a transcript as messages: the inverse of `formats.transcript`."""
+    """Return the turns of a transcript as messages: the inverse of `formats.transcript`."""
     _, *turns = re.split(r"\n\n(Human|Assistant):", text)
     return [
         {"role": ROLES[name], "content": content.removeprefix(" ")}

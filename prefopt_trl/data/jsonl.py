@@ -4,12 +4,11 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
 
-from prefopt_trl.data.formats import check_completions, check_format, format_of
+from prefopt_trl.data.formats import Row, check_completions, check_format, format_of
 from prefopt_trl.data.rankings import FLOAT32_MAX
 
 ROWS_AT_A_TIME = 1000  # held as Python objects, which take many times the room of the text
@@ -45,9 +44,9 @@ def check_candidates(dataset: Dataset, name: str) -> None:
         _check_row(example, f"row {row} of {name}")
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def _rows(path: Path) -> Iterator[Row]:
     """Rows of the file, each checked by itself and against the first."""
-    first: dict[str, Any] = {}
+    first: Row = {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -75,7 +74,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _check_row(row: dict[str, Any], where: str) -> None:
+def _check_row(row: Row, where: str) -> None:
     check_format(row["prompt"], f"The prompt of {where}")
     if "completions" not in row:
         return
@@ -104,5 +103,5 @@ def _check_row(row: dict[str, Any], where: str) -> None:
                 )
 
 
-def _is_finite_number(value: Any) -> bool:
+def _is_finite_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < FLOAT32_MAX

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 
@@ -119,7 +118,7 @@ def _load(name: str, config: str | None, split: str) -> Dataset:
 def _part(dataset: Dataset, whole: str, split: str) -> Dataset:
     """The part of a split, counted in distinct prompts (in rows, if there is no column `prompt`)."""
     prompts = map(json.dumps, dataset["prompt"]) if "prompt" in dataset.column_names else range(len(dataset))
-    numbers: dict[Any, int] = {}
+    numbers: dict[str | int, int] = {}
     number_of_row = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
     parts = ReadInstruction.from_spec(split).to_absolute({whole: len(numbers)})
     wanted = {number for part in parts for number in range(part.from_, part.to)}

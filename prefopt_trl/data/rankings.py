@@ -1,14 +1,20 @@
 """Rankings: prompts with any number of completions, each with a reward."""
 
 import logging
-from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
 
-from prefopt_trl.data.formats import EQUAL_REWARDS_HINT, check_completions, check_format, columns_of, normalize_pairs
+from prefopt_trl.data.formats import (
+    EQUAL_REWARDS_HINT,
+    Row,
+    check_completions,
+    check_format,
+    columns_of,
+    normalize_pairs,
+)
 from prefopt_trl.data.tokenization import chat_options, tokenize_completions
 
 logger = logging.getLogger(__name__)
@@ -37,7 +43,7 @@ def pairs_to_rankings(dataset: Dataset | IterableDataset, where: str = "the data
             "`completions`, in the order of their rewards."
         )
 
-    def to_ranking(example: dict[str, Any], row: int) -> dict[str, Any]:
+    def to_ranking(example: Row, row: int) -> Row:
         if "prompt" not in example and not (example := extract_prompt(example))["prompt"]:
             raise _no_prompt(
                 row, where.removeprefix("the ").removesuffix(" dataset"), list(dataset.column_names or [])
@@ -48,7 +54,7 @@ def pairs_to_rankings(dataset: Dataset | IterableDataset, where: str = "the data
     return normalize_pairs(dataset, where).map(to_ranking, with_indices=True, remove_columns=["chosen", "rejected"])
 
 
-def check_ranking(completions: Any, rewards: Any, where: str) -> None:
+def check_ranking(completions: object, rewards: object, where: str) -> None:
     """Require two completions or more, and a finite reward for each.
 
     Args:
@@ -128,7 +134,7 @@ def tokenize_rankings(
             "yours with `dataset.rename_column(old, new)`."
         )
 
-    def tokenize(example: dict[str, Any], row: int) -> dict[str, Any]:
+    def tokenize(example: Row, row: int) -> Row:
         where = f"Row {row} of the {name} dataset"
         check_ranking(example["completions"], example["rewards"], where)
         check_format(example["prompt"], f"The prompt of row {row} of the {name} dataset")

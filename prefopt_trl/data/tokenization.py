@@ -3,15 +3,18 @@
 import json
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from prefopt_trl.data.formats import Completion, Prompt
+from prefopt_trl.data.formats import Completion, Message, Prompt, Row
+from prefopt_trl.shared_prefix.continuation import common_length
 
 logger = logging.get_logger(__name__)
+
+ChatOptions: TypeAlias = dict[str, Any]  # arguments for `apply_chat_template`
 
 _told: weakref.WeakSet[PreTrainedTokenizerBase] = weakref.WeakSet()  # of the line about equal candidates
 
@@ -34,11 +37,15 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **chat_
     """Return the token ids of a prompt, as sampling and training both read them."""
     if isinstance(prompt, str):
         return encode_text(tokenizer, prompt)
-    template: Any = tokenizer.apply_chat_template
-    return template(prompt, add_generation_prompt=True, return_dict=True, **chat_template_kwargs)["input_ids"]
+    return _encode_messages(tokenizer, prompt, add_generation_prompt=True, **chat_template_kwargs)
 
 
-def chat_options(row: dict[str, Any]) -> dict[str, Any]:
+def _encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> list[int]:
+    template: Any = tokenizer.apply_chat_template  # which is typed for one of the values that it may return
+    return template(messages, return_dict=True, **options)["input_ids"]
+
+
+def chat_options(row: Row) -> ChatOptions:
     """Return the arguments for `apply_chat_template` in the columns `tools` and `chat_template_kwargs` of a row."""
     tools = row.get("tools")
     options = {"tools": json.loads(tools) if isinstance(tools, str) else tools} if tools else {}
@@ -80,16 +87,15 @@ def tokenize_completions(
                 "both as plain text, or both as lists of messages."
             )
 
-    def encode(completion: Any) -> list[int]:
-        if isinstance(prompt, str):
-            eos: Any = tokenizer.eos_token
-            return encode_text(tokenizer, prompt + (completion if completion.endswith(eos) else completion + eos))
-        template: Any = tokenizer.apply_chat_template
-        return template([*prompt, *completion], return_dict=True, **chat_template_kwargs)["input_ids"]
+    def encode(completion: Completion) -> list[int]:
+        if isinstance(prompt, str) or isinstance(completion, str):
+            eos = str(tokenizer.eos_token)
+            return encode_text(tokenizer, f"{prompt}{str(completion).removesuffix(eos)}{eos}")
+        return _encode_messages(tokenizer, [*prompt, *completion], **chat_template_kwargs)
 
     prompt_ids = prompt_token_ids(tokenizer, prompt, **chat_template_kwargs)
     both_ids = [encode(completion) for completion in completions]
-    end = min(_common_length(prompt_ids, ids) for ids in both_ids)
+    end = common_length([prompt_ids, *both_ids])
     if end < len(prompt_ids):
         logger.warning_once(
             "A prompt's tokens are not those that it has before a completion, because tokens merge where the two meet "
@@ -101,7 +107,7 @@ def tokenize_completions(
 
 
 def merge_equal_in_training(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], completions: Sequence[Sequence[Completion]]
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], completions: Sequence[Sequence[Completion]]
 ) -> list[list[Completion]]:
     """Replace each candidate by the first of its prompt that the chat template writes alike.
 
@@ -109,14 +115,14 @@ def merge_equal_in_training(
     tokens in training, so they are repeats. One logged line counts them. `rows` have `prompt`, and perhaps `tools` and
     `chat_template_kwargs`.
     """
-    template: Any = tokenizer.apply_chat_template
     merged, num_merged = [list(candidates) for candidates in completions], 0
     for row, candidates in zip(rows, merged, strict=True):
         if isinstance(row["prompt"], str) or tokenizer.chat_template is None:  # plain text is read as it is
             continue
-        first: dict[str, Any] = {}
+        first: dict[str, Completion] = {}
         for place, candidate in enumerate(candidates):
-            written = template([*row["prompt"], *candidate], tokenize=False, **chat_options(row))
+            messages = [*row["prompt"], *candidate]
+            written = str(tokenizer.apply_chat_template(messages, tokenize=False, **chat_options(row)))
             candidates[place] = first.setdefault(written, candidate)
             num_merged += candidates[place] != candidate
     if num_merged and tokenizer not in _told:
@@ -130,11 +136,6 @@ def merge_equal_in_training(
             sum(map(len, merged)),
         )
     return merged
-
-
-def _common_length(ids: list[int], others: list[int]) -> int:
-    together = zip(ids, others, strict=False)
-    return next((place for place, (one, other) in enumerate(together) if one != other), min(len(ids), len(others)))
 
 
 def check_vocabulary(

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
+from prefopt_trl.data.tokenization import ChatOptions
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.sampling.generation import sample_candidates
 from prefopt_trl.sampling.logps import row_logps
@@ -39,7 +39,7 @@ def evaluate_policy(
     targets: Sequence[Completion],
     *,
     max_new_tokens: int,
-    chat: Sequence[dict[str, Any]] | None = None,
+    chat: Sequence[ChatOptions] | None = None,
     seed: int = 0,
     true_reward: Callable[..., list[float]] | None = None,
 ) -> dict[str, Estimate]:

@@ -8,7 +8,9 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+Settings: TypeAlias = dict[str, Any]  # by name, as JSON holds them
 
 
 def as_json(settings: Any, default: Callable[[Any], Any] | None = None) -> Any:

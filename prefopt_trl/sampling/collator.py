@@ -17,7 +17,7 @@ from transformers.data.data_collator import DataCollatorMixin
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from prefopt_trl.data.collators import DataCollatorForRanking
-from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
+from prefopt_trl.data.formats import Completion, Prompt, Row, wrap_completion
 from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training, tokenize_completions
 from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
 from prefopt_trl.runtime.weights import gathered
@@ -112,7 +112,7 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def torch_call(self, examples: list[Row]) -> dict[str, torch.Tensor]:
         if "prompt_ids" in examples[0]:
             return self._collate(examples)
         if get_worker_info() is not None:
@@ -134,7 +134,7 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
         with gathered(self.policy, self.ranker.model):
             return self._collate(self._prefer(examples, prompts, seed))
 
-    def _prefer(self, examples: list[dict[str, Any]], prompts: list[Prompt], seed: int) -> list[dict[str, Any]]:
+    def _prefer(self, examples: list[Row], prompts: list[Prompt], seed: int) -> list[Row]:
         completions = self._sample(examples, prompts, seed)
         rewards = check_rewards(
             self.ranker.score(prompts, completions), prompts, completions, type(self.ranker).__name__
@@ -161,7 +161,7 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
             for chosen, rejected in np.resize(np.stack([pairs.chosen, pairs.rejected], axis=1), (num_pairs, 2))
         ]
 
-    def _sample(self, examples: list[dict[str, Any]], prompts: list[Prompt], seed: int) -> list[list[Completion]]:
+    def _sample(self, examples: list[Row], prompts: list[Prompt], seed: int) -> list[list[Completion]]:
         prompt_ids = tokenize_prompts(self.tokenizer, prompts, list(map(chat_options, examples)))
         check_prompts_fit(prompt_ids, self.max_length)
         with self.while_sampling():
@@ -186,9 +186,7 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
             )
         self.num_short += short
 
-    def _tokenize(
-        self, example: dict[str, Any], completions: list[Completion], rewards: list[float] | None = None
-    ) -> dict[str, Any]:
+    def _tokenize(self, example: Row, completions: list[Completion], rewards: list[float] | None = None) -> Row:
         prompt_ids, completion_ids = tokenize_completions(
             self.tokenizer, example["prompt"], completions, **chat_options(example)
         )

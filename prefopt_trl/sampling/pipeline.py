@@ -18,6 +18,7 @@ from prefopt_trl.data.jsonl import check_candidates, read_jsonl
 from prefopt_trl.data.tokenization import chat_options, check_vocabulary
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.runtime.processes import interruptible, process_state
+from prefopt_trl.runtime.settings import Settings
 from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.sampling.card import dataset_card
 from prefopt_trl.sampling.generation import check_generation_kwargs, sizes_of_batch
@@ -166,9 +167,10 @@ def build_preference_dataset(
     store, process = SampleStore(output_dir), process_state()
     how = (options, generation_kwargs or {}, seed, keep_logps, max_length)
     shards = Shards(store, dataset, policy, tokenizer, ranker, *how)
-    models: Any = (None if shards.are_given and not keep_logps else policy, ranker.model)  # those that are run
+    run = [None if shards.are_given and not keep_logps else policy, ranker.model]
+    models = [model for model in run if model is not None]
     with gathered(*models):
-        if sharded := [model for model in models if model is not None and partition_reason(model)]:
+        if sharded := [model for model in models if partition_reason(model)]:
             raise ValueError(
                 f"A {type(sharded[0]).__name__} cannot be sampled or asked: {partition_reason(sharded[0])}. Build the "
                 "dataset before the model is sharded, with a whole one on each process."
@@ -200,7 +202,7 @@ def _as_dataset(prompts: Dataset | list[Prompt] | str | Path) -> Dataset:
     return prompts.with_format(None)
 
 
-def _make(shards: Shards, settings: dict[str, Any], layout: tuple[int, int], process: PartialState) -> None:
+def _make(shards: Shards, settings: Settings, layout: tuple[int, int], process: PartialState) -> None:
     """Make the shards of this process and, on the main process, the dataset of the shards of all."""
     store = shards.store
     if not process.is_main_process:
@@ -291,7 +293,7 @@ def _warn_of_contradictions(pairs: Dataset) -> None:
         )
 
 
-def _assemble(shards: Shards, settings: dict[str, Any]) -> None:
+def _assemble(shards: Shards, settings: Settings) -> None:
     """Make the dataset of its finished shards, row by row, and say what it is like."""
     store = shards.store
     candidates = store.write_dataset("candidates", shards.candidate_rows(), shards.candidate_features())

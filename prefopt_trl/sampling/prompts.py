@@ -2,12 +2,11 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Prompt, check_prompts
-from prefopt_trl.data.tokenization import prompt_token_ids
+from prefopt_trl.data.tokenization import ChatOptions, prompt_token_ids
 
 
 def check_prompts_fit(prompt_ids: Sequence[Sequence[int]], max_length: int | None) -> None:
@@ -47,7 +46,7 @@ def check_positions(model: PreTrainedModel, prompt_ids: Sequence[Sequence[int]],
 def tokenize_prompts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    chat: Sequence[dict[str, Any]] | None = None,
+    chat: Sequence[ChatOptions] | None = None,
     *,
     for_encoder: bool = False,
 ) -> list[list[int]]:

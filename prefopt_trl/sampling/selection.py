@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
-from prefopt_trl.data.formats import Completion, Prompt, completion_text
+from prefopt_trl.data.formats import Completion, Prompt, Row, completion_text
 from prefopt_trl.rankers.base import Ranker, check_probabilities
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
 from prefopt_trl.sampling.pairing import Pairs, play
@@ -19,6 +19,9 @@ OWN_COLUMNS = {
     *("chosen", "rejected", "chosen_reward", "rejected_reward", "label_probability"),
     *("ref_chosen_logps", "ref_rejected_logps", "ref_max_length"),
 }
+
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ def select_and_pair(
 
 
 def preference_rows(
-    candidates: dict[str, Any], selected: SelectedPrompt, pairing: str, max_length: int | None = None
-) -> Iterator[dict[str, Any]]:
+    candidates: Row, selected: SelectedPrompt, pairing: str, max_length: int | None = None
+) -> Iterator[Row]:
     """Yield the rows of the final dataset that a row of candidates makes: its pairs, or its ranking, or none."""
     columns = carried(candidates)
     completions, rewards = candidates["completions"], selected.rewards
@@ -116,22 +119,21 @@ def preference_rows(
         return
     labelled = zip(selected.chosen, selected.rejected, selected.probabilities, strict=True)
     for pair, (chosen, rejected, probability) in enumerate(labelled):
-        logps: dict[str, Any] = {}
-        if selected.ref_logps is not None:
-            logps["ref_chosen_logps"], logps["ref_rejected_logps"] = selected.ref_logps[pair]
-            logps["ref_max_length"] = max_length
-        yield {
+        row = {
             **columns,
             "chosen": completions[chosen],
             "rejected": completions[rejected],
             "chosen_reward": rewards[chosen],
             "rejected_reward": rewards[rejected],
             "label_probability": probability,
-            **logps,
         }
+        if selected.ref_logps is not None:
+            row["ref_chosen_logps"], row["ref_rejected_logps"] = selected.ref_logps[pair]
+            row["ref_max_length"] = max_length
+        yield row
 
 
-def carried(columns: Mapping[str, Any]) -> dict[str, Any]:
+def carried(columns: Mapping[str, Value]) -> dict[str, Value]:
     """Return the columns that candidates and pairs take over from their prompt: `prompt` and those of the user."""
     return {name: value for name, value in columns.items() if name == "prompt" or name not in OWN_COLUMNS}
 
@@ -147,7 +149,7 @@ def keep(rewards: np.ndarray, texts: np.ndarray, options: SamplingOptions, strea
     return pool[accept(rewards[pool], min(options.num_samples, len(pool)), options.effective_beta, stream)]
 
 
-def rank(completions: Sequence[Completion], rewards: np.ndarray, kept: np.ndarray) -> dict[str, list[Any]]:
+def rank(completions: Sequence[Completion], rewards: np.ndarray, kept: np.ndarray) -> Row:
     """Return columns `completions` and `rewards` of a prompt's kept candidates, best first."""
     best_first = kept[np.argsort(-rewards[kept], kind="stable")]
     return {"completions": [completions[index] for index in best_first], "rewards": rewards[best_first].tolist()}

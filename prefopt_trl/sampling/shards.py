@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt_trl.data.formats import wrap_completion
+from prefopt_trl.data.formats import Row, wrap_completion
 from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.runtime.fingerprints import (
@@ -17,6 +17,7 @@ from prefopt_trl.runtime.fingerprints import (
     template_date,
     tokenizer_fingerprint,
 )
+from prefopt_trl.runtime.settings import Settings
 from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
 from prefopt_trl.sampling.logps import pair_logps, sampled_logps
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
@@ -25,7 +26,6 @@ from prefopt_trl.sampling.selection import SelectedPrompt, carried, preference_r
 from prefopt_trl.sampling.store import SampleStore
 from prefopt_trl.shared_prefix.continuation import reason_not_to_share_prefix
 
-Rows = list[dict[str, Any]]
 SELECTING = ("strategy", "num_samples", "pairing", "rejection_beta")  # options that given candidates depend on, too
 
 
@@ -80,7 +80,7 @@ class Shards:
         """Whether the policy computes each prompt once."""
         return self.options.share_prefix and reason_not_to_share_prefix(self.sampler[0], 2) is None
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Settings:
         """Return all that the dataset depends on, for its manifest."""
         settings = {
             **{name: getattr(self.options, name) for name in SELECTING},
@@ -122,7 +122,7 @@ class Shards:
             selected = self._with_logps(rows, selected, first_row)
         self.store.write_shard(shard, "ranked", map(vars, selected))
 
-    def _sample(self, shard: int) -> Rows:
+    def _sample(self, shard: int) -> list[Row]:
         """Candidates of each prompt: `completions`, `finished` (whether each ended by itself) and perhaps `logps`."""
         policy, tokenizer = self.sampler
         rows = self._given(shard)
@@ -146,7 +146,7 @@ class Shards:
                 made[-1]["logps"] = sampled_logps(tokenizer, prompt, completions, candidates, self.max_length, **how)
         return made
 
-    def _select(self, rows: Rows, first_row: int) -> list[SelectedPrompt]:
+    def _select(self, rows: list[Row], first_row: int) -> list[SelectedPrompt]:
         prompts, completions = [row["prompt"] for row in rows], [row["completions"] for row in rows]
         if self.are_given and "rewards" in self.prompts.column_names:
             rewards = [np.array(row["rewards"], dtype=np.float64) for row in rows]
@@ -159,7 +159,7 @@ class Shards:
             prompts, completions, rewards, self.ranker, self.options, seed=self.seed, first_row=first_row
         )
 
-    def _with_logps(self, rows: Rows, selected: list[SelectedPrompt], first_row: int) -> list[SelectedPrompt]:
+    def _with_logps(self, rows: list[Row], selected: list[SelectedPrompt], first_row: int) -> list[SelectedPrompt]:
         """Give pairs the log-probabilities of their candidates; both are scored where one of them has none."""
         made = []
         for row, (candidates, one) in enumerate(zip(rows, selected, strict=True), start=first_row):
@@ -181,7 +181,7 @@ class Shards:
             made.append(replace(one, ref_logps=logps))
         return made
 
-    def candidates(self, shard: int) -> Rows:
+    def candidates(self, shard: int) -> list[Row]:
         """Return the rows of the candidates of a shard."""
         return self._given(shard) if self.are_given else self.store.read_shard(shard, "candidates")
 
@@ -190,12 +190,12 @@ class Shards:
         for shard in range(self.store.layout()[1]):
             yield from self._ranked(shard)
 
-    def candidate_rows(self) -> Iterator[dict[str, Any]]:
+    def candidate_rows(self) -> Iterator[Row]:
         """Yield the rows of all candidates, with their rewards."""
         for row, selected in self._all():
             yield {"rewards": selected.rewards} | row
 
-    def preference_rows(self) -> Iterator[dict[str, Any]]:
+    def preference_rows(self) -> Iterator[Row]:
         """Yield the rows of all pairs or rankings."""
         for row, selected in self._all():
             yield from preference_rows(row, selected, self.options.pairing, self.max_length)
@@ -223,14 +223,14 @@ class Shards:
         columns |= {"chosen": completion, "rejected": completion, **dict.fromkeys(numbers, number)}
         return Features({**columns, **({"ref_max_length": Value("int64")} if self.keep_logps else {})})
 
-    def _all(self) -> Iterator[tuple[dict[str, Any], SelectedPrompt]]:
+    def _all(self) -> Iterator[tuple[Row, SelectedPrompt]]:
         for shard in range(self.store.layout()[1]):
             yield from zip(self.candidates(shard), self._ranked(shard), strict=True)
 
     def _ranked(self, shard: int) -> Iterator[SelectedPrompt]:
         return (SelectedPrompt(**row) for row in self.store.read_shard(shard, "ranked"))
 
-    def _given(self, shard: int) -> Rows:
+    def _given(self, shard: int) -> list[Row]:
         return self.prompts.select(self._rows(shard)).to_list()
 
     def _rows(self, shard: int) -> range:

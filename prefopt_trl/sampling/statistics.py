@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from prefopt_trl.data.formats import EQUAL_REWARDS_HINT
+from prefopt_trl.runtime.settings import Settings
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
 from prefopt_trl.sampling.selection import SelectedPrompt
 
@@ -74,7 +75,7 @@ class SamplingStatistics:
     made: str = "pairs"
     num_short: int = 0
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Settings:
         return {**asdict(self), "quantiles": list(QUANTILES)}
 
     def __str__(self) -> str:
@@ -195,20 +196,21 @@ def label_warning(options: SamplingOptions, before: float, after: float) -> str 
 
 def plot_statistics(rewards: Numbers, probabilities: Numbers, path: str | Path) -> None:
     """Draw the rewards and probabilities of [`summarize`] as a PNG."""
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     everything = np.concatenate(list(rewards.values()))
     low, high = np.quantile(everything, [0.001, 0.999])
-    bins = np.linspace(low, high if high > low else low + 1, 41)
-    lines: dict[str, Any] = {"density": True, "histtype": "step", "linewidth": 1.8}
+    bins = np.linspace(low, high if high > low else low + 1, 41).tolist()
+    step = partial(Axes.hist, density=True, histtype="step", linewidth=1.8)
     for name, values in rewards.items():
-        left.hist(values.clip(low, high), bins=bins, label=f"{name} ({len(values):,})", **lines)
+        step(left, values.clip(low, high), bins=bins, label=f"{name} ({len(values):,})")
     left.set(xlabel="reward", ylabel="density", title="Rewards given by the ranker")
     left.legend(frameon=False)
     for name, values in probabilities.items():
-        right.hist(values, bins=np.linspace(0.5, 1, 26), label=f"{name}: mean {values.mean():.2f}", **lines)
+        step(right, values, bins=np.linspace(0.5, 1, 26).tolist(), label=f"{name}: mean {values.mean():.2f}")
     right.set(xlabel="probability", ylabel="density", title="Probability the ranker gives to its own labels")
     right.set(xlim=(0.5, 1))
     right.legend(frameon=False, loc="upper center")

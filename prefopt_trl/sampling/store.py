@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, Features, load_from_disk
 from datasets.arrow_writer import ArrowWriter
 
-from prefopt_trl.runtime.settings import as_json, differences, read_json, remove, writing
+from prefopt_trl.data.formats import Row
+from prefopt_trl.runtime.settings import Settings, as_json, differences, read_json, remove, writing
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class SampleStore:
 
     # The manifest
 
-    def finished(self, settings: dict[str, Any]) -> bool:
+    def finished(self, settings: Settings) -> bool:
         """Whether the folder holds a finished dataset made with these settings.
 
         A `ValueError` names the settings that differ where it holds a dataset, finished or not, made with others; a
@@ -73,14 +73,14 @@ class SampleStore:
             )
         return not changed and manifest["finished"]
 
-    def begin(self, settings: dict[str, Any], prompts_per_shard: int, num_shards: int) -> None:
+    def begin(self, settings: Settings, prompts_per_shard: int, num_shards: int) -> None:
         """Write down the settings, unless they are there already; what follows is made with them."""
         manifest = self._manifest()
         if manifest is None or differences(manifest["settings"], as_json(settings)):
             layout = {"num_shards": num_shards, "prompts_per_shard": prompts_per_shard}
             self.write_json("manifest.json", {"finished": False, **layout, "settings": settings})
 
-    def wait_for_settings(self, settings: dict[str, Any]) -> None:
+    def wait_for_settings(self, settings: Settings) -> None:
         """Wait until the main process has written down these settings; raise `RuntimeError` after half an hour."""
         now = as_json(settings)
         began = reminded = time.monotonic()
@@ -162,13 +162,13 @@ class SampleStore:
         """Return the numbers of the shards that are ranked, by any process."""
         return sorted(int(path.name.split(".")[0]) for path in self.shards.glob("*.ranked.jsonl"))
 
-    def write_shard(self, shard: int, stage: str, rows: Iterable[dict[str, Any]]) -> None:
+    def write_shard(self, shard: int, stage: str, rows: Iterable[Row]) -> None:
         """Write the rows of a shard."""
         with self.writing(self._shard(shard, stage)) as temporary:
             lines = (json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows)
             temporary.write_bytes("".join(lines).encode())
 
-    def read_shard(self, shard: int, stage: str) -> list[dict[str, Any]]:
+    def read_shard(self, shard: int, stage: str) -> list[Row]:
         """Read the rows of a finished shard."""
         with self._shard(shard, stage).open("rb") as lines:
             return [json.loads(line) for line in lines]
@@ -178,7 +178,7 @@ class SampleStore:
 
     # What is made of them
 
-    def write_dataset(self, name: str, rows: Iterable[dict[str, Any]], features: Features) -> Dataset:
+    def write_dataset(self, name: str, rows: Iterable[Row], features: Features) -> Dataset:
         """Write `rows`, one after the other, as a folder for `load_from_disk`, whose bytes depend on them alone."""
         digest = hashlib.sha256(repr(features).encode())
         arrow = self.shards / f"{name}.arrow"
@@ -196,7 +196,7 @@ class SampleStore:
         arrow.unlink()
         return load_from_disk(str(self.folder / name))
 
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
+    def write_json(self, name: str, content: Settings) -> None:
         """Write a file of JSON."""
         self.write_text(name, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
@@ -234,7 +234,7 @@ class SampleStore:
                 "it can be written to (a full disk: once there is space), the same call goes on from there",
             ) from error
 
-    def _manifest(self) -> dict[str, Any] | None:
+    def _manifest(self) -> Settings | None:
         file = self.folder / "manifest.json"
         try:
             manifest = read_json(file)
@@ -257,6 +257,6 @@ class SampleStore:
         return f"`load_dataset('json', data_files='{self.shards}/*.candidates.jsonl', split='train')`"
 
 
-def _lines(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _lines(before: Settings, now: Settings) -> list[str]:
     """One line per setting that differs."""
     return [f"{name}: {old!r} there, {new!r} now" for name, (old, new) in differences(before, now).items()]

@@ -135,13 +135,17 @@ def split_rows(
 
     Rows of a group that have nothing in common are groups of their own.
     """
+
+    def shared_length(group: list[Sequence[int]]) -> int:  # which leaves each row its last token that is not padding
+        return min(common_length(group), *(last_of_row(row, pad_token_id) for row in group))
+
     prefixes: list[Sequence[int]] = []
     following: list[list[Sequence[int]]] = []
     for _, members in groupby(zip(group_ids, rows, strict=True), key=lambda item: item[0]):
         group = [row for _, row in members]
-        common = _common_length(group, pad_token_id)
+        common = shared_length(group)
         for part in [group] if common else [[row] for row in group]:
-            length = common or _common_length(part, pad_token_id)
+            length = common or shared_length(part)
             prefixes.append(part[0][:length])
             following.append([row[length:] for row in part])
     return prefixes, following
@@ -165,14 +169,10 @@ def last_of_row(row: Sequence[int], pad_token_id: int) -> int:
     return next((place for place in range(len(row) - 1, 0, -1) if row[place] != pad_token_id), 0)
 
 
-def _common_length(rows: Sequence[Sequence[int]], pad_token_id: int) -> int:
-    """How many tokens all rows begin with, leaving each at least its last token that is not padding."""
-    first, last = min(map(list, rows)), max(map(list, rows))  # in lexical order: what these share, all between them do
-    agree = next(
-        (place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other),
-        min(len(first), len(last)),
-    )
-    return min(agree, *(last_of_row(row, pad_token_id) for row in rows))
+def common_length(rows: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all rows begin with."""
+    columns = enumerate(zip(*rows, strict=False))
+    return next((place for place, tokens in columns if len(set(tokens)) > 1), min(map(len, rows)))
 
 
 def reason_not_to_share_prefix(model: PreTrainedModel, row_length: int) -> str | None:
@@ -199,7 +199,7 @@ def reason_not_to_share_prefix(model: PreTrainedModel, row_length: int) -> str |
     return reason
 
 
-def partition_reason(model: PreTrainedModel) -> str | None:
+def partition_reason(model: torch.nn.Module) -> str | None:
     """Why each forward pass of this model needs all processes, which must then make as many; or None."""
     is_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
     if is_fsdp1 or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
