@@ -85,7 +85,7 @@ class PreferenceArguments(TrainingData, RankerArguments):
     only_prompts: bool = field(
         default=False,
         metadata={
-            "help": "Take only the prompts of the dataset, so that completions are sampled for them and labelled by "
+            "help": "Take only the prompts of the dataset, so that completions are sampled for them and labeled by "
             "`ranker`."
         },
     )
@@ -96,7 +96,21 @@ class PreferenceArguments(TrainingData, RankerArguments):
 
 
 @dataclass(kw_only=True)
-class SampleConfig(DataArguments, RankerArguments, SamplingOptions):
+class InferenceArguments(DataArguments, RankerArguments):
+    """What the commands that train nothing share: they load a policy themselves, and need a ranker."""
+
+    seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn, at least 0."})
+    use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Load models that bring Python code with them."})
+
+    def __post_init__(self) -> None:
+        if self.ranker is None:
+            raise ValueError("`ranker` is missing, and samples need one to be rewarded. Give one.")
+        is_whole(self, "seed", 0)
+
+
+@dataclass(kw_only=True)
+class SampleConfig(InferenceArguments, SamplingOptions):
     """Arguments of [`build_preference_dataset`]."""
 
     output_dir: str = field(metadata={"help": "Folder for the pairs, candidates, statistics and dataset card."})
@@ -115,22 +129,17 @@ class SampleConfig(DataArguments, RankerArguments, SamplingOptions):
             "sampled`."
         },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of sampling, rejection and pairing, at least 0."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Load models that bring Python code with them."})
     hub_dataset_id: str | None = field(
         default=None, metadata={"help": "Once all is finished and saved, push it to this dataset of the Hub too."}
     )
 
     def __post_init__(self) -> None:
-        if self.ranker is None:
-            raise ValueError("`ranker` is missing, and sampled completions need one to be labelled. Give one.")
         super().__post_init__()
-        is_whole(self, "seed", 0)
+        SamplingOptions.__post_init__(self)
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(DataArguments, RankerArguments):
+class EvaluateConfig(InferenceArguments):
     """Arguments of [`evaluate_policy`]."""
 
     output_dir: str = field(metadata={"help": "Folder for `evaluation.json` and `evaluation.md`."})
@@ -140,12 +149,7 @@ class EvaluateConfig(DataArguments, RankerArguments):
         metadata={"help": "Split with prompts and the completions to win against (`chosen` or `completion`)."},
     )
     max_new_tokens: int = field(default=128, metadata=MAX_NEW_TOKENS)
-    seed: int = field(default=0, metadata={"help": "Seed of the samples, at least 0."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Load models that bring Python code with them."})
 
     def __post_init__(self) -> None:
-        if self.ranker is None:
-            raise ValueError("`ranker` is missing, and samples need one to be rewarded. Give one.")
+        super().__post_init__()
         is_whole(self, "max_new_tokens", 1)
-        is_whole(self, "seed", 0)

@@ -61,11 +61,10 @@ def launch_arguments(
         ValueError: if accelerate could not start the processes, or would start something else than what is asked for.
         FileNotFoundError: if there is no such configuration.
     """
-    options = dict(options)
-    name = str(options.pop("accelerate_config", "accelerate"))
-    if name != "accelerate":
-        file = _config_file(name)
-        options = {"config_file": file, **_deepspeed_file(file), **options}
+    options, named = dict(options), "accelerate"
+    if "accelerate_config" in options:
+        file = _config_file(str(options.pop("accelerate_config")))
+        options, named = {"config_file": file, **_deepspeed_file(file), **options}, file.stem
     words = [f"--{option}" if value is True else f"--{option}={value}" for option, value in options.items() if value]
     given = launch_command_parser().parse_args([*words, "--module", MODULE, *arguments])
     default = default_config_file if os.path.isfile(default_config_file) else None
@@ -82,7 +81,7 @@ def launch_arguments(
     num_processes = given.num_processes or config.get("num_processes", -1)
     if num_processes == -1:  # where nothing says how many, as many as there are devices
         num_processes = given.num_processes = 1 if on_cpu else num_gpus
-    start = f"{Path(name).stem} is to start {num_processes} process(es)"
+    start = f"{named} is to start {num_processes} process(es)"
     if on_cpu:
         is_set = os.environ.get("DS_ACCELERATOR") == "cpu" and ddp_backend == "gloo" and not told
         starts_one = engine != "DEEPSPEED" and num_processes > 1 and given.mpirun_hostfile is None

@@ -1,4 +1,4 @@
-"""`prefopt-trl sample`: preference pairs, or rankings, sampled from a policy and labelled by a ranker."""
+"""`prefopt-trl sample`: preference pairs, or rankings, sampled from a policy and labeled by a ranker."""
 
 from collections.abc import Callable
 

@@ -78,16 +78,16 @@ class Method:
 
 METHODS = {
     "direct": Method("comparisons", "the given comparisons (DPO)"),
-    "sft-sample-rank": Method("pairs-sft", "8 of 64 SFT samples, at random, labelled by the ranker"),
+    "sft-sample-rank": Method("pairs-sft", "8 of 64 SFT samples, at random, labeled by the ranker"),
     "rso": Method(
-        "pairs-rso", f"8 of 64 SFT samples, by rejection sampling with the paper's beta of {BETA:g}, labelled likewise"
+        "pairs-rso", f"8 of 64 SFT samples, by rejection sampling with the paper's beta of {BETA:g}, labeled likewise"
     ),
     "rso, larger beta": Method(
         "pairs-rso-larger-beta", f"the same with beta {LARGER_BETA:g}, which trusts the ranker less"
     ),
     "slic": Method(
         "pairs-slic",
-        "8 of 64 SFT samples, at random, labelled by the ranker in a tournament",
+        "8 of 64 SFT samples, at random, labeled by the ranker in a tournament",
         SLiCTrainer,
         "RSO eq. 1",
         {"delta": 1 / GAMMA},
@@ -371,7 +371,7 @@ def _report(lines: str, accuracy: float, statistics: dict[str, Any], seed: int, 
     before, after = statistics["label_probability_before"], statistics["label_probability_after"]
     return f"""# Quickstart: preferences sampled in different ways, and different losses
 
-All policies start from the same SFT policy and train for {POLICY["max_steps"]} steps. The first four minimise
+All policies start from the same SFT policy and train for {POLICY["max_steps"]} steps. The first four minimize
 RSO eq. 10 (the DPO loss) with gamma {GAMMA:g}, and only their pairs differ; SLiC has the margin {1 / GAMMA:g}:
 
 {sources}

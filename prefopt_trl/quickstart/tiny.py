@@ -17,7 +17,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """Train a byte-level BPE tokenizer.
 
     It is lossless: `decode(encode(text)) == text` for every text, in any script. It adds no token of its own, so a
-    prompt and a completion can be tokenised apart and joined. `vocab_size` includes the 3 special tokens and the 256
+    prompt and a completion can be tokenized apart and joined. `vocab_size` includes the 3 special tokens and the 256
     bytes, and a `ValueError` is raised if it cannot hold them; short texts may give a smaller vocabulary.
 
     >>> tokenizer = train_tokenizer(["the cook and the guest", "the guest and the cook"], vocab_size=280)
