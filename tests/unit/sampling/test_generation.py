@@ -137,25 +137,17 @@ def law_of_texts(
     return law
 
 
-def candidates_of(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, **options) -> Candidates:
-    """Two completions of one prompt, with whether they ended by themselves: the same whether they share it or not."""
-    how = {"max_new_tokens": 20, "generation_batch_size": 2} | options
-    kwargs = {"stop_strings": how.pop("stop_strings", None)}
-    prompt_ids = [tokenizer(prompt)["input_ids"]]
-    (shared,), (plain,) = (
-        sample_candidates(
-            model,
-            tokenizer,
-            prompt_ids,
-            2,
-            GenerationOptions(share_prefix=share_prefix, **how),
-            seed=0,
-            generation_kwargs=kwargs,
-        )
-        for share_prefix in (True, False)
-    )
-    assert shared == plain
-    return shared
+def end_of(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, **options) -> tuple[str, bool]:
+    """A completion, and whether it ended by itself: the same for two of them, and whether they share their prompt."""
+    kwargs = {"stop_strings": options.pop("stop_strings", None)}
+    found = set()
+    for share_prefix in (True, False):
+        how = GenerationOptions(**{"max_new_tokens": 20, "share_prefix": share_prefix} | options)
+        prompt_ids = [tokenizer(prompt)["input_ids"]]
+        (row,) = sample_candidates(model, tokenizer, prompt_ids, 2, how, seed=0, generation_kwargs=kwargs)
+        found.update(zip(row.texts, row.finished, strict=True))
+    (end,) = found
+    return end
 
 
 # The law
@@ -421,14 +413,8 @@ def test_the_size_of_a_batch_is_what_the_budget_holds() -> None:
     of_one = per_prompt + per_completion
     assert [sizes(num_bytes, shares=False) for num_bytes in (4 * of_one, 4 * of_one - 1)] == [(1, 4), (1, 3)]
     # What was asked for is what it is
-    assert [sizes(1, batch_size=size) for size in (1, 3, 4, 7, 8, 9)] == [
-        (1, 1),
-        (1, 3),
-        (1, 4),
-        (1, 4),
-        (2, 4),
-        (2, 4),
-    ]
+    for batch_size, expected in {1: (1, 1), 3: (1, 3), 4: (1, 4), 7: (1, 4), 8: (2, 4), 9: (2, 4)}.items():
+        assert sizes(1, batch_size=batch_size) == expected
 
 
 def test_a_budget_too_small_for_the_completions_of_a_prompt_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -564,11 +550,11 @@ def test_everything_is_as_before_also_after_an_error(model, tokenizer, fails: bo
 
 def test_a_completion_ends_before_eos_and_is_finished(tokenizer) -> None:
     model = scripted_model(12, [*tokenizer("abcde")["input_ids"], EOS])
-    assert candidates_of(model, tokenizer, "a") == Candidates(["bcde"] * 2, [True] * 2)
-    assert candidates_of(model, tokenizer, "a", max_new_tokens=5) == Candidates(["bcde"] * 2, [True] * 2)
-    assert candidates_of(model, tokenizer, "a", max_new_tokens=4) == Candidates(["bcde"] * 2, [False] * 2)
-    assert candidates_of(model, tokenizer, "a", max_new_tokens=1) == Candidates(["b"] * 2, [False] * 2)
-    assert candidates_of(model, tokenizer, "e") == Candidates([""] * 2, [True] * 2)
+    assert end_of(model, tokenizer, "a") == ("bcde", True)
+    assert end_of(model, tokenizer, "a", max_new_tokens=5) == ("bcde", True)
+    assert end_of(model, tokenizer, "a", max_new_tokens=4) == ("bcde", False)
+    assert end_of(model, tokenizer, "a", max_new_tokens=1) == ("b", False)
+    assert end_of(model, tokenizer, "e") == ("", True)
 
 
 def test_finished_is_told_for_each_row_of_a_batch(tokenizer) -> None:
@@ -583,11 +569,11 @@ def test_the_models_further_eos_tokens_end_too(tokenizer, own: int | list[int]) 
     model = scripted_model(12, tokenizer("abcdefghi")["input_ids"])
     assert tokenizer.convert_ids_to_tokens(5) == "c"
     model.generation_config.eos_token_id = None
-    assert candidates_of(model, tokenizer, "a", max_new_tokens=4) == Candidates(["bcde"] * 2, [False] * 2)
+    assert end_of(model, tokenizer, "a", max_new_tokens=4) == ("bcde", False)
     model.generation_config.eos_token_id = own
-    assert candidates_of(model, tokenizer, "a", max_new_tokens=4) == Candidates(["b"] * 2, [True] * 2)
+    assert end_of(model, tokenizer, "a", max_new_tokens=4) == ("b", True)
     # and the tokenizer's still does
-    assert candidates_of(scripted_model(12, [3, 4, EOS]), tokenizer, "a") == Candidates(["b"] * 2, [True] * 2)
+    assert end_of(scripted_model(12, [3, 4, EOS]), tokenizer, "a") == ("b", True)
 
 
 @pytest.mark.parametrize(
@@ -603,20 +589,13 @@ def test_the_models_further_eos_tokens_end_too(tokenizer, own: int | list[int]) 
 )
 def test_stop_strings_are_cut_off(tokenizer, stop_strings: str | list[str], text: str, finished: bool) -> None:
     model = scripted_model(12, tokenizer("abcdefghi")["input_ids"])
-    candidates = candidates_of(model, tokenizer, "a", stop_strings=stop_strings, max_new_tokens=8)
-    assert candidates == Candidates([text] * 2, [finished] * 2)
-    texts = sample_completions(
-        model, tokenizer, ["a"], 1, max_new_tokens=8, generation_kwargs={"stop_strings": stop_strings}
-    )
-    assert texts == [[text]]
+    assert end_of(model, tokenizer, "a", stop_strings=stop_strings, max_new_tokens=8) == (text, finished)
 
 
-def test_a_stop_string_that_begins_in_the_prompt_ends_nothing() -> None:
-    tokenizer = letter_tokenizer()
+def test_a_stop_string_that_begins_in_the_prompt_ends_nothing(tokenizer) -> None:
     model = scripted_model(12, [*tokenizer("abcdefghi")["input_ids"], EOS])
-    crossing = candidates_of(model, tokenizer, "ab", stop_strings=["bc", "abcd"])
-    assert crossing == Candidates(["cdefghi"] * 2, [True] * 2)
-    assert candidates_of(model, tokenizer, "ab", stop_strings=["bc", "fg"]) == Candidates(["cde"] * 2, [True] * 2)
+    assert end_of(model, tokenizer, "ab", stop_strings=["bc", "abcd"]) == ("cdefghi", True)
+    assert end_of(model, tokenizer, "ab", stop_strings=["bc", "fg"]) == ("cde", True)
     # The same stop string ends the completion that has all of it, also in one batch with the other
     how = {"max_new_tokens": 9, "generation_kwargs": {"stop_strings": "bc"}}
     assert sample_completions(model, tokenizer, ["ab", "a"], 1, **how) == [["cdefghi"], [""]]
@@ -626,13 +605,12 @@ def test_a_stop_string_may_begin_inside_a_token_and_be_a_special_token() -> None
     tokenizer = letter_tokenizer([*"abcdefg", "cd", "ef"])
     a, b, g, cd, ef = tokenizer.convert_tokens_to_ids(["a", "b", "g", "cd", "ef"])
     model = scripted_model(12, [a, b, cd, ef, TURN, g, EOS])
-    assert candidates_of(model, tokenizer, "a") == Candidates(["bcdefg"] * 2, [True] * 2)
-    assert candidates_of(model, tokenizer, "a", stop_strings=["de"]) == Candidates(["bc"] * 2, [True] * 2)
-    assert candidates_of(model, tokenizer, "a", stop_strings=["d", "c"]) == Candidates(["b"] * 2, [True] * 2)
-    assert candidates_of(model, tokenizer, "a", stop_strings=["<|turn|>"]) == Candidates(["bcdef"] * 2, [True] * 2)
+    assert end_of(model, tokenizer, "a") == ("bcdefg", True)
+    assert end_of(model, tokenizer, "a", stop_strings=["de"]) == ("bc", True)
+    assert end_of(model, tokenizer, "a", stop_strings=["d", "c"]) == ("b", True)
+    assert end_of(model, tokenizer, "a", stop_strings=["<|turn|>"]) == ("bcdef", True)
     # One that only the text without special tokens has is cut off all the same
-    cut = candidates_of(model, tokenizer, "a", stop_strings=["fg"], max_new_tokens=5)
-    assert cut == Candidates(["bcde"] * 2, [True] * 2)
+    assert end_of(model, tokenizer, "a", stop_strings=["fg"], max_new_tokens=5) == ("bcde", True)
 
 
 @pytest.mark.parametrize("stop_strings", [None, ["c"]])
@@ -665,7 +643,7 @@ def test_spaces_are_not_cleaned_up_whatever_the_tokenizer_does() -> None:
     tokenizer = letter_tokenizer(["a", " ", ",", "."])
     tokenizer.clean_up_tokenization_spaces = True
     assert tokenizer.decode([4, 5]) == ","
-    assert candidates_of(scripted_model(8, [3, 4, 5, EOS]), tokenizer, "a").texts == [" ,"] * 2
+    assert end_of(scripted_model(8, [3, 4, 5, EOS]), tokenizer, "a") == (" ,", True)
 
 
 QUESTION = [{"role": "user", "content": "The dog?"}]
