@@ -65,7 +65,8 @@ def launch_arguments(
     if "accelerate_config" in options:
         file = _config_file(str(options.pop("accelerate_config")))
         options, named = {"config_file": file, **_deepspeed_file(file), **options}, file.stem
-    words = [f"--{option}" if value is True else f"--{option}={value}" for option, value in options.items() if value]
+    given_options = {option: value for option, value in options.items() if value is not None and value is not False}
+    words = [f"--{option}" if value is True else f"--{option}={value}" for option, value in given_options.items()]
     given = launch_command_parser().parse_args([*words, "--module", MODULE, *arguments])
     default = default_config_file if os.path.isfile(default_config_file) else None
     config = _read(given.config_file or default)

@@ -84,6 +84,12 @@ def test_a_config_of_ones_own_finds_the_deepspeed_file_beside_it(gpus, tmp_path)
         launching(f"--accelerate_config {own}")
 
 
+def test_a_number_of_zero_is_passed_on(gpus):
+    gpus(1)
+    options = {"main_process_port": 0, "num_machines": None, "multi_gpu": False}
+    assert launch.launch_arguments(options, ARGUMENTS).main_process_port == 0
+
+
 def test_the_last_config_wins(gpus):
     gpus(1)
     given = launching("--accelerate_config zero3 --num_processes 8 --accelerate_config ddp --num_processes 1")
