@@ -9,6 +9,7 @@ from torch import nn
 
 from prefopt_trl.data.formats import Completion, Prompt, check_completions, check_format, check_list, wrap_completion
 from prefopt_trl.runtime.processes import process_state
+from prefopt_trl.runtime.settings import Settings
 from prefopt_trl.runtime.weights import gathered
 
 
@@ -73,7 +74,7 @@ class Ranker(ABC):
         """
 
     @abstractmethod
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Settings:
         """Describe the ranker: a dataset that it has labeled may be reused by a ranker of the same settings.
 
         Returns:
@@ -186,7 +187,7 @@ def logit(probabilities: np.ndarray) -> np.ndarray:
     return np.log(probabilities) - np.log1p(-probabilities)
 
 
-def check_ranker(ranker: Any) -> None:
+def check_ranker(ranker: object) -> None:
     """Raise `TypeError` for anything but a ranker, naming the classes to wrap it in."""
     if not isinstance(ranker, Ranker):
         raise TypeError(

@@ -3,11 +3,11 @@
 import inspect
 from collections.abc import Callable, Sequence, Sized
 from itertools import islice
-from typing import Any
 
 from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
 from prefopt_trl.rankers.base import PointwiseRanker
 from prefopt_trl.runtime.fingerprints import function_fingerprint
+from prefopt_trl.runtime.settings import Settings
 
 
 class FunctionRanker(PointwiseRanker):
@@ -84,7 +84,7 @@ class FunctionRanker(PointwiseRanker):
         in_order = iter(rewards)
         return [list(islice(in_order, len(row_completions))) for row_completions in completions]
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Settings:
         """Describe the ranker: its version, or the function's name and source code.
 
         Returns:

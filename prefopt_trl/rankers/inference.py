@@ -24,6 +24,7 @@ from transformers.utils import find_adapter_config_file
 from prefopt_trl.data.tokenization import check_vocabulary
 from prefopt_trl.runtime.fingerprints import model_fingerprint, tokenizer_fingerprint
 from prefopt_trl.runtime.processes import process_state
+from prefopt_trl.runtime.settings import Settings
 from prefopt_trl.shared_prefix.continuation import (
     RowsAfterPrefix,
     WholeRows,
@@ -189,7 +190,7 @@ class RankingModel:
                 return RowsAfterPrefix(model, token_ids, groups, pad_token_id)
         return WholeRows(token_ids, pad_token_id, model.device)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Settings:
         """Return what the results depend on: the weights, but not where they were loaded from."""
         return {
             "model": type(self.model).__name__,

@@ -7,7 +7,6 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from prefopt_trl.rankers.templates import (
     split_answers,
 )
 from prefopt_trl.runtime.fingerprints import function_fingerprint
+from prefopt_trl.runtime.settings import Settings
 from prefopt_trl.shared_prefix.continuation import WholeRows
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class PairwiseRanker(PublishedModel):
         rewards = logit(probabilities.clip(SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY))
         return np.split(rewards, np.cumsum([len(candidates) for candidates in completions], dtype=int))[:-1]
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Settings:
         """Return fingerprints of the weights, the tokenizer and the template, and the numbers of the ranker."""
         return {
             "class": type(self).__name__,

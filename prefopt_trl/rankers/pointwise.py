@@ -14,6 +14,7 @@ from prefopt_trl.rankers.base import PointwiseRanker
 from prefopt_trl.rankers.inference import RankingModel
 from prefopt_trl.rankers.publishing import PublishedModel
 from prefopt_trl.runtime.fingerprints import template_date
+from prefopt_trl.runtime.settings import Settings
 
 SENSITIVE_TO_PADDING = {"nystromformer", "xlnet", "yoso"}  # a row's reward would depend on the length of the others
 
@@ -118,7 +119,7 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
             rewards[rows] = prepared.head_logits(model)[:, 0].to(rewards.dtype)
         return rewards
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Settings:
         """Return fingerprints of the weights and the tokenizer, and the numbers of the ranker."""
         return {
             "class": type(self).__name__,

@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData, RepoCard
 from peft import PeftModel
@@ -12,6 +11,7 @@ from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.rankers.inference import RankingModel
 from prefopt_trl.runtime.cards import public_name, render
 from prefopt_trl.runtime.hub import push_folder
+from prefopt_trl.runtime.settings import Settings
 
 
 class PublishedModel(Ranker):
@@ -84,7 +84,7 @@ def ranker_card(
     model: PreTrainedModel | PeftModel,
     source: str,
     arguments: dict[str, str],
-    settings: dict[str, Any],
+    settings: Settings,
     dataset_name: str | None = None,
 ) -> RepoCard:
     """Write the card of a ranker's model.

@@ -8,6 +8,8 @@ from typing import Any
 
 from huggingface_hub import CardData, RepoCard
 
+from prefopt_trl.runtime.settings import Settings
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -45,7 +47,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def settings_table(settings: dict[str, Any]) -> str:
+def settings_table(settings: Settings) -> str:
     """Write settings as a table, sorted by name, nested ones by their dotted names."""
     rows = [[name(key), code(json.dumps(value, ensure_ascii=False))] for key, value in _flat(settings)]
     return table(["setting", "value"], rows)

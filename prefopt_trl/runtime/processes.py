@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -50,7 +49,7 @@ def interruptible(what_is_saved: Callable[[], str]) -> Iterator[None]:
     """
     owner = os.getpid()
 
-    def end(number: int, frame: Any) -> None:
+    def end(number: int, frame: object) -> None:
         if is_main_process() and os.getpid() == owner:  # a forked child, such as one of a pool, has the handler too
             print(f"\n{what_is_saved()}", file=sys.stderr, flush=True)  # below a bar
         signal.signal(number, signal.SIG_DFL)

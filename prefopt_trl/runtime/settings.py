@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 Settings: TypeAlias = dict[str, Any]  # by name, as JSON holds them
 
+Settings = dict[str, Any]  # by name, and serializable as JSON
+
 
 def as_json(settings: Any, default: Callable[[Any], Any] | None = None) -> Any:
     """Return settings as they are read back from a file of JSON: tuples become lists, and keys strings."""

@@ -12,7 +12,7 @@ from huggingface_hub import DatasetCardData
 from prefopt_trl.runtime.cards import render
 from prefopt_trl.runtime.fingerprints import dataset_fingerprint
 from prefopt_trl.runtime.hub import push_folder
-from prefopt_trl.runtime.settings import read_json
+from prefopt_trl.runtime.settings import Settings, read_json
 from prefopt_trl.sampling.statistics import SamplingStatistics
 
 PUSHED = ["README.md", "manifest.json", "statistics.json", "statistics.png"]
@@ -25,7 +25,7 @@ CONFIGS: list[dict[str, Any]] = [
 ]
 
 
-def dataset_card(settings: dict[str, Any], statistics: SamplingStatistics, dataset: Dataset) -> str:
+def dataset_card(settings: Settings, statistics: SamplingStatistics, dataset: Dataset) -> str:
     """Write the README.md of a sampled dataset, by which the Hub and `load_dataset(folder, "pairs")` read it.
 
     `settings` are those of the manifest, and `dataset` holds the pairs or rankings. The card depends on the arguments
@@ -44,7 +44,7 @@ def dataset_card(settings: dict[str, Any], statistics: SamplingStatistics, datas
     return f"{card}\n"
 
 
-def read_sampled(folder: str | Path) -> tuple[dict[str, Any], SamplingStatistics] | None:
+def read_sampled(folder: str | Path) -> tuple[Settings, SamplingStatistics] | None:
     """Return the settings and statistics of a sampled dataset, or None if the folder holds no finished one."""
     manifest = read_json(Path(folder, "manifest.json"))
     if manifest is None or not manifest["finished"]:

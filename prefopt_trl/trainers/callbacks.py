@@ -1,16 +1,26 @@
 """Tables of the completions that a trainer learns from, for the trackers that show tables."""
 
 import html
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations import TensorBoardCallback
 
 TABLE_TRACKERS = ["tensorboard", "trackio", "wandb"]  # of `report_to`
 NUM_EXAMPLES = 8  # pairs or rankings of a table
+Example = dict[str, Any]  # a pair or a ranking, as text or as messages
+Row = list[str | float]
 PAIR_COLUMNS = ["prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "label_probability"]
 
 
@@ -21,31 +31,36 @@ class LogPreferencesCallback(TrainerCallback):
     latest `batch` whenever it logs the loss. The table is called "completions", as in TRL's `GRPOTrainer`.
     """
 
-    def __init__(self, trainer: Trainer, examples: list[dict[str, Any]] | None = None) -> None:
+    def __init__(self, trainer: Trainer, examples: list[Example] | None = None) -> None:
         self.trainer, self.examples = trainer, examples
         self.batch: dict[str, torch.Tensor] | None = None  # set by the trainer
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.examples is not None and state.is_world_process_zero:
             self._log(self.examples, args, state, control)
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         is_due = self.examples is None and "loss" in kwargs["logs"] and state.is_world_process_zero
         if is_due and self.batch is not None:
             processor = kwargs["processing_class"]
             examples = examples_of_batch(self.batch, getattr(processor, "tokenizer", processor))
             self._log(examples, args, state, control)
 
-    def _log(self, examples: list[dict[str, Any]], args: Any, state: TrainerState, control: TrainerControl) -> None:
+    def _log(
+        self, examples: list[Example], args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
         columns, rows = table_of(examples)
         columns, rows = ["step", *columns], [[state.global_step, *row] for row in rows]
+        trackers = args.report_to or []
         step = {"train/global_step": state.global_step}  # the axis of transformers' own callbacks
-        if "wandb" in args.report_to:
+        if "wandb" in trackers:
             import wandb
 
             if wandb.run is not None:
-                wandb.log({"completions": wandb.Table(columns=columns, data=rows), **step})
-        if "trackio" in args.report_to:
+                wandb.log({"completions": wandb.Table(columns=[*columns], data=rows), **step})
+        if "trackio" in trackers:
             import trackio
 
             trackio.log({"completions": trackio.Table(columns=columns, data=rows), **step})
@@ -54,14 +69,14 @@ class LogPreferencesCallback(TrainerCallback):
                 callback.on_log(args, state, control, logs={"completions": html_table(columns, rows)})
 
 
-def first_examples(dataset: Dataset | IterableDataset) -> list[dict[str, Any]] | None:
+def first_examples(dataset: Dataset | IterableDataset) -> list[Example] | None:
     """Return the first pairs or rankings of a dataset, or None if it holds tokens only."""
     examples = list(islice(dataset, NUM_EXAMPLES))
     are_texts = all({"chosen", "rejected"} <= row.keys() or "completions" in row for row in examples)
     return examples if are_texts else None
 
 
-def examples_of_batch(batch: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+def examples_of_batch(batch: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Decode the first pairs or rankings of a batch, with special tokens and without padding."""
 
     def texts(row: int) -> tuple[str, str]:
@@ -73,7 +88,7 @@ def examples_of_batch(batch: dict[str, torch.Tensor], tokenizer: PreTrainedToken
         num_pairs = len(batch["input_ids"]) // 2
         pairs = ((texts(row), texts(num_pairs + row)) for row in range(min(num_pairs, NUM_EXAMPLES)))
         return [{"prompt": prompt, "chosen": chosen, "rejected": other} for (prompt, chosen), (_, other) in pairs]
-    rankings: dict[int, dict[str, Any]] = {}
+    rankings: dict[int, Example] = {}
     for row, group in enumerate(batch["group_ids"].tolist()):
         if group < NUM_EXAMPLES:
             prompt, completion = texts(row)
@@ -83,7 +98,7 @@ def examples_of_batch(batch: dict[str, torch.Tensor], tokenizer: PreTrainedToken
     return list(rankings.values())
 
 
-def table_of(examples: list[dict[str, Any]]) -> tuple[list[Any], list[list[Any]]]:
+def table_of(examples: list[Example]) -> tuple[list[str], list[Row]]:
     """Return the columns and the rows: one for each pair, or for each completion of a ranking, best first.
 
     >>> table_of([{"prompt": "2 + 2?", "completions": ["5", "4"], "rewards": [-1, 1]}])
@@ -107,10 +122,10 @@ def _text(value: Any) -> Any:
     return "\n".join(f"{message['role']}: {message.get('content', '')}" for message in value)
 
 
-def html_table(columns: list[Any], rows: list[list[Any]]) -> str:
+def html_table(columns: list[str], rows: list[Row]) -> str:
     """Write a table for TensorBoard, which reads Markdown outside of HTML alone."""
 
-    def line(cells: list[Any], tag: str) -> str:
+    def line(cells: Sequence[str | float], tag: str) -> str:
         texts = [f"{cell:.4g}" if isinstance(cell, float) else str(cell).strip() for cell in cells]
         return "".join(f"<{tag}>{'<br>'.join(html.escape(text).splitlines())}</{tag}>" for text in texts)
 

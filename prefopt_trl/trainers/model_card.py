@@ -14,7 +14,7 @@ from transformers import ProcessorMixin
 from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.runtime.cards import public_name, render
 from prefopt_trl.runtime.fingerprints import versions
-from prefopt_trl.runtime.settings import as_json
+from prefopt_trl.runtime.settings import Settings, as_json
 from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.sampling.card import read_sampled
 from prefopt_trl.sampling.options import SamplingOptions
@@ -50,11 +50,11 @@ class TrainingData:
             Settings of the ranker that scored the completions, or scores them during training.
     """
 
-    sampled: tuple[dict[str, Any], SamplingStatistics] | None = None
-    ranker: dict[str, Any] | None = None
+    sampled: tuple[Settings, SamplingStatistics] | None = None
+    ranker: Settings | None = None
 
     @classmethod
-    def of(cls, dataset: Any, ranker: Ranker | None) -> "TrainingData":
+    def of(cls, dataset: object, ranker: Ranker | None) -> "TrainingData":
         """Read how the dataset was sampled from beside its files, or take the ranker's settings.
 
         Call it on all processes.
@@ -108,7 +108,7 @@ def model_card(trainer: Any, trl_card: ModelCard, title: str, source: str, datas
     )
 
 
-def _hyperparameters(trainer: Any, model: Any) -> dict[str, Any]:
+def _hyperparameters(trainer: Any, model: Any) -> Settings:
     args = trainer.args
     methods = takewhile(lambda config: config not in (PreferenceConfig, RankingConfig), type(args).__mro__)
     sampling = {"strategy", "num_samples", "pairing"}
