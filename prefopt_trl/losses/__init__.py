@@ -3,4 +3,14 @@
 from prefopt_trl.losses.listwise import plackett_luce, pro, pro_terms, rrhf
 from prefopt_trl.losses.pairwise import hinge, hinge_norm, sigmoid_norm, slic, unlikelihood
 
-__all__ = ["hinge", "hinge_norm", "plackett_luce", "pro", "pro_terms", "rrhf", "sigmoid_norm", "slic", "unlikelihood"]
+__all__ = [
+    "hinge",
+    "hinge_norm",
+    "plackett_luce",
+    "pro",
+    "pro_terms",
+    "rrhf",
+    "sigmoid_norm",
+    "slic",
+    "unlikelihood",
+]

@@ -39,7 +39,7 @@ def plackett_luce(logratios: Tensor, beta: float, mask: Tensor | None = None) ->
     """
     _check_positive("beta", beta)
     logratios, mask = _completions("logratios", logratios, mask)
-    margins = beta * (logratios.unsqueeze(2) - logratios.unsqueeze(1))
+    margins = beta * _differences(logratios)
     return _contrast_each_with_worse(margins, _worse(mask)).sum(dim=1)
 
 
@@ -76,11 +76,11 @@ def pro_terms(mean_logps: Tensor, rewards: Tensor | None = None, mask: Tensor | 
     mean_logps, mask = _completions("mean_logps", mean_logps, mask)
     worse = _worse(mask)
     if rewards is None:
-        return _contrast_each_with_worse(mean_logps.unsqueeze(2) - mean_logps.unsqueeze(1), worse)
+        return _contrast_each_with_worse(_differences(mean_logps), worse)
 
     _check_shape("rewards", rewards, mask)
     rewards = rewards.to(mean_logps.dtype)
-    inverse_temperatures = (rewards.unsqueeze(2) - rewards.unsqueeze(1)).masked_fill(~worse, 0.0)  # 1 / T_k^i, eq. 10
+    inverse_temperatures = _differences(rewards).masked_fill(~worse, 0.0)  # 1 / T_k^i, eq. 10
     _check_rewards(
         rewards,
         ((inverse_temperatures >= 0).all(dim=2) & (rewards.isfinite() | ~mask)).all(dim=1),
@@ -106,9 +106,14 @@ def rrhf(mean_logps: Tensor, rewards: Tensor, mask: Tensor | None = None) -> Ten
     mean_logps, mask = _completions("mean_logps", mean_logps, mask)
     _check_shape("rewards", rewards, mask)
     _check_rewards(rewards, (rewards.isfinite() | ~mask).all(dim=1), "finite: drop the completion or score it again")
-    excess = torch.relu(mean_logps.unsqueeze(2) - mean_logps.unsqueeze(1))
+    excess = torch.relu(_differences(mean_logps))
     lower_reward = rewards.unsqueeze(2) < rewards.unsqueeze(1)
     return excess.masked_fill(~(lower_reward & _both_exist(mask)), 0.0).sum(dim=(1, 2))
+
+
+def _differences(values: Tensor) -> Tensor:
+    """`(batch_size, n, n)`: at `[row, k, i]` the value of completion `k` minus that of `i`."""
+    return values.unsqueeze(2) - values.unsqueeze(1)
 
 
 def _contrast_each_with_worse(margins: Tensor, worse: Tensor) -> Tensor:
