@@ -43,6 +43,32 @@ def plackett_luce(logratios: Tensor, beta: float, mask: Tensor | None = None) ->
     return _contrast_each_with_worse(margins, _worse(mask)).sum(dim=1)
 
 
+def lipo_lambda(logratios: Tensor, rewards: Tensor, beta: float, mask: Tensor | None = None) -> Tensor:
+    """
+    Return the lambda loss of LiPO: each pair of completions counts as much as swapping the two changes the ranking.
+
+    `sum_{reward_i > reward_j} |G_i - G_j| |1 / D_i - 1 / D_j| log(1 + exp(-(s_i - s_j)))` (LiPO, arXiv 2402.01878,
+    section 3), where `s = beta * logratio`, the gain is `G = 2^reward - 1` and the discount `D = ln(1 + rank)`. `rank`
+    counts from 1 in the order of `s`; equal scores keep the order of the columns. The weights carry no gradient, and
+    gains grow exponentially: scale rewards to the order of 1. On two completions it is [`sigmoid_norm`] with
+    `gamma=beta` times `(2^reward_1 - 2^reward_2) (1 / ln 2 - 1 / ln 3)`. Equal rewards are not compared.
+
+    >>> lipo_lambda(torch.tensor([[0.5, -1.0, 0.0]]), rewards=torch.tensor([[1.0, 0.5, 0.0]]), beta=1.0)
+    tensor([0.4403])
+    """
+    _check_positive("beta", beta)
+    logratios, mask = _completions("logratios", logratios, mask)
+    _check_shape("rewards", rewards, mask)
+    gains = rewards.to(logratios.dtype).masked_fill(~mask, 0.0).exp2()
+    _check_rewards(rewards, gains.isfinite().all(dim=1), "finite, as well as 2 to its power: scale the rewards down")
+    scores = beta * logratios
+    order = scores.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    ranks = order.argsort(dim=1).to(gains.dtype) + 1
+    weights = _differences(gains) * _differences(1 / ranks.log1p()).abs()
+    compared = (weights > 0) & _both_exist(mask)
+    return -(weights * logsigmoid(_differences(scores))).masked_fill(~compared, 0.0).sum(dim=(1, 2))
+
+
 def pro(mean_logps: Tensor, rewards: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
     """
     Return the ranking term of Preference Ranking Optimization: each completion in turn against all that are worse.
