@@ -39,8 +39,34 @@ def plackett_luce(logratios: Tensor, beta: float, mask: Tensor | None = None) ->
     """
     _check_positive("beta", beta)
     logratios, mask = _completions("logratios", logratios, mask)
-    margins = beta * (logratios.unsqueeze(2) - logratios.unsqueeze(1))
+    margins = beta * _differences(logratios)
     return _contrast_each_with_worse(margins, _worse(mask)).sum(dim=1)
+
+
+def lipo_lambda(logratios: Tensor, rewards: Tensor, beta: float, mask: Tensor | None = None) -> Tensor:
+    """
+    Return the lambda loss of LiPO: each pair of completions counts as much as swapping the two changes the ranking.
+
+    `sum_{reward_i > reward_j} |G_i - G_j| |1 / D_i - 1 / D_j| log(1 + exp(-(s_i - s_j)))` (LiPO, arXiv 2402.01878,
+    section 3), where `s = beta * logratio`, the gain is `G = 2^reward - 1` and the discount `D = ln(1 + rank)`. `rank`
+    counts from 1 in the order of `s`; equal scores keep the order of the columns. The weights carry no gradient, and
+    gains grow exponentially: scale rewards to the order of 1. On two completions it is [`sigmoid_norm`] with
+    `gamma=beta` times `(2^reward_1 - 2^reward_2) (1 / ln 2 - 1 / ln 3)`. Equal rewards are not compared.
+
+    >>> lipo_lambda(torch.tensor([[0.5, -1.0, 0.0]]), rewards=torch.tensor([[1.0, 0.5, 0.0]]), beta=1.0)
+    tensor([0.4403])
+    """
+    _check_positive("beta", beta)
+    logratios, mask = _completions("logratios", logratios, mask)
+    _check_shape("rewards", rewards, mask)
+    gains = rewards.to(logratios.dtype).masked_fill(~mask, 0.0).exp2()
+    _check_rewards(rewards, gains.isfinite().all(dim=1), "finite, as well as 2 to its power: scale the rewards down")
+    scores = beta * logratios
+    order = scores.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    ranks = order.argsort(dim=1).to(gains.dtype) + 1
+    weights = _differences(gains) * _differences(1 / ranks.log1p()).abs()
+    compared = (weights > 0) & _both_exist(mask)
+    return -(weights * logsigmoid(_differences(scores))).masked_fill(~compared, 0.0).sum(dim=(1, 2))
 
 
 def pro(mean_logps: Tensor, rewards: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -76,11 +102,11 @@ def pro_terms(mean_logps: Tensor, rewards: Tensor | None = None, mask: Tensor | 
     mean_logps, mask = _completions("mean_logps", mean_logps, mask)
     worse = _worse(mask)
     if rewards is None:
-        return _contrast_each_with_worse(mean_logps.unsqueeze(2) - mean_logps.unsqueeze(1), worse)
+        return _contrast_each_with_worse(_differences(mean_logps), worse)
 
     _check_shape("rewards", rewards, mask)
     rewards = rewards.to(mean_logps.dtype)
-    inverse_temperatures = (rewards.unsqueeze(2) - rewards.unsqueeze(1)).masked_fill(~worse, 0.0)  # 1 / T_k^i, eq. 10
+    inverse_temperatures = _differences(rewards).masked_fill(~worse, 0.0)  # 1 / T_k^i, eq. 10
     _check_rewards(
         rewards,
         ((inverse_temperatures >= 0).all(dim=2) & (rewards.isfinite() | ~mask)).all(dim=1),
@@ -106,9 +132,14 @@ def rrhf(mean_logps: Tensor, rewards: Tensor, mask: Tensor | None = None) -> Ten
     mean_logps, mask = _completions("mean_logps", mean_logps, mask)
     _check_shape("rewards", rewards, mask)
     _check_rewards(rewards, (rewards.isfinite() | ~mask).all(dim=1), "finite: drop the completion or score it again")
-    excess = torch.relu(mean_logps.unsqueeze(2) - mean_logps.unsqueeze(1))
+    excess = torch.relu(_differences(mean_logps))
     lower_reward = rewards.unsqueeze(2) < rewards.unsqueeze(1)
     return excess.masked_fill(~(lower_reward & _both_exist(mask)), 0.0).sum(dim=(1, 2))
+
+
+def _differences(values: Tensor) -> Tensor:
+    """`(batch_size, n, n)`: at `[row, k, i]` the value of completion `k` minus that of `i`."""
+    return values.unsqueeze(2) - values.unsqueeze(1)
 
 
 def _contrast_each_with_worse(margins: Tensor, worse: Tensor) -> Tensor:

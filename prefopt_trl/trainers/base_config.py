@@ -89,13 +89,15 @@ class RankingConfig(PreferenceConfig):
     """What the configurations of trainers on rankings share: sampled completions are ranked, not paired."""
 
     _pairings = [RANKING]
+    _has_losses = False  # to choose from with `loss_type`
 
     strategy: str = field(default="sft", metadata=STRATEGY)
     num_samples: int = field(default=4, metadata=NUM_SAMPLES)
     pairing: str = field(default=RANKING, metadata=PAIRING)
 
     def __post_init__(self) -> None:
-        refuse(self, [*TRL_LOSS_ARGUMENTS, "loss_type"], "it is for TRL's losses on pairs")
+        names = TRL_LOSS_ARGUMENTS if self._has_losses else [*TRL_LOSS_ARGUMENTS, "loss_type"]
+        refuse(self, names, "it is for TRL's losses on pairs")
         super().__post_init__()
 
 

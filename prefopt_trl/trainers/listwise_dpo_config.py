@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from prefopt_trl.sampling.options import STRATEGY, is_number
 from prefopt_trl.trainers.base_config import RankingConfig, refuse
 
+LOSSES = ["plackett-luce", "lambda"]
+
 
 @dataclass
 class ListwiseDPOConfig(RankingConfig):
@@ -25,6 +27,16 @@ class ListwiseDPOConfig(RankingConfig):
     ```
     """
 
+    _has_losses = True
+
+    loss_type: list[str] = field(
+        default_factory=lambda: ["plackett-luce"],
+        metadata={
+            "help": "Loss: 'plackett-luce' (DPO eq. 20), for the order of the rewards, or 'lambda' (LiPO, arXiv "
+            "2402.01878), for their differences. One of them."
+        },
+    )
+
     # Completions as the optimal policy would write them, as in RSO
     strategy: str = field(default="rso", metadata=STRATEGY)
 
@@ -33,3 +45,5 @@ class ListwiseDPOConfig(RankingConfig):
         precomputing = ["precompute_ref_log_probs", "precompute_ref_batch_size"]
         refuse(self, precomputing, "it works on pairs only, and with `peft_config` there is no second copy to save")
         super().__post_init__()
+        if len(self.loss_type) != 1 or self.loss_type[0] not in LOSSES:
+            raise ValueError(f"`loss_type` must be one of {', '.join(LOSSES)}; got {self.loss_type!r}.")

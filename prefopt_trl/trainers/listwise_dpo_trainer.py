@@ -62,6 +62,8 @@ class ListwiseDPOTrainer(CompletionTrainer):
     }
 
     def loss_per_prompt(self, completions: ScoredCompletions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if self.args.loss_type == ["lambda"]:
+            return losses.lipo_lambda(completions.logratios, completions.rewards, self.args.beta, completions.mask), {}
         return losses.plackett_luce(completions.logratios, self.args.beta, completions.mask), {}
 
     def scores(self, completions: ScoredCompletions) -> torch.Tensor:

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from prefopt_trl.losses import plackett_luce, pro, pro_terms, rrhf, sigmoid_norm, slic
+from prefopt_trl.losses import lipo_lambda, plackett_luce, pro, pro_terms, rrhf, sigmoid_norm, slic
 
 sizes = pytest.mark.parametrize("n", range(2, 9))
 
@@ -38,6 +38,19 @@ def naive_rrhf(scores, rewards):
     return loss
 
 
+def naive_lipo_lambda(logratios, rewards, beta):
+    """LiPO's lambda loss on lists of floats."""
+    scores = [beta * logratio for logratio in logratios]
+    ranks = [1 + sum(other > score for other in scores) for score in scores]
+    loss = 0.0
+    for i, j in itertools.permutations(range(len(scores)), 2):
+        if rewards[i] > rewards[j]:
+            gain = abs((2 ** rewards[i] - 1) - (2 ** rewards[j] - 1))
+            discount = abs(1 / math.log(1 + ranks[i]) - 1 / math.log(1 + ranks[j]))
+            loss += gain * discount * math.log(1 + math.exp(scores[j] - scores[i]))
+    return loss
+
+
 # (the loss on scores, rewards and mask; the same on two lists of floats)
 LOSSES = {
     "plackett_luce": (
@@ -47,6 +60,10 @@ LOSSES = {
     "pro": (lambda scores, _, mask=None: pro(scores, mask=mask), lambda scores, _: naive_plackett_luce(scores, 1.0)),
     "pro with rewards": (pro, naive_pro),
     "rrhf": (rrhf, naive_rrhf),
+    "lipo_lambda": (
+        lambda scores, rewards, mask=None: lipo_lambda(scores, rewards, 0.3, mask),
+        lambda scores, rewards: naive_lipo_lambda(scores, rewards, 0.3),
+    ),
 }
 all_losses = pytest.mark.parametrize(("loss", "naive"), LOSSES.values(), ids=LOSSES)
 
@@ -283,6 +300,28 @@ def test_rewards_must_be_finite_and_one_per_completion(loss, junk):
     alone = torch.tensor([[True, True, True], [False, True, False]])
     with pytest.raises(ValueError, match=r"`rewards\[1\]` must be finite"):
         loss(torch.zeros(2, 3), rewards, alone)
+
+
+def test_lipo_lambda_of_two_is_the_weighted_loss_of_dpo():
+    scores, rewards = random_rankings(16, 2)
+    weight = (2 ** rewards[:, 0] - 2 ** rewards[:, 1]) * (1 / math.log(2) - 1 / math.log(3))
+    torch.testing.assert_close(lipo_lambda(scores, rewards, 0.3), weight * sigmoid_norm(scores, 0.3))
+
+
+def test_lipo_lambda_compares_no_equal_rewards_and_ranks_equal_scores_by_column():
+    scores = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    loss = lipo_lambda(scores, torch.full((3, 5), 0.7), 0.3)
+    loss.sum().backward()
+    assert (loss == 0).all() and (scores.grad == 0).all()
+    # Policy and reference agree: ranks 1, 2, 3; gains 1, 0, 0
+    expected = math.log(2) * (2 / math.log(2) - 1 / math.log(3) - 1 / math.log(4))
+    found = lipo_lambda(torch.zeros(1, 3, dtype=torch.float64), torch.tensor([[1.0, 0.0, 0.0]]), 0.3)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_lipo_lambda_refuses_rewards_whose_gains_overflow():
+    with pytest.raises(ValueError, match=r"`rewards\[1\]` must be finite, as well as 2 to its power: scale"):
+        lipo_lambda(torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [200.0, 0.0]]), 0.3)
 
 
 def test_pro_rewards_must_be_sorted():

@@ -90,8 +90,9 @@ def test_the_defaults_of_each_method(config):
 @pytest.mark.parametrize("config_class", [SLiCConfig, *ON_RANKINGS])
 @pytest.mark.parametrize("name", [*TRL_LOSS_ARGUMENTS, "loss_type"])
 def test_arguments_of_trls_losses_are_refused_by_name(name, config_class, config):
-    if (config_class, name) == (SLiCConfig, "loss_type"):
-        assert config(config_class, loss_type="unlikelihood").loss_type == ["unlikelihood"]  # it has its own
+    own = {SLiCConfig: "unlikelihood", ListwiseDPOConfig: "lambda"}
+    if name == "loss_type" and config_class in own:
+        assert config(config_class, loss_type=own[config_class]).loss_type == [own[config_class]]
         return
     with pytest.raises(ValueError, match=f"`{name}`=.* has no effect in {config_class.__name__}: .* Leave it out."):
         config(config_class, **{name: OTHER_VALUES[name]})

@@ -1,4 +1,6 @@
 import copy
+import itertools
+import math
 
 import pytest
 import torch
@@ -64,6 +66,26 @@ def test_a_step_minimises_the_papers_equation(share_prefix, rankings, by_hand, t
     assert step.log["rewards/chosen"] == pytest.approx(sum(row[0] for row in scores) / 7, rel=1e-4)
     others = [sum(row[1:]) / (len(row) - 1) for row in scores]
     assert step.log["rewards/rejected"] == pytest.approx(sum(others) / 7, rel=1e-4)
+
+
+def test_lambda_weights_pairs_by_their_rewards(rankings, by_hand, tiny_llama_dir, one_step):
+    reference = copy.deepcopy(by_hand)
+    reference.model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float64)
+    losses = []
+    for row in rankings:
+        ref_logps = [logps.sum().detach() for logps, _ in reference.ranked(row)]
+        pairs = zip(by_hand.ranked(row), ref_logps, sorted(row["rewards"], reverse=True), strict=True)
+        ranked = [(0.2 * (logps.sum() - ref), reward) for (logps, _), ref, reward in pairs]
+        losses.append(0.0)
+        for (better, high), (worse, low) in itertools.product(ranked, ranked):
+            if high > low:
+                discounts = [1 / math.log(2 + sum(other > score for other, _ in ranked)) for score in (better, worse)]
+                weight = (2**high - 2**low) * abs(discounts[0] - discounts[1])
+                losses[-1] = losses[-1] + weight * torch.log(1 + torch.exp(worse - better))
+    loss = sum(losses) / 7
+    ref_model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    step = one_step(ListwiseDPOTrainer, rankings, ref_model=ref_model, beta=0.2, loss_type="lambda")
+    step.assert_is(loss, by_hand.gradients(loss))
 
 
 def test_it_begins_where_all_orders_are_as_likely(rankings, one_step):
@@ -188,7 +210,7 @@ PRECOMPUTED = "`precompute_ref_log_probs`=True has no effect in .*: it works on 
     [
         *[({"beta": float(b)}, f"`beta` must be greater than 0 and finite, got {b}") for b in ("0.0", "inf", "nan")],
         ({"precompute_ref_log_probs": True}, PRECOMPUTED),
-        ({"loss_type": "hinge"}, "`loss_type`=.*hinge.* has no effect in ListwiseDPOConfig"),
+        ({"loss_type": "hinge"}, r"`loss_type` must be one of plackett-luce, lambda; got \['hinge'\]"),
         ({"label_smoothing": 0.1}, "`label_smoothing`=0.1 has no effect in ListwiseDPOConfig"),
     ],
 )
