@@ -8,9 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
-
-Settings: TypeAlias = dict[str, Any]  # by name, as JSON holds them
+from typing import Any
 
 Settings = dict[str, Any]  # by name, and serializable as JSON
 
