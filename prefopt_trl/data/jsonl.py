@@ -45,7 +45,7 @@ def check_candidates(dataset: Dataset, name: str) -> None:
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    """Rows of the file, each checked by itself and against the first."""
+    """Yield the rows of the file, each checked by itself and against the first."""
     first: Row = {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):

@@ -28,28 +28,13 @@ def load_rows(name: str, config: str | None = None, split: str = "train", num_ro
             Id on the Hub; folder that `save_to_disk` or [`build_preference_dataset`] wrote, or of data files; or one
             file, `.jsonl`, `.json` (each also with `.gz`) or `.parquet`.
         config (`str`, *optional*):
-            Configuration of the dataset, such as `"candidates"` of a sampled one; or a subset of HH-RLHF, such as
-            `"harmless-base"`.
+            Configuration of the dataset, such as `"candidates"` of a sampled one, or a subset of HH-RLHF.
         split (`str`, *optional*, defaults to `"train"`):
             Split, or part of one: `"train[:90%]"` has the rows of the first 90% of the distinct prompts, so that no
             prompt is in `"train[90%:]"` too. A file, and a folder with one dataset that `save_to_disk` wrote, have no
             splits: they are read as whatever split this names. A sampled dataset is all `"train"`.
         num_rows (`int`, *optional*):
             Take so many rows only, drawn at random with [`ROWS_SEED`] from all of the split.
-
-    Returns:
-        [`~datasets.Dataset`].
-
-    Raises:
-        FileNotFoundError: if there is nothing of that name, or the Hub cannot be reached.
-        ValueError: for a file of another kind, an unknown configuration or split, `num_rows` below 1, or no rows.
-
-    Example:
-
-    ```python
-    >>> load_rows("data/hh_rlhf/harmless-base/test.jsonl.gz", num_rows=100).column_names
-    ['prompt', 'chosen', 'rejected']
-    ```
     """
     if num_rows is not None and num_rows < 1:
         raise ValueError(f"`num_rows` must be at least 1, got {num_rows}. Leave it out for all rows.")

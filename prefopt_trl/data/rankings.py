@@ -25,17 +25,8 @@ FLOAT32_MAX = 3.4e38  # rewards are single precision in a batch
 def pairs_to_rankings(dataset: Dataset | IterableDataset, where: str = "the dataset") -> Dataset | IterableDataset:
     """Turn `chosen` and `rejected` into rankings of two, with rewards 1 and 0 (which PRO's temperatures leave at 1).
 
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Columns `chosen` and `rejected`, and `prompt` unless both begin with it.
-        where (`str`, *optional*, defaults to `"the dataset"`):
-            What the dataset is to the user, for the error.
-
-    Returns:
-        The same rows with `prompt`, `completions` and `rewards` in place of `chosen` and `rejected`.
-
-    Raises:
-        ValueError: for a column `rewards` beside the pairs, and as [`normalize_pairs`].
+    There need not be a `prompt` where both begin with it. A `ValueError` refuses `rewards` beside the pairs, and names
+    a row without a prompt, of the dataset called `where`.
     """
     if "rewards" in (dataset.column_names or []):
         raise ValueError(
@@ -55,28 +46,7 @@ def pairs_to_rankings(dataset: Dataset | IterableDataset, where: str = "the data
 
 
 def check_ranking(completions: object, rewards: object, where: str) -> None:
-    """Require two completions or more, and a finite reward for each.
-
-    Args:
-        completions (`list`):
-            Completions of one prompt, as text, messages or token ids.
-        rewards (`list[float]`):
-            Their rewards.
-        where (`str`):
-            What they are to the user, for the error, such as `"Row 3 of the train dataset"`.
-
-    Raises:
-        ValueError: saying what was expected, and the remedy.
-
-    Example:
-
-    ```python
-    >>> check_ranking(["Hello"], [1.0], "Row 3 of the train dataset")
-    Traceback (most recent call last):
-    ValueError: Row 3 of the train dataset has 1 completion, and a ranking has at least 2. Leave the row out.
-
-    ```
-    """
+    """Require two completions or more, and a finite reward for each; the error begins with `where`."""
     if not isinstance(completions, list):
         raise ValueError(f"{where} has {type(completions).__name__} as `completions`. Give a list of completions.")
     if len(completions) < 2:
@@ -101,27 +71,11 @@ def tokenize_rankings(
     truncation_mode: str = "keep_start",
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
-    """Tokenise rankings, for [`DataCollatorForRanking`], and leave out those whose prompt fills `max_length`.
+    """Tokenize rankings for [`DataCollatorForRanking`], and leave out those whose prompt fills `max_length`.
 
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Columns `prompt`, `completions` and `rewards`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer with an EOS token.
-        name (`str`):
-            Name of the dataset, for messages.
-        max_length (`int`, *optional*):
-            Longest row that the collator will keep, in tokens.
-        truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
-            As in [`DataCollatorForRanking`]; with `"keep_end"` no prompt fills a row.
-        num_proc (`int`, *optional*):
-            Processes to tokenise with.
-
-    Returns:
-        The dataset with `prompt_ids`, `completion_ids` and `rewards` beside its other columns.
-
-    Raises:
-        ValueError: for missing columns, a row that is no ranking (naming it), or if no row is left.
+    Return the dataset with `prompt_ids`, `completion_ids` and `rewards` beside its other columns. With
+    `truncation_mode="keep_end"` no prompt fills a row. A `ValueError` names missing columns, or a row that is no
+    ranking, of the dataset called `name`.
     """
     columns = columns_of(dataset, name)
     dataset = dataset.with_format(None)
@@ -206,10 +160,7 @@ def _no_prompt(row: int, name: str, columns: list[str]) -> ValueError:
 def check_tokens(dataset: Dataset, columns: list[str], name: str) -> None:
     """Refuse rows without a prompt, and count those whose different texts training reads as equal tokens.
 
-    The first 10,000 rows are looked at.
-
-    Raises:
-        ValueError: naming the row, and the columns that the dataset had.
+    Only the first 10,000 rows are read.
     """
     rows = dataset.select(range(min(len(dataset), 10_000)))
     for row, (ids, prompt) in enumerate(zip(rows["prompt_ids"], rows["prompt"], strict=True)):
@@ -235,11 +186,7 @@ def check_tokens(dataset: Dataset, columns: list[str], name: str) -> None:
 
 
 def warn_of_full_prompts(num_rows: int, num_left: int, name: str, max_length: int | None) -> None:
-    """Say how many rows were left out because their prompt fills `max_length`.
-
-    Raises:
-        ValueError: if no row is left.
-    """
+    """Say how many rows were left out because their prompt fills `max_length`; raise `ValueError` if all were."""
     if num_left == num_rows:
         return
     message = (

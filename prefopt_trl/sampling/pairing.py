@@ -95,18 +95,8 @@ def play(
 ) -> list[Pairs]:
     """Pair the completions of many prompts side by side, with one call of `compare` for each round of all of them.
 
-    Args:
-        pairing (`str`):
-            `"first-round"`, `"tournament"` or `"all"`.
-        nums_completions (`Sequence[int]` of length `num_prompts`):
-            How many completions each prompt has, at least 2.
-        compare (`Callable`):
-            As above, with one more array first: the position of each match's prompt.
-        rngs (`Sequence` of length `num_prompts`):
-            Source of randomness of each prompt.
-
-    Returns:
-        `list[Pairs]` of length `num_prompts`.
+    `pairing` is `"first-round"`, `"tournament"` or `"all"`. Each prompt has its number of completions and its source
+    of randomness. `compare` gets one more array first: the position of each match's prompt.
     """
     rounds: list[list[Pairs]] = [[] for _ in rngs]
     # Neighbors meet, and the last of an odd number rests

@@ -105,24 +105,8 @@ def acceptance_rate(rewards: NDArray[np.float64], beta: float) -> float:
     """
     Return the expected share of a prompt's candidates that the first pass of Algorithm 1 accepts (RSO Theorem 1).
 
-    It is the mean of `exp((reward - max) / beta)`. Where it is below `num_samples / num_candidates`, later passes fill
-    up with candidates that the optimal policy rarely produces.
-
-    Args:
-        rewards (float64 array of shape `(num_candidates,)`):
-            Rewards of one prompt's candidates, finite.
-        beta (`float`):
-            Weight of the KL penalty, from 0 (the share of candidates that have the highest reward) to `inf` (1).
-
-    Returns:
-        `float` in (0, 1].
-
-    Example:
-
-    ```python
-    >>> acceptance_rate(np.array([1.0, 1.0, 0.0, 0.0]), beta=0.0)
-    0.5
-    ```
+    It is the mean of `exp((reward - max) / beta)`, in (0, 1]. Where it is below `num_samples / num_candidates`, later
+    passes fill up with candidates that the optimal policy rarely produces.
     """
     gap = rewards.max() - rewards
     if beta == 0:
