@@ -221,6 +221,7 @@ def sample_candidates(
     longest = max(map(len, prompt_ids), default=0)
     shares = options.share_prefix and _shares_prefix(model, config, longest + options.max_new_tokens)
     prompts_at_once, completions_at_once = sizes_of_batch(model, num_completions, longest, options, shares)
+    config.return_dict_in_generate = with_logps = shares and keep_logps
     generate = cast(Callable[..., Any], model.generate)
     # `generate` would wait for the other processes wherever ZeRO-3 is on, also where the weights are gathered
     synced = partition_reason(model) is not None and torch.distributed.is_initialized()
@@ -250,32 +251,20 @@ def sample_candidates(
             for done in range(0, num_completions, completions_at_once):
                 count = min(completions_at_once, num_completions - done)
                 torch.manual_seed(int(np.random.SeedSequence([seed, start, done]).generate_state(1)[0]))
-                logps = None
-                if shares:
-                    config.return_dict_in_generate = keep_logps
-                    sequences = generate(
-                        **inputs,
-                        generation_config=config,
-                        stopping_criteria=criteria,
-                        custom_generate=decode_shared_prefix,
-                        num_completions=count,
-                    )
-                    if keep_logps:
-                        sequences, logps = sequences.sequences, sequences.logps.tolist()
-                else:
-                    config.num_return_sequences = count
-                    sequences = generate(
-                        **inputs, generation_config=config, stopping_criteria=criteria, synced_gpus=synced
-                    )
-                completions = sequences[:, begin:].tolist()
-                for index, ids in enumerate(completions):
-                    result = results[rows[index // count]]
-                    before = [] if in_decoder else prompt_ids[rows[index // count]]
+                how = {"custom_generate": decode_shared_prefix, "num_completions": count}
+                if not shares:
+                    how, config.num_return_sequences = {"synced_gpus": synced}, count
+                output = generate(**inputs, generation_config=config, stopping_criteria=criteria, **how)
+                completions = (output.sequences if with_logps else output)[:, begin:].tolist()
+                logps = output.logps.tolist() if with_logps else [None] * len(completions)
+                for index, (ids, logp) in enumerate(zip(completions, logps, strict=True)):
+                    row = rows[index // count]
+                    before = [] if in_decoder else prompt_ids[row]
                     text, token_ids, finished = _read(tokenizer, before, ids, end_ids, stop_strings)
-                    result.texts.append(text)
-                    result.finished.append(finished)
+                    results[row].texts.append(text)
+                    results[row].finished.append(finished)
                     if keep_logps:
-                        result.sampled.append(Sampled(token_ids, None if logps is None else logps[index]))
+                        results[row].sampled.append(Sampled(token_ids, logp))
                 sampled += len(completions)
                 bar.update(sampled * options.max_new_tokens - bar.n)  # those that ended early
     return results
@@ -296,7 +285,7 @@ def _shares_prefix(model: PreTrainedModel, config: GenerationConfig, row_length:
 def sizes_of_batch(
     model: PreTrainedModel, num_completions: int, prompt_length: int, options: GenerationOptions, shares: bool
 ) -> tuple[int, int]:
-    """How many prompts to sample at a time, and how many completions of each.
+    """Return how many prompts to sample at a time, and how many completions of each.
 
     Without a `generation_batch_size`, as many as `generation_memory_budget` holds if every completion were as long as
     it may be. What is counted are keys and values (twice, while they are copied to grow) and the float32 scores of the
@@ -327,7 +316,7 @@ def sizes_of_batch(
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """End-of-sequence tokens of the tokenizer and of the model, which may have further ones for ends of turns."""
+    """Return the EOS tokens of the tokenizer and of the model, which may have further ones for ends of turns."""
     if tokenizer.eos_token_id is None:
         raise ValueError("`tokenizer` has no EOS token, so completions would never end. Set `tokenizer.eos_token`.")
     own = model.generation_config.eos_token_id
@@ -336,7 +325,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 @contextmanager
 def _sampling_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, a random stream and generation config of our own; all as it was afterwards."""
+    """While entered, the model is in evaluation mode, with a random stream and generation config of our own."""
     # `generate` fills unset options from the model's own config, which may narrow the distribution. A PEFT model may
     # have one beside that of the model inside it.
     configured: list[Any] = [module for module in model.modules() if "generation_config" in vars(module)]
@@ -353,7 +342,7 @@ def _sampling_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _pad(prompt_ids: list[list[int]], pad_token_id: int, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Inputs of `generate`: a decoder goes on where its prompt ends, and an encoder counts from where it begins."""
+    """Pad prompts for `generate`: left for decoder-only models, right for encoder-decoders."""
     if model.config.is_encoder_decoder:
         return WholeRows(prompt_ids, pad_token_id, model.device).inputs
     inputs = left_pad(prompt_ids, pad_token_id, model.device)
@@ -367,8 +356,8 @@ def _read(
     eos_token_ids: list[int],
     stop_strings: list[str],
 ) -> tuple[str, list[int], bool]:
-    """Text of a generated row up to its first EOS token or stop string, its tokens up to and including EOS, and
-    whether it ended by itself."""
+    """Return the text of a generated row up to its first EOS token or stop string, its tokens up to and including EOS,
+    and whether it ended by itself."""
 
     def decode(skip_special_tokens: bool) -> str:
         options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
