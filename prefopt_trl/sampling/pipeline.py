@@ -66,19 +66,16 @@ def build_preference_dataset(
     every setting, `statistics.json`, `statistics.png` and a dataset card (`README.md`). A finished `output_dir` made
     with the same settings is read, not made again.
 
-    Nothing is lost when it stops. Prompts are sampled and ranked in shards of as many as are sampled at a time, and
-    each shard is on the disk (`shards/`, until all is finished) before the next begins; the same call goes on from
-    there, to the same bytes. A `KeyboardInterrupt` says how many are saved, and so does a line where SIGTERM ends the
-    process. Each process of `accelerate launch` or `torchrun`, on any number of nodes that share `output_dir`, takes
-    its part of the shards and returns the whole dataset, which does not depend on how many there were. Each needs a
-    policy and a ranker of its own; weights that DeepSpeed ZeRO-3 has partitioned are gathered once.
+    Nothing is lost when it stops: the same call goes on from the shards of prompts that are on the disk (`shards/`),
+    to the same bytes. Each process of `accelerate launch` or `torchrun`, on any number of nodes that share
+    `output_dir`, takes its part of the shards and returns the whole dataset, which does not depend on how many there
+    were. Each needs a policy and a ranker of its own; sharded weights are gathered once.
 
     Args:
         prompts ([`~datasets.Dataset`], `list`, or path of a `.jsonl` file):
             Column `prompt`, plain text or messages. With a column `completions` (a list of candidates per row, not
-            necessarily of one length) nothing is sampled, so the arguments of sampling are not looked at, and with
-            `rewards` beside it nothing is scored either. Other columns are carried over to the result. A file has one
-            JSON object with these columns per line.
+            necessarily of one length) nothing is sampled, and with `rewards` beside it nothing is scored either.
+            Other columns are carried over to the result. A file has one JSON object with these columns per line.
         policy ([`~transformers.PreTrainedModel`]):
             Policy to sample from, the SFT model in the paper. May be None where the candidates are given.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -116,9 +113,9 @@ def build_preference_dataset(
         TypeError: if `prompts` is neither a dataset, a list nor a file, for example all the splits at once; for
             something that is no ranker, or a name that is no option.
         ValueError: for missing columns, an empty dataset, candidates that do not fit their prompts, an option out of
-            range, a prompt that fills `max_length` (naming its row), a tokenizer
-            without an EOS token, a ranker that returns the wrong number of values or NaN, an `output_dir` made with
-            other settings (naming them), or no prompt with two candidates that differ.
+            range, a prompt that fills `max_length` (naming its row), a tokenizer without an EOS token, a ranker that
+            returns the wrong number of values or NaN, an `output_dir` made with other settings (naming them), or no
+            prompt with two candidates that differ.
         OSError: if something cannot be written, for example to a full disk. What is saved stays as it is.
         RuntimeError: if this process does not see what the main process writes to `output_dir`, or another run is
             making a dataset there.
@@ -225,10 +222,7 @@ def _make(shards: Shards, settings: Settings, layout: tuple[int, int], process: 
 
 
 def prompts_at_once(shards: Shards) -> int:
-    """How many prompts are handled at a time; prompts that cannot be sampled are refused by their row.
-
-    What is sampled on a CPU may be less than fits, as much may be lost with it.
-    """
+    """Return how many prompts are handled at a time; refuse those that cannot be sampled, by their row."""
     prompts = shards.prompts
     if shards.are_given:
         return GIVEN_COMPLETIONS * len(prompts) // max(1, sum(map(len, prompts["completions"])))
