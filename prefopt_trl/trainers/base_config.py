@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from trl import DPOConfig
 
@@ -72,11 +73,27 @@ class PreferenceConfig(SamplingOptions, DPOConfig):
         SamplingOptions.__post_init__(self)
         is_one_of(self, "pairing", self._pairings)
         DPOConfig.__post_init__(self)
+        if self.sampling == "online" and self.dataloader_num_workers:
+            raise ValueError(
+                "`sampling='online'` generates inside the training process, not in its dataloader's workers. Set "
+                "`dataloader_num_workers=0`."
+            )
+        accelerator: Any = self.accelerator_config  # no `dict` any more
+        if accelerator.dispatch_batches:
+            raise ValueError(
+                "`dispatch_batches=True` deals out the rows of a batch, and tears the completions of a prompt apart. "
+                "Leave it out of `accelerator_config`."
+            )
         if self.log_completions and not set(TABLE_TRACKERS) & set(self.report_to or []):
             raise ValueError(
                 f"`log_completions` has no effect with `report_to`={self.report_to}, which has none of "
                 f"{', '.join(TABLE_TRACKERS)}. Name one there, or leave `log_completions` out."
             )
+
+    @property
+    def samples_while_training(self) -> bool:
+        """Whether completions are sampled, and the ranker is asked, during training."""
+        return self.sampling == "online"
 
     @property
     def keep_logps(self) -> bool:

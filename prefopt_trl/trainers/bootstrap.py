@@ -22,6 +22,7 @@ from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.sampling.generation import sample_candidates
 from prefopt_trl.sampling.options import GenerationOptions
 from prefopt_trl.sampling.prompts import tokenize_prompts
+from prefopt_trl.trainers.callbacks import epoch_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class Bootstrap(TrainerCallback):
             logger.warning("Training starts anew; the samples of an earlier run are kept in %s.", aside)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.epoch = int((state.epoch or 0) + 1e-6)  # the sum of steps may lie just below the whole number
+        self.epoch = epoch_of(state)
         self.rankings, self.num_sampled = {}, 0
         self.place = {row: place for place, row in enumerate(PartSampler(self))}
 

@@ -1,6 +1,7 @@
 """Configuration of `PROTrainer`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from prefopt_trl.sampling.options import is_number, is_one_of
 from prefopt_trl.trainers.base_config import RankingConfig, refuse_reference
@@ -75,3 +76,13 @@ class PROConfig(RankingConfig):
                 "which goes through the data part by part. Leave it out."
             )
         super().__post_init__()
+        accelerator: Any = self.accelerator_config  # no `dict` any more
+        if self.bootstrap_parts and accelerator.even_batches is False:
+            raise ValueError(
+                "`even_batches=False` gives processes batches of different lengths, and with `bootstrap_parts` they "
+                "sample together. Leave it out of `accelerator_config`."
+            )
+
+    @property
+    def samples_while_training(self) -> bool:
+        return super().samples_while_training or self.bootstrap_parts > 0

@@ -131,14 +131,16 @@ class RecordingTrainer(PROTrainer):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.events: list[tuple[str, Any]] = []
-        collate = self.data_collator
 
+    def get_train_dataloader(self):
         def fetch(examples):
-            if "row" in examples[0]:  # not those of evaluation
-                self.events.append(("fetch", [example["row"] for example in examples]))
-            return collate(examples)
+            self.events.append(("fetch", [example["row"] for example in examples]))
+            return examples
 
-        self.data_collator = fetch
+        loader = super().get_train_dataloader()
+        assert loader.collate_fn is list
+        loader.base_dataloader.collate_fn = fetch
+        return loader
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         def recorded():
