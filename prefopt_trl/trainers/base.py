@@ -257,6 +257,8 @@ class PreferenceTrainer(Published, DPOTrainer):
     def _sample(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Sample completions of the examples' prompts and collate them."""
         self.data_collator.epoch = epoch_of(self.state)
+        if self.args.sampling_policy == "current":  # an engine may have wrapped it since the construction
+            self.data_collator.policy = self.accelerator.unwrap_model(self.model)
         return self.data_collator(examples)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -274,11 +276,16 @@ class PreferenceTrainer(Published, DPOTrainer):
         """Return the collator in place of a user's own."""
         if self.args.sampling == "online":
             assert ranker is not None  # `with_completions` has refused it
+            from_reference = self.args.sampling_policy == "reference"
+            policy = self.ref_model if from_reference and self.ref_model is not None else self.model
             return DataCollatorForRejectionSampling(
-                self.accelerator.unwrap_model(self.ref_model or self.model),
+                self.accelerator.unwrap_model(policy),
                 tokenizer,
                 ranker,
-                while_sampling=self._reference_adapter if self.ref_model is None else contextlib.nullcontext,
+                # The reference model of an adapter is the policy without it
+                while_sampling=self._reference_adapter
+                if from_reference and policy is self.model
+                else contextlib.nullcontext,
                 seed=self.args.seed,
                 **vars(SamplingOptions.of(self.args)),
                 **collating_options(self.args),

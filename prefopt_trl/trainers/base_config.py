@@ -26,6 +26,7 @@ REFERENCE_ARGUMENTS = [
     "sync_ref_model",
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
+    "sampling_policy",
 ]
 
 
@@ -53,17 +54,26 @@ class PreferenceConfig(SamplingOptions, DPOConfig):
         default="offline",
         metadata={
             "help": "When prompts are sampled: 'offline' before training, into a dataset that is saved (the papers' "
-            "way), 'online' batch by batch while training, from the reference model.",
+            "way), 'online' batch by batch while training.",
             "choices": ["offline", "online"],
+        },
+    )
+    sampling_policy: str = field(
+        default="current",
+        metadata={
+            "help": "What `sampling='online'` samples from: 'current', the policy as it is at that step, or "
+            "'reference', the reference model, as `sampling='offline'` does.",
+            "choices": ["current", "reference"],
         },
     )
 
     def __post_init__(self) -> None:
         is_one_of(self, "sampling", ["offline", "online"])
-        if self.sampling == "online" and self.sync_ref_model:
+        is_one_of(self, "sampling_policy", ["current", "reference"])
+        if self.sampling == "online" and self.sampling_policy == "reference" and self.sync_ref_model:
             raise ValueError(
-                "`sync_ref_model` moves the reference model, and `sampling='online'` samples from it as it was before "
-                "training. Set one of them."
+                "`sync_ref_model` moves the reference model, and `sampling_policy='reference'` samples from it as it "
+                "was before training. Set one of them."
             )
         if self.sampling == "online" and self.precompute_ref_log_probs:
             raise ValueError(
@@ -117,8 +127,8 @@ class RankingConfig(PreferenceConfig):
 
 
 def refuse(config: DPOConfig, names: Iterable[str], reason: str) -> None:
-    """Refuse arguments of `DPOConfig` that would be without effect; the `ValueError` names one not at its default."""
-    for argument in fields(DPOConfig):
+    """Refuse arguments that would be without effect; the `ValueError` names one that is not at its default."""
+    for argument in fields(config):
         if argument.name in names:
             default = argument.default_factory() if callable(argument.default_factory) else argument.default
             if getattr(config, argument.name) != default:
@@ -126,10 +136,3 @@ def refuse(config: DPOConfig, names: Iterable[str], reason: str) -> None:
                     f"`{argument.name}`={getattr(config, argument.name)!r} has no effect in "
                     f"{type(config).__name__}: {reason}. Leave it out."
                 )
-
-
-def refuse_reference(config: PreferenceConfig, reason: str, remedy: str = "Use `sampling='offline'`.") -> None:
-    """Refuse arguments that need a reference model; the `ValueError` names one, with the reason why there is none."""
-    refuse(config, REFERENCE_ARGUMENTS, reason)
-    if config.sampling == "online":
-        raise ValueError(f"`sampling='online'` samples from the reference model, but {reason}. {remedy}")

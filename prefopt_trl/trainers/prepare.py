@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 def splits(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
     """Return the datasets that are given, by name: `"train"`, and `"eval"` or one `"eval_<name>"` for each."""
-    others = eval_dataset if isinstance(eval_dataset, dict) else {}
-    named = {"train": train_dataset, "eval": None if others else eval_dataset}
-    named |= {f"eval_{name}": dataset for name, dataset in others.items()}
-    return {name: dataset for name, dataset in named.items() if dataset is not None}
+    others = {"eval": eval_dataset}
+    if isinstance(eval_dataset, dict):
+        others = {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
+    return {name: dataset for name, dataset in {"train": train_dataset, **others}.items() if dataset is not None}
 
 
 def with_completions(

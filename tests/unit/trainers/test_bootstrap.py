@@ -15,8 +15,8 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from prefopt_trl import FunctionRanker, GenerationOptions, PROConfig, PROTrainer
+from prefopt_trl.sampling import collator
 from prefopt_trl.sampling.generation import sample_candidates
-from prefopt_trl.trainers import bootstrap
 from prefopt_trl.trainers.bootstrap import Bootstrap, PartSampler, re_rank
 from prefopt_trl.trainers.resuming import SETTINGS_FILE
 
@@ -184,7 +184,7 @@ def run(tiny_llama_dir, tmp_path_factory) -> SimpleNamespace:
     given = {"eval_dataset": dataset, "callbacks": [Steps()], "max_new_tokens": 16, **every_three_steps}
     trainer = make_trainer(tiny_llama_dir, folder, dataset, record_scores, RecordingTrainer, **given)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bootstrap, "sample_candidates", record_samples)
+        patch.setattr(collator, "sample_candidates", record_samples)
         trainer.train()
     return SimpleNamespace(trainer=trainer, events=trainer.events, weights=weights, dataset=dataset, folder=folder)
 

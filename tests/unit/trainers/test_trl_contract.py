@@ -29,7 +29,7 @@ from prefopt_trl.shared_prefix.decoding import STATELESS, STATELESS_NAMES
 from prefopt_trl.shared_prefix.segments import SegmentLayer
 from prefopt_trl.trainers import upstream
 from prefopt_trl.trainers.base import PreferenceTrainer
-from prefopt_trl.trainers.base_config import REFERENCE_ARGUMENTS, TRL_LOSS_ARGUMENTS
+from prefopt_trl.trainers.base_config import REFERENCE_ARGUMENTS, TRL_LOSS_ARGUMENTS, PreferenceConfig
 
 BASE = "prefopt_trl/trainers/base.py"
 COMPLETIONS = "prefopt_trl/trainers/completions.py"
@@ -493,7 +493,7 @@ def test_every_argument_of_trls_config_is_known_to_have_an_effect_or_none():
         "their own",
         f"the lists in {ARGUMENTS}, or IN_ALL_TRAINERS in this file",
     )
-    gone = {*TRL_LOSS_ARGUMENTS, *REFERENCE_ARGUMENTS} - {field.name for field in dataclasses.fields(DPOConfig)}
+    gone = {*TRL_LOSS_ARGUMENTS, *REFERENCE_ARGUMENTS} - {field.name for field in dataclasses.fields(PreferenceConfig)}
     require(not gone, f"DPOConfig has no longer the arguments {sorted(gone)}", f"the lists in {ARGUMENTS}")
 
 
