@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training,
 from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
 from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
-from prefopt_trl.sampling.options import RANKING, SamplingOptions
+from prefopt_trl.sampling.options import RANKING, GenerationOptions, SamplingOptions
 from prefopt_trl.sampling.prompts import check_prompts_fit, tokenize_prompts
 from prefopt_trl.sampling.selection import first_occurrences, keep, label_pairs, rank
 
@@ -46,8 +46,10 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
 
     Examples that have `"prompt_ids"` are collated as they are.
 
-    Everything drawn for a batch depends on `seed`, `epoch` and the batch's prompts alone. So each process samples its
-    own prompts with its own stream, which is the same after any restart, and the global random state is left alone.
+    Everything drawn for a batch depends on `seed`, `epoch`, the batch's prompts and the policy alone. So each process
+    samples its own prompts with its own stream, which is the same after any restart, and the global random state is
+    left alone. In a loop of your own, call it as a step begins: a `DataLoader` makes batches ahead, before the policy
+    has learned from the latest one.
 
     With `"rso"` and `"top-k"`, a prompt with fewer distinct candidates than `num_samples` keeps those it has and
     repeats their pairs, so that each prompt makes as many pairs, on every process. A warning counts such prompts. A
@@ -56,7 +58,7 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
 
     Args:
         policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Reference policy, to sample from.
+            Policy to sample from, with the weights that it has when a batch is made.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer, with an EOS token.
         ranker ([`~prefopt_trl.rankers.Ranker`]):
@@ -135,7 +137,17 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
             return self._collate(self._prefer(examples, prompts, seed))
 
     def _prefer(self, examples: list[Row], prompts: list[Prompt], seed: int) -> list[Row]:
-        completions = self._sample(examples, prompts, seed)
+        with self.while_sampling():
+            completions = sample_for(
+                examples,
+                self.policy,
+                self.tokenizer,
+                self.num_candidates,
+                self,
+                max_length=self.max_length,
+                seed=seed,
+                progress=False,
+            )
         rewards = check_rewards(
             self.ranker.score(prompts, completions), prompts, completions, type(self.ranker).__name__
         )
@@ -161,18 +173,6 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
             for chosen, rejected in np.resize(np.stack([pairs.chosen, pairs.rejected], axis=1), (num_pairs, 2))
         ]
 
-    def _sample(self, examples: list[Row], prompts: list[Prompt], seed: int) -> list[list[Completion]]:
-        prompt_ids = tokenize_prompts(self.tokenizer, prompts, list(map(chat_options, examples)))
-        check_prompts_fit(prompt_ids, self.max_length)
-        with self.while_sampling():
-            sampled = sample_candidates(
-                self.policy, self.tokenizer, prompt_ids, self.num_candidates, self, seed=seed, progress=False
-            )
-        return [
-            [wrap_completion(prompt, text) for text in candidates.texts]
-            for prompt, candidates in zip(prompts, sampled, strict=True)
-        ]
-
     def _count_short(self, kept: list[np.ndarray]) -> None:
         short = sum(len(row) < self.num_samples for row in kept)
         if short and not self.num_short:
@@ -194,3 +194,26 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
             chosen_ids, rejected_ids = completion_ids
             return {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
         return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "rewards": rewards}
+
+
+def sample_for(
+    rows: Sequence[Row],
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_completions: int,
+    options: GenerationOptions,
+    max_length: int | None = None,
+    **others: Any,
+) -> list[list[Completion]]:
+    """Sample completions of the rows' prompts, in the format of the prompts.
+
+    Rows have `prompt`, and perhaps `tools` and `chat_template_kwargs`. `others` are arguments of
+    [`sample_candidates`], such as `seed`. Prompts that fill `max_length` are refused.
+    """
+    prompt_ids = tokenize_prompts(tokenizer, [row["prompt"] for row in rows], list(map(chat_options, rows)))
+    check_prompts_fit(prompt_ids, max_length)
+    sampled = sample_candidates(policy, tokenizer, prompt_ids, num_completions, options, **others)
+    return [
+        [wrap_completion(row["prompt"], text) for text in candidates.texts]
+        for row, candidates in zip(rows, sampled, strict=True)
+    ]

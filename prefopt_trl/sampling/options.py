@@ -113,16 +113,14 @@ class SamplingOptions(GenerationOptions):
     """
 
     strategy: str = field(default="rso", metadata=STRATEGY)
-    num_candidates: int = field(
-        default=64, metadata={"help": "Completions sampled per prompt from the policy as it is before training."}
-    )
+    num_candidates: int = field(default=64, metadata={"help": "Completions sampled per prompt."})
     num_samples: int = field(default=8, metadata=NUM_SAMPLES)
     pairing: str = field(default="first-round", metadata=PAIRING)
     rejection_beta: float = field(
         default=0.5,
         metadata={
             "help": "The paper's beta in Algorithm 1, in units of the ranker's reward: small trusts the ranker (0 "
-            "keeps the top `num_samples`), large stays with the reference policy."
+            "keeps the top `num_samples`), large stays with the policy that is sampled."
         },
     )
 

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     AutoProcessor,
     BitsAndBytesConfig,
@@ -22,8 +23,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOTrainer
@@ -39,17 +38,19 @@ from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
 from prefopt_trl.sampling.options import SamplingOptions
 from prefopt_trl.shared_prefix.forward import add_shared_prefix
 from prefopt_trl.trainers.base_config import PreferenceConfig
-from prefopt_trl.trainers.callbacks import LogPreferencesCallback, first_examples
+from prefopt_trl.trainers.callbacks import LogPreferencesCallback, epoch_of, first_examples
 from prefopt_trl.trainers.model_card import TrainingData
 from prefopt_trl.trainers.policy import check_model, check_policy
 from prefopt_trl.trainers.prepare import (
+    are_prompts,
     check_prompts,
     check_text,
+    splits,
     with_completions,
     with_sampled_logps,
 )
 from prefopt_trl.trainers.publishing import Published, check_repository
-from prefopt_trl.trainers.reference import adding_reference_adapter, copy_adapter, frozen_copy
+from prefopt_trl.trainers.reference import adding_reference_adapter, copy_adapter, reference_for_trl
 from prefopt_trl.trainers.resuming import check_length, check_settings, save_settings, training_settings
 from prefopt_trl.trainers.upstream import ATTRIBUTES, FUNCTIONS, METHODS, require
 
@@ -71,9 +72,11 @@ class PreferenceTrainer(Published, DPOTrainer):
     has_reference: bool = True  # where False, no second model is loaded or held
     has_own_loss: bool = False  # in place of TRL's losses on pairs
     rows_per_example: int = 2  # where it learns from pairs
+    train_sampler: Sampler | None = None  # the order of the training data, in place of that of transformers
     _has_reference_adapter: bool = False
     args: Any  # an instance of `config_class`
     model: Any
+    data_collator: Any
 
     def __init__(
         self,
@@ -118,49 +121,41 @@ class PreferenceTrainer(Published, DPOTrainer):
             )
         check_model(model, tokenizer, args)
 
-        self._check_arguments(args, ref_model, data_collator, compute_metrics, ranker)
+        if ref_model is not None and not self.has_reference:
+            raise ValueError(f"`ref_model` has no effect: {self._name} has no reference model. Leave it out.")
+        if args.sampling == "online" and data_collator is not None:
+            raise ValueError("`sampling='online'` collates batches itself. Leave `data_collator` out.")
+        if compute_metrics is not None and self.learns_from == "rankings" and args.world_size > 1:
+            raise ValueError(
+                "`compute_metrics` gathers the logits of all rows, and rankings of different lengths have different "
+                "numbers of rows on each process. Evaluate in one process, or leave it out."
+            )
+        datasets = splits(train_dataset, eval_dataset)
+        self._check_data(datasets, ranker, args)
         if args.push_to_hub:
             check_repository(args)
-        splits: dict[str, Any] = {"train": train_dataset}
-        if isinstance(eval_dataset, dict):
-            splits |= {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
-        else:
-            splits["eval"] = eval_dataset
-        self._check_datasets(splits, args)
-        load_policy = partial(self._reference_policy, model, ref_model, args, quantization_config)
-        keeps_ranker = self._keeps_ranker(args)
-        given = train_dataset
-        splits = with_completions(splits, self.learns_from, load_policy, tokenizer, ranker, keeps_ranker, args)
-        train_dataset = splits.pop("train")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name.removeprefix("eval_"): dataset for name, dataset in splits.items()}
-        else:
-            eval_dataset = splits["eval"]
-
-        # Not by name: a split for evaluation may be called "train" too
-        self._online_prompts = train_dataset if args.sampling == "online" else None
-        samples_while_training = args.sampling == "online" or keeps_ranker
-        uses_ranker = samples_while_training or train_dataset is not given
-        self.training_data = TrainingData.of(train_dataset, ranker if uses_ranker else None)
+        load = partial(load_policy, model if ref_model is None else ref_model, args, quantization_config)
+        made = with_completions(datasets, self.learns_from, load, tokenizer, ranker, args)
+        uses_ranker = args.samples_while_training or made.get("train") is not train_dataset
+        self.training_data = TrainingData.of(made.get("train"), ranker if uses_ranker else None)
         self.reference_given = None if ref_model is None else get_config_model_id(ref_model.config)
-        examples = first_examples(train_dataset) if args.log_completions and not samples_while_training else None
-        # TRL loads no reference model where its log-probabilities are precomputed, but for FSDP
-        precomputes = args.precompute_ref_log_probs and os.environ.get("ACCELERATE_USE_FSDP") != "true"
-        reference = ref_model
-        if not self.has_reference:  # TRL loads a reference model unless it is given one; the setter drops this one
-            reference = torch.nn.Module()  # type: ignore[assignment]
-        elif isinstance(ref_model, PeftModel):
-            reference = ref_model.get_base_model()  # with the adapter in its layers, and a head that TRL can fuse
-        elif ref_model is None and peft_config is None and not precomputes and isinstance(model, PreTrainedModel):
-            reference = frozen_copy(model)  # TRL would load the model of its name
+        self._preferences_log = None
+        if args.log_completions:
+            examples = None if args.samples_while_training else first_examples(made["train"])
+            self._preferences_log = LogPreferencesCallback(self, examples)
+        reference: Any = torch.nn.Module()
+        if self.has_reference:
+            reference = reference_for_trl(model, ref_model, peft_config, args)
         with adding_reference_adapter(model):
             super().__init__(
                 model=model,
                 ref_model=reference,
                 args=args,
                 data_collator=data_collator,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
+                train_dataset=made.get("train"),
+                eval_dataset={name: made[f"eval_{name}"] for name in eval_dataset}
+                if isinstance(eval_dataset, dict)
+                else made.get("eval"),
                 processing_class=processing_class,
                 compute_metrics=compute_metrics,
                 callbacks=callbacks,
@@ -178,9 +173,9 @@ class PreferenceTrainer(Published, DPOTrainer):
             self.ref_model = None  # as TRL lets go of one that it has loaded
         require(self, ATTRIBUTES)
         self._set_up_models()
-        self._install_collator(tokenizer, ranker, given=data_collator is not None)
+        if args.sampling == "online" or data_collator is None:
+            self.data_collator = self._make_collator(tokenizer, ranker)
         self._set_up(tokenizer, ranker)
-        self._preferences_log = LogPreferencesCallback(self, examples) if args.log_completions else None
         if self._preferences_log is not None:
             self.add_callback(self._preferences_log)
 
@@ -190,8 +185,8 @@ class PreferenceTrainer(Published, DPOTrainer):
 
     @ref_model.setter
     def ref_model(self, model: PreTrainedModel | None) -> None:
-        # `DPOTrainer.__init__` sets it to the empty module that it is given so that it loads no second copy of the
-        # weights. May go once `DPOTrainer` takes losses without a reference model.
+        # `DPOTrainer.__init__` loads a second copy of the weights unless it is given a reference model. So a method
+        # without one gives it an empty module, which is not kept. May go once `DPOTrainer` takes such losses.
         self._ref_model = model if self.has_reference else None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -240,89 +235,67 @@ class PreferenceTrainer(Published, DPOTrainer):
         is_own = examples.view(self.accelerator.num_processes, 1, -1) < state.remainder
         return rows[is_own.expand(-1, self.rows_per_example, -1).flatten()]  # of each process chosen rows first
 
-    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        if self._preferences_log is not None:
-            self._preferences_log.batch = inputs
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def get_train_dataloader(self) -> DataLoader:
+        if not self.args.samples_while_training:
+            return super().get_train_dataloader()
+        # A dataloader makes a batch while the one before it is trained on: too early to sample from the policy
+        collator, self.data_collator = self.data_collator, list
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
-    def _check_arguments(
-        self, args: Any, ref_model: Any, data_collator: Any, compute_metrics: Any, ranker: Ranker | None
-    ) -> None:
-        if ref_model is not None and not self.has_reference:
-            raise ValueError(f"`ref_model` has no effect: {self._name} has no reference model. Leave it out.")
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Return the batches of one step of the optimizer. What is sampled for them is sampled now."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.samples_while_training:
+            batches = [self._prepare_inputs(self._sample(examples)) for examples in batches]
+            if self._preferences_log is not None and batches:
+                self._preferences_log.batch = batches[-1]
+        return batches, num_items
+
+    def _sample(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Sample completions of the examples' prompts and collate them."""
+        self.data_collator.epoch = epoch_of(self.state)
+        if self.args.sampling_policy == "current":  # an engine may have wrapped it since the construction
+            self.data_collator.policy = self.accelerator.unwrap_model(self.model)
+        return self.data_collator(examples)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        return super()._get_train_sampler(train_dataset) if self.train_sampler is None else self.train_sampler
+
+    def _check_data(self, datasets: dict[str, Any], ranker: Ranker | None, args: Any) -> None:
+        """Refuse datasets and rankers before anything is sampled."""
         if ranker is not None:
             check_ranker(ranker)
-        if self._keeps_ranker(args) and ranker is None:
-            raise ValueError("`ranker` is missing, and `bootstrap_parts` needs one to score the samples. Pass it.")
-        if args.sampling == "online" and data_collator is not None:
-            raise ValueError("`sampling='online'` collates batches itself. Leave `data_collator` out.")
-        if args.sampling == "online" and args.dataloader_num_workers:
-            raise ValueError(
-                "`sampling='online'` generates inside the training process, not in its dataloader's workers. Set "
-                "`dataloader_num_workers=0`."
-            )
-        if args.accelerator_config.dispatch_batches:
-            raise ValueError(
-                "`dispatch_batches=True` deals out the rows of a batch, and tears the completions of a prompt apart. "
-                "Leave it out of `accelerator_config`."
-            )
-        if compute_metrics is not None and self.learns_from == "rankings" and args.world_size > 1:
-            raise ValueError(
-                "`compute_metrics` gathers the logits of all rows, and rankings of different lengths have different "
-                "numbers of rows on each process. Evaluate in one process, or leave it out."
-            )
-
-    def _check_datasets(self, splits: dict[str, Any], args: Any) -> None:
-        """Refuse datasets before anything is sampled for them."""
-        for name, dataset in splits.items():
+        for name, dataset in datasets.items():
             if self.learns_from == "rankings":
                 check_text(dataset, name)
 
-    def _install_collator(self, tokenizer: Any, ranker: Ranker | None, given: bool) -> None:
-        collating: dict[str, Any] = {
-            "max_length": self.args.max_length,
-            "truncation_mode": self.args.truncation_mode,
-            "pad_to_multiple_of": self.args.pad_to_multiple_of,
-        }
-        if self.args.sampling == "online" and ranker is not None:
-            self.data_collator = DataCollatorForRejectionSampling(
-                self.accelerator.unwrap_model(self.ref_model or self.model),
+    def _make_collator(self, tokenizer: PreTrainedTokenizerBase, ranker: Ranker | None) -> Any:
+        """Return the collator in place of a user's own."""
+        if self.args.sampling == "online":
+            assert ranker is not None  # `with_completions` has refused it
+            from_reference = self.args.sampling_policy == "reference"
+            policy = self.ref_model if from_reference and self.ref_model is not None else self.model
+            return DataCollatorForRejectionSampling(
+                self.accelerator.unwrap_model(policy),
                 tokenizer,
                 ranker,
-                while_sampling=self._reference_adapter if self.ref_model is None else contextlib.nullcontext,
+                # The reference model of an adapter is the policy without it
+                while_sampling=self._reference_adapter
+                if from_reference and policy is self.model
+                else contextlib.nullcontext,
                 seed=self.args.seed,
                 **vars(SamplingOptions.of(self.args)),
-                **collating,
+                **collating_options(self.args),
             )
-            self.add_callback(_EpochOfSampling(self.data_collator))
-        elif not given:
-            self.data_collator = self._make_collator(pad_token_id=tokenizer.pad_token_id, **collating)
-
-    def _make_collator(self, **options: Any) -> DataCollator:
-        """Return the collator of given completions; the options are those of TRL's `DataCollatorForPreference`."""
-        return DataCollatorForRanking(**options) if self.learns_from == "rankings" else self.data_collator
-
-    def _keeps_ranker(self, args: Any) -> bool:
-        """Whether the ranker is used during training."""
-        return False
+        if self.learns_from == "rankings":
+            return DataCollatorForRanking(pad_token_id=tokenizer.pad_token_id, **collating_options(self.args))
+        return self.data_collator  # TRL's
 
     def _set_up(self, tokenizer: PreTrainedTokenizerBase, ranker: Ranker | None) -> None:
-        """What a trainer does at the end of its construction."""
-
-    @staticmethod
-    def _reference_policy(model: Any, ref_model: Any, args: Any, quantization_config: Any) -> Any:
-        """The policy before training, on the training device: what RSO samples from."""
-        policy = ref_model if ref_model is not None else model
-        if isinstance(policy, str):
-            kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-            if quantization_config is not None:
-                kwargs["quantization_config"] = quantization_config
-            if args.distributed_state.distributed_type != DistributedType.NO:
-                kwargs["device_map"] = None  # not over the devices of all the processes, which each have a policy
-            policy = create_model_from_path(policy, **kwargs)
-        if getattr(policy, "hf_device_map", None) is None and not getattr(policy, "is_quantized", False):
-            policy = policy.to(args.device)
-        return policy
+        """Do what is left to do at the end of the construction."""
 
     def _reference_adapter(self) -> contextlib.AbstractContextManager[None]:
         """While entered, a PEFT model is the reference model: its adapter is off, or TRL's copy of it in its place."""
@@ -336,14 +309,16 @@ class PreferenceTrainer(Published, DPOTrainer):
         args: Any,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        if dataset is self._online_prompts:
-            return check_prompts(dataset, getattr(processing_class, "tokenizer", processing_class), args)
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
         columns = columns_of(dataset, dataset_name)
+        # With `sampling="online"`; a split for evaluation, which may be called "train" too, was sampled before
+        if dataset_name == "train" and are_prompts(columns, self.learns_from):
+            return check_prompts(dataset, tokenizer, args)
         if self.learns_from == "rankings":
             are_pairs = {"chosen", "rejected"} <= set(columns) and "completions" not in columns
             return tokenize_rankings(
                 pairs_to_rankings(dataset, f"the {dataset_name} dataset") if are_pairs else dataset,
-                getattr(processing_class, "tokenizer", processing_class),
+                tokenizer,
                 dataset_name,
                 max_length=args.max_length,
                 truncation_mode=args.truncation_mode,
@@ -420,11 +395,20 @@ class PreferenceTrainer(Published, DPOTrainer):
                 add_shared_prefix(model)
 
 
-class _EpochOfSampling(TrainerCallback):
-    """Tells the collator the epoch, so that each draws anew, and a resumed one draws what it drew before."""
+def collating_options(args: PreferenceConfig) -> dict[str, Any]:
+    """Return the options of TRL's `DataCollatorForPreference`, which all collators have, but for the pad token."""
+    return {name: getattr(args, name) for name in ("max_length", "truncation_mode", "pad_to_multiple_of")}
 
-    def __init__(self, collator: DataCollatorForRejectionSampling) -> None:
-        self.collator = collator
 
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.collator.epoch = int((state.epoch or 0) + 1e-6)  # the sum of steps may lie just below the whole number
+def load_policy(policy: Any, args: Any, quantization_config: BitsAndBytesConfig | None) -> Any:
+    """Return the policy before training, loaded if it is a path, on the training device: what RSO samples from."""
+    if isinstance(policy, str):
+        kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
+        if args.distributed_state.distributed_type != DistributedType.NO:
+            kwargs["device_map"] = None  # not over the devices of all the processes, which each have a policy
+        policy = create_model_from_path(policy, **kwargs)
+    if getattr(policy, "hf_device_map", None) is None and not getattr(policy, "is_quantized", False):
+        policy = policy.to(args.device)
+    return policy

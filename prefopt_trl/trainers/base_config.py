@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from trl import DPOConfig
 
@@ -25,6 +26,7 @@ REFERENCE_ARGUMENTS = [
     "sync_ref_model",
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
+    "sampling_policy",
 ]
 
 
@@ -52,17 +54,26 @@ class PreferenceConfig(SamplingOptions, DPOConfig):
         default="offline",
         metadata={
             "help": "When prompts are sampled: 'offline' before training, into a dataset that is saved (the papers' "
-            "way), 'online' batch by batch while training, from the reference model.",
+            "way), 'online' batch by batch while training.",
             "choices": ["offline", "online"],
+        },
+    )
+    sampling_policy: str = field(
+        default="current",
+        metadata={
+            "help": "What `sampling='online'` samples from: 'current', the policy as it is at that step, or "
+            "'reference', the reference model, as `sampling='offline'` does.",
+            "choices": ["current", "reference"],
         },
     )
 
     def __post_init__(self) -> None:
         is_one_of(self, "sampling", ["offline", "online"])
-        if self.sampling == "online" and self.sync_ref_model:
+        is_one_of(self, "sampling_policy", ["current", "reference"])
+        if self.sampling == "online" and self.sampling_policy == "reference" and self.sync_ref_model:
             raise ValueError(
-                "`sync_ref_model` moves the reference model, and `sampling='online'` samples from it as it was before "
-                "training. Set one of them."
+                "`sync_ref_model` moves the reference model, and `sampling_policy='reference'` samples from it as it "
+                "was before training. Set one of them."
             )
         if self.sampling == "online" and self.precompute_ref_log_probs:
             raise ValueError(
@@ -72,11 +83,27 @@ class PreferenceConfig(SamplingOptions, DPOConfig):
         SamplingOptions.__post_init__(self)
         is_one_of(self, "pairing", self._pairings)
         DPOConfig.__post_init__(self)
+        if self.sampling == "online" and self.dataloader_num_workers:
+            raise ValueError(
+                "`sampling='online'` generates inside the training process, not in its dataloader's workers. Set "
+                "`dataloader_num_workers=0`."
+            )
+        accelerator: Any = self.accelerator_config  # no `dict` any more
+        if accelerator.dispatch_batches:
+            raise ValueError(
+                "`dispatch_batches=True` deals out the rows of a batch, and tears the completions of a prompt apart. "
+                "Leave it out of `accelerator_config`."
+            )
         if self.log_completions and not set(TABLE_TRACKERS) & set(self.report_to or []):
             raise ValueError(
                 f"`log_completions` has no effect with `report_to`={self.report_to}, which has none of "
                 f"{', '.join(TABLE_TRACKERS)}. Name one there, or leave `log_completions` out."
             )
+
+    @property
+    def samples_while_training(self) -> bool:
+        """Whether completions are sampled, and the ranker is asked, during training."""
+        return self.sampling == "online"
 
     @property
     def keep_logps(self) -> bool:
@@ -102,8 +129,8 @@ class RankingConfig(PreferenceConfig):
 
 
 def refuse(config: DPOConfig, names: Iterable[str], reason: str) -> None:
-    """Refuse arguments of `DPOConfig` that would be without effect; the `ValueError` names one not at its default."""
-    for argument in fields(DPOConfig):
+    """Refuse arguments that would be without effect; the `ValueError` names one that is not at its default."""
+    for argument in fields(config):
         if argument.name in names:
             default = argument.default_factory() if callable(argument.default_factory) else argument.default
             if getattr(config, argument.name) != default:
@@ -111,10 +138,3 @@ def refuse(config: DPOConfig, names: Iterable[str], reason: str) -> None:
                     f"`{argument.name}`={getattr(config, argument.name)!r} has no effect in "
                     f"{type(config).__name__}: {reason}. Leave it out."
                 )
-
-
-def refuse_reference(config: PreferenceConfig, reason: str, remedy: str = "Use `sampling='offline'`.") -> None:
-    """Refuse arguments that need a reference model; the `ValueError` names one, with the reason why there is none."""
-    refuse(config, REFERENCE_ARGUMENTS, reason)
-    if config.sampling == "online":
-        raise ValueError(f"`sampling='online'` samples from the reference model, but {reason}. {remedy}")

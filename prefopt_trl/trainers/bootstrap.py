@@ -14,14 +14,13 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
-from prefopt_trl.data.formats import wrap_completion
 from prefopt_trl.data.tokenization import chat_options, tokenize_completions
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.runtime.settings import as_json, differences, read_json, write_json
 from prefopt_trl.runtime.weights import gathered
-from prefopt_trl.sampling.generation import sample_candidates
+from prefopt_trl.sampling.collator import sample_for
 from prefopt_trl.sampling.options import GenerationOptions
-from prefopt_trl.sampling.prompts import tokenize_prompts
+from prefopt_trl.trainers.callbacks import epoch_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ class Bootstrap(TrainerCallback):
             logger.warning("Training starts anew; the samples of an earlier run are kept in %s.", aside)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.epoch = int((state.epoch or 0) + 1e-6)  # the sum of steps may lie just below the whole number
+        self.epoch = epoch_of(state)
         self.rankings, self.num_sampled = {}, 0
         self.place = {row: place for place, row in enumerate(PartSampler(self))}
 
@@ -131,19 +130,15 @@ class Bootstrap(TrainerCallback):
             }
 
     def _sample_rows(self, rows: np.ndarray, model: PreTrainedModel, stream: list[int]) -> list[dict[str, Any]]:
-        prompts, completions = (list(self.dataset[rows.tolist()][name]) for name in ("prompt", "completions"))
+        chosen = [self.dataset[row] for row in rows.tolist()]
         seed = int(np.random.SeedSequence(stream).generate_state(1)[0])
-        chat = [chat_options(self.dataset[row]) for row in rows.tolist()]
-        prompt_ids = tokenize_prompts(self.tokenizer, prompts, chat)
-        sampled = sample_candidates(model, self.tokenizer, prompt_ids, 1, self.options, seed=seed)
-        extended = [
-            [*row, wrap_completion(prompt, candidates.texts[0])]
-            for prompt, row, candidates in zip(prompts, completions, sampled, strict=True)
-        ]
+        sampled = sample_for(chosen, model, self.tokenizer, 1, self.options, seed=seed)
+        prompts = [row["prompt"] for row in chosen]
+        extended = [[*row["completions"], *samples] for row, samples in zip(chosen, sampled, strict=True)]
         rewards = check_rewards(self.ranker.score(prompts, extended), prompts, extended, type(self.ranker).__name__)
         return [
-            {"row": int(row), "prompt": prompt, **re_rank(completions, row_rewards)}
-            for row, prompt, completions, row_rewards in zip(rows, prompts, extended, rewards, strict=True)
+            {"row": row, "prompt": prompt, **re_rank(completions, row_rewards)}
+            for row, prompt, completions, row_rewards in zip(rows.tolist(), prompts, extended, rewards, strict=True)
         ]
 
     def _read(self, file: Path, part: int) -> list[dict[str, Any]] | None:

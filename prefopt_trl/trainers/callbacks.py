@@ -69,6 +69,11 @@ class LogPreferencesCallback(TrainerCallback):
                 callback.on_log(args, state, control, logs={"completions": html_table(columns, rows)})
 
 
+def epoch_of(state: TrainerState) -> int:
+    """Return the number of the epoch, from 0, that a run is in, also if it has been resumed."""
+    return int((state.epoch or 0) + 1e-6)  # the sum of steps may lie just below the whole number
+
+
 def first_examples(dataset: Dataset | IterableDataset) -> list[Example] | None:
     """Return the first pairs or rankings of a dataset, or None if it holds tokens only."""
     examples = list(islice(dataset, NUM_EXAMPLES))

@@ -127,7 +127,9 @@ class CompletionTrainer(PreferenceTrainer):
         """What the method takes as the policy's own reward of each completion, shape `(batch_size, n)`."""
         raise NotImplementedError
 
-    def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         completion_mask = inputs["completion_mask"]
         group_ids = inputs.get("group_ids")
         if group_ids is None:  # TRL's pairs: chosen rows, then rejected rows

@@ -26,22 +26,28 @@ from prefopt_trl.trainers.base_config import PreferenceConfig
 logger = logging.getLogger(__name__)
 
 
+def splits(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """Return the datasets that are given, by name: `"train"`, and `"eval"` or one `"eval_<name>"` for each."""
+    others = {"eval": eval_dataset}
+    if isinstance(eval_dataset, dict):
+        others = {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
+    return {name: dataset for name, dataset in {"train": train_dataset, **others}.items() if dataset is not None}
+
+
 def with_completions(
-    splits: dict[str, Any],
+    datasets: dict[str, Any],
     learns_from: str,
     load_policy: Callable[[], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     ranker: Ranker | None,
-    keeps_ranker: bool,
     args: PreferenceConfig,
 ) -> dict[str, Any]:
     """Return the datasets with what a trainer learns from: prompts are sampled, and completions scored where need be.
 
-    `splits` are datasets by name, of which `"train"` is trained on, or None. `learns_from` is `"pairs"` or
-    `"rankings"`; `keeps_ranker` says that the ranker is used during training, too. A `ValueError` says which
+    `datasets` are those of [`splits`]. `learns_from` is `"pairs"` or `"rankings"`. A `ValueError` says which
     completions, rewards or ranker are missing.
     """
-    columns = {name: columns_of(dataset, name) for name, dataset in splits.items() if dataset is not None}
+    columns = {name: columns_of(dataset, name) for name, dataset in datasets.items()}
     to_sample = [name for name in columns if are_prompts(columns[name], learns_from)]
     if to_sample and ranker is None:
         missing = "`chosen` and `rejected` completions" if learns_from == "pairs" else "`completions`"
@@ -55,31 +61,26 @@ def with_completions(
             "`sampling='online'` needs a training dataset of prompts, and this one has completions. Remove them with "
             "`dataset.select_columns(\"prompt\")`, or leave `sampling` at 'offline'."
         )
-    made = dict(splits)
+    made = dict(datasets)
     offline = [name for name in to_sample if name != "train" or args.sampling == "offline"]
     if offline:
         assert ranker is not None  # refused above
         policy = load_policy()
         for name in offline:
             output_dir = os.path.join(str(args.output_dir), "sampled", name)
-            made[name] = sample_preferences(splits[name], name, policy, tokenizer, ranker, args, output_dir)
+            made[name] = sample_preferences(datasets[name], name, policy, tokenizer, ranker, args, output_dir)
         del policy
         gc.collect()  # before the policy is loaded again to be trained
-    uses_ranker = bool(to_sample) or keeps_ranker
+    uses_ranker = bool(to_sample) or args.samples_while_training
     for name in columns:
         if name not in to_sample and learns_from == "rankings":
-            made[name], scored = score_completions(splits[name], name, columns[name], ranker, str(args.output_dir))
+            made[name], scored = score_completions(datasets[name], name, columns[name], ranker, str(args.output_dir))
             uses_ranker |= scored
     of_training = set(columns.get("train", []))
     if ranker is not None and not uses_ranker and {"chosen", "rewards"} & of_training:
         logger.warning(
             "`ranker` is not used: the datasets already have ranked completions. To have them scored, remove the "
             "column `rewards`, or give pairs to a trainer on rankings."
-        )
-    if keeps_ranker and "rewards" in of_training:
-        logger.warning(
-            "The ranker scores all completions of a prompt for `bootstrap_parts`, in place of the column `rewards`, "
-            "so that which of them is the best may change."
         )
     return made
 
@@ -96,9 +97,9 @@ def are_prompts(columns: list[str], learns_from: str) -> bool:
     return are_to_sample
 
 
-def check_text(dataset: Dataset | IterableDataset | None, name: str) -> None:
+def check_text(dataset: Dataset | IterableDataset, name: str) -> None:
     """Refuse images where the batches are rankings, naming the column."""
-    images = {"image", "images"} & set(columns_of(dataset, name) if dataset is not None else [])
+    images = {"image", "images"} & set(columns_of(dataset, name))
     if images:
         raise ValueError(
             f"The {name} dataset has the column {' and '.join(sorted(images))}, and rankings are of text. Remove it, "

@@ -1,9 +1,10 @@
 """Configuration of `PROTrainer`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from prefopt_trl.sampling.options import is_number, is_one_of
-from prefopt_trl.trainers.base_config import RankingConfig, refuse_reference
+from prefopt_trl.trainers.base_config import REFERENCE_ARGUMENTS, RankingConfig, refuse
 
 REWARD_TEMPERATURES = ["dynamic", "none"]
 
@@ -61,8 +62,7 @@ class PROConfig(RankingConfig):
     )
 
     def __post_init__(self) -> None:
-        remedy = "To learn from samples of the policy while it trains, set `bootstrap_parts`."
-        refuse_reference(self, "PRO has no reference model", remedy)
+        refuse(self, REFERENCE_ARGUMENTS, "PRO has no reference model")
         is_one_of(self, "reward_temperature", REWARD_TEMPERATURES)
         is_number(self, "sft_weight", "The paper uses 0.05.")
         if not isinstance(self.bootstrap_parts, int) or self.bootstrap_parts < 0:
@@ -74,4 +74,19 @@ class PROConfig(RankingConfig):
                 f"`train_sampling_strategy`={self.train_sampling_strategy!r} has no effect with `bootstrap_parts`, "
                 "which goes through the data part by part. Leave it out."
             )
+        if self.bootstrap_parts and self.sampling == "online":
+            raise ValueError(
+                "`bootstrap_parts` adds samples to completions, and `sampling='online'` is for prompts without any. "
+                "Set one of them."
+            )
         super().__post_init__()
+        accelerator: Any = self.accelerator_config  # no `dict` any more
+        if self.bootstrap_parts and accelerator.even_batches is False:
+            raise ValueError(
+                "`even_batches=False` gives processes batches of different lengths, and with `bootstrap_parts` they "
+                "sample together. Leave it out of `accelerator_config`."
+            )
+
+    @property
+    def samples_while_training(self) -> bool:
+        return super().samples_while_training or self.bootstrap_parts > 0

@@ -1,12 +1,12 @@
 """Preference Ranking Optimization (PRO): every completion against all worse ones, plus supervised fine-tuning."""
 
+import logging
 import os
 import textwrap
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from prefopt_trl import losses
@@ -16,6 +16,8 @@ from prefopt_trl.sampling.options import GenerationOptions
 from prefopt_trl.trainers.bootstrap import Bootstrap, PartSampler
 from prefopt_trl.trainers.completions import CompletionTrainer, ScoredCompletions
 from prefopt_trl.trainers.pro_config import PROConfig
+
+logger = logging.getLogger(__name__)
 
 
 class PROTrainer(CompletionTrainer):
@@ -80,22 +82,26 @@ class PROTrainer(CompletionTrainer):
 
     bootstrap: Bootstrap | None = None
 
-    def _keeps_ranker(self, args: Any) -> bool:
-        return args.bootstrap_parts > 0
-
-    def _set_up(self, tokenizer: PreTrainedTokenizerBase, ranker: Ranker | None) -> None:
-        if not self.args.bootstrap_parts or ranker is None:
+    def _check_data(self, datasets: dict[str, Any], ranker: Ranker | None, args: Any) -> None:
+        super()._check_data(datasets, ranker, args)
+        if not args.bootstrap_parts:
             return
-        if not isinstance(self.train_dataset, Dataset):
+        if ranker is None:
+            raise ValueError("`ranker` is missing, and `bootstrap_parts` needs one to score the samples. Pass it.")
+        if not isinstance(datasets["train"], Dataset):
             raise ValueError(
                 "`bootstrap_parts` splits the training dataset, and an `IterableDataset` cannot be split. Pass a "
                 "`Dataset`, or leave it at 0."
             )
-        if self.args.accelerator_config.even_batches is False:
-            raise ValueError(
-                "`even_batches=False` gives processes batches of different lengths, and with `bootstrap_parts` they "
-                "sample together. Leave it out of `accelerator_config`."
+        if "rewards" in datasets["train"].column_names:
+            logger.warning(
+                "The ranker scores all completions of a prompt for `bootstrap_parts`, in place of the column "
+                "`rewards`, so that which of them is the best may change."
             )
+
+    def _set_up(self, tokenizer: PreTrainedTokenizerBase, ranker: Ranker | None) -> None:
+        if not self.args.bootstrap_parts or ranker is None:
+            return
         self.bootstrap = Bootstrap(
             self.train_dataset,
             self.args.bootstrap_parts,
@@ -106,29 +112,14 @@ class PROTrainer(CompletionTrainer):
             options=GenerationOptions.of(self.args),
         )
         self.train_dataset = number_rows(self.train_dataset)
+        self.train_sampler = PartSampler(self.bootstrap)
         self.add_callback(self.bootstrap)
-        # Batches are made when they are trained on: a dataloader makes them earlier, before the policy is there
-        later: Any = list
-        self.collate, self.data_collator = self.data_collator, later
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        return PartSampler(self.bootstrap) if self.bootstrap else super()._get_train_sampler(train_dataset)
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """The batches of one step of the optimiser, made of what the policy samples now."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.bootstrap:
-            policy: Any = self.accelerator.unwrap_model(self.model)
-            for index, examples in enumerate(batches):
-                rows = [example["row"] for example in examples]
-                extended = self.bootstrap.extend(rows, policy, self.accelerator, self.state.global_step)
-                batches[index] = self._prepare_inputs(self.collate(extended))
-        return batches, num_items
-
-    def _prepare_inputs(self, inputs: Any) -> dict[str, torch.Tensor]:
-        if self.bootstrap and isinstance(inputs, list):  # of evaluation, which is on the rankings as they are
-            inputs = self.collate(inputs)
-        return super()._prepare_inputs(inputs)
+    def _sample(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if self.bootstrap is None:
+            return super()._sample(examples)
+        rows, policy = [example["row"] for example in examples], self.accelerator.unwrap_model(self.model)
+        return self.data_collator(self.bootstrap.extend(rows, policy, self.accelerator, self.state.global_step))
 
     def loss_per_prompt(self, completions: ScoredCompletions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         rewards = completions.rewards if self.args.reward_temperature == "dynamic" else None

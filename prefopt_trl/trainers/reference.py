@@ -6,13 +6,29 @@ a trained adapter by a pattern of names that some PEFT types do not follow. A pa
 
 import contextlib
 import copy
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate.hooks import add_hook_to_module
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
+from trl import DPOConfig
+
+
+def reference_for_trl(model: Any, ref_model: Any, peft_config: PeftConfig | None, args: DPOConfig) -> Any:
+    """Return the `ref_model` for `DPOTrainer.__init__`: a copy of a model that it would load again by its name.
+
+    It is None for a path, which TRL loads twice, for adapters, which are switched off or to a copy instead, and where
+    no model is needed because its log-probabilities are precomputed.
+    """
+    if isinstance(ref_model, PeftModel):
+        return ref_model.get_base_model()  # with the adapter in its layers, and a head that TRL can fuse
+    # TRL needs the model under FSDP, which shards the policy later
+    precomputes = args.precompute_ref_log_probs and os.environ.get("ACCELERATE_USE_FSDP") != "true"
+    is_copied = ref_model is None and peft_config is None and not precomputes and isinstance(model, PreTrainedModel)
+    return frozen_copy(model) if is_copied else ref_model
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """A run resumes a checkpoint with the settings, the adapter and the data that it was trained with."""
 
 import logging
+from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from prefopt_trl.runtime.fingerprints import dataset_fingerprint
 from prefopt_trl.runtime.settings import as_json, differences, read_json, write_json
+from prefopt_trl.sampling.options import SamplingOptions
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,7 @@ SETTINGS_FILE = "training_settings.json"
 MAY_CHANGE = """
     accelerator_config activation_* auto_find_batch_size average_tokens_across_devices batch_eval_metrics bf16*
     dataloader_[!d]* dataset_num_proc ddp_* debug deepspeed disable_tqdm do_* enable_jit_checkpoint eval_* fp16* fsdp*
-    full_determinism generation_batch_size generation_memory_budget gradient_* greater_is_better hub_* ignore_data_skip
+    full_determinism generation_* gradient_* greater_is_better hub_* ignore_data_skip
     include_* label_names liger_kernel_config load_best_model_at_end local_rank log_* logging_* metric_for_best_model
     model_init_kwargs output_dir pad_* padding_free parallelism_config per_device_*_size precompute_*
     prediction_loss_only project push_to_hub reference_logps remove_unused_columns report_to
@@ -33,10 +35,6 @@ MAY_CHANGE = """
     tf32 torch_* trackio_* trust_remote_code use_cache use_cpu use_liger_kernel
     peft_config.auto_mapping peft_config.base_model_name_or_path peft_config.inference_mode peft_config.peft_version
     peft_config.revision peft_config.task_type
-"""
-# Where prompts are sampled before training, these decide the data, which are compared
-SAMPLING = """
-    max_new_tokens num_candidates num_samples pairing rejection_beta strategy temperature top_k top_p
 """
 LENGTHS = ["num_train_epochs", "max_steps"]  # a run may be made longer
 GLOBAL_BATCH = "per_device_train_batch_size * gradient_accumulation_steps * processes"
@@ -55,8 +53,9 @@ def training_settings(
     `"peft_config.<name>"`; without an adapter `"peft_config.peft_type"`, which is None, is the only one.
     """
     settings = args.to_dict()
-    if args.sampling == "offline":
-        settings = {name: value for name, value in settings.items() if name not in SAMPLING.split()}
+    if args.sampling == "offline":  # then they decide the data, which are compared
+        for option in fields(SamplingOptions):
+            del settings[option.name]
     adapter = model.active_peft_config.to_dict() if isinstance(model, PeftModel) else {"peft_type": None}
     settings |= {
         "method": method,

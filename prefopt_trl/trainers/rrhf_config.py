@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from prefopt_trl.sampling.options import is_number
-from prefopt_trl.trainers.base_config import RankingConfig, refuse_reference
+from prefopt_trl.trainers.base_config import REFERENCE_ARGUMENTS, RankingConfig, refuse
 
 
 @dataclass
@@ -34,6 +34,6 @@ class RRHFConfig(RankingConfig):
     )
 
     def __post_init__(self) -> None:
-        refuse_reference(self, "RRHF has no reference model")
+        refuse(self, REFERENCE_ARGUMENTS, "RRHF has no reference model")
         is_number(self, "sft_weight", "The default is 1.")
         super().__post_init__()

@@ -3,7 +3,12 @@
 from dataclasses import dataclass, field
 
 from prefopt_trl.sampling.options import PAIRING, STRATEGY, is_number
-from prefopt_trl.trainers.base_config import TRL_LOSS_ARGUMENTS, PreferenceConfig, refuse, refuse_reference
+from prefopt_trl.trainers.base_config import (
+    REFERENCE_ARGUMENTS,
+    TRL_LOSS_ARGUMENTS,
+    PreferenceConfig,
+    refuse,
+)
 
 LOSSES = ["slic", "unlikelihood"]
 
@@ -69,7 +74,7 @@ class SLiCConfig(PreferenceConfig):
     pairing: str = field(default="tournament", metadata=PAIRING)
 
     def __post_init__(self) -> None:
-        refuse_reference(self, "SLiC has no reference model, and its margin is `delta`")
+        refuse(self, REFERENCE_ARGUMENTS, "SLiC has no reference model, and its margin is `delta`")
         refuse(self, TRL_LOSS_ARGUMENTS, "it is for TRL's losses on pairs")
         loss_types = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
         if "hinge" in loss_types:
@@ -101,5 +106,10 @@ class SLiCConfig(PreferenceConfig):
             raise ValueError(
                 f"`target_column`={self.target_column!r} needs a `regularization_weight` above 0. Set both, or "
                 "leave it out."
+            )
+        if self.target_column is not None and self.sampling == "online":
+            raise ValueError(
+                "`target_column` is tokenized before training, and `sampling='online'` makes the pairs later. Set one "
+                "of them."
             )
         super().__post_init__()

@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import DataCollator
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from prefopt_trl import losses
 from prefopt_trl.data.formats import check_completions, columns_of
 from prefopt_trl.data.tokenization import chat_options, tokenize_completions
+from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.sampling.selection import OWN_COLUMNS
+from prefopt_trl.trainers.base import collating_options
 from prefopt_trl.trainers.completions import CompletionTrainer, ScoredCompletions
 from prefopt_trl.trainers.prepare import are_prompts, check_text
 from prefopt_trl.trainers.slic_config import SLiCConfig
@@ -81,12 +83,10 @@ class SLiCTrainer(CompletionTrainer):
     def scores(self, completions: ScoredCompletions) -> torch.Tensor:
         return completions.logps
 
-    def _check_datasets(self, splits: dict[str, Any], args: Any) -> None:
-        super()._check_datasets(splits, args)
+    def _check_data(self, datasets: dict[str, Any], ranker: Ranker | None, args: Any) -> None:
+        super()._check_data(datasets, ranker, args)
         target = args.target_column
-        for name, dataset in splits.items():
-            if dataset is None or target is None:
-                continue
+        for name, dataset in datasets.items() if target is not None else []:
             check_text(dataset, name)
             columns = columns_of(dataset, name)
             if are_prompts(columns, self.learns_from):
@@ -118,8 +118,10 @@ class SLiCTrainer(CompletionTrainer):
             dataset = dataset.with_format(None).map(tokenize, with_indices=True)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
-    def _make_collator(self, **options: Any) -> DataCollator:
-        return super()._make_collator(**options) if self.args.target_column is None else CollatorWithTargets(**options)
+    def _make_collator(self, tokenizer: PreTrainedTokenizerBase, ranker: Ranker | None) -> Any:
+        if self.args.target_column is None:
+            return super()._make_collator(tokenizer, ranker)
+        return CollatorWithTargets(tokenizer.pad_token_id, **collating_options(self.args))
 
 
 class CollatorWithTargets(DataCollatorForPreference):

@@ -7,7 +7,7 @@ TESTED = "trl 1.15 to 1.16 with transformers 5.17 to 5.24"
 FUNCTIONS = "create_model_from_path get_config_model_id use_adapter"  # of `trl.trainer.utils`
 # Of `DPOTrainer`, whose methods the trainers override or call
 METHODS = (
-    "_compute_loss _finish_current_push _get_output_dir _get_train_sampler _precompute_ref_logps _prepare_dataset "
+    "_finish_current_push _get_output_dir _get_train_sampler _precompute_ref_logps _prepare_dataset "
     "_prepare_inputs _push_from_checkpoint _remove_unused_columns _save_checkpoint _set_signature_columns_if_needed"
 )
 # Of a trainer once it is constructed

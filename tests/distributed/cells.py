@@ -51,6 +51,8 @@ def cells(engine: str) -> list[Cell]:
         Cell("RSO", data="offline", options={"reference_logps": "sampled"}),
         *(Cell(trainer, weights, "offline") for trainer in ("RSO", "PRO") for weights in ("full", "lora")),
         *(Cell(trainer, weights, "online") for trainer in ("RSO", "ListwiseDPO") for weights in ("full", "lora")),
+        Cell("SLiC", data="online"),
+        *(Cell("RSO", weights, "online", options={"sampling_policy": "reference"}) for weights in ("full", "lora")),
         *(Cell("PRO", weights, "bootstrap") for weights in ("full", "lora")),
         Cell("PRO", data="scored"),
         *(Cell(trainer, options={"eval_strategy": "steps", "eval_steps": 1}) for trainer in ("RSO", "PRO")),

@@ -36,6 +36,7 @@ OTHER_VALUES = {
     "sync_ref_model": True,
     "ref_model_mixup_alpha": 0.5,
     "ref_model_sync_steps": 3,
+    "sampling_policy": "reference",
 }
 # What a user may set for each, from the command line too
 SETTINGS = {
@@ -43,7 +44,7 @@ SETTINGS = {
     SLiCConfig: {"loss_type": ["slic"], "delta": 4.0, "regularization_weight": 0.5, "target_column": "reference"},
     PROConfig: {"reward_temperature": "none", "sft_weight": 0.0, "first_term_only": True, "temperature": 0.7},
     RRHFConfig: {"sft_weight": 0.5, "num_samples": 6},
-    ListwiseDPOConfig: {"beta": 0.3, "strategy": "top-k", "sampling": "online"},
+    ListwiseDPOConfig: {"beta": 0.3, "sampling": "online", "sampling_policy": "reference"},
 }
 
 
@@ -57,7 +58,7 @@ def init_arguments(config_class):
 
 
 def test_the_lists_of_arguments_are_trls():
-    assert {*TRL_LOSS_ARGUMENTS, *REFERENCE_ARGUMENTS} <= DPO_FIELDS.keys()
+    assert {*TRL_LOSS_ARGUMENTS, *REFERENCE_ARGUMENTS} <= DPO_FIELDS.keys() | {"sampling_policy"}
     assert set(OTHER_VALUES) == {*TRL_LOSS_ARGUMENTS, *REFERENCE_ARGUMENTS, "loss_type"}
 
 
@@ -138,10 +139,9 @@ def test_pairs_are_not_ranked(config_class, config):
         config(config_class, pairing="ranking")
 
 
-@pytest.mark.parametrize("config_class", REFERENCE_FREE)
-def test_online_sampling_needs_a_reference_model(config_class, config):
-    with pytest.raises(ValueError, match="`sampling='online'` samples from the reference model, but .* has no ref"):
-        config(config_class, sampling="online")
+def test_a_policy_to_sample_from_is_one_of_two(config):
+    with pytest.raises(ValueError, match="`sampling_policy` must be one of current, reference, got 'old'"):
+        config(RSOConfig, sampling="online", sampling_policy="old")
 
 
 def test_online_pairs_cannot_be_precomputed(config):
@@ -162,6 +162,10 @@ def test_a_sampling_temperature_is_above_zero(value, config_class, config):
         ({"reward_temperature": "Dynamic"}, "`reward_temperature` must be one of dynamic, none, got 'Dynamic'"),
         ({"sft_weight": -0.1}, "`sft_weight` must be at least 0 and finite, got -0.1. The paper uses 0.05."),
         ({"sft_weight": math.nan}, "`sft_weight` must be at least 0 and finite, got nan"),
+        (
+            {"bootstrap_parts": 2, "sampling": "online"},
+            "`bootstrap_parts` adds samples to completions, and `sampling=",
+        ),
         ({"bootstrap_parts": -1}, "`bootstrap_parts` must be a whole number, at least 0, got -1"),
     ],
 )

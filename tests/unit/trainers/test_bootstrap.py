@@ -15,8 +15,8 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from prefopt_trl import FunctionRanker, GenerationOptions, PROConfig, PROTrainer
+from prefopt_trl.sampling import collator
 from prefopt_trl.sampling.generation import sample_candidates
-from prefopt_trl.trainers import bootstrap
 from prefopt_trl.trainers.bootstrap import Bootstrap, PartSampler, re_rank
 from prefopt_trl.trainers.resuming import SETTINGS_FILE
 
@@ -131,14 +131,16 @@ class RecordingTrainer(PROTrainer):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.events: list[tuple[str, Any]] = []
-        collate = self.data_collator
 
+    def get_train_dataloader(self):
         def fetch(examples):
-            if "row" in examples[0]:  # not those of evaluation
-                self.events.append(("fetch", [example["row"] for example in examples]))
-            return collate(examples)
+            self.events.append(("fetch", [example["row"] for example in examples]))
+            return examples
 
-        self.data_collator = fetch
+        loader = super().get_train_dataloader()
+        assert loader.collate_fn is list
+        loader.base_dataloader.collate_fn = fetch
+        return loader
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         def recorded():
@@ -182,7 +184,7 @@ def run(tiny_llama_dir, tmp_path_factory) -> SimpleNamespace:
     given = {"eval_dataset": dataset, "callbacks": [Steps()], "max_new_tokens": 16, **every_three_steps}
     trainer = make_trainer(tiny_llama_dir, folder, dataset, record_scores, RecordingTrainer, **given)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bootstrap, "sample_candidates", record_samples)
+        patch.setattr(collator, "sample_candidates", record_samples)
         trainer.train()
     return SimpleNamespace(trainer=trainer, events=trainer.events, weights=weights, dataset=dataset, folder=folder)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,11 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from prefopt_trl import DataCollatorForRejectionSampling, FunctionRanker
 from prefopt_trl.trainers.listwise_dpo_trainer import ListwiseDPOTrainer
+from prefopt_trl.trainers.pro_trainer import PROTrainer
+from prefopt_trl.trainers.rrhf_trainer import RRHFTrainer
 from prefopt_trl.trainers.rso_config import RSOConfig
 from prefopt_trl.trainers.rso_trainer import RSOTrainer
+from prefopt_trl.trainers.slic_trainer import SLiCTrainer
 
 PROMPTS = Dataset.from_dict({"prompt": ["The capital of", "Tell me how", "The quick brown", "What is", "Mix", "Why?"]})
 PAIRS = Dataset.from_dict({"prompt": ["Why?"], "chosen": [" So."], "rejected": [" I will not say."]})
@@ -33,18 +37,21 @@ def checksum(prompts, completions, **kwargs):
 
 
 class Batches(TrainerCallback):
-    """Writes down what the collator was given, in which epoch, and what it made of that."""
+    """Writes down what the collator was given, in which epoch, what it made of that, and the policy's weights."""
 
     def __init__(self):
-        self.batches = []
+        self.batches, self.weights = [], []
 
     def watch(self, trainer):
         collator, collate = trainer.data_collator, trainer.data_collator.torch_call
 
         def record(examples):
+            was_training = collator.policy.training
             batch = collate(examples)
+            assert collator.policy.training == was_training
             if "prompt_ids" not in examples[0]:
                 self.batches.append((collator.epoch, [example["prompt"] for example in examples], batch))
+                self.weights.append({name: value.clone() for name, value in collator.policy.state_dict().items()})
             return batch
 
         collator.torch_call = record
@@ -63,14 +70,15 @@ def losses(trainer):
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
-def collator_by_hand(trainer_class, model_dir, **given):
+def collator_by_hand(trainer_class, model_dir, strategy="rso", **given):
+    pairing = "tournament" if trainer_class is SLiCTrainer else "first-round"
     return DataCollatorForRejectionSampling(
         AutoModelForCausalLM.from_pretrained(model_dir),
         AutoTokenizer.from_pretrained(model_dir),
         FunctionRanker(checksum),
-        strategy="rso",
+        strategy=strategy,
         rejection_beta=0.5,
-        pairing="ranking" if trainer_class is ListwiseDPOTrainer else "first-round",
+        pairing="ranking" if trainer_class.learns_from == "rankings" else pairing,
         seed=42,
         generation_batch_size=12,
         max_length=1024,
@@ -88,23 +96,46 @@ def same(batch, other):
     return batch.keys() == other.keys() and all(torch.equal(batch[name], other[name]) for name in batch)
 
 
+@pytest.mark.parametrize("sampling_policy", ["current", "reference"])
 @pytest.mark.parametrize("trainer_class", TRAINERS)
-def test_an_epoch_trains_on_the_batches_of_the_collator(trainer_class, make, policy_dir):
-    trainer, batches = train(make, trainer_class, num_train_epochs=2)
+def test_an_epoch_trains_on_the_batches_of_the_collator(trainer_class, sampling_policy, make, policy_dir):
+    watcher = Batches()
+    settings = {**SAMPLING, "max_steps": -1, "num_train_epochs": 2, "learning_rate": 1e-2}
+    settings["sampling_policy"] = sampling_policy
+    trainer = watcher.watch(make(trainer_class, PROMPTS, ranker=FunctionRanker(checksum), **settings))
+    trainer.train()
     assert len(losses(trainer)) == 6 and trainer.state.epoch == 2
-    assert [epoch for epoch, _, _ in batches] == [0, 0, 0, 1, 1, 1]
+    assert [epoch for epoch, _, _ in watcher.batches] == [0, 0, 0, 1, 1, 1]
     for epoch in range(2):
-        prompts = [prompt for number, batch_prompts, _ in batches if number == epoch for prompt in batch_prompts]
+        prompts = [
+            prompt for number, batch_prompts, _ in watcher.batches if number == epoch for prompt in batch_prompts
+        ]
         assert sorted(prompts) == sorted(PROMPTS["prompt"])
-    by_hand = collator_by_hand(trainer_class, policy_dir)
-    for by_hand.epoch, prompts, batch in batches:
+    by_hand, unmoved = (collator_by_hand(trainer_class, policy_dir) for _ in range(2))
+    moved = []
+    for (epoch, prompts, batch), weights in zip(watcher.batches, watcher.weights, strict=True):
         assert len(batch["input_ids"]) == 2 * 4  # of each prompt two pairs, or a ranking of four
-        # The policy has moved since the first step; the reference, which is sampled from, has not
+        by_hand.policy.load_state_dict(weights)
+        by_hand.epoch = unmoved.epoch = epoch
         assert same(batch, by_hand(numbered(prompts)))
-    # In the first step policy and reference are one
+        moved.append(not same(batch, unmoved(numbered(prompts))))
+    # In the first step policy and reference are one; afterwards the draws are others where the weights are
+    assert moved == [False, *[sampling_policy == "current"] * 5]
     expected = {RSOTrainer: 0.693147, ListwiseDPOTrainer: 3.178054}[trainer_class]  # ln 2, ln 4!
     assert losses(trainer)[0] == pytest.approx(expected, rel=1e-5)
     assert losses(trainer)[-1] != pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("trainer_class", [SLiCTrainer, PROTrainer, RRHFTrainer])
+def test_a_method_without_a_reference_model_samples_from_its_policy(trainer_class, make, policy_dir):
+    trainer, batches = train(make, trainer_class, num_train_epochs=2)
+    assert trainer.ref_model is None and trainer.data_collator.policy is trainer.model
+    by_hand = collator_by_hand(trainer_class, policy_dir, strategy="sft")
+    for step, (by_hand.epoch, prompts, batch) in enumerate(batches):
+        # Pairs of a knock-out of four, or a ranking of four
+        assert len(batch["input_ids"]) == 2 * (2 * 3 if trainer_class is SLiCTrainer else 4)
+        assert same(batch, by_hand(numbered(prompts))) == (step == 0)
+    assert all(math.isfinite(loss) for loss in losses(trainer))
 
 
 @pytest.mark.parametrize("trainer_class", TRAINERS)
@@ -130,7 +161,8 @@ def adapted_model(policy_dir):
 
 @pytest.mark.parametrize("trainer_class", TRAINERS)
 def test_a_new_adapter_is_off_while_sampling(trainer_class, make, policy_dir):
-    trainer, _ = train(make, trainer_class, peft_config=LoraConfig(**LORA), max_steps=1)
+    given = {"peft_config": LoraConfig(**LORA), "sampling_policy": "reference"}
+    trainer, _ = train(make, trainer_class, max_steps=1, **given)
     # Were it on, the samples would be others: it is made to change the policy visibly
     for name, parameter in trainer.model.named_parameters():
         if "lora" in name:
@@ -146,7 +178,8 @@ def test_a_new_adapter_is_off_while_sampling(trainer_class, make, policy_dir):
 
 
 def test_a_pretrained_adapter_is_sampled_as_it_was_before_training(make, policy_dir):
-    trainer, batches = train(make, RSOTrainer, model=adapted_model(policy_dir), num_train_epochs=2)
+    given = {"model": adapted_model(policy_dir), "sampling_policy": "reference"}
+    trainer, batches = train(make, RSOTrainer, num_train_epochs=2, **given)
     by_hand = collator_by_hand(RSOTrainer, policy_dir)
     by_hand.policy = adapted_model(policy_dir)
     for by_hand.epoch, prompts, batch in batches:
@@ -156,15 +189,37 @@ def test_a_pretrained_adapter_is_sampled_as_it_was_before_training(make, policy_
     assert isinstance(trainer.model, PeftModel) and losses(trainer)[0] == pytest.approx(0.693147, abs=1e-5)
 
 
+def test_an_adapter_is_on_where_the_current_policy_is_sampled(make, policy_dir):
+    trainer, batches = train(make, RSOTrainer, model=adapted_model(policy_dir), num_train_epochs=2)
+    by_hand = collator_by_hand(RSOTrainer, policy_dir)
+    by_hand.policy = adapted_model(policy_dir)
+    by_hand.epoch, prompts, batch = batches[0]
+    assert same(batch, by_hand(numbered(prompts)))
+    by_hand.epoch, prompts, batch = batches[-1]
+    assert not same(batch, by_hand(numbered(prompts)))
+    assert losses(trainer)[0] == pytest.approx(0.693147, abs=1e-5)  # its reference is the copy of the adapter
+
+
+def test_dropout_is_off_while_sampling(make, policy_dir):
+    adapter = LoraConfig(**LORA, lora_dropout=0.9, init_lora_weights=False)
+    trainer = make(RSOTrainer, PROMPTS, ranker=FunctionRanker(checksum), peft_config=adapter, **SAMPLING)
+    trainer.model.train()
+    examples = numbered(PROMPTS["prompt"][:2])
+    first, second = trainer.data_collator(examples), trainer.data_collator(examples)
+    assert same(first, second) and trainer.model.training
+    assert not any(parameter.grad is not None for parameter in trainer.model.parameters())
+
+
 @pytest.mark.parametrize(
     ("how", "checkpoint"),
-    [("plain", 2), ("plain", 3), ("plain", 4), ("accumulated", 2), ("accumulated", 3), ("LoRA", 4)],
+    [("plain", 2), ("plain", 3), ("accumulated", 2), ("accumulated", 3), ("LoRA", 4), ("reference", 4)],
 )
 def test_a_resumed_run_draws_what_the_uninterrupted_one_drew(how, checkpoint, make, tmp_path):
     given = {
         "plain": {},
         "accumulated": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
         "LoRA": {"peft_config": LoraConfig(**LORA)},
+        "reference": {"sampling_policy": "reference"},
     }[how]
     saving = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
     whole, batches = train(make, RSOTrainer, output_dir=tmp_path / "whole", **saving, **given)
@@ -290,7 +345,7 @@ def test_a_split_for_evaluation_may_be_called_train(make):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"sync_ref_model": True}, "`sync_ref_model` moves the reference model"),
+        ({"sync_ref_model": True, "sampling_policy": "reference"}, "`sync_ref_model` moves the reference model"),
         ({"accelerator_config": {"dispatch_batches": True}}, "`dispatch_batches=True` deals out the rows of a batch"),
     ],
 )

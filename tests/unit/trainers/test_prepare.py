@@ -600,7 +600,7 @@ def test_each_of_several_processes_has_a_policy_of_its_own_to_sample_from(proces
     stand_in = SimpleNamespace(
         trust_remote_code=False, model_init_kwargs=None, device=args.device, distributed_state=state
     )
-    RSOTrainer._reference_policy("path/to/a-model", None, stand_in, None)
+    base.load_policy("path/to/a-model", stand_in, None)
     # Without `device_map`, TRL spreads the model over all devices that a process sees
     assert seen == {"trust_remote_code": False, **given}
 

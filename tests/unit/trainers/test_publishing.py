@@ -232,7 +232,7 @@ ONLINE = {"sampling": "online", "remove_unused_columns": False, **SAMPLING}
         (SLiCTrainer, PAIRS, {}, "Preference pairs that were given.", "None: SLiC needs none."),
         (PROTrainer, PAIRS, {}, "Rankings that were given.", "None: PRO needs none."),
         (PROTrainer, PAIRS, {"ranker": FunctionRanker(brevity)}, "given, scored by the ranker.", "None: PRO needs"),
-        (RSOTrainer, PROMPTS, ONLINE, "sampled from the reference model during training", "A copy of the model"),
+        (RSOTrainer, PROMPTS, ONLINE, "sampled from the policy itself during training", "A copy of the model"),
         (RSOTrainer, PAIRS, ADAPTER, "pairs that were given", "The base model, without the adapter"),
     ],
 )

@@ -64,7 +64,8 @@ def test_the_settings_are_those_that_decide_what_is_trained(config):
 
 def test_a_setting_that_upstream_adds_must_stay_the_same(config, monkeypatch):
     args = config(RSOConfig)
-    monkeypatch.setattr(args, "to_dict", lambda: {"of_a_later_version": 1, "logging_of_a_later_version": 2})
+    later = {**args.to_dict(), "of_a_later_version": 1, "logging_of_a_later_version": 2}
+    monkeypatch.setattr(args, "to_dict", lambda: later)
     settings = settings_of("RSO", args)
     assert settings["of_a_later_version"] == 1 and "logging_of_a_later_version" not in settings
 

@@ -137,7 +137,10 @@ def test_evaluation_and_accumulation(by_hand, make):
         ({"loss_type": "unlikelihood", "regularization_weight": 1.0}, "`regularization_weight` has no effect with"),
         ({"unlikelihood_weight": 0.5}, "`unlikelihood_weight` needs `loss_type='unlikelihood'`"),
         ({"target_column": "reference"}, "`target_column`='reference' needs a `regularization_weight` above 0"),
-        ({"sampling": "online"}, "`sampling='online'` samples from the reference model, but SLiC has no"),
+        (
+            {"sampling": "online", "target_column": "reference", "regularization_weight": 0.1},
+            "`target_column` is tokenized before training, and `sampling='online'` makes the pairs later",
+        ),
         ({"pairing": "ranking"}, "`pairing` must be one of first-round, tournament, all, got 'ranking'"),
     ],
 )

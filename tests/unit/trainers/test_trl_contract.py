@@ -29,7 +29,7 @@ from prefopt_trl.shared_prefix.decoding import STATELESS, STATELESS_NAMES
 from prefopt_trl.shared_prefix.segments import SegmentLayer
 from prefopt_trl.trainers import upstream
 from prefopt_trl.trainers.base import PreferenceTrainer
-from prefopt_trl.trainers.base_config import REFERENCE_ARGUMENTS, TRL_LOSS_ARGUMENTS
+from prefopt_trl.trainers.base_config import REFERENCE_ARGUMENTS, TRL_LOSS_ARGUMENTS, PreferenceConfig
 
 BASE = "prefopt_trl/trainers/base.py"
 COMPLETIONS = "prefopt_trl/trainers/completions.py"
@@ -85,13 +85,13 @@ def make(trainer_class, model_dir, tmp_path, **given):
         (
             utils.create_model_from_path,
             ["model_id", "architecture", "kwargs"],
-            f"PreferenceTrainer._reference_policy in {BASE}",
+            f"load_policy in {BASE}",
         ),
         (utils.get_config_model_id, ["config"], f"PreferenceTrainer.__init__ in {BASE}"),
         (
-            DPOTrainer._compute_loss,
-            ["self", "model", "inputs", "return_outputs"],
-            f"CompletionTrainer._compute_loss in {COMPLETIONS}",
+            DPOTrainer.compute_loss,
+            ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+            f"CompletionTrainer.compute_loss in {COMPLETIONS}",
         ),
         (utils.use_adapter, ["model", "adapter_name"], f"PreferenceTrainer._reference_adapter in {BASE}"),
         (
@@ -100,6 +100,12 @@ def make(trainer_class, model_dir, tmp_path, **given):
             f"PreferenceTrainer._set_signature_columns_if_needed in {BASE}",
         ),
         # Of transformers' Trainer
+        (
+            DPOTrainer.get_batch_samples,
+            ["self", "epoch_iterator", "num_batches", "device"],
+            f"PreferenceTrainer.get_batch_samples in {BASE}",
+        ),
+        (DPOTrainer._get_train_sampler, ["self", "train_dataset"], f"PreferenceTrainer in {BASE}"),
         (DPOTrainer._save_checkpoint, ["self", "model", "trial"], f"PreferenceTrainer in {BASE}"),
         (DPOTrainer._get_output_dir, ["self", "trial"], f"PreferenceTrainer in {BASE}"),
         (DPOTrainer._remove_unused_columns, ["self", "dataset", "description"], f"PreferenceTrainer in {BASE}"),
@@ -382,7 +388,7 @@ def test_the_auxiliary_loss_of_experts(given, coefficient, tiny_llama_dir, tmp_p
     require(
         found == expected,
         f"`aux_loss_enabled` and `router_aux_loss_coef` are {found} for {given}, were {expected}",
-        f"CompletionTrainer._compute_loss in {COMPLETIONS}",
+        f"CompletionTrainer.compute_loss in {COMPLETIONS}",
     )
     outputs = trainer.model(
         input_ids=IDS,
@@ -394,7 +400,7 @@ def test_the_auxiliary_loss_of_experts(given, coefficient, tiny_llama_dir, tmp_p
     require(
         getattr(outputs, "aux_loss", None) is not None and outputs.aux_loss.dim() == 0,
         "with `output_router_logits=True` the fused forward has no scalar `aux_loss`",
-        f"CompletionTrainer._compute_loss in {COMPLETIONS}",
+        f"CompletionTrainer.compute_loss in {COMPLETIONS}",
     )
 
 
@@ -487,7 +493,7 @@ def test_every_argument_of_trls_config_is_known_to_have_an_effect_or_none():
         "their own",
         f"the lists in {ARGUMENTS}, or IN_ALL_TRAINERS in this file",
     )
-    gone = {*TRL_LOSS_ARGUMENTS, *REFERENCE_ARGUMENTS} - {field.name for field in dataclasses.fields(DPOConfig)}
+    gone = {*TRL_LOSS_ARGUMENTS, *REFERENCE_ARGUMENTS} - {field.name for field in dataclasses.fields(PreferenceConfig)}
     require(not gone, f"DPOConfig has no longer the arguments {sorted(gone)}", f"the lists in {ARGUMENTS}")
 
 
@@ -498,7 +504,7 @@ def test_a_missing_pad_token_is_set(tiny_llama_dir, tmp_path):
     require(
         tokenizer.pad_token == tokenizer.eos_token,
         f"a tokenizer without a pad token is left with {tokenizer.pad_token!r}, was EOS",
-        f"_install_collator in {BASE}",
+        f"_make_collator in {BASE}",
     )
 
 
@@ -539,15 +545,13 @@ def test_what_is_used_of_other_objects():
     state = getattr(fully_shard_state, "FSDPState", None)
     holds = hasattr(FSDPModule, "_get_fsdp_state") and hasattr(state, "_lazy_init")
     require(holds, "FSDP2 has no `_get_fsdp_state()._lazy_init()`", "prefopt_trl/runtime/weights.py")
-    for method in ("_get_train_sampler", "_prepare_inputs"):
-        require(hasattr(DPOTrainer, method), f"`Trainer` has no `{method}`", "prefopt_trl/trainers/pro_trainer.py")
 
 
 def test_a_missing_name_is_one_sentence_with_the_versions_that_work():
     upstream.require(DPOTrainer, upstream.METHODS)
     match = rf"^trl {trl.__version__} with .* has no _metrics, _tp_size, which .* These work: trl 1.15 to 1.16 with"
     with pytest.raises(ImportError, match=match):
-        upstream.require(DPOTrainer, "_compute_loss _metrics _tp_size")
+        upstream.require(DPOTrainer, "_prepare_dataset _metrics _tp_size")
 
 
 def test_the_constructor_sets_what_is_read_later(tiny_llama_dir, tmp_path):
