@@ -19,23 +19,14 @@ from prefopt_trl.data.tokenization import chat_options, tokenize_completions
 
 logger = logging.getLogger(__name__)
 
-FLOAT32_MAX = 3.4e38  # rewards are single precision in a batch
+FLOAT32_MAX = 3.4e38  # rewards are float32 in a batch
 
 
 def pairs_to_rankings(dataset: Dataset | IterableDataset, where: str = "the dataset") -> Dataset | IterableDataset:
-    """Turn `chosen` and `rejected` into rankings of two, with rewards 1 and 0 (which PRO's temperatures leave at 1).
+    """Convert `chosen` and `rejected` to rankings of two, with rewards 1 and 0 (so PRO's temperatures are 1).
 
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Columns `chosen` and `rejected`, and `prompt` unless both begin with it.
-        where (`str`, *optional*, defaults to `"the dataset"`):
-            What the dataset is to the user, for the error.
-
-    Returns:
-        The same rows with `prompt`, `completions` and `rewards` in place of `chosen` and `rejected`.
-
-    Raises:
-        ValueError: for a column `rewards` beside the pairs, and as [`normalize_pairs`].
+    The column `prompt` is optional if both completions begin with it. Raise `ValueError`, which names `where`, for a
+    column `rewards` beside the pairs, and like [`normalize_pairs`].
     """
     if "rewards" in (dataset.column_names or []):
         raise ValueError(
@@ -55,20 +46,7 @@ def pairs_to_rankings(dataset: Dataset | IterableDataset, where: str = "the data
 
 
 def check_ranking(completions: object, rewards: object, where: str) -> None:
-    """Require two completions or more, and a finite reward for each.
-
-    Args:
-        completions (`list`):
-            Completions of one prompt, as text, messages or token ids.
-        rewards (`list[float]`):
-            Their rewards.
-        where (`str`):
-            What they are to the user, for the error, such as `"Row 3 of the train dataset"`.
-
-    Raises:
-        ValueError: saying what was expected, and the remedy.
-
-    Example:
+    """Raise `ValueError` unless there are at least two completions, with a finite reward for each.
 
     ```python
     >>> check_ranking(["Hello"], [1.0], "Row 3 of the train dataset")
@@ -101,27 +79,11 @@ def tokenize_rankings(
     truncation_mode: str = "keep_start",
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
-    """Tokenise rankings, for [`DataCollatorForRanking`], and leave out those whose prompt fills `max_length`.
+    """Tokenize rankings for [`DataCollatorForRanking`], and drop those whose prompt fills `max_length`.
 
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Columns `prompt`, `completions` and `rewards`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer with an EOS token.
-        name (`str`):
-            Name of the dataset, for messages.
-        max_length (`int`, *optional*):
-            Longest row that the collator will keep, in tokens.
-        truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
-            As in [`DataCollatorForRanking`]; with `"keep_end"` no prompt fills a row.
-        num_proc (`int`, *optional*):
-            Processes to tokenise with.
-
-    Returns:
-        The dataset with `prompt_ids`, `completion_ids` and `rewards` beside its other columns.
-
-    Raises:
-        ValueError: for missing columns, a row that is no ranking (naming it), or if no row is left.
+    The dataset has `prompt`, `completions` and `rewards`, and gets `prompt_ids` and `completion_ids`. The tokenizer
+    has an EOS token. With `truncation_mode="keep_end"` no prompt fills a row. Raise `ValueError` for missing columns,
+    a row that is not a ranking (naming it), or if no row is left.
     """
     columns = columns_of(dataset, name)
     dataset = dataset.with_format(None)
@@ -158,7 +120,7 @@ def tokenize_rankings(
             tokenized = tokenized.filter(lambda example: len(example["prompt_ids"]) < max_length)
         return tokenized
 
-    with PartialState().main_process_first():  # the others read what it has cached
+    with PartialState().main_process_first():  # the other processes read its cache
         tokenized = dataset.map(tokenize, with_indices=True, num_proc=num_proc, desc=f"Tokenizing {name} dataset")
     check_tokens(tokenized, columns, name)
     equal = sum(len(set(rewards)) == 1 for rewards in tokenized["rewards"])
@@ -204,12 +166,9 @@ def _no_prompt(row: int, name: str, columns: list[str]) -> ValueError:
 
 
 def check_tokens(dataset: Dataset, columns: list[str], name: str) -> None:
-    """Refuse rows without a prompt, and count those whose different texts training reads as equal tokens.
+    """Check the first 10,000 rows: raise `ValueError` for one without a prompt, and warn of equal completions.
 
-    The first 10,000 rows are looked at.
-
-    Raises:
-        ValueError: naming the row, and the columns that the dataset had.
+    Different texts may have equal tokens, from which nothing is learned.
     """
     rows = dataset.select(range(min(len(dataset), 10_000)))
     for row, (ids, prompt) in enumerate(zip(rows["prompt_ids"], rows["prompt"], strict=True)):
@@ -235,11 +194,7 @@ def check_tokens(dataset: Dataset, columns: list[str], name: str) -> None:
 
 
 def warn_of_full_prompts(num_rows: int, num_left: int, name: str, max_length: int | None) -> None:
-    """Say how many rows were left out because their prompt fills `max_length`.
-
-    Raises:
-        ValueError: if no row is left.
-    """
+    """Warn of the rows dropped because their prompt fills `max_length`; raise `ValueError` if no row is left."""
     if num_left == num_rows:
         return
     message = (
