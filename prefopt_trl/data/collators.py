@@ -1,4 +1,4 @@
-"""Batches of rankings, in the layout that TRL's trainers have for pairs."""
+"""Batches of rankings, in the layout that TRL's trainers use for pairs."""
 
 from dataclasses import dataclass
 
@@ -12,34 +12,32 @@ from prefopt_trl.data.rankings import check_ranking
 
 @dataclass
 class DataCollatorForRanking(DataCollatorMixin):
-    """
-    Collate prompts with any number of completions each, padded on the right; TRL's `DataCollatorForPreference` for
-    rankings.
+    """Collate rankings like TRL's `DataCollatorForPreference` collates pairs, padded on the right.
 
     Each example has `"prompt_ids"` (`list[int]`), `"completion_ids"` (`list[list[int]]`, any number of completions)
-    and `"rewards"` (`list[float]`, one per completion, in any order). A batch has one row per completion, prompt after
+    and `"rewards"` (`list[float]`, one per completion, in any order). A batch has one row per completion, grouped by
     prompt, best completion first; equal rewards keep the order of the example:
 
     - `"input_ids"`, `"attention_mask"`, `"completion_mask"` (`torch.LongTensor` of shape `(num_rows, row_length)`): as
-      TRL's collator makes them; both masks are 1 for what their name says.
-    - `"group_ids"` (`torch.LongTensor` of shape `(num_rows,)`): whose prompt a row has, numbered from 0.
+      in TRL's collator. `attention_mask` is 1 for tokens, `completion_mask` is 1 for completion tokens; 0 elsewhere.
+    - `"group_ids"` (`torch.LongTensor` of shape `(num_rows,)`): index of each row's prompt in the batch.
     - `"rewards"` (`torch.FloatTensor` of shape `(num_rows,)`).
 
     Args:
         pad_token_id (`int`):
             Token to pad with.
         max_length (`int`, *optional*):
-            Longest row; more is cut off.
+            Maximum length of a row in tokens; longer rows are truncated.
         truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
-            `"keep_start"` cuts the end of a row off, `"keep_end"` its beginning.
+            `"keep_start"` truncates the end of a row, `"keep_end"` its beginning.
         pad_to_multiple_of (`int`, *optional*):
             Pad rows to a multiple of this length.
         return_tensors (`str`, *optional*, defaults to `"pt"`):
             Only `"pt"` is supported.
 
     Raises:
-        TypeError: for text in place of token ids.
-        ValueError: for another `truncation_mode`, or an example that is no ranking (see [`check_ranking`]).
+        TypeError: for text instead of token ids.
+        ValueError: for another `truncation_mode`, or an example that is not a ranking (see [`check_ranking`]).
 
     Example:
 

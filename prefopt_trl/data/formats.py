@@ -1,8 +1,7 @@
-"""Prompts and completions as plain text or as messages, and the checks every dataset passes.
+"""Prompts and completions as plain text or as messages, and the checks of datasets.
 
 A *prompt* or *completion* is a string (plain format) or a list of `{"role": ..., "content": ...}` messages
-(conversational format). Written out as a transcript, the two are the same text: `prompt_text` followed by
-`completion_text` is the whole conversation in the form HH-RLHF has it.
+(conversational format). `prompt_text` plus `completion_text` is the whole conversation as an HH-RLHF transcript.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +13,7 @@ from trl import extract_prompt
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
 Completion: TypeAlias = str | Sequence[Message]
-Row: TypeAlias = dict[str, Any]  # of a dataset, by column
+Row: TypeAlias = dict[str, Any]  # a row of a dataset, by column
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
 TURN_NAMES = {"system": "System", "user": "Human", "assistant": "Assistant"}
@@ -27,7 +26,7 @@ EQUAL_REWARDS_HINT = (
 
 
 def transcript(messages: Sequence[Message]) -> str:
-    r"""Write messages as the conversation of RSO section 2: `"\n\nHuman: Hi\n\nAssistant: Hi"`.
+    r"""Format messages as a transcript (RSO section 2): `"\n\nHuman: Hi\n\nAssistant: Hi"`.
 
     Raise `ValueError` for a role other than `"system"`, `"user"` and `"assistant"`, or content that is not text.
     """
@@ -43,12 +42,12 @@ def transcript(messages: Sequence[Message]) -> str:
 
 
 def prompt_text(prompt: Prompt) -> str:
-    r"""Write a prompt as text that ends where the completion begins: a transcript ends with `"\n\nAssistant:"`."""
+    r"""Format a prompt as text that ends where the completion begins: a transcript ends with `"\n\nAssistant:"`."""
     return prompt if isinstance(prompt, str) else transcript(prompt) + ASSISTANT_TURN
 
 
 def completion_text(completion: Completion) -> str:
-    r"""Write a completion as text that follows `prompt_text`: a transcript without the first `"\n\nAssistant:"`."""
+    r"""Format a completion as text that follows `prompt_text`: a transcript without its first `"\n\nAssistant:"`."""
     if isinstance(completion, str):
         return completion
     text = transcript(completion)
@@ -58,12 +57,12 @@ def completion_text(completion: Completion) -> str:
 
 
 def wrap_completion(prompt: Prompt, text: str) -> str | list[Message]:
-    """Give a generated text the format of the prompt that it completes: text, or one message of the assistant."""
+    """Return a generated text in the format of its prompt: text, or a list with one assistant message."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def check_format(value: Prompt | Completion, where: str) -> None:
-    """Require text or a list of messages; the error begins with `where`."""
+    """Raise `ValueError` unless the value is text or a list of messages; the message begins with `where`."""
     if isinstance(value, str):
         return
     if not isinstance(value, list | tuple) or not value:
@@ -78,7 +77,7 @@ def check_format(value: Prompt | Completion, where: str) -> None:
 
 
 def check_list(values: object, name: str, wanted: str) -> None:
-    """Require a list of texts or conversations rather than a single one; the `TypeError` names the shape wanted."""
+    """Raise `TypeError` unless the values are a list of texts or conversations, rather than a single one."""
     if isinstance(values, str):
         found = "a single text"
     elif isinstance(values, Mapping) or not isinstance(values, Collection):
@@ -91,7 +90,7 @@ def check_list(values: object, name: str, wanted: str) -> None:
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:
-    """Require a list of prompts that are all text, or all lists of messages; the error names the odd row."""
+    """Raise an error unless the prompts are all text or all lists of messages; it names the first other row."""
     check_list(prompts, "prompts", "a list of prompts")
     for row, prompt in enumerate(prompts):
         check_format(prompt, f"The prompt of row {row}")
@@ -103,7 +102,7 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
 
 
 def check_completions(prompt: Prompt, completions: Sequence[Completion], where: str) -> None:
-    """Require completions in the format of their prompt; the error names the completion of `where`."""
+    """Raise `ValueError` unless the completions have the format of their prompt."""
     for index, completion in enumerate(completions):
         check_format(completion, f"Completion {index} of {where}")
         if isinstance(completion, str) != isinstance(prompt, str):
@@ -114,18 +113,18 @@ def check_completions(prompt: Prompt, completions: Sequence[Completion], where: 
 
 
 def format_of(value: Prompt | Completion) -> str:
-    """Name the format of a prompt or completion, for an error."""
+    """Return the name of a prompt's or completion's format, for an error message."""
     return "text" if isinstance(value, str) else "a list of messages"
 
 
 def normalize_pairs(dataset: AnyDataset, where: str) -> AnyDataset:
-    """Return preference pairs as TRL reads them: plain Python values, with prompts in the format of their completions.
+    """Return preference pairs as TRL expects them: plain Python values, prompts in the format of their completions.
 
-    UltraFeedback on the Hub has prompts of text, and completions that are whole conversations, which begin with a
-    user's message of that text. Such a prompt becomes the messages with which both completions begin. The `ValueError`
-    for None in a cell, or for completions that do not begin with the prompt, names the row of `where`.
+    UltraFeedback on the Hub has text prompts, and completions that are whole conversations, starting with a user
+    message of that text. Such a prompt is replaced by the messages with which both completions begin. Raise
+    `ValueError`, naming the row, for None in a cell or completions that do not begin with the prompt.
     """
-    if dataset.features is None:  # a stream that does not know them
+    if dataset.features is None:  # a stream without declared features
         return dataset
     dataset, features = dataset.with_format(None), dataset.features
     columns = [column for column in ("prompt", "chosen", "rejected") if column in features]
@@ -158,7 +157,7 @@ def _split_conversations(pair: Row, row: int, where: str) -> Row:
 
 
 def check_columns(dataset: Dataset, required: Sequence[str], where: str) -> None:
-    """Require a dataset, not all its splits, with these columns and one row or more; the error begins with `where`."""
+    """Raise an error unless this is one non-empty split with these columns; the message begins with `where`."""
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"{where} must be a datasets.Dataset, got {type(dataset).__name__}; "
@@ -175,11 +174,11 @@ def check_columns(dataset: Dataset, required: Sequence[str], where: str) -> None
 
 
 def columns_of(dataset: Dataset | IterableDataset, name: str) -> list[str]:
-    """Return the columns of a dataset with at least one row; a stream may know them from its rows only."""
+    """Return the columns of a dataset from its first row, as a stream may not declare them; raise if it is empty."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
-            f"The {name} dataset must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`. Of several "
-            'splits pass one, such as `dataset["train"]`; a list of prompts becomes one with '
+            f"The {name} dataset must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`. Pass one "
+            'split, such as `dataset["train"]`; a list of prompts becomes one with '
             '`Dataset.from_dict({"prompt": prompts})`.'
         )
     first_row = next(iter(dataset), None)
@@ -189,7 +188,7 @@ def columns_of(dataset: Dataset | IterableDataset, name: str) -> list[str]:
 
 
 def number_rows(dataset: Dataset) -> Dataset:
-    """Return the dataset with a column `row`, the number of each row, in place of any of that name."""
+    """Return the dataset with a column `row`, the index of each row, which replaces a column of that name."""
     if "row" in dataset.column_names:
         dataset = dataset.remove_columns("row")
     return dataset.add_column("row", range(len(dataset)))

@@ -1,4 +1,4 @@
-"""Anthropic's HH-RLHF comparisons, as prompts with a chosen and a rejected completion."""
+"""Load Anthropic's HH-RLHF comparisons as prompts with a chosen and a rejected completion."""
 
 import logging
 import re
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 
 HUMAN_TURN = "\n\nHuman:"
-HELPFUL = "helpful"  # the subsets whose names begin with it: RSO's task
+HELPFUL = "helpful"  # all subsets whose names begin with it: RSO's task
 ROLES = {name: role for role, name in TURN_NAMES.items()}
 
 
@@ -25,26 +25,23 @@ def load_hh_rlhf(
     split: str = "train",
     conversational: bool = False,
 ) -> Dataset:
-    r"""
-    Load HH-RLHF with each pair of transcripts split into their common prompt and two completions.
+    r"""Load HH-RLHF, with each pair of transcripts split into their common prompt and two completions.
 
-    The prompt ends with the last `"\n\nAssistant:"` up to which the two transcripts agree; everything after it is
-    completion. Mostly that is the last turn of both. Where the conversations part ways earlier, a completion goes on
-    over several turns, rather than putting under the prompt a context that only one of the two had. Only a role name
-    after a blank line begins a turn: paragraphs, and role names inside a turn, stay where they are, and so does every
-    other character. A row whose transcripts do not begin with a human turn, or share no assistant turn, has no prompt
-    and is left out, with a warning that says which (PRO Table 1 filters such rows too: none of the 2,312 of the
-    harmless-base test split).
+    The prompt ends with the last `"\n\nAssistant:"` up to which the two transcripts agree; the rest is the completion.
+    Usually that is the last turn of both. If the conversations diverge earlier, the completions have several turns.
+    Only a role name after a blank line begins a turn, and no character is changed. A row whose transcripts do not
+    begin with a human turn, or share no assistant turn, has no prompt and is dropped with a warning that names it (PRO
+    Table 1 filters such rows too; the harmless-base test split of 2,312 rows has none).
 
     Args:
         path_or_repo (`str` or `Path`, *optional*, defaults to `"Anthropic/hh-rlhf"`):
-            Repository on the Hub; or a local folder laid out like it, `harmless-base/test.jsonl.gz` and so on; or one
-            `.jsonl` or `.jsonl.gz` file, read whole.
+            Repository on the Hub; or a local folder with the same layout, such as `harmless-base/test.jsonl.gz`; or
+            one `.jsonl` or `.jsonl.gz` file.
         subset (`str`, *optional*):
             `"harmless-base"`, `"helpful-base"`, `"helpful-online"`, `"helpful-rejection-sampled"`, or `"helpful"` for
-            the last three. By default all four. Of several, those that a local folder has, one after the other.
+            the last three. By default all four. Subsets that a local folder lacks are skipped if it has another.
         split (`str`, *optional*, defaults to `"train"`):
-            `"train"` or `"test"`. A single file is a split already, whatever this says.
+            `"train"` or `"test"`. Ignored for a single file.
         conversational (`bool`, *optional*, defaults to `False`):
             Whether to return lists of messages rather than strings.
 
@@ -58,9 +55,9 @@ def load_hh_rlhf(
         are two messages. `formats.transcript(prompt + chosen)` gives the transcript back.
 
     Raises:
-        FileNotFoundError: if there is no such file, folder, split or repository, or if the Hub cannot be reached.
+        FileNotFoundError: if the file, folder, split or repository does not exist, or the Hub cannot be reached.
         ValueError: if `subset` is unknown or given for a single file, if a column or a row's text is missing, or if a
-            file is empty, not JSON lines, or without any row that can be split.
+            file is empty, not JSON lines, or has no row that can be split.
 
     Example:
 
@@ -101,7 +98,7 @@ def _find_files(folder: Path, subset: str | None, split: str) -> list[Path]:
 def _read_file(file: Path) -> Dataset:
     try:
         return load_dataset("json", data_files=str(file), split="train", cache_dir=cache_of_contents(file))
-    except (DatasetGenerationError, StopIteration) as error:  # StopIteration: what `datasets` raises on an empty file
+    except (DatasetGenerationError, StopIteration) as error:  # `datasets` raises StopIteration on an empty file
         raise ValueError(f"{file} must hold one JSON object per line: {error.__cause__ or 'it is empty'}") from error
 
 
@@ -137,7 +134,7 @@ def split_transcripts(dataset: Dataset, where: str, conversational: bool) -> Dat
         _split_row,
         fn_kwargs={"conversational": conversational},
         remove_columns=dataset.column_names,
-        # `datasets` knows this function by its name only: after an upgrade the cache would give the old splits.
+        # `datasets` hashes this function by its name only, so the cache would be stale after an upgrade
         load_from_cache_file=False,
         desc="Splitting HH-RLHF transcripts",
     )
@@ -145,7 +142,7 @@ def split_transcripts(dataset: Dataset, where: str, conversational: bool) -> Dat
 
 
 def _prompt_end(row: dict[str, str]) -> int | None:
-    """Return where the last assistant turn begins up to which both transcripts agree, after its colon."""
+    """Return the end of the last `ASSISTANT_TURN` up to which both transcripts agree, or None."""
     chosen, rejected = row["chosen"], row["rejected"]
     start = chosen.rfind(ASSISTANT_TURN)
     while start >= 0 and chosen.startswith(HUMAN_TURN):
@@ -170,7 +167,7 @@ def _split_row(row: dict[str, str], conversational: bool) -> dict[str, str] | di
 
 
 def _messages(text: str) -> list[Message]:
-    """Return the turns of a transcript as messages: the inverse of `formats.transcript`."""
+    """Parse a transcript into messages: the inverse of `formats.transcript`."""
     _, *turns = re.split(r"\n\n(Human|Assistant):", text)
     return [
         {"role": ROLES[name], "content": content.removeprefix(" ")}

@@ -1,4 +1,4 @@
-"""Prompts and candidates from elsewhere, so that any generator can feed the pipeline."""
+"""Read prompts and candidates that another generator wrote as JSON Lines."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from datasets import Dataset
 from prefopt_trl.data.formats import Row, check_completions, check_format, format_of
 from prefopt_trl.data.rankings import FLOAT32_MAX
 
-ROWS_AT_A_TIME = 1000  # held as Python objects, which take many times the room of the text
+ROWS_AT_A_TIME = 1000  # held as Python objects, which take much more memory than the text
 
 
 def read_jsonl(path: str | Path) -> Dataset:
@@ -20,12 +20,12 @@ def read_jsonl(path: str | Path) -> Dataset:
     Each line is an object with
 
     - `prompt`: text, or a list of messages;
-    - `completions` (optional): its candidates, in the prompt's format, one or more;
+    - `completions` (optional): one or more candidates, in the format of the prompt;
     - `rewards` and `logps` (optional): a number for each completion (`logps` may be null);
     - `finished` (optional): true or false for each completion;
     - any other columns, which are kept. All lines have the same columns.
 
-    Blank lines are left out. The `ValueError` for any other line names it.
+    Blank lines are skipped. Other invalid lines raise a `ValueError` that names the line.
     """
     rows, tables = _rows(Path(path)), []
     try:
@@ -39,7 +39,7 @@ def read_jsonl(path: str | Path) -> Dataset:
 
 
 def check_candidates(dataset: Dataset, name: str) -> None:
-    """Require candidates of every prompt, and one reward for each where there are rewards; the error names the row."""
+    """Raise `ValueError`, naming the row, unless each prompt has candidates, with one reward each if any."""
     for row, example in enumerate(dataset):
         _check_row(example, f"row {row} of {name}")
 
@@ -95,7 +95,7 @@ def _check_row(row: Row, where: str) -> None:
         for index, value in enumerate(values):
             if name == "finished" and not isinstance(value, bool):
                 raise ValueError(f"`finished` of completion {index} of {where} is {value!r}. Give true or false.")
-            unknown = name == "logps" and value is None  # to be computed where it is needed
+            unknown = name == "logps" and value is None  # computed when needed
             if name != "finished" and not unknown and not _is_finite_number(value):
                 raise ValueError(
                     f"`{name}` of completion {index} of {where} is {value!r}. Give a finite number, or leave the "

@@ -1,4 +1,4 @@
-"""Datasets by name, from wherever a command is told to take them: the Hub, a folder, or a file."""
+"""Load datasets by name: an id on the Hub, a folder, or a file."""
 
 import json
 from pathlib import Path
@@ -9,30 +9,28 @@ from prefopt_trl.data.formats import check_columns, normalize_pairs
 from prefopt_trl.data.hh_rlhf import HELPFUL, HUMAN_TURN, SUBSETS, load_hh_rlhf, split_transcripts
 from prefopt_trl.runtime.fingerprints import cache_of_contents
 
-ROWS_SEED = 0  # of `num_rows`: every command takes the same rows, and fewer rows are among more
-FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `load_dataset` reads them as
-
-
-SAMPLED = ("pairs", "candidates")  # what `build_preference_dataset` writes, each for `load_from_disk`
+ROWS_SEED = 0  # for `num_rows`: every command takes the same rows, and a smaller number takes a subset
+FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # the builder that `load_dataset` uses for each
+SAMPLED = ("pairs", "candidates")  # the datasets that `build_preference_dataset` saves
 
 
 def load_rows(name: str, config: str | None = None, split: str = "train", num_rows: int | None = None) -> Dataset:
     r"""Load the rows of a dataset.
 
-    HH-RLHF transcripts, recognised by columns `chosen` and `rejected` of which most rows begin with `"\n\nHuman:"` and
-    no `prompt`, are split into prompt and completions as [`load_hh_rlhf`] does. Pairs with a prompt of text and whole
-    conversations as completions, such as UltraFeedback's, get the prompt as messages. Other columns are unchanged.
+    HH-RLHF transcripts (no `prompt` column, and mostly `chosen` and `rejected` that begin with `"\n\nHuman:"`) are
+    split into prompt and completions like [`load_hh_rlhf`]. Pairs with text prompts and whole conversations as
+    completions, such as UltraFeedback's, get the prompt as messages. Other columns are unchanged.
 
     Args:
         name (`str`):
-            Id on the Hub; folder that `save_to_disk` or [`build_preference_dataset`] wrote, or of data files; or one
+            Id on the Hub; a folder from `save_to_disk` or [`build_preference_dataset`], or of data files; or one
             file, `.jsonl`, `.json` (each also with `.gz`) or `.parquet`.
         config (`str`, *optional*):
             Configuration of the dataset, such as `"candidates"` of a sampled one, or a subset of HH-RLHF.
         split (`str`, *optional*, defaults to `"train"`):
-            Split, or part of one: `"train[:90%]"` has the rows of the first 90% of the distinct prompts, so that no
-            prompt is in `"train[90%:]"` too. A file, and a folder with one dataset that `save_to_disk` wrote, have no
-            splits: they are read as whatever split this names. A sampled dataset is all `"train"`.
+            Split, or part of one: `"train[:90%]"` has the rows of the first 90% of the distinct prompts, so that
+            `"train[90%:]"` shares no prompt with it. A file, or a folder where `save_to_disk` wrote one dataset, has
+            no splits and is read as the split named here. A sampled dataset has only the split `"train"`.
         num_rows (`int`, *optional*):
             Take so many rows only, drawn at random with [`ROWS_SEED`] from all of the split.
     """
@@ -56,7 +54,7 @@ def load_rows(name: str, config: str | None = None, split: str = "train", num_ro
 
 
 def check_name(name: str) -> None:
-    """Raise FileNotFoundError for a dataset's name that can only be a path, and has nothing at it."""
+    """Raise `FileNotFoundError` for a name that can only be a path but does not exist."""
     path = Path(name)
     if is_lost(name) or (not path.exists() and path.suffix in (*FILES, ".gz")):
         raise FileNotFoundError(
@@ -65,7 +63,7 @@ def check_name(name: str) -> None:
 
 
 def is_lost(name: str) -> bool:
-    """Whether a name can only be a path, not an id on the Hub, and there is nothing at it."""
+    """Return whether a name can only be a path, not an id on the Hub, and does not exist."""
     path = Path(name)
     looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     return not path.exists() and (looks_like_a_path or ("/" in name and path.parent.is_dir()))
@@ -80,7 +78,7 @@ def _load(name: str, config: str | None, split: str) -> Dataset:
             raise ValueError(f"{name} is no file of {', '.join(FILES)} (or .jsonl.gz, .json.gz). Convert it to one.")
         return load_dataset(FILES[suffix], data_files=name, split="train", cache_dir=cache_of_contents(path))
     if (path / "manifest.json").is_file() and (path / "pairs" / "state.json").is_file():
-        # Not by the folder's card: the files that are read are to say where the rows came from
+        # Not through the folder's dataset card, so that the cache files name the source of the rows
         if config not in (None, *SAMPLED):
             raise ValueError(f"{name} has no configuration {config!r}; it has {' and '.join(SAMPLED)}.")
         if split != "train":
@@ -101,7 +99,7 @@ def _load(name: str, config: str | None, split: str) -> Dataset:
 
 
 def _part(dataset: Dataset, whole: str, split: str) -> Dataset:
-    """The part of a split, counted in distinct prompts (in rows, if there is no column `prompt`)."""
+    """Select part of a split, counted in distinct prompts, or in rows without a column `prompt`."""
     prompts = map(json.dumps, dataset["prompt"]) if "prompt" in dataset.column_names else range(len(dataset))
     numbers: dict[str | int, int] = {}
     number_of_row = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]

@@ -19,11 +19,11 @@ from prefopt_trl.data.tokenization import chat_options, tokenize_completions
 
 logger = logging.getLogger(__name__)
 
-FLOAT32_MAX = 3.4e38  # rewards are single precision in a batch
+FLOAT32_MAX = 3.4e38  # rewards are float32 in a batch
 
 
 def pairs_to_rankings(dataset: Dataset | IterableDataset, where: str = "the dataset") -> Dataset | IterableDataset:
-    """Turn `chosen` and `rejected` into rankings of two, with rewards 1 and 0 (which PRO's temperatures leave at 1).
+    """Convert `chosen` and `rejected` to rankings of two, with rewards 1 and 0 (so PRO's temperatures are 1).
 
     There need not be a `prompt` where both begin with it. A `ValueError` refuses `rewards` beside the pairs, and names
     a row without a prompt, of the dataset called `where`.
@@ -112,7 +112,7 @@ def tokenize_rankings(
             tokenized = tokenized.filter(lambda example: len(example["prompt_ids"]) < max_length)
         return tokenized
 
-    with PartialState().main_process_first():  # the others read what it has cached
+    with PartialState().main_process_first():  # the other processes read its cache
         tokenized = dataset.map(tokenize, with_indices=True, num_proc=num_proc, desc=f"Tokenizing {name} dataset")
     check_tokens(tokenized, columns, name)
     equal = sum(len(set(rewards)) == 1 for rewards in tokenized["rewards"])
@@ -158,7 +158,7 @@ def _no_prompt(row: int, name: str, columns: list[str]) -> ValueError:
 
 
 def check_tokens(dataset: Dataset, columns: list[str], name: str) -> None:
-    """Refuse rows without a prompt, and count those whose different texts training reads as equal tokens.
+    """Check the first 10,000 rows: raise `ValueError` for one without a prompt, and warn of equal completions.
 
     Only the first 10,000 rows are read.
     """

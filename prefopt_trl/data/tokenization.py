@@ -1,4 +1,4 @@
-"""A prompt and its completions as token ids, cut where TRL's `DPOTrainer` cuts them."""
+"""Tokenize a prompt and its completions, split at the same token as in TRL's `DPOTrainer`."""
 
 import json
 import weakref
@@ -16,46 +16,46 @@ logger = logging.get_logger(__name__)
 
 ChatOptions: TypeAlias = dict[str, Any]  # arguments for `apply_chat_template`
 
-_told: weakref.WeakSet[PreTrainedTokenizerBase] = weakref.WeakSet()  # of the line about equal candidates
+_warned: weakref.WeakSet[PreTrainedTokenizerBase] = weakref.WeakSet()  # tokenizers with equal candidates
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of plain text without what the tokenizer appends by itself (EOS, SEP): the text goes on."""
+    """Return the token ids of plain text, without the special tokens (EOS, SEP) that the tokenizer appends."""
     ids = tokenizer(text)["input_ids"]
     return ids[: len(ids) - num_appended_tokens(tokenizer)]
 
 
 def num_appended_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return how many tokens the tokenizer appends to every text, as with `add_eos_token=True`."""
-    # A special token is in every vocabulary; where it is part of the text, the mask has 0 for it
+    # Every vocabulary has its special tokens; one that is part of the text has 0 in the mask
     text = next(iter(tokenizer.all_special_tokens), "a")
     mask = tokenizer(text, return_special_tokens_mask=True)["special_tokens_mask"]
     return mask[::-1].index(0) if 0 in mask else 0
 
 
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **chat_template_kwargs: Any) -> list[int]:
-    """Return the token ids of a prompt, as sampling and training both read them."""
+    """Return the token ids of a prompt, for sampling and for training."""
     if isinstance(prompt, str):
         return encode_text(tokenizer, prompt)
     return _encode_messages(tokenizer, prompt, add_generation_prompt=True, **chat_template_kwargs)
 
 
 def _encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> list[int]:
-    template: Any = tokenizer.apply_chat_template  # which is typed for one of the values that it may return
+    template: Any = tokenizer.apply_chat_template  # its return annotation is a union of all its options
     return template(messages, return_dict=True, **options)["input_ids"]
 
 
 def chat_options(row: Row) -> ChatOptions:
-    """Return the arguments for `apply_chat_template` in the columns `tools` and `chat_template_kwargs` of a row."""
+    """Return the arguments for `apply_chat_template` from the columns `tools` and `chat_template_kwargs` of a row."""
     tools = row.get("tools")
     options = {"tools": json.loads(tools) if isinstance(tools, str) else tools} if tools else {}
     return options | (row.get("chat_template_kwargs") or {})
 
 
 class WithoutAppendedTokens:
-    """A tokenizer for TRL's `_prepare_dataset`, which would train on a second EOS where the tokenizer appends one.
+    """A tokenizer for TRL's `_prepare_dataset`, which would train on a second EOS if the tokenizer appends one.
 
-    It may go once TRL leaves that out.
+    Remove this once TRL strips the appended token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -72,13 +72,13 @@ def tokenize_completions(
     completions: Sequence[Completion],
     **chat_template_kwargs: Any,
 ) -> tuple[list[int], list[list[int]]]:
-    """Tokenise a prompt with each of its completions, as TRL's `DPOTrainer` does for two; return the ids of each.
+    """Tokenize a prompt with each of its completions, like TRL's `DPOTrainer`; return the ids of the prompt and each.
 
-    A prompt and a completion are tokenised together, because tokens may merge where they meet; the completions begin
-    where the first of them departs from the tokens of the prompt alone. A completion in plain text ends with one EOS
-    (TRL leaves two where the tokenizer appends one by itself); the chat template ends one that is conversational.
+    A prompt and a completion are tokenized together, because tokens may merge at the boundary. All completions begin
+    at the first token where any of these sequences differs from the tokens of the prompt alone. A plain-text
+    completion ends with exactly one EOS; the chat template ends a conversational one.
 
-    Raise `TypeError` if a completion is not in the prompt's format.
+    Raise `TypeError` if a completion is not in the format of the prompt.
     """
     for index, completion in enumerate(completions):
         if not isinstance(completion, type(prompt)):
@@ -98,10 +98,10 @@ def tokenize_completions(
     end = common_length([prompt_ids, *both_ids])
     if end < len(prompt_ids):
         logger.warning_once(
-            "A prompt's tokens are not those that it has before a completion, because tokens merge where the two meet "
-            "or the chat template writes it otherwise. The completion begins where they differ, and the policy learns "
-            "in a context other than the one it samples in. End prompts where a token ends. (Said once, of "
-            f"{tokenizer.decode(prompt_ids[end:])!r}.)"
+            "The tokens of a prompt differ from the start of the tokenized prompt + completion, because tokens merge "
+            "at the boundary or the chat template formats the prompt differently. The completion begins where they "
+            "differ, so the policy trains and samples in different contexts. End prompts at a token boundary. (Logged "
+            f"once, for {tokenizer.decode(prompt_ids[end:])!r}.)"
         )
     return prompt_ids[:end], [ids[end:] for ids in both_ids]
 
@@ -109,15 +109,15 @@ def tokenize_completions(
 def merge_equal_in_training(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], completions: Sequence[Sequence[Completion]]
 ) -> list[list[Completion]]:
-    """Replace each candidate by the first of its prompt that the chat template writes alike.
+    """Replace each candidate with the first one of its prompt that the chat template formats equally.
 
-    Templates of thinking models leave out what stands before `</think>`. Candidates that differ only there have equal
-    tokens in training, so they are repeats. One logged line counts them. `rows` have `prompt`, and perhaps `tools` and
-    `chat_template_kwargs`.
+    Templates of thinking models drop the text before `</think>`. Candidates that differ only there have equal tokens
+    in training, so they are duplicates; their number is logged once. Each row has `prompt`, and optionally `tools`
+    and `chat_template_kwargs`.
     """
     merged, num_merged = [list(candidates) for candidates in completions], 0
     for row, candidates in zip(rows, merged, strict=True):
-        if isinstance(row["prompt"], str) or tokenizer.chat_template is None:  # plain text is read as it is
+        if isinstance(row["prompt"], str) or tokenizer.chat_template is None:
             continue
         first: dict[str, Completion] = {}
         for place, candidate in enumerate(candidates):
@@ -125,13 +125,13 @@ def merge_equal_in_training(
             written = str(tokenizer.apply_chat_template(messages, tokenize=False, **chat_options(row)))
             candidates[place] = first.setdefault(written, candidate)
             num_merged += candidates[place] != candidate
-    if num_merged and tokenizer not in _told:
-        _told.add(tokenizer)
+    if num_merged and tokenizer not in _warned:
+        _warned.add(tokenizer)
         logger.warning(
-            "The chat template writes %d of %d candidates as it writes another of their prompt, as when it leaves out "
-            "what stands before `</think>`. They have equal tokens in training and count as one. Set a "
+            "The chat template formats %d of %d candidates like another candidate of their prompt, as when it drops "
+            "the text before `</think>`. They have equal tokens in training and count as one. Set a "
             "`tokenizer.chat_template` that keeps the text, such as `trl.get_training_chat_template(tokenizer)`, or "
-            "have the ranker judge what is left. (Said once, of the first candidates.)",
+            "have the ranker score the text that the template keeps. (Logged once, for the first candidates.)",
             num_merged,
             sum(map(len, merged)),
         )
@@ -141,10 +141,10 @@ def merge_equal_in_training(
 def check_vocabulary(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel | PreTrainedConfig
 ) -> None:
-    """Require that the model has an embedding for every token of the tokenizer. It may have more.
+    """Raise `ValueError` unless the model has an embedding for every token of the tokenizer. It may have more.
 
-    Tokens that stand for images, videos or sounds are left out: a model of text alone, such as Gemma 3 of 1B, may
-    share the tokenizer of one that sees.
+    Image, video and audio tokens are ignored, because a text-only model, such as Gemma 3 1B, may share the tokenizer
+    of a multimodal one.
     """
     num_embeddings = None
     if not isinstance(model, PreTrainedConfig):
@@ -162,7 +162,7 @@ def check_vocabulary(
 
 
 def decoder_start_token_id(model: PreTrainedModel) -> int:
-    """Return the token that the decoder of an encoder-decoder begins with, or raise if the model names none."""
+    """Return the decoder start token of an encoder-decoder model; raise `ValueError` if its config has none."""
     for config in (model.generation_config, model.config):
         if (token := getattr(config, "decoder_start_token_id", None)) is not None:
             return token

@@ -1,18 +1,18 @@
 """The controlled task: a small kitchen in which the true reward of any text is known.
 
-A guest orders a dish, and a cook names what goes into it:
+A guest orders a dish, and a cook names the ingredients:
 
     Ada wants a warm, hearty soup. Take ginger, carrot and walnuts.
 
-Each ingredient brings heat and richness, and so does the kind of dish. The *true reward* is the guest's marks: ten
-points for the taste that was ordered, two fewer for each unit of distance from it, one fewer for each word out of
-place. So more of a good thing is better up to what was ordered, and worse beyond it.
+Each ingredient adds heat and richness, and so does the kind of dish. The *true reward* is 10, minus 2 for each unit of
+distance from the taste ordered, minus 1 for each misplaced word. So seasoning raises the reward up to the taste
+ordered and lowers it beyond.
 
-Two cooks write the data, both too shy with the seasoning. The house cook, who adds half of what is missing, writes the
-SFT corpus. The comparisons show the dishes of another cook, who adds still less, wavers more, is fond of garden
-vegetables, and at times repeats an ingredient or forgets a word. Which of two is preferred is drawn from their true
-rewards as Bradley and Terry have it, so the labels are noisy, and the dish with more of everything is mostly the
-preferred one. A policy that extrapolates this overshoots.
+Two cooks write the data, and both season too little. The house cook, who adds half of what is missing, writes the SFT
+corpus. The comparisons show the dishes of another cook, who adds even less, varies more, prefers garden vegetables,
+and sometimes repeats an ingredient or forgets a word. Preferences are drawn from the true rewards by the Bradley-Terry
+model, so the labels are noisy, and the dish with more seasoning is usually preferred. A policy that extrapolates this
+overshoots.
 """
 
 import itertools
@@ -20,7 +20,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -35,7 +34,7 @@ GUESTS = [
 OPENINGS = ["Take", "Use", "Mix", "Combine"]
 PUNCTUATION = [",", "."]
 
-# What a guest orders, and what the kinds of dish and the ingredients bring: units of (heat, richness).
+# What a guest orders, and what the kinds of dish and the ingredients add: units of (heat, richness).
 HEAT = {"mild": 1, "warm": 3, "hot": 5, "fiery": 7}
 RICHNESS = {"light": 1, "hearty": 3, "rich": 5, "lavish": 7}
 DISHES = {"salad": (0, 0), "soup": (0, 0), "stew": (0, 1), "pie": (0, 1), "curry": (1, 0), "ragout": (1, 1)}
@@ -45,18 +44,18 @@ INGREDIENTS = {
     "ginger": (1, 0), "onion": (1, 0), "garlic": (1, 1), "pesto": (1, 2), "satay": (1, 3), "pepper": (2, 0),
     "mustard": (2, 0), "salsa": (2, 1), "kimchi": (2, 2), "chili": (3, 0), "wasabi": (3, 0), "harissa": (3, 1),
 }  # fmt: skip
-# What the cook of the comparisons is fond of.
+# Favorite ingredients of the cook of the comparisons.
 GARDEN = ["lettuce", "cucumber", "celery", "carrot", "pumpkin", "peas", "radish", "onion"]
 
 PERFECT_MARKS = 10.0
 POINTS_PER_UNIT = 2.0
 POINTS_PER_FAULT = 1.0
-# How often the cook of the comparisons forgets a word or a punctuation mark.
+# Share of the comparisons' completions that lack a word or a punctuation mark.
 SLIP_RATE = 0.1
-# What a dish can hold: the first so many ingredients of a text count, and each further one is two words out of place.
+# Only the first ingredients of a text count, and each further one is two misplaced words.
 MAX_INGREDIENTS = 6
 
-# The longest tidy completion has 14 tokens, its end included: this leaves room to see that a policy does not stop.
+# The longest tidy completion has 14 tokens, EOS included; the rest shows whether a policy fails to stop.
 MAX_NEW_TOKENS = 20
 
 _ORDERS = [
@@ -65,20 +64,20 @@ _ORDERS = [
 ]
 _ORDER = re.compile(rf"\w+ wants a ({'|'.join(HEAT)}), ({'|'.join(RICHNESS)}) ({'|'.join(DISHES)})\.")
 _NAMES = list(INGREDIENTS)
-_FLAVOURS = np.array(list(INGREDIENTS.values()))
+_FLAVORS = np.array(list(INGREDIENTS.values()))
 _FONDNESS = np.array([1.0 if name in GARDEN else 0.0 for name in INGREDIENTS])
 
 
-def true_reward(prompts: Sequence[str], completions: Sequence[str], **kwargs: Any) -> list[float]:
-    """Mark completions as the guests do, in the signature of TRL's `reward_funcs`.
+def true_reward(prompts: Sequence[str], completions: Sequence[str], **kwargs: object) -> list[float]:
+    """Return the true rewards of completions, with the signature of TRL's `reward_funcs`.
 
     The reward is `10 - 2 * distance - faults`. The distance is Euclidean, between the taste ordered and the (heat,
     richness) of the dish: the sum over its kind and its first six ingredients. The faults are the words and
     punctuation marks to insert, delete or replace to make the text a tidy sentence that names each of these
     ingredients once.
 
-    Each of `prompts` is an order, as [`ControlledTask`] writes them, with any text as its completion; a `ValueError`
-    is raised if one is not, or if the lengths differ.
+    Each prompt is an order of [`ControlledTask`], and each completion is any text. Raise `ValueError` for any other
+    prompt, or if the lengths differ.
 
     >>> order = "Ada wants a warm, hearty soup."  # heat 3, richness 3
     >>> true_reward([order] * 3, [" Take pepper, garlic and walnuts.", " Take pepper and pesto.", " pepper, pesto"])
@@ -86,28 +85,28 @@ def true_reward(prompts: Sequence[str], completions: Sequence[str], **kwargs: An
     """
     if len(prompts) != len(completions):
         raise ValueError(f"There are {len(prompts)} prompts and {len(completions)} completions. Pass one for each.")
-    return [_marks(missing, text) for missing, text in zip(_missing_flavours(prompts), completions, strict=True)]
+    return [_marks(missing, text) for missing, text in zip(_missing_flavors(prompts), completions, strict=True)]
 
 
-def _missing_flavours(prompts: Sequence[str]) -> np.ndarray:
-    """Return what the ingredients should add to each dish: (n, 2), units of heat and richness."""
+def _missing_flavors(prompts: Sequence[str]) -> np.ndarray:
+    """Return the (heat, richness) that the ingredients should add to each dish, shape (n, 2)."""
     missing = []
     for row, prompt in enumerate(prompts):
         order = _ORDER.fullmatch(prompt)
         if order is None:
             raise ValueError(
-                f"Prompt {row} is {prompt!r}, which is no order of the controlled task. Write it like {_ORDERS[0]!r}."
+                f"Prompt {row} is {prompt!r}, not an order of the controlled task. Write it like {_ORDERS[0]!r}."
             )
         heat, richness, dish = order.groups()
         missing.append((HEAT[heat] - DISHES[dish][0], RICHNESS[richness] - DISHES[dish][1]))
     return np.array(missing)
 
 
-def _marks(missing_flavour: np.ndarray, completion: str) -> float:
+def _marks(missing_flavor: np.ndarray, completion: str) -> float:
     words = re.findall(r"\w+|[^\w\s]", completion)
     ingredients = [word for word in words if word in INGREDIENTS][:MAX_INGREDIENTS]
-    flavour = np.sum([INGREDIENTS[name] for name in ingredients], axis=0) if ingredients else np.zeros(2)
-    distance = float(np.linalg.norm(flavour - missing_flavour))
+    flavor = np.sum([INGREDIENTS[name] for name in ingredients], axis=0) if ingredients else np.zeros(2)
+    distance = float(np.linalg.norm(flavor - missing_flavor))
     opening = words[0] if words and words[0] in OPENINGS else OPENINGS[0]
     faults = _edit_distance(words, _tidy_words(opening, list(dict.fromkeys(ingredients)) or ["<any ingredient>"]))
     return PERFECT_MARKS - POINTS_PER_UNIT * distance - POINTS_PER_FAULT * faults
@@ -156,23 +155,23 @@ def _cook(
     attention: float,
     liking: np.ndarray | float = 0.0,
 ) -> list[list[str]]:
-    """Cook something for each prompt, and return the words of the sentences that say what.
+    """Cook a dish for each prompt, and return the words of each completion.
 
-    The cook aims at `share` of the missing flavour, give or take `wavering` units, in 2 to `most` ingredients. Each is
-    mostly one that comes close to an equal part of what is still missing from that aim. What the cook likes has higher
-    log-odds by `liking`, what is in the dish already has lower ones by `attention`.
+    The cook aims at `share` of the missing flavor, with noise of `wavering` units, in 2 to `most` ingredients. Each is
+    likely to be close to an equal part of the flavor that is still missing. `liking` is added to the log-odds of each
+    ingredient, and `attention` subtracted from those of ingredients already in the dish.
     """
     counts = rng.integers(2, most + 1, size=len(prompts))
-    aims = share * _missing_flavours(prompts) + wavering * rng.standard_normal((len(prompts), 2))
+    aims = share * _missing_flavors(prompts) + wavering * rng.standard_normal((len(prompts), 2))
     picks: list[np.ndarray] = []
     for position in range(most):
         part = aims / np.maximum(counts - position, 1)[:, None]
-        log_odds = liking - ((_FLAVOURS - part[:, None]) ** 2).sum(axis=-1) / 1.5
+        log_odds = liking - ((_FLAVORS - part[:, None]) ** 2).sum(axis=-1) / 1.5
         for earlier in picks:
             log_odds[np.arange(len(prompts)), earlier] -= attention
-        # The largest of log-odds plus Gumbel noise is a draw from their softmax.
+        # Gumbel-max trick: a draw from the softmax of the log-odds.
         picks.append((log_odds + rng.gumbel(size=log_odds.shape)).argmax(axis=1))
-        aims = aims - _FLAVOURS[picks[-1]]
+        aims = aims - _FLAVORS[picks[-1]]
     openings = rng.choice(OPENINGS, size=len(prompts))
     return [
         _tidy_words(opening, [_NAMES[pick] for pick in row[:count]])
@@ -186,11 +185,11 @@ def _sentence(words: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class ControlledTask:
-    """The data of the controlled task, made on demand from a seed.
+    """The datasets of the controlled task, generated on demand from a seed.
 
-    The arguments are the rows of each dataset, at least 1, and the seed of everything that is drawn. The prompts to
-    train policies on and those to evaluate on are all different, out of 1,536 orders; a `ValueError` is raised where
-    they need more. The evaluation prompts occur in no other dataset.
+    The arguments are the number of rows of each dataset, at least 1, and the random seed. The training and evaluation
+    prompts of policies are all different, out of 1,536 orders; a `ValueError` is raised if they need more. The
+    evaluation prompts occur in no other dataset.
 
     >>> ControlledTask().comparisons[1]  # doctest: +NORMALIZE_WHITESPACE
     {'prompt': 'Hugo wants a hot, hearty curry.', 'chosen': ' Mix pesto, cucumber, celery, onion and pumpkin.',
@@ -215,7 +214,7 @@ class ControlledTask:
 
     @cached_property
     def sft_dataset(self) -> Dataset:
-        """Prompts, some more than once, and the house cook's completions: `prompt`, `completion`."""
+        """Prompts, some repeated, and the house cook's completions: `prompt`, `completion`."""
         rng = self._rng(1)
         prompts = self._draw_prompts(rng, self.num_sft)
         return Dataset.from_dict({"prompt": prompts, "completion": _house_cook(rng, prompts)})
@@ -233,7 +232,7 @@ class ControlledTask:
 
     @cached_property
     def comparisons(self) -> Dataset:
-        """The other cook's completions, compared with noise: `prompt`, `chosen`, `rejected`."""
+        """Pairs of the other cook's completions with noisy labels: `prompt`, `chosen`, `rejected`."""
         rng = self._rng(3)
         prompts = self._draw_prompts(rng, self.num_comparisons)
         first, second = _other_cook(rng, prompts), _other_cook(rng, prompts)
@@ -248,16 +247,16 @@ class ControlledTask:
         )
 
     def tokenizer(self, extra_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-        """Make the kitchen's [`word_tokenizer`]: one token for each word and punctuation mark.
+        """Make a [`word_tokenizer`] with one token for each word and punctuation mark of the task.
 
-        `extra_words`, such as the marks in a ranker's template with their spaces, are one token each too.
+        `extra_words`, such as the parts of a ranker's template with their spaces, are one token each too.
         """
         words = [*GUESTS, "wants", "a", "and", *HEAT, *RICHNESS, *DISHES, *OPENINGS, *INGREDIENTS]
-        # Without the space too: any word may come first in a text, after a policy's slip or behind a ranker's mark
+        # Also without the space: any word may start a text, after a policy's slip or a template's separator
         return word_tokenizer([*words, *(f" {word}" for word in words), *PUNCTUATION, *extra_words])
 
     def policy_model(self, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-        """Make the tiny LLaMA that learns this task, as a policy or as a ranker; `seed` is that of its weights."""
+        """Make a tiny LLaMA for this task, as a policy or as a ranker, with weights from `seed`."""
         sizes = {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "max_position_embeddings": 128}
         return tiny_llama(tokenizer, **sizes, seed=seed)
 

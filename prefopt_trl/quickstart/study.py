@@ -1,8 +1,8 @@
-"""`prefopt-trl quickstart`: RSO's claim on a task whose true reward is known (RSO sections 3 and 5, in six minutes).
+"""`prefopt-trl quickstart`: test RSO's claim on a task with known true reward (RSO sections 3 and 5) in six minutes.
 
-One SFT policy and one pairwise ranker; then the same loss on four sources of pairs, and SLiC and PRO, each policy at
-the checkpoint that the ranker rewards most. Imported by the command when it runs, so that `prefopt-trl --help` does
-not wait for torch.
+Train one SFT policy and one pairwise ranker, then the same loss on four sources of pairs, and SLiC and PRO. Evaluate
+each policy at the checkpoint with the highest ranker reward. The command imports this module only when it runs, so
+that `prefopt-trl --help` does not wait for torch.
 """
 
 import json
@@ -52,10 +52,10 @@ RANKER: Arguments = {"max_steps": 900, "per_device_train_batch_size": 128, "lear
 POLICY: Arguments = {"max_steps": 240, "per_device_train_batch_size": 32, "learning_rate": 1e-4}
 GAMMA = 0.5  # temperature of RSO eq. 10; SLiC's margin is 1 / gamma
 NUM_CANDIDATES = 64
-BETA, LARGER_BETA = 0.5, 2.0  # the paper's, and the one to try where the ranker is unsure of its labels
+BETA, LARGER_BETA = 0.5, 2.0  # the paper's value, and one to try if the ranker is unsure of its labels
 CHECKPOINT_EVERY = 20
 
-# Datasets made of the same candidates, by `build_preference_dataset`
+# Arguments of `build_preference_dataset` for each dataset, all made from the same candidates
 SAMPLED: dict[str, Arguments] = {
     "pairs-rso": {"rejection_beta": BETA, "num_samples": 8},
     "pairs-sft": {"strategy": "sft", "num_samples": 8},
@@ -67,7 +67,7 @@ SAMPLED: dict[str, Arguments] = {
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the report: what is trained on which dataset."""
+    """One row of the report: a dataset, and the trainer and arguments used on it."""
 
     dataset: str
     source: str
@@ -101,11 +101,11 @@ METHODS = {
 def run_quickstart(output_dir: str, seed: int) -> None:
     """Run the study, print its table, and save everything in `output_dir`."""
     torch.manual_seed(seed)
-    torch.set_num_threads(1)  # models this small are no faster on more, and far slower where a core is busy
+    torch.set_num_threads(1)  # more threads do not speed up models this small, and slow them on a busy machine
     _quiet()
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in SAMPLED:  # by an earlier run of this command, perhaps with another seed
+    for name in SAMPLED:  # left by an earlier run, perhaps with another seed
         shutil.rmtree(folder / name, ignore_errors=True)
     started = time.perf_counter()
 
@@ -115,7 +115,7 @@ def run_quickstart(output_dir: str, seed: int) -> None:
     say(f"The controlled task, seed {seed}; everything is saved in {folder}")
     task = ControlledTask(seed=seed, **TASK)
     tokenizer = task.tokenizer()
-    # The ranker reads the marks of its template too; a policy that could write them would confuse it
+    # Only the ranker's tokenizer has the words of its template: a policy that could write them would confuse it
     ranker_tokenizer = task.tokenizer(extra_words=[*dialogue("|", "|", "|").split("|"), *ANSWERS])
     example = task.comparisons[0]
     say(f"A comparison: {example['prompt']!r}, chosen {example['chosen']!r}, rejected {example['rejected']!r}")
@@ -132,7 +132,7 @@ def run_quickstart(output_dir: str, seed: int) -> None:
     say(f"Ranker accuracy on pairs of SFT samples, against the true reward: {accuracy:.3f}")
 
     say(f"Sampling {NUM_CANDIDATES} completions for each of {len(task.prompts)} prompts, and ranking them")
-    candidates: Dataset | None = None  # sampled and scored once, for all
+    candidates: Dataset | None = None  # sampled and scored once for all datasets
     made: dict[str, Dataset] = {"comparisons": task.comparisons}
     for name, how in SAMPLED.items():
         made[name] = build_preference_dataset(
@@ -175,7 +175,7 @@ def run_quickstart(output_dir: str, seed: int) -> None:
 
 
 def _quiet() -> None:
-    """Leave the terminal to our own lines: no bars of small datasets, no per-step logs of five trainings."""
+    """Silence the progress bars of small datasets and the per-step logs of all trainings."""
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -201,9 +201,9 @@ def _sft(
 
 
 class _Bar(ProgressCallback):
-    """The trainer's progress bar, without the logs it prints: what matters is in the report."""
+    """The trainer's progress bar without its printed logs."""
 
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
+    def on_log(self, *args: object, **kwargs: object) -> None:
         pass
 
 
@@ -216,18 +216,18 @@ _COMMON: Arguments = {
     "report_to": "none",
     "save_strategy": "no",
     "bf16": False,
-    # Its name is the second before transformers 5.23
+    # `gradient_checkpointing` before transformers 5.23
     ("activation" if hasattr(SFTConfig, "activation_checkpointing") else "gradient") + "_checkpointing": False,
     "dataloader_pin_memory": False,
     "logging_strategy": "no",
-    "disable_tqdm": False,  # its default follows the verbosity that `_quiet` lowers
+    "disable_tqdm": False,  # its default depends on the verbosity that `_quiet` lowers
 }
 
 
 def ranker_accuracy(
     ranker: PairwiseRanker, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], seed: int
 ) -> float:
-    """Share of pairs of the policy's samples, of different true reward, that the ranker orders as the truth does."""
+    """Return how often ranker and true reward agree on pairs of the policy's samples with different true rewards."""
     samples = sample_completions(
         policy, tokenizer, list(prompts), 2, max_new_tokens=MAX_NEW_TOKENS, seed=seed, generation_batch_size=512
     )
@@ -238,7 +238,7 @@ def ranker_accuracy(
 
 
 class _Measure:
-    """Evaluation of a policy on some of the evaluation prompts, always with the same seed."""
+    """Evaluate policies on some of the evaluation prompts, always with the same seed."""
 
     def __init__(self, sft: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ranker: PairwiseRanker, seed: int):
         self.sft, self.tokenizer, self.ranker, self.seed = sft, tokenizer, ranker, seed
@@ -258,7 +258,7 @@ class _Measure:
 
 
 class _Checkpoints(TrainerCallback):
-    """Measures the policy every so many steps and keeps the weights that the ranker rewards most (RSO section 5)."""
+    """Evaluate the policy every [`CHECKPOINT_EVERY`] steps and keep the weights with the highest ranker reward."""
 
     def __init__(self, measure: _Measure, examples: Dataset):
         self.measure, self.examples = measure, examples
@@ -289,7 +289,7 @@ def _train(
     folder: Path,
     seed: int,
 ) -> tuple[PreTrainedModel, _Checkpoints]:
-    """Train the SFT policy by one method, measured all along."""
+    """Train the SFT policy by one method, and return it with its evaluated checkpoints."""
     checkpoints = _Checkpoints(measure, examples)
     policy = AutoModelForCausalLM.from_pretrained(folder / "sft")
     config = method.trainer.config_class
@@ -317,7 +317,7 @@ def _write_report(
     results: dict[str, dict[str, Estimate]],
     curves: dict[str, list[dict[str, Estimate]]],
     chosen: dict[str, int],
-    statistics: dict[str, Any],
+    statistics: dict[str, Arguments],
     accuracy: float,
     seed: int,
     num_prompts: int,
@@ -365,7 +365,7 @@ def _write_report(
     return report
 
 
-def _report(lines: str, accuracy: float, statistics: dict[str, Any], seed: int, num_prompts: int) -> str:
+def _report(lines: str, accuracy: float, statistics: Arguments, seed: int, num_prompts: int) -> str:
     sources = "\n".join(f"- **{name}** ({method.loss}): {method.source}" for name, method in METHODS.items())
     warning = f"\n\n> {statistics['warning']}" if statistics["warning"] else ""
     before, after = statistics["label_probability_before"], statistics["label_probability_after"]
@@ -383,7 +383,7 @@ against the SFT targets. Each policy is at the checkpoint with the highest rewar
 prompts (RSO section 5). The true reward is at most 10. This is one seed ({seed}): differences of a few
 standard errors can be luck.
 
-The ranker orders {100 * accuracy:.0f}% of pairs of SFT samples as the true reward does. It gives its own
+The ranker agrees with the true reward on {100 * accuracy:.0f}% of pairs of SFT samples. It gives its own
 labels a mean probability of {before:.2f} on random pairs of SFT samples, and of {after:.2f} after rejection
 with beta {BETA:g}, where the acceptance rate is {statistics["acceptance_rate"]:.3f}.{warning}
 

@@ -1,4 +1,4 @@
-"""Tokenizers and a LLaMA small enough to be made from scratch, offline, in seconds.
+"""Tokenizers and a LLaMA that are small enough to make from scratch, offline, in seconds.
 
 The tokenizers are `PreTrainedTokenizerFast`, with distinct `<pad>`, `<bos>` and `<eos>` and padding on the left.
 """
@@ -16,9 +16,9 @@ SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer.
 
-    It is lossless: `decode(encode(text)) == text` for every text, in any script. It adds no token of its own, so a
-    prompt and a completion can be tokenized apart and joined. `vocab_size` includes the 3 special tokens and the 256
-    bytes, and a `ValueError` is raised if it cannot hold them; short texts may give a smaller vocabulary.
+    It is lossless: `decode(encode(text)) == text` for every text. It adds no special tokens, so a prompt and a
+    completion can be tokenized separately and concatenated. `vocab_size` includes the 3 special tokens and the 256
+    bytes; raise `ValueError` if it is too small for them. Short texts may give a smaller vocabulary.
 
     >>> tokenizer = train_tokenizer(["the cook and the guest", "the guest and the cook"], vocab_size=280)
     >>> tokenizer.decode(tokenizer.encode("the café"))
@@ -47,10 +47,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     """Make a tokenizer with one token per given word, for a closed vocabulary.
 
-    A word is taken as it is written, its spaces included: give `" soup"` to make one token of the word and the space
-    before it. Where two words fit, the longer one is taken. Decoding joins them again, so it gives the text to the
-    letter. Encoding a text with anything else in it raises an error. Repeated words count once; an empty one raises a
-    `ValueError`.
+    Words include their spaces: `" soup"` makes one token of the space and the word. If two words match, the longer one
+    is used. Decoding joins the tokens, so it is lossless. Encoding a text with any other word raises an error.
+    Repeated words count once; raise `ValueError` for an empty word.
 
     >>> tokenizer = word_tokenizer(["Take", " ginger", " and", " cream", "."])
     >>> tokenizer.tokenize("Take ginger and cream.")
@@ -75,13 +74,12 @@ def tiny_llama(
     max_position_embeddings: int = 1024,
     seed: int = 0,
 ) -> LlamaForCausalLM:
-    """Make a small LLaMA with random weights, in float32 and evaluation mode, its embeddings tied.
+    """Make a small LLaMA with random weights and tied embeddings, in float32 and evaluation mode.
 
-    The defaults give 5.0 million parameters with a vocabulary of 4,096. Its generation config samples from the model
-    itself (temperature 1, no top-k, no top-p), which is the law that rejection sampling starts from. The feed-forward
-    layers are 3 times as wide as `hidden_size`, which must be a multiple of `num_heads`, and that a multiple of
-    `num_kv_heads`, else a `ValueError` is raised. `seed` is that of the weights; the global random state is left as it
-    was.
+    The defaults give 5.0 million parameters with a vocabulary of 4,096. Its generation config samples from the model's
+    own distribution (temperature 1, no top-k, no top-p), which rejection sampling requires. The feed-forward layers
+    are 3 times as wide as `hidden_size`. Raise `ValueError` unless `hidden_size` is a multiple of `num_heads`, which
+    must be a multiple of `num_kv_heads`. The weights are drawn from `seed`; the global random state does not change.
 
     >>> tokenizer = word_tokenizer([" leek", " cream"])
     >>> model = tiny_llama(tokenizer, hidden_size=64, num_layers=2)
@@ -107,7 +105,7 @@ def tiny_llama(
         num_key_value_heads=num_kv_heads,
         max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=True,
-        # LLaMA's 0.02 is meant for widths of thousands; at these widths it costs hundreds of steps.
+        # LLaMA's 0.02 suits widths of thousands; at this width it costs hundreds of training steps.
         initializer_range=hidden_size**-0.5,
         **token_ids,
     )

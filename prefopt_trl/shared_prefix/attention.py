@@ -1,8 +1,8 @@
-"""Attention of many rows to one prompt, whose keys and values are computed and held once.
+"""Attention of many rows to one prompt, whose keys and values are computed and stored once.
 
-A batch is "prompts, each with n rows", in the order of the prompts. A row's keys are those of its prompt, shared with
-the prompt's other rows, and its own. The two parts of its attention are computed apart and then joined: over the
-prompt all rows of a prompt are one matrix product, over its own tokens each row is one.
+A batch holds n rows per prompt, in the order of the prompts. A row attends to the keys of its prompt, shared with the
+prompt's other rows, and to the keys of its own tokens. The two parts are computed separately and then merged: one
+matrix product per prompt for the shared part, one per row for the rest.
 """
 
 import inspect
@@ -17,32 +17,25 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 try:
     from transformers.cache_utils import CacheLayerMixin
-except ImportError:  # not a public name: without it the probes find what cannot be shared, and say so
+except ImportError:  # not a public name: without it the probes fail, log why, and rows run unshared
     CacheLayerMixin = object  # type: ignore[assignment, misc]
 
 SHARED_PREFIX = "shared_prefix"  # name of the attention in transformers' `AttentionInterface`
 
 
 class RowsOfPrompts:
-    """Which prompt each row belongs to, as a grid of prompts and places.
-
-    Args:
-        counts (`Sequence[int]` of length `num_prompts`):
-            Rows of each prompt, which come one prompt after another.
-        device (`torch.device`):
-            Device of the rows.
-    """
+    """Map rows, `counts[i]` of prompt i and then those of the next, to a grid of prompts and slots, and back."""
 
     def __init__(self, counts: Sequence[int], device: torch.device) -> None:
         self.counts = list(counts)
-        self.width = max(self.counts)  # places in the grid
+        self.width = max(self.counts)  # slots per prompt
         self.prompt = torch.repeat_interleave(torch.tensor(self.counts, device=device))  # (num_rows,)
         place = torch.cat([torch.arange(count, device=device) for count in self.counts])
         self.slot = self.prompt * self.width + place  # (num_rows,) index into the flat grid
         self.is_full = min(self.counts) == self.width
 
     def by_prompt(self, rows: torch.Tensor) -> torch.Tensor:
-        """From `(num_rows, heads, tokens, size)` to `(num_prompts, heads, width * tokens, size)`; zero where empty."""
+        """Reshape `(num_rows, heads, tokens, size)` to `(num_prompts, heads, width * tokens, size)`, zero-padded."""
         heads, tokens, size = rows.shape[1:]
         if not self.is_full:
             grid = rows.new_zeros(len(self.counts) * self.width, heads, tokens, size)
@@ -51,14 +44,14 @@ class RowsOfPrompts:
         return grid.reshape(-1, heads, self.width * tokens, size)
 
     def by_row(self, grid: torch.Tensor, tokens: int) -> torch.Tensor:
-        """The way back."""
+        """Invert `by_prompt`."""
         num_prompts, heads, _, size = grid.shape
         rows = grid.view(num_prompts, heads, self.width, tokens, size).transpose(1, 2).flatten(0, 1)
         return rows if self.is_full else rows[self.slot.to(grid.device)]
 
 
 class SharedKeysLayer(CacheLayerMixin):
-    """One layer's keys and values of prompts, which are held once, and how rows attend to them and to their own."""
+    """One layer's cache: the keys and values of the prompts, stored once, and how rows attend to them."""
 
     is_sliding = False
     was_attended = False
@@ -69,17 +62,17 @@ class SharedKeysLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def bound(self, keys: torch.Tensor) -> torch.Tensor:
-        """Keys that know this layer: the attention function is given them, and nothing else of the cache."""
+        """Attach this layer to the keys, as the attention function receives nothing else from the cache."""
         keys = keys.view_as(keys)
         keys.prefix_layer = self  # type: ignore[attr-defined]
         return keys
 
     @abstractmethod
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: "Scores") -> torch.Tensor:
-        """Attention of the queries, of shape `(batch_size, num_queries, num_heads, size)`."""
+        """Return the attention output, of shape `(batch_size, num_queries, num_heads, size)`."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: the prompt's keys say device and dtype."""
+        """Do nothing: the prompt's keys already set device and dtype."""
 
     def get_seq_length(self) -> int:
         return self.prompt_keys.shape[2]
@@ -92,13 +85,13 @@ class SharedKeysLayer(CacheLayerMixin):
 
 
 class Scores(NamedTuple):
-    """How a model scores keys: times `scaling`, and softly capped where there is a `softcap`."""
+    """Attention scores: query times key times `scaling`, soft-capped if `softcap` is set."""
 
     scaling: float
     softcap: float | None
 
     def of(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """`(..., num_queries, num_keys)` of `(..., num_queries, size)` and `(..., num_keys, size)`, in float32."""
+        """Return scores `(..., num_queries, num_keys)`, in float32 at least."""
         scores = (queries * self.scaling @ keys.transpose(-1, -2)).to(
             torch.promote_types(queries.dtype, torch.float32)
         )
@@ -106,9 +99,9 @@ class Scores(NamedTuple):
 
 
 class SoftmaxPart(NamedTuple):
-    """A softmax over some of the keys: the `greatest` score `m`, the `total` of `exp(s - m)`, and the values' mean.
+    """A softmax over some of the keys, in a form that merges with a softmax over other keys.
 
-    That over other keys can be joined to it. Each ends with a dimension of 1, or of the values' size.
+    Fields: the `greatest` score m, the `total` of exp(s - m), and the weighted `mean` of the values.
     """
 
     greatest: torch.Tensor
@@ -117,55 +110,54 @@ class SoftmaxPart(NamedTuple):
 
     @classmethod
     def over(cls, scores: torch.Tensor, values: torch.Tensor) -> "SoftmaxPart":
-        """Of scores, which are written over."""
+        """Compute the softmax of `scores` in place."""
         greatest = scores.amax(dim=-1, keepdim=True)
         weights = scores.sub_(greatest).exp_()
         total = weights.sum(dim=-1, keepdim=True)
         return cls(greatest, total, weights.div_(total).to(values.dtype) @ values)  # a sum would overflow float16
 
     def mean_with(self, other: "SoftmaxPart") -> torch.Tensor:
-        """The mean of the values over the keys of both."""
+        """Return the weighted mean of the values over the keys of both parts."""
         greatest = torch.maximum(self.greatest, other.greatest)
         weight, other_weight = (part.total * torch.exp(part.greatest - greatest) for part in (self, other))
         return (self.mean * weight + other.mean * other_weight) / (weight + other_weight)
 
 
 class PrefixLayer(SharedKeysLayer):
-    """For rows that grow by a token at a time: `(num_rows, heads, room, size)` beside the prompts' own.
+    """Cache layer for rows that grow by one token at a time, in buffers of shape `(num_rows, heads, room, size)`.
 
-    The first `length` places of a row's room are taken. The room grows by doubling, so that a row that ends early
-    never has the memory of the longest.
+    The first `length` positions of the buffers are filled. The buffers grow by doubling, so that memory is not
+    reserved for the longest row while all are short.
     """
 
-    keys: Any  # None until the rows have tokens
-    values: Any
+    keys: torch.Tensor | None  # None until the rows have tokens
+    values: torch.Tensor
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor | None, longest: int) -> None:
         super().__init__(keys, values)
-        self.hidden = hidden  # (num_prompts, 1, 1, prompt_length) True at padding; None where there is none
+        self.hidden = None if hidden is None else hidden.to(keys.device)  # True at padding
         self.longest = longest
         self.length = 0
         self.rows: RowsOfPrompts
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         end = self.length + key_states.shape[2]
-        if self.keys is None or end > self.keys.shape[2]:
-            self._make_room(key_states, value_states, end)
+        if self.keys is None:
+            self.keys, self.values = self._grown(key_states, 0, end), self._grown(value_states, 0, end)
+        elif end > self.keys.shape[2]:
+            self.keys, self.values = (self._grown(own, self.length, end) for own in (self.keys, self.values))
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
         self.length = end
         return self.bound(self.keys[:, :, :end]), self.values[:, :, :end]
 
-    def _make_room(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
+    def _grown(self, old: torch.Tensor, length: int, end: int) -> torch.Tensor:
         room = min(self.longest, max(2 * end, 32))
-        for name, new in (("keys", keys), ("values", values)):
-            old = getattr(self, name)
-            grown = new.new_empty(new.shape[0], new.shape[1], room, new.shape[3])
-            if old is not None:
-                grown[:, :, : self.length] = old[:, :, : self.length]
-            setattr(self, name, grown)
+        grown = old.new_empty(old.shape[0], old.shape[1], room, old.shape[3])
+        grown[:, :, :length] = old[:, :, :length]
+        return grown
 
     def keep_rows(self, rows: torch.Tensor, prompts: torch.Tensor | None) -> None:
         if self.keys is not None:
@@ -202,17 +194,10 @@ class PrefixLayer(SharedKeysLayer):
 
 
 class PrefixCache(Cache):
-    """Keys and values of prompts, held once, and of the rows that follow them.
+    """Cache of prompts, stored once, and of the rows that continue them.
 
-    Args:
-        prompts ([`~transformers.DynamicCache`]):
-            Cache after the prompts have run, one row each.
-        attention_mask (`torch.Tensor` of shape `(num_prompts, prompt_length)`, *optional*):
-            1 for tokens, 0 for padding. None where there is no padding.
-        counts (`Sequence[int]` of length `num_prompts`):
-            Rows of each prompt, at least 1.
-        longest (`int`):
-            Most tokens that a row may have after its prompt.
+    `prompts` is the cache after a forward pass over the prompts, whose padding is 0 in `attention_mask`. Prompt i has
+    `counts[i]` rows (at least 1), each of at most `longest` tokens after its prompt.
     """
 
     layers: list[PrefixLayer]  # type: ignore[assignment]
@@ -224,11 +209,7 @@ class PrefixCache(Cache):
         if attention_mask is not None and not attention_mask.all():
             hidden = attention_mask[:, None, None] == 0
         of_prompts: list[Any] = prompts.layers
-        layers: list[Any] = [
-            PrefixLayer(layer.keys, layer.values, None if hidden is None else hidden.to(layer.keys.device), longest)
-            for layer in of_prompts
-        ]
-        super().__init__(layers=layers)
+        super().__init__(layers=[PrefixLayer(layer.keys, layer.values, hidden, longest) for layer in of_prompts])
         self._set_rows(counts)
 
     def _set_rows(self, counts: Sequence[int]) -> None:
@@ -237,7 +218,7 @@ class PrefixCache(Cache):
             layer.rows = self.rows
 
     def keep_rows(self, rows: torch.Tensor) -> None:
-        """Forget all rows but these (`torch.LongTensor`, ascending), and prompts that are left without any."""
+        """Keep only these rows (`torch.LongTensor`, ascending), and the prompts that still have rows."""
         left = torch.bincount(self.rows.prompt[rows], minlength=len(self.rows.counts))
         prompts = None if left.all() else left.nonzero().squeeze(1)
         for layer in self.layers:
@@ -254,27 +235,13 @@ def shared_prefix_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attend to the prompt and to the row's own tokens up to each query.
+    """Attend to the prompt and to the row's own tokens up to each query; the softmax is in float32 at least.
 
-    The softmax over both is put together from the two parts, in float32 at least, as that of eager attention is.
-
-    Args:
-        query (`torch.Tensor` of shape `(batch_size, num_heads, num_queries, size)`):
-            Queries.
-        key, value (`torch.Tensor` of shape `(batch_size, num_kv_heads, num_own_tokens, size)`):
-            The rows' own, as the layer of the cache returns them.
-        scaling (`float`, *optional*):
-            Of the scores; by default `size ** -0.5`.
-        softcap (`float`, *optional*):
-            Scores become `softcap * tanh(scores / softcap)`.
-
-    Returns:
-        `tuple`: attention of shape `(batch_size, num_queries, num_heads, size)`, and None for its weights.
-
-    Raises:
-        ValueError: for keys of another cache, or attention with dropout, sinks or biases.
+    The signature is that of transformers' `AttentionInterface`: `query` is `(batch_size, num_heads, num_queries,
+    size)`, and `key` and `value` are the rows' own, `(batch_size, num_kv_heads, num_own_tokens, size)`, as the cache
+    layer returns them. A `ValueError` is raised for keys of another cache, and for dropout, sinks or biases.
     """
     layer: SharedKeysLayer | None = getattr(key, "prefix_layer", None)
     unknown = [name for name in ("s_aux", "sinks", "position_bias") if kwargs.get(name) is not None]
@@ -287,8 +254,8 @@ def shared_prefix_attention(
 
 @contextmanager
 def attend_to_prefix(model: PreTrainedModel) -> Iterator[None]:
-    """While entered, the model's attention is [`shared_prefix_attention`]."""
-    from transformers import AttentionInterface  # here, so that a release without it costs the sharing alone
+    """Use [`shared_prefix_attention`] as the model's attention inside the context."""
+    from transformers import AttentionInterface  # here, so that a release without it only disables sharing
 
     AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
     every: list[Any] = [getattr(module, "config", None) for module in model.modules()]
@@ -303,28 +270,23 @@ def attend_to_prefix(model: PreTrainedModel) -> Iterator[None]:
             config._attn_implementation_internal = implementation
 
 
-def without_head(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its LM or classification head, adapters included."""
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return inner.base_model
+def without_head(model: PreTrainedModel) -> torch.nn.Module:
+    """Return the model without its LM or classification head, with its adapters."""
+    return model.get_base_model().base_model if isinstance(model, PeftModel) else model.base_model
 
 
-def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Any]:
-    """Keyword arguments that make the model use this cache: `cache` since transformers 5.24, `past_key_values` before.
+def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Cache | bool]:
+    """Return the keyword arguments that make the model use this cache.
 
-    May be inlined once the oldest supported release is 5.24.
+    The argument is `cache` since transformers 5.24 and `past_key_values` before. Inline this once 5.24 is the oldest
+    supported release.
     """
     named_cache = "cache" in inspect.signature(without_head(model).forward).parameters
     return {"cache" if named_cache else "past_key_values": cache, "use_cache": True}
 
 
 def left_pad(ids: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Inputs of a model for rows of ids, padded on the left, with the position of each token in its own row.
-
-    Returns:
-        `dict`: `input_ids`, `attention_mask` (1 for tokens, 0 for padding) and `position_ids` (0 at padding), long
-        tensors of shape `(num_rows, longest)`.
-    """
+    """Pad rows of ids on the left; return `input_ids`, `attention_mask` and `position_ids` (0 at padding)."""
     length = max(map(len, ids))
     input_ids = torch.tensor([[pad_token_id] * (length - len(row)) + list(row) for row in ids], device=device)
     attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=device)

@@ -1,25 +1,32 @@
-"""Rows that begin alike, run without gradients: their common beginning once, then what follows it in each row.
+"""Inference on rows with a common prefix: the prefix runs once, then the rest of each row.
 
-Unlike in a packed row ([`pack_rows`]), which trains, attention is computed segment by segment: its cost does not grow
-with the square of all that follows a prompt.
+Unlike in a packed row ([`pack_rows`]), which supports training, attention is computed segment by segment, so its cost
+does not grow with the square of all tokens that follow a prompt.
 """
 
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.utils import ModelOutput
 
-from prefopt_trl.shared_prefix.attention import PrefixCache, attend_to_prefix, left_pad, with_cache, without_head
+from prefopt_trl.shared_prefix.attention import (
+    PrefixCache,
+    SharedKeysLayer,
+    attend_to_prefix,
+    left_pad,
+    with_cache,
+    without_head,
+)
 from prefopt_trl.shared_prefix.segments import Segments
 from prefopt_trl.shared_prefix.support import PROBE_TOLERANCE, architecture_reason, evaluating, log_reason
 
-# By how much logits of the head may differ by rounding, relatively: one that is wrong differs by tens of percent
+# Largest relative difference of a head's logits that counts as rounding; a wrong one differs by tens of percent
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 
 _probed: weakref.WeakKeyDictionary[torch.nn.Module, str | None] = weakref.WeakKeyDictionary()
@@ -27,21 +34,7 @@ _probed_heads: weakref.WeakKeyDictionary[torch.nn.Module, str | None] = weakref.
 
 
 class WholeRows:
-    """Rows as they are, padded on the right, where no causal model looks.
-
-    Args:
-        rows (`Sequence[Sequence[int]]`):
-            Token ids.
-        pad_token_id (`int`):
-            Token id of padding.
-        device (`torch.device`):
-            Device of the model.
-
-    Attributes:
-        inputs (`dict`):
-            Keyword arguments for the model: `input_ids` and `attention_mask` (1 for tokens, 0 for padding), long
-            tensors of shape `(num_rows, longest)`.
-    """
+    """Rows of token ids without sharing, padded on the right; `inputs` are the model's keyword arguments."""
 
     def __init__(self, rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> None:
         self.lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -52,38 +45,24 @@ class WholeRows:
         self.inputs = {"input_ids": input_ids, "attention_mask": mask}
 
     def last_logits(self, model: PreTrainedModel) -> torch.Tensor:
-        """Logits after the last token of each row, shape `(num_rows, vocab_size)`, from a causal language model."""
-        # The LM head runs where some row ends, and nowhere else
+        """Return the LM logits after the last token of each row, shape `(num_rows, vocab_size)`."""
+        # The LM head runs only at positions where some row ends
         positions, position_of_row = torch.unique(self.lengths - 1, return_inverse=True)
         logits = model(**self.inputs, logits_to_keep=positions, use_cache=False).logits
-        if logits.shape[1] != len(positions):  # a model that knows no `logits_to_keep`
+        if logits.shape[1] != len(positions):  # the model ignores `logits_to_keep`
             logits = logits[:, positions]
         return logits[torch.arange(len(logits), device=logits.device), position_of_row.to(logits.device)]
 
     def head_logits(self, model: PreTrainedModel) -> torch.Tensor:
-        """Logits of the head that reads the last token that is not padding, shape `(num_rows, num_labels)`."""
+        """Return the logits of a classification head, shape `(num_rows, num_labels)`."""
         return model(**self.inputs).logits
 
 
 class RowsAfterPrefix:
-    """Rows of which the common beginning of each group is run once, and then what follows it, without padding.
+    """Rows of token ids whose common prefix runs once per group, and then the rest of each row without padding.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Causal model, with any head, for which [`reason_not_to_share_prefix`] is None.
-        rows (`Sequence[Sequence[int]]`):
-            Token ids, with one behind the first of each row that is not padding.
-        group_ids (`Sequence`):
-            One for each row; rows of a group are next to each other.
-        pad_token_id (`int`):
-            Token id of padding, which may also end a row: a head that looks for the last other token finds it.
-
-    Example:
-
-    ```python
-    rows = RowsAfterPrefix(model, [[5, 6, 7, 1], [5, 6, 7, 2, 3]], [0, 0], pad_token_id=0)
-    logits = rows.last_logits(model)
-    ```
+    [`reason_not_to_share_prefix`] must be None for the model, which may have any head. Rows with the same `group_ids`
+    must be adjacent, and each row needs a token after its first that is not padding. Rows may end in padding.
     """
 
     def __init__(
@@ -101,7 +80,7 @@ class RowsAfterPrefix:
         self.segments = Segments(prompts, list(map(len, prefixes)), lengths, device)
         segments = [row for part in following for row in part]
         self.input_ids = torch.tensor([[token for row in segments for token in row]], device=device)
-        # For the model inside `attend_to_prefix`: one row of all that follows
+        # For the model inside `attend_to_prefix`: one row with all segments
         self.inputs = {
             "input_ids": self.input_ids,
             "position_ids": self.segments.position_ids,
@@ -111,17 +90,17 @@ class RowsAfterPrefix:
         self.read_at = self.segments.ends + 1 + torch.tensor(last, device=device)
 
     def last_logits(self, model: PreTrainedModel) -> torch.Tensor:
-        """As those of [`WholeRows`]."""
+        """Return what [`WholeRows.last_logits`] returns."""
         with attend_to_prefix(model):
             logits = model(**self.inputs, logits_to_keep=self.segments.ends).logits[0]
         return logits if len(logits) == len(self.segments.ends) else logits[self.segments.ends.to(logits.device)]
 
     def head_logits(self, model: PreTrainedModel) -> torch.Tensor:
-        """As those of [`WholeRows`]."""
-        body: Any = without_head(model)
+        """Return what [`WholeRows.head_logits`] returns."""
+        body = without_head(model)
         with attend_to_prefix(model):
             outputs = body(**self.inputs)
-        # One row of one token each, for which the body has run already
+        # Call the head on one token per row, with the hidden states that the body has already computed
         at = self.read_at.to(outputs.last_hidden_state.device)
         outputs.last_hidden_state = outputs.last_hidden_state[0, at][:, None]
         with _returning(body, outputs):
@@ -131,12 +110,9 @@ class RowsAfterPrefix:
 def split_rows(
     rows: Sequence[Sequence[int]], group_ids: Sequence[Hashable], pad_token_id: int
 ) -> tuple[list[Sequence[int]], list[list[Sequence[int]]]]:
-    """The common beginning of each group of rows, and what follows it in each of them.
+    """Return the common prefix of each group of rows, and the rest of each row; rows without one become groups."""
 
-    Rows of a group that have nothing in common are groups of their own.
-    """
-
-    def shared_length(group: list[Sequence[int]]) -> int:  # which leaves each row its last token that is not padding
+    def shared_length(group: list[Sequence[int]]) -> int:  # leaves each row its last token that is not padding
         return min(common_length(group), *(last_of_row(row, pad_token_id) for row in group))
 
     prefixes: list[Sequence[int]] = []
@@ -152,8 +128,8 @@ def split_rows(
 
 
 @contextmanager
-def _returning(module: torch.nn.Module, outputs: Any) -> Iterator[None]:
-    """While entered, the module returns these outputs."""
+def _returning(module: torch.nn.Module, outputs: ModelOutput) -> Iterator[None]:
+    """Make the module return these outputs inside the context."""
     replaced = vars(module).get("forward")
     module.forward = lambda *args, **kwargs: outputs
     try:
@@ -165,31 +141,25 @@ def _returning(module: torch.nn.Module, outputs: Any) -> Iterator[None]:
 
 
 def last_of_row(row: Sequence[int], pad_token_id: int) -> int:
-    """Place of the last token that is not padding; the first where all are."""
+    """Return the index of the last token that is not padding, or 0 if all are padding."""
     return next((place for place in range(len(row) - 1, 0, -1) if row[place] != pad_token_id), 0)
 
 
 def common_length(rows: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all rows begin with."""
+    """Return the length of the common prefix of all rows."""
     columns = enumerate(zip(*rows, strict=False))
     return next((place for place, tokens in columns if len(set(tokens)) > 1), min(map(len, rows)))
 
 
 def reason_not_to_share_prefix(model: PreTrainedModel, row_length: int) -> str | None:
-    """Why rows of this model must not share the keys of a prompt, or None where sharing is exact. Logged once.
+    """Say why rows of this model must not share the keys of a prompt, or return None if sharing is exact.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Causal model, with any head.
-        row_length (`int`):
-            Length in tokens of the longest row, prompt included.
-
-    Returns:
-        `str` or `None`: one clause in plain words.
+    The model may have any head; `row_length` is that of the longest row in tokens, prompt included. The reason is
+    logged once per model.
     """
     reason = architecture_reason(model, row_length) or partition_reason(model)
     if reason is None and getattr(model.config.get_text_config(), "attn_temperature_tuning", False):
-        reason = "the temperature of its attention goes by a token's place in the cache (`attn_temperature_tuning`)"
+        reason = "its attention temperature depends on a token's index in the cache (`attn_temperature_tuning`)"
     if reason is None:
         if model not in _probed:
             _probed[model] = probe_prefix_reason(model)
@@ -200,7 +170,7 @@ def reason_not_to_share_prefix(model: PreTrainedModel, row_length: int) -> str |
 
 
 def partition_reason(model: torch.nn.Module) -> str | None:
-    """Why each forward pass of this model needs all processes, which must then make as many; or None."""
+    """Say why all processes must take part in each forward pass of this model, or return None."""
     is_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
     if is_fsdp1 or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return "its weights are sharded by FSDP"
@@ -210,19 +180,18 @@ def partition_reason(model: torch.nn.Module) -> str | None:
 
 
 def probe_prefix_reason(model: PreTrainedModel) -> str | None:
-    """Run a few random tokens with a shared beginning and without, and say by how much the last hidden states differ
-    where that is more than rounding."""
+    """Run a few random tokens with and without a shared prefix, and report a difference in the last hidden states."""
     name, rows = model.config.get_text_config().model_type, _probe_rows(model)
     inner = without_head(model)
     with evaluating(model), torch.no_grad():  # dropout would differ between the two runs
         try:
             plain = inner(**WholeRows(rows, 0, model.device).inputs).last_hidden_state
             pairs = [*_probe_segments(model, rows, plain), *_probe_steps(model, rows, plain)]
-        except torch.OutOfMemoryError:  # says nothing of the model
+        except torch.OutOfMemoryError:  # not a property of the model
             raise
         except NotAttended:
-            return f"{name} has an attention of its own, which is not in transformers' `AttentionInterface`"
-        except Exception as error:  # of any kind: a later transformers may have changed what this relies on
+            return f"{name} does not use transformers' `AttentionInterface`"
+        except Exception as error:  # any: a later transformers may break assumptions made here
             return f"{name} cannot share a prompt's keys ({type(error).__name__}: {error})"
     difference = sum((one.float() - other.float()).abs().sum().item() for one, other in pairs)
     size = sum(one.float().abs().sum().item() for one, _ in pairs)
@@ -234,7 +203,7 @@ def probe_prefix_reason(model: PreTrainedModel) -> str | None:
 
 
 def _probe_rows(model: PreTrainedModel) -> list[list[int]]:
-    """Random tokens, the same for all models of a vocabulary: two groups with beginnings of two lengths."""
+    """Return two groups of random rows with prefixes of different lengths, the same for each vocabulary size."""
     vocab_size = model.config.get_text_config().vocab_size
     tokens = torch.randint(1, vocab_size, (4, 12), generator=torch.Generator().manual_seed(0))
     tokens[1, :7], tokens[3, :4] = tokens[0, :7], tokens[2, :4]
@@ -242,10 +211,10 @@ def _probe_rows(model: PreTrainedModel) -> list[list[int]]:
 
 
 def reason_not_to_share_head(model: PreTrainedModel, pad_token_id: int) -> str | None:
-    """Why the head of this model must not be given rows without their beginnings, or None. Logged once per model.
+    """Say why the head of this model cannot run on rows without their prefix, or return None. Logged once per model.
 
-    A head that reads one token, the last that is not padding, may be; one that averages over the row, or looks for a
-    token of its own, is found out by a probe.
+    A head that reads only the last token before padding can. A probe detects one that averages over the row or looks
+    for a special token.
     """
     if model not in _probed_heads:
         _probed_heads[model] = _probe_head_reason(model, pad_token_id)
@@ -273,13 +242,13 @@ def _probe_head_reason(model: PreTrainedModel, pad_token_id: int) -> str | None:
 
 
 class NotAttended(Exception):
-    """A layer has not asked for its attention."""
+    """Raised if a layer did not call [`shared_prefix_attention`]."""
 
 
 def _probe_segments(
     model: PreTrainedModel, rows: list[list[int]], plain: torch.Tensor
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Hidden states of whole rows, and of the same tokens as segments of two groups of two."""
+    """Return hidden states from whole rows, and of the same tokens run as segments in two groups of two."""
     following = RowsAfterPrefix(model, rows, [0, 0, 1, 1], pad_token_id=0)
     with attend_to_prefix(model):
         shared = without_head(model)(**following.inputs).last_hidden_state[0]
@@ -294,7 +263,7 @@ def _probe_segments(
 def _probe_steps(
     model: PreTrainedModel, rows: list[list[int]], plain: torch.Tensor
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Hidden states of whole rows, and of the same tokens decoded one by one after two prompts."""
+    """Return hidden states from whole rows, and of the same tokens decoded one by one after two prompts."""
     prompts = left_pad([rows[0][:7], rows[2][:4]], 0, model.device)
     cache, inner = DynamicCache(), without_head(model)
     inner(**prompts, **with_cache(model, cache))
@@ -313,6 +282,6 @@ def _probe_steps(
     return pairs
 
 
-def _check_attended(cache: Any) -> None:
-    if not all(layer.was_attended for layer in cache.layers):
+def _check_attended(cache: Cache) -> None:
+    if not all(isinstance(layer, SharedKeysLayer) and layer.was_attended for layer in cache.layers):
         raise NotAttended

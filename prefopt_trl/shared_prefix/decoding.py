@@ -1,4 +1,4 @@
-"""Decoding of many completions per prompt, for `generate`: a prompt is prefilled once and its keys are held once."""
+"""A decoding loop for `generate` that prefills each prompt once for many completions and stores its keys once."""
 
 import copy
 import inspect
@@ -23,38 +23,38 @@ from transformers.utils import ModelOutput
 from prefopt_trl.shared_prefix.attention import PrefixCache, attend_to_prefix, with_cache
 from prefopt_trl.shared_prefix.support import architecture_reason, evaluating, log_reason
 
-# Rows that have ended stay in the batch, as padding, until they are this share of it: leaving costs a copy of the rest
+# Finished rows stay in the batch, as padding, until they are this share of it: removing them copies all other rows
 DEAD_SHARE = 0.125
 
 DRAWS = {GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH}
-SET_HERE = {"attention_mask", "position_ids", "use_cache", "logits_to_keep"}  # whatever `generate` gives
+SET_HERE = {"attention_mask", "position_ids", "use_cache", "logits_to_keep"}  # replaces what `generate` passes
 
 
 class CountTokens(stopping.StoppingCriteria):
-    """Stops nothing: hands the number of rows that have one token more to `count`, such as the `update` of a bar."""
+    """Report the number of new tokens to `count`, such as the `update` of a progress bar; never stop a row."""
 
-    def __init__(self, count: Callable[[int], Any]) -> None:
+    def __init__(self, count: Callable[[int], object]) -> None:
         self.count = count
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         self.count(len(input_ids))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class StopStringsInCompletion(stopping.StopStringCriteria):
-    """Ends a row at a stop string in its completion; transformers' own also ends it at one that begins in the prompt.
+    """Stop a row at a stop string in its completion; transformers also matches one that begins in the prompt.
 
-    Set `begin` to the column in which completions begin.
+    Set `begin` to the column of the first completion token.
     """
 
     begin = 0
 
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: Any, scores: torch.FloatTensor, **kwargs: object) -> torch.Tensor:
         return super().__call__(input_ids[:, self.begin :], scores, **kwargs)
 
 
-# They look at each row by itself and keep nothing between steps, so rows may leave. Others, a user's own among them,
-# see all rows to the end, as in `generate`.
+# These treat each row separately and keep no state between steps, so finished rows can be removed. With any other
+# processor or criterion, such as a user's, all rows stay to the end, as in `generate`.
 STATELESS_NAMES = (
     "TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper MinPLogitsWarper TypicalLogitsWarper "
     "EpsilonLogitsWarper EtaLogitsWarper RepetitionPenaltyLogitsProcessor NoRepeatNGramLogitsProcessor "
@@ -80,14 +80,14 @@ _probed: weakref.WeakKeyDictionary[torch.nn.Module, str | None] = weakref.WeakKe
 
 @dataclass
 class SharedPrefixOutput(ModelOutput):
-    """What [`decode_shared_prefix`] returns with `return_dict_in_generate=True`.
+    """Output of [`decode_shared_prefix`] with `return_dict_in_generate=True`.
 
     Attributes:
         sequences (`torch.LongTensor` of shape `(num_prompts * num_completions, length)`):
-            Prompts, padded on the left as they came, and completions, padded on the right.
+            Prompts, padded on the left like the input, and completions, padded on the right.
         logps (`torch.Tensor` of shape `(num_prompts * num_completions,)`):
-            Log-probability of each completion under the model itself, before any logits processor: in nats, summed
-            over its tokens up to and including the one that ended it. Float64, of float32 logits.
+            Log-probability of each completion under the model, before any logits processor, in nats: summed over its
+            tokens up to and including the last. Float64, from float32 logits.
     """
 
     sequences: torch.LongTensor | None = None
@@ -103,32 +103,31 @@ def decode_shared_prefix(
     num_completions: int = 1,
     **model_kwargs: Any,
 ) -> torch.Tensor | SharedPrefixOutput:
-    """Sample completions as `generate` does, with each prompt computed once and rows that have ended left out.
+    """Sample completions like `generate`, with each prompt computed once and finished rows removed from the batch.
 
-    It is given to `generate`, which prepares the arguments from the generation config, and takes the place of
-    `num_return_sequences`. Every logits processor and stopping criterion is honoured. Rows come in the order of the
-    prompts, `num_completions` of each. The law is that of `generate`; the draws are others, from the same global
-    random state. Greedy decoding gives the same tokens up to rounding.
+    Pass this as `custom_generate` to `generate`, which prepares the other arguments, with `num_completions` in place
+    of `num_return_sequences`. All logits processors and stopping criteria apply. Rows are in the order of the prompts,
+    `num_completions` for each. Completions have the same distribution as those of `generate`, but the draws differ
+    for the same global random state. Greedy decoding gives the same tokens up to rounding.
 
-    It is exact where [`reason_not_to_share_prefix`] is None; what a model's config rules out is refused. The model is
-    run in evaluation mode; its training mode and attention implementation are as before when this returns or raises.
-    While it runs, no other thread may use the model.
+    Decoding is exact if [`reason_not_to_share_prefix`] is None. The model runs in evaluation mode; its training mode
+    and attention implementation are restored afterwards. No other thread may use the model meanwhile.
 
-    `generate` does not pass its arguments `tokenizer`, `streamer`, `assistant_model` and `synced_gpus` on to such a
-    function. So give stop strings as `stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer,
-    stop_strings)])`; the others are without effect.
+    `generate` does not forward `tokenizer`, `streamer`, `assistant_model` and `synced_gpus` to a custom function. Pass
+    stop strings as `stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer, stop_strings)])`; the others
+    have no effect.
 
     Args:
         num_completions (`int`, *optional*, defaults to `1`):
-            Completions of each prompt.
+            Completions per prompt.
 
     Returns:
         `torch.LongTensor` of shape `(num_prompts * num_completions, length)`, or [`SharedPrefixOutput`] with
         `return_dict_in_generate=True`.
 
     Raises:
-        RuntimeError: if a completion has no token to draw, as all its scores are NaN or -inf.
-        ValueError: for a model whose config rules it out, beam search, `num_return_sequences`, outputs per step,
+        RuntimeError: if all scores of a row are NaN or -inf.
+        ValueError: for a model whose config rules out sharing, beam search, `num_return_sequences`, per-step outputs,
             guidance, a cache, and inputs other than text.
 
     Example:
@@ -150,7 +149,7 @@ def decode_shared_prefix(
             if kept is not None:
                 cache.keep_rows(kept)
                 positions = positions[kept]
-            with attend_to_prefix(model):  # and not while logits processors run, which may run a model too
+            with attend_to_prefix(model):  # not around logits processors, which may run a model too
                 outputs = model(
                     input_ids=rows.last_tokens[:, None],
                     position_ids=positions[:, None],
@@ -165,10 +164,10 @@ def decode_shared_prefix(
 
 
 def reason_not_to_decode(model: PreTrainedModel) -> str | None:
-    """Why `generate` of this release of transformers cannot run [`decode_shared_prefix`], or None. Logged once.
+    """Say why `generate` of the installed transformers cannot run [`decode_shared_prefix`], or return None.
 
-    Found out by two tokens, so that what a release passes anew costs the sharing and stops no run. The model's own
-    generation config, which `generate` reads, must ask for nothing that is refused.
+    Decode two tokens, so that an incompatible release disables sharing instead of failing the run. The reason is
+    logged once per model. The model's own generation config must not request anything that is refused.
     """
     if model not in _probed:
         ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
@@ -177,17 +176,17 @@ def reason_not_to_decode(model: PreTrainedModel) -> str | None:
         try:
             generate(**inputs, custom_generate=decode_shared_prefix)
             _probed[model] = None
-        except torch.OutOfMemoryError:  # says nothing of the model
+        except torch.OutOfMemoryError:  # not a property of the model
             raise
         except Exception as error:
-            _probed[model] = f"`generate` of this transformers cannot decode so ({type(error).__name__}: {error})"
+            _probed[model] = f"`generate` of this transformers cannot share prompts ({type(error).__name__}: {error})"
     if (reason := _probed[model]) is not None:
         log_reason(model, reason)
     return reason
 
 
 class _Rows:
-    """The tokens of all rows, and of those still in the batch what is needed to choose the next."""
+    """The tokens of all rows, and the state of the rows that are still in the batch."""
 
     def __init__(
         self,
@@ -202,22 +201,23 @@ class _Rows:
         self.do_sample = config.do_sample
         self.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
         encoder_penalty = logits_process.EncoderRepetitionPenaltyLogitsProcessor
-        changed = logits_process.RepetitionPenaltyLogitsProcessor, encoder_penalty  # here, so copies are
+        changed = logits_process.RepetitionPenaltyLogitsProcessor, encoder_penalty  # modified below, so copied
         self.logits_processor = LogitsProcessorList(
             copy.copy(part) if type(part) in changed else part for part in logits_processor
         )
         for part in self.logits_processor:
-            if type(part) is encoder_penalty:  # it repeats the prompts itself since transformers 5.23
-                part.encoder_input_ids = cast(Any, part.encoder_input_ids.repeat_interleave(num_completions, dim=0))
+            if type(part) is encoder_penalty:  # not needed once transformers 5.23, which does this, is the oldest
+                repeated = part.encoder_input_ids.repeat_interleave(num_completions, dim=0)
+                part.encoder_input_ids = cast(torch.LongTensor, repeated)
         self.stopping_criteria = stopping_criteria
         self.rows_may_leave = all(type(part) in STATELESS for part in [*logits_processor, *stopping_criteria])
         self._select_padding(lambda lengths: lengths.repeat_interleave(num_completions))
         prompts = input_ids.repeat_interleave(num_completions, dim=0)
         self.all_ids = torch.nn.functional.pad(prompts, (0, self.room), value=self.pad_token_id)
-        exact = torch.float32 if input_ids.device.type == "mps" else torch.float64  # for sums over many tokens
+        exact = torch.float32 if input_ids.device.type == "mps" else torch.float64  # mps has no float64
         self.all_logps = torch.zeros(len(prompts), dtype=exact, device=input_ids.device)
         self.with_logps = config.return_dict_in_generate
-        self.index = torch.arange(len(prompts), device=input_ids.device)  # of the rows in the batch, among all
+        self.index = torch.arange(len(prompts), device=input_ids.device)  # index of each row in the batch among all
         self.unfinished = torch.ones_like(self.index, dtype=torch.bool)
         self.ids = self.all_ids.clone()
 
@@ -228,7 +228,7 @@ class _Rows:
     def append(self, logits: torch.Tensor) -> None:
         """Choose the next token of each row in the batch from `logits` of shape `(num_rows, vocab_size)`."""
         logits = logits.to(self.ids.device, torch.float32)
-        # Processors may write to what they are given
+        # Processors may modify their input in place
         scores = self.logits_processor(
             cast(torch.LongTensor, self.ids[:, : self.length]), logits.clone() if self.with_logps else logits
         )
@@ -241,7 +241,7 @@ class _Rows:
         self.unfinished &= ~self.stopping_criteria(cast(torch.LongTensor, self.ids[:, : self.length]), None)
 
     def drop_finished(self) -> torch.Tensor | None:
-        """Take rows that have ended out of the batch, where they are many; the places of those that stay, or None."""
+        """Remove finished rows from the batch if they are many; return the indices of the others, or None."""
         num_left = int(self.unfinished.sum())
         if not self.rows_may_leave or num_left > (1 - DEAD_SHARE) * len(self.unfinished):
             return None
@@ -252,7 +252,7 @@ class _Rows:
         return kept
 
     def _select_padding(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """The repetition penalty, alone among processors, knows of the rows: where the padding of each ends."""
+        """Update the only per-row state of the processors: the end of each row's padding, for repetition penalty."""
         for part in self.logits_processor:
             ignored = getattr(part, "prompt_ignore_length", None)
             if type(part) is logits_process.RepetitionPenaltyLogitsProcessor and isinstance(ignored, torch.Tensor):
@@ -264,22 +264,12 @@ class _Rows:
 
 
 def draw(scores: torch.Tensor) -> torch.Tensor:
-    """Draw one token of each row from the softmax of its scores, by inverting the distribution function.
+    """Draw one token per row from the softmax of `scores` `(num_rows, vocab_size)`, by inverse transform sampling.
 
-    `torch.multinomial` draws a random number for each token of the vocabulary, which on a CPU takes longer than a
-    small model does. This draws one for each row.
-
-    Args:
-        scores (`torch.FloatTensor` of shape `(num_rows, vocab_size)`):
-            Unnormalised log-probabilities; -inf for tokens that must not be drawn.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_rows,)`.
-
-    Raises:
-        RuntimeError: if the scores of a row are NaN, or -inf for all tokens.
+    This draws one random number per row. `torch.multinomial` draws one per token of the vocabulary, which on a CPU
+    takes longer than a small model's forward pass. Raise `RuntimeError` if scores are NaN, or -inf for all tokens.
     """
-    dtype = torch.float32 if scores.device.type == "mps" else torch.float64  # which mps does not have
+    dtype = torch.float32 if scores.device.type == "mps" else torch.float64
     cumulative = scores.softmax(dim=-1).cumsum(dim=-1, dtype=dtype)
     if not cumulative[:, -1].isfinite().all():
         raise RuntimeError(
@@ -287,7 +277,7 @@ def draw(scores: torch.Tensor) -> torch.Tensor:
             "in bfloat16 or float32), or logits processors rule all tokens out."
         )
     drawn = torch.rand(len(scores), 1, dtype=dtype, device=scores.device) * cumulative[:, -1:]
-    # The first token whose cumulative probability exceeds what was drawn; one of probability 0 never does so first
+    # The first token whose cumulative probability exceeds the number drawn; never one of probability 0
     return torch.searchsorted(cumulative, drawn, right=True).squeeze(1).clamp(max=scores.shape[1] - 1)
 
 
@@ -297,10 +287,10 @@ def _prefill(
     num_completions: int,
     room: int,
     model_kwargs: dict[str, Any],
-    settings: dict[str, Any],
+    settings: dict[str, object],
 ) -> tuple[torch.Tensor, PrefixCache, torch.Tensor]:
-    """Run the prompts once: the logits after each, for each of its rows; the cache; and the rows' next positions."""
-    attention_mask = model_kwargs.get("attention_mask")  # None where `generate` saw no padding
+    """Run the prompts once; return the next-token logits of each row, the cache, and each row's next position."""
+    attention_mask = model_kwargs.get("attention_mask")  # None if `generate` saw no padding
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
     position_ids = model_kwargs.get("position_ids")
     if position_ids is None:
@@ -321,25 +311,25 @@ def _prefill(
 
 def _check(
     model: PreTrainedModel,
-    model_kwargs: dict[str, Any],
+    model_kwargs: dict[str, object],
     logits_processor: LogitsProcessorList,
     config: GenerationConfig,
     num_completions: int,
-) -> dict[str, Any]:
-    """Refuse what cannot be shared, and return the settings among `model_kwargs`, which the model is called with."""
+) -> dict[str, object]:
+    """Raise `ValueError` for what cannot be shared, and return the settings to call the model with."""
     if reason := architecture_reason(model, config.max_length):
         raise ValueError(f"Completions of this model cannot share their prompt: {reason}. Use plain `generate`.")
     if num_completions < 1:
         raise ValueError(f"`num_completions` is {num_completions}. Give 1 or more.")
     if config.num_return_sequences != 1 or config.get_generation_mode() not in DRAWS:
         raise ValueError(
-            "Completions that share their prompt are drawn one by one: leave out `num_return_sequences`, `num_beams` "
-            "and what else asks for a search, and ask for several completions with `num_completions`."
+            "Completions that share their prompt are drawn independently: leave out `num_return_sequences`, "
+            "`num_beams` and other search options, and set the number of completions with `num_completions`."
         )
     caches = [value for value in model_kwargs.values() if isinstance(value, Cache)]
     if config.cache_implementation is not None or any(cache.get_seq_length() > 0 for cache in caches):
         raise ValueError(
-            "Completions that share their prompt have a cache of their own: leave out `cache_implementation` and "
+            "Completions that share their prompt use a special cache: leave out `cache_implementation` and "
             "`past_key_values`."
         )
     per_step = [
@@ -348,16 +338,14 @@ def _check(
         if getattr(config, name)
     ]
     if per_step:
-        raise ValueError(f"`{per_step[0]}` is not kept. Leave it out, or use plain `generate`.")
+        raise ValueError(f"`{per_step[0]}` is not supported. Leave it out, or use plain `generate`.")
     if any(
         isinstance(part, logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor) for part in logits_processor
     ):
-        raise ValueError(
-            "`guidance_scale` runs the model a second time with a cache of its own. Use plain `generate`."
-        )
-    # By what they are, as `generate` gives more with each release: None and an empty dictionary are absent inputs,
-    # numbers and switches hold for any row, and all else, such as tensors, would have to be expanded
-    settings: dict[str, Any] = {"logits_to_keep": 1}
+        raise ValueError("`guidance_scale` runs the model a second time with another cache. Use plain `generate`.")
+    # Decide by type, as `generate` passes more arguments with each release: None and an empty dictionary are absent
+    # inputs, scalars hold for all rows, and anything else, such as a tensor, would have to be expanded
+    settings: dict[str, object] = {"logits_to_keep": 1}
     for name, value in model_kwargs.items():
         if name in SET_HERE or value is None or isinstance(value, Cache) or (isinstance(value, dict) and not value):
             continue

@@ -1,25 +1,32 @@
 """Prompts computed once inside TRL's own trainers.
 
 TRL's trainers call `model(input_ids, attention_mask, labels=..., fused_lm_head=True)` on padded rows and read
-per-token values from the output. Trainers with a loss of this package pass `label_statistics=True` instead, and get
-[`LabelStatistics`]. [`add_shared_prefix`] changes the model's forward in these two cases alone: rows are packed, run,
-and unpacked. So every loss, metric and reference path of TRL keeps working. Rows that are not TRL's pairs say whose
-prompt they have in `group_ids`.
+per-token values from the output. The trainers for this package's losses pass `label_statistics=True` instead and read
+[`LabelStatistics`]. [`add_shared_prefix`] changes the model's forward in only these two cases: it packs the rows, runs
+them and unpacks the outputs. So every loss, metric and reference path of TRL keeps working. Rows that are not TRL's
+pairs pass the index of their prompt in `group_ids`.
 """
 
 import functools
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from prefopt_trl.shared_prefix.label_statistics import label_statistics
 from prefopt_trl.shared_prefix.packing import is_right_padded, pack_rows, pair_groups
-from prefopt_trl.shared_prefix.support import log_reason, packed_inputs, reason_not_to_pack, reason_not_to_share
+from prefopt_trl.shared_prefix.support import (
+    Forward,
+    log_reason,
+    packed_inputs,
+    reason_not_to_pack,
+    reason_not_to_share,
+)
 
-# What TRL passes for a batch of text; anything more (images, router logits) belongs to rows and cannot be packed
+# The arguments that TRL passes for a text batch; others (images, router logits) belong to rows and cannot be packed
 ROWS = {"input_ids", "attention_mask", "labels"}
 SETTINGS = {"use_cache", "fused_lm_head"}
 
@@ -27,15 +34,15 @@ SETTINGS = {"use_cache", "fused_lm_head"}
 def add_shared_prefix(model: PreTrainedModel) -> None:
     """Make a model compute each prompt of a preference batch once.
 
-    Changes `model.forward` for calls with `fused_lm_head=True`, if TRL has added its fused head, and for calls with
-    `label_statistics=True`, which return [`LabelStatistics`]. The first are on pairs (chosen rows, then rejected rows)
-    unless `group_ids` (`torch.LongTensor` of shape `(num_rows,)`, see [`pack_rows`]) says otherwise. The second share
-    prompts only with `group_ids`. All other calls, such as those of `generate`, are unchanged. Sharing is exact: if it
-    would not be, each row is run by itself, and one logged line says why (see [`reason_not_to_share`]).
+    Change `model.forward` for calls with `fused_lm_head=True`, if TRL has added its fused head, and for calls with
+    `label_statistics=True`, which return [`LabelStatistics`]. The former take pairs (chosen rows, then rejected rows)
+    or `group_ids` (`torch.LongTensor` of shape `(num_rows,)`, see [`pack_rows`]). The latter share prompts only with
+    `group_ids`. All other calls, such as those of `generate`, are unchanged. Sharing is exact: if it cannot be, each
+    row is run separately and the reason is logged once (see [`reason_not_to_share`]).
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Causal language model. A model that already shares is left as it is.
+            Causal language model. A model that already shares is not changed.
 
     Example:
 
@@ -48,12 +55,12 @@ def add_shared_prefix(model: PreTrainedModel) -> None:
     """
     if getattr(model.forward, "shares_prefix", False):
         return
-    bound_forward: Any = model.forward
+    bound_forward = cast(types.MethodType, model.forward)
 
-    # Keep the original signature: `generate` and `Trainer` look at it
+    # Keep the original signature: `generate` and `Trainer` inspect it
     @functools.wraps(type(model).forward)
-    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        compute: Callable[..., Any] = types.MethodType(bound_forward.__func__, self)  # it may be a copy of the first
+    def forward(self: PreTrainedModel, *args: object, **kwargs: Any) -> ModelOutput:
+        compute: Forward = types.MethodType(bound_forward.__func__, self)  # `self` may be a copy of `model`
         own_forward, group_ids = compute, kwargs.pop("group_ids", None)
         if kwargs.pop("label_statistics", False):
             compute = functools.partial(label_statistics, self, own_forward)
@@ -71,12 +78,12 @@ def add_shared_prefix(model: PreTrainedModel) -> None:
         asked = {name: kwargs[name] for name in ("fused_lm_head",) if name in kwargs}
         try:
             outputs = compute(**packed_inputs(self, packed), shift_labels=packed.shift_labels, **asked)
-            # Without `loss`: it counts a token that two completions share once
+            # Drop `loss`: it counts a token that two completions share only once
             return type(outputs)(**{name: packed.unpack(value) for name, value in outputs.items() if name != "loss"})
         except (TypeError, AttributeError, IndexError) as error:
             if not asked:
                 raise
-            # A later TRL has another head
+            # A later TRL may change its head
             log_reason(self, f"the fused LM head of this TRL takes no packed rows ({type(error).__name__}: {error})")
             return compute(*args, **kwargs)
 
@@ -86,14 +93,14 @@ def add_shared_prefix(model: PreTrainedModel) -> None:
 
 def _can_share(
     model: PreTrainedModel,
-    forward: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    forward: Forward,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, Any],
     group_ids: torch.Tensor | None,
 ) -> bool:
-    given = {name for name, value in kwargs.items() if value is not None}  # PEFT names arguments it leaves at None
+    given = {name for name, value in kwargs.items() if value is not None}  # PEFT passes arguments that are None
     if getattr(model.config.get_text_config(), "output_router_logits", False):
-        given.add("output_router_logits")  # asked for by the config; its loss is over the rows' tokens
+        given.add("output_router_logits")  # set in the config; the router loss is over the tokens of the rows
     if args or not ROWS <= given <= ROWS | SETTINGS:
         others = ", ".join(sorted(given - SETTINGS - ROWS)) or "not all of " + ", ".join(sorted(ROWS))
         log_reason(model, f"it is called with {others}, which cannot be packed")
@@ -103,5 +110,5 @@ def _can_share(
         log_reason(model, "the batch is not pairs, chosen and then rejected, padded on the right")
         return False
     if input_ids.shape[1] < 2:
-        return False  # no token has another before it
+        return False  # no token to predict
     return reason_not_to_share(model, forward, row_length=input_ids.shape[1]) is None

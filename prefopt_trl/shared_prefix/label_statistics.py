@@ -1,12 +1,11 @@
-"""Log-probabilities of labels under a causal language model, without its logits.
+"""Compute log-probabilities of labels under a causal language model without materializing its logits.
 
-The head is applied to all labeled positions and a part of the vocabulary at a time, so the memory does not grow with
-the vocabulary. Sums over the vocabulary are in float32, and the backward pass computes each part again.
+The head is applied to all labeled positions and one chunk of the vocabulary at a time, so memory does not grow with
+the vocabulary. Sums over the vocabulary are in float32, and the backward pass recomputes each chunk.
 """
 
 import logging
 import weakref
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,19 +16,19 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from prefopt_trl.shared_prefix.packing import IGNORE_INDEX
-from prefopt_trl.shared_prefix.support import PROBE_TOLERANCE, evaluating
+from prefopt_trl.shared_prefix.support import PROBE_TOLERANCE, Forward, evaluating
 
 logger = logging.getLogger(__name__)
 
 LOGITS_AT_ONCE = 2**25  # 128 MiB in float32
-SAME_PRODUCTS = 5e-3  # nats, in half precision: the same products, rounded alike
+SAME_PRODUCTS = 5e-3  # tolerance in nats if both runs compute the same half-precision products
 
 _exact: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 @dataclass
 class LabelStatistics(ModelOutput):
-    """What a language model says of labels. Every per-token field is zero where the label is `-100`.
+    """Per-token statistics of the labels under a language model, zero where the label is `-100`.
 
     Attributes:
         log_probs (`torch.Tensor` of shape `(batch_size, length)`):
@@ -40,7 +39,7 @@ class LabelStatistics(ModelOutput):
         is_top1 (`torch.BoolTensor` of shape `(batch_size, length)`):
             Whether no other token is more likely than the label.
         aux_loss (`torch.Tensor`, *optional*):
-            Load-balancing loss of a mixture of experts, if it was asked for with `output_router_logits=True`.
+            Load-balancing loss of a mixture of experts, with `output_router_logits=True`.
     """
 
     log_probs: torch.Tensor | None = None
@@ -52,31 +51,20 @@ class LabelStatistics(ModelOutput):
 
 def label_statistics(
     model: PreTrainedModel,
-    forward: Callable[..., Any],
+    forward: Forward,
     labels: torch.Tensor | None = None,
     shift_labels: torch.Tensor | None = None,
-    **inputs: Any,
+    **inputs: object,
 ) -> LabelStatistics:
-    """Run a model without its head, and apply the head to the positions that have a label.
+    """Run a model without its head, and apply the head to the labeled positions only.
 
-    Call it inside the forward of the outermost module, so that DDP, FSDP2 and ZeRO-3 know of it. A probe compares the
-    result with the model's own logits, once. If they differ, because the model does more to its logits than is known
-    here, all logits are computed, and one logged line says so.
+    Call this inside the forward of the outermost module, so that the hooks of DDP, FSDP2 and ZeRO-3 run. A probe
+    compares the result with the model's own logits once. If they differ, because the model transforms its logits in
+    some other way, all logits are computed and a warning is logged once.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Causal language model.
-        forward (`Callable`):
-            Its own forward, which returns `.logits`.
-        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-            Labels aligned with the input; `-100` where none is asked for.
-        shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            In place of `labels`, the label that each position predicts.
-        **inputs:
-            Arguments of the model's forward.
-
-    Returns:
-        [`LabelStatistics`] of length `sequence_length - 1`, or `sequence_length` for `shift_labels`.
+    `labels` `(batch_size, sequence_length)` are aligned with the input, and `shift_labels`, which replace them, hold
+    the label that each position predicts; both ignore `-100`. `inputs` are arguments of `forward`, the model's own.
+    The result has length `sequence_length - 1`, or `sequence_length` with `shift_labels`.
     """
     if model not in _exact:
         _exact[model] = _head_is_exact(model, forward)
@@ -85,14 +73,13 @@ def label_statistics(
 
 def _statistics(
     model: PreTrainedModel,
-    forward: Callable[..., Any] | None,
+    forward: Forward | None,
     labels: torch.Tensor | None,
     shift_labels: torch.Tensor | None,
     inputs: dict[str, Any],
 ) -> LabelStatistics:
-    """With the head applied to hidden states, or from the logits that `forward` returns."""
-    run: Any = model.base_model if forward is None else forward
-    outputs = run(**{**inputs, "use_cache": False})
+    """Apply the head to hidden states or, if `forward` is given, use the logits that it returns."""
+    outputs = (model.base_model if forward is None else forward)(**{**inputs, "use_cache": False})
     states: torch.Tensor = outputs.last_hidden_state if forward is None else outputs.logits
     if shift_labels is None:
         states, shift_labels = states[:, :-1], cast(torch.Tensor, labels)[:, 1:]
@@ -100,7 +87,7 @@ def _statistics(
     values = (
         _apply_head(model, states, shift_labels, asked) if forward is None else _of_logits(states, shift_labels, asked)
     )
-    # `masked_scatter` keeps the graph where no label is asked for, as every process needs a backward pass
+    # `masked_scatter` keeps the graph even without labels, because every process needs a backward pass
     statistics = LabelStatistics(
         *(value.new_zeros(asked.shape).masked_scatter(asked.to(value.device), value) for value in values)
     )
@@ -116,7 +103,7 @@ def _apply_head(
     weight, bias = head.weight, getattr(head, "bias", None)
     if isinstance(weight, DTensor):  # sharded by FSDP2
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-    hidden, labels = (value[asked].to(weight.device) for value in (hidden, labels))  # of a model on several devices
+    hidden, labels = (value[asked].to(weight.device) for value in (hidden, labels))  # the head's device may differ
     with _gathered(weight, bias):
         return cast(tuple[torch.Tensor, ...], _ChunkedHead.apply(hidden, weight, bias, labels, *_scaling(model)))
 
@@ -129,8 +116,8 @@ def _of_logits(logits: torch.Tensor, labels: torch.Tensor, asked: torch.Tensor) 
     return of_label, -(others.exp() * others).sum(dim=1), mean_logits, of_label >= others.amax(dim=1)
 
 
-def _head_is_exact(model: PreTrainedModel, forward: Callable[..., Any]) -> bool:
-    """Whether log-probabilities of a few random tokens are those of the model's own logits, up to rounding."""
+def _head_is_exact(model: PreTrainedModel, forward: Forward) -> bool:
+    """Return whether log-probabilities of a few random tokens match the model's own logits, up to rounding."""
     vocab_size = model.config.get_text_config().vocab_size
     ids = torch.randint(vocab_size, (2, 8), generator=torch.Generator().manual_seed(0)).to(model.device)
     with evaluating(model), torch.no_grad():
@@ -141,12 +128,12 @@ def _head_is_exact(model: PreTrainedModel, forward: Callable[..., Any]) -> bool:
     tolerance = PROBE_TOLERANCE[torch.get_autocast_dtype(ids.device.type) if mixed else model.dtype]
     if _scaling(model) == (1.0, None):
         tolerance = min(tolerance, SAME_PRODUCTS)
-    # PEFT trains tokens of tied embeddings in a wrapper of the head, whose weight does not have them
+    # PEFT's `trainable_token_indices` wraps a tied head, and the weight of the wrapped head lacks the trained tokens
     if difference <= tolerance and not hasattr(model.get_output_embeddings(), "token_adapter"):
         return True
     logger.warning(
-        "All logits of %s are computed for its log-probabilities, which takes more memory: its head is not all that "
-        "makes them (a difference of %.1e nats in a probe).",
+        "All logits of %s are computed for its log-probabilities, which takes more memory, because its head alone "
+        "does not reproduce them (a difference of %.1e nats in a probe).",
         model.config.model_type,
         difference,
     )
@@ -154,8 +141,8 @@ def _head_is_exact(model: PreTrainedModel, forward: Callable[..., Any]) -> bool:
 
 
 def _scaling(model: PreTrainedModel) -> tuple[float, float | None]:
-    """What the head's products are multiplied by, and their soft cap: models name these differently."""
-    config: Any = model.config.get_text_config()
+    """Return the scale of the logits and their soft cap, which models name differently."""
+    config = model.config.get_text_config()
     names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
     caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
     scale = next((value for name in names if (value := getattr(config, name, None)) is not None), 1.0)
@@ -164,10 +151,12 @@ def _scaling(model: PreTrainedModel) -> tuple[float, float | None]:
     return scale, next((cap for cap in caps if cap is not None), None)
 
 
-def _router_loss(model: PreTrainedModel, router_logits: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def _router_loss(
+    model: PreTrainedModel, router_logits: tuple[torch.Tensor], attention_mask: torch.Tensor | None
+) -> torch.Tensor:
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    config: Any = model.config.get_text_config()
+    config = model.config.get_text_config()
     num_experts = getattr(config, "num_experts", None) or config.num_local_experts
     return cast(
         torch.Tensor,
@@ -175,19 +164,19 @@ def _router_loss(model: PreTrainedModel, router_logits: Any, attention_mask: tor
     )
 
 
-def _gathered(*parameters: torch.Tensor | None) -> AbstractContextManager[Any]:
-    """While entered, the parameters are whole: ZeRO-3 gathers those of a module that runs, and the head does not."""
+def _gathered(*parameters: torch.Tensor | None) -> AbstractContextManager[object]:
+    """Gather parameters partitioned by ZeRO-3, which does so itself only for modules that are called."""
     partitioned: list[Any] = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     to_gather = [parameter for parameter in partitioned if parameter.ds_status.name != "AVAILABLE"]
     if not to_gather:
         return nullcontext()
     import deepspeed
 
-    return cast(AbstractContextManager[Any], deepspeed.zero.GatheredParameters(to_gather))
+    return deepspeed.zero.GatheredParameters(to_gather)
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """The fields of [`LabelStatistics`] for `n` positions: hidden states `(n, size)`, head `(vocab_size, size)`."""
+    """Compute the fields of [`LabelStatistics`] from hidden states `(n, size)` and a head `(vocab_size, size)`."""
 
     @staticmethod
     def forward(
@@ -201,7 +190,7 @@ class _ChunkedHead(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         device = hidden.device.type
         mixed = torch.is_autocast_enabled(device)
-        ctx.dtype = torch.get_autocast_dtype(device) if mixed else hidden.dtype  # of the products
+        ctx.dtype = torch.get_autocast_dtype(device) if mixed else hidden.dtype  # dtype of the matrix products
         ctx.scale, ctx.softcap = scale, softcap
         greatest = hidden.new_full((len(hidden),), -torch.inf, dtype=_at_least_float32(hidden.dtype))
         total, weighted, summed, of_label = (torch.zeros_like(greatest) for _ in range(4))
@@ -211,7 +200,7 @@ class _ChunkedHead(torch.autograd.Function):
             here, place = _labels_in(part, labels)
             of_label = torch.where(here, logits.gather(1, place).squeeze(1), of_label)
             summed += logits.sum(dim=1)
-            # The softmax so far, relative to the greatest logit so far
+            # Online softmax, relative to the greatest logit so far
             shrunk = (before - greatest).exp()
             exponentials = (logits - greatest[:, None]).exp_()
             total = total * shrunk + exponentials.sum(dim=1)
@@ -223,7 +212,7 @@ class _ChunkedHead(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, labels, log_total = ctx.saved_tensors
         of_hidden = torch.zeros_like(hidden, dtype=log_total.dtype) if ctx.needs_input_grad[0] else None
         with _gathered(weight, bias):
@@ -252,7 +241,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _parts(num_positions: int, vocab_size: int) -> list[slice]:
-    """Parts of the vocabulary, each as large as the logits that are held at once allow."""
+    """Split the vocabulary into chunks of at most [`LOGITS_AT_ONCE`] logits."""
     size = max(LOGITS_AT_ONCE // max(num_positions, 1), 1)
     return [slice(start, min(start + size, vocab_size)) for start in range(0, vocab_size, size)]
 
@@ -260,7 +249,7 @@ def _parts(num_positions: int, vocab_size: int) -> list[slice]:
 def _logits(
     ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, part: slice
 ) -> torch.Tensor:
-    with torch.autocast(hidden.device.type, enabled=False):  # `ctx.dtype` is what it would choose
+    with torch.autocast(hidden.device.type, enabled=False):  # `ctx.dtype` is already the autocast dtype
         logits = hidden.to(ctx.dtype) @ weight[part].to(ctx.dtype).T
         if bias is not None:
             logits += bias[part].to(ctx.dtype)
@@ -271,14 +260,14 @@ def _logits(
 
 
 def _labels_in(part: slice, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whether each label is in this part of the vocabulary, and its place there, shape `(n, 1)`."""
+    """Return whether each label is in this part of the vocabulary, and its index there, shape `(n, 1)`."""
     place = labels - part.start
     size = part.stop - part.start
     return (place >= 0) & (place < size), place.clamp(0, size - 1)[:, None]
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add a matrix product to a total in float32, without rounding the product to half precision."""
+    """Add a matrix product to a float32 total without rounding the product to half precision."""
     if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
         total += torch.mm(left, right, out_dtype=torch.float32)
     else:

@@ -1,16 +1,16 @@
-"""One row per prompt: the tokens that a group of sequences begins with are stored once.
+"""Pack sequences with a common prefix into one row per prompt that stores the prefix once.
 
-A batch of right-padded rows, where several rows begin with the same prompt, becomes one packed row per group::
+A batch of right-padded rows, several of which begin with the same prompt, becomes one packed row per group::
 
     rows                              packed row
     p1 p2 p3 a1 a2                    p1 p2 | p3 a1 | p3 b1 b2
     p1 p2 p3 b1 b2 b3                 shared  segment  segment
 
-The shared part ends one token early. That last shared token is repeated at the head of every segment, because it
-predicts a different next token in each of them, so every packed position has exactly one label. A segment sees the
-shared part and itself, at the positions its tokens had in their own row. The last token of a row predicts nothing and
-is left out.
-The shared part is the longest common beginning of the group's rows, so completions that begin alike share that too.
+The shared part ends one token early. The last shared token is repeated at the start of every segment, because it
+predicts a different next token in each segment, so every packed position has exactly one label. A segment attends to
+the shared part and to itself, with the position ids of the unpacked row. The last token of a row predicts nothing and
+is dropped. The shared part is the longest common prefix of the group's rows, so completions that begin alike share
+more than the prompt.
 """
 
 from dataclasses import dataclass
@@ -26,17 +26,17 @@ class PackedBatch:
 
     Attributes:
         input_ids (`torch.LongTensor` of shape `(num_groups, packed_length)`):
-            Tokens; 0 where there is none.
+            Tokens; 0 at empty positions.
         position_ids (`torch.LongTensor` of shape `(num_groups, packed_length)`):
-            Position each token had in its own row.
+            Position of each token in its unpacked row.
         visible (`torch.BoolTensor` of shape `(num_groups, 1, packed_length, packed_length)`):
-            True where the query (third axis) may attend to the key (last axis). Empty positions see themselves only.
+            True where the query (third axis) may attend to the key (last axis). Empty positions attend to themselves.
         shift_labels (`torch.LongTensor` of shape `(num_groups, packed_length)`):
-            Token that each position predicts, already shifted; `-100` where none is asked for.
+            Token that each position predicts, already shifted; `-100` is ignored.
         row_index (`torch.LongTensor` of shape `(num_rows, row_length - 1)`):
             For token `t + 1` of a row, the flat index of the packed position that predicts it.
         row_labels (`torch.BoolTensor` of shape `(num_rows, row_length - 1)`):
-            True where the row asks for the log-probability of token `t + 1`.
+            True where token `t + 1` of the row has a label.
     """
 
     input_ids: torch.Tensor
@@ -47,54 +47,44 @@ class PackedBatch:
     row_labels: torch.Tensor
 
     def unpack(self, per_token: torch.Tensor) -> torch.Tensor:
-        """Return values per packed position as values per row token.
+        """Map values per packed position `(num_groups, packed_length)` to tokens of rows `(num_rows, row_length - 1)`.
 
-        Args:
-            per_token (`torch.Tensor` of shape `(num_groups, packed_length)`):
-                Values the model gave for each packed position, such as log-probabilities.
-
-        Returns:
-            `torch.Tensor` of shape `(num_rows, row_length - 1)`: the same values for each row's own tokens, zero where
-            the row's label is `-100`.
+        The result is zero where the row's label is `-100`.
         """
         return per_token.flatten()[self.row_index].masked_fill(~self.row_labels, 0)
 
 
 def pair_groups(num_rows: int, device: torch.device | str | None = None) -> torch.Tensor:
-    """Group ids of TRL's preference batch, whose first half is chosen and second half rejected: row i and i + n share.
+    """Return the group ids `(num_rows,)` of TRL's preference batch, the chosen rows and then the rejected rows.
 
-    Returns:
-        `torch.LongTensor` of shape `(num_rows,)`.
-
-    Raises:
-        ValueError: if the number of rows is odd.
+    Raise `ValueError` if the number of rows is odd.
     """
     if num_rows % 2:
         raise ValueError(
-            f"{num_rows} rows are not pairs, chosen and then rejected. Pass `group_ids`: whose prompt each has."
+            f"{num_rows} rows are not chosen rows and then rejected rows. Pass `group_ids`, each row's prompt index."
         )
     return torch.arange(num_rows, device=device) % (num_rows // 2)
 
 
 def is_right_padded(attention_mask: torch.Tensor) -> bool:
-    """Whether no row of the mask has padding before a token."""
+    """Return whether no row of the mask has padding before a token."""
     return bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
 
 
 def pack_rows(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, group_ids: torch.Tensor
 ) -> PackedBatch:
-    """Pack rows of the same group into one row that holds their common beginning once.
+    """Pack rows of the same group into one row that stores their common prefix once.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(num_rows, row_length)`):
-            Right-padded rows. `row_length` of at least 2.
+            Right-padded rows; `row_length` is at least 2.
         attention_mask (`torch.Tensor` of shape `(num_rows, row_length)`):
             1 for tokens, 0 for padding.
         labels (`torch.LongTensor` of shape `(num_rows, row_length)`):
-            Labels aligned with `input_ids` (not shifted); `-100` where none is asked for.
+            Labels aligned with `input_ids` (not shifted); `-100` is ignored.
         group_ids (`torch.LongTensor` of shape `(num_rows,)`):
-            Whose prompt a row has, numbered `0 ... num_groups - 1`, in any order and of any size.
+            Index of each row's prompt, `0 ... num_groups - 1`, in any order; groups may differ in size.
 
     Returns:
         [`PackedBatch`].
@@ -123,19 +113,17 @@ def pack_rows(
     membership = torch.nn.functional.one_hot(group_ids).bool()  # (num_rows, num_groups)
     num_groups = membership.shape[1]
 
-    # Longest common beginning of each group: rows are compared with the first row of their group
+    # Longest common prefix of each group: compare rows with the first row of their group
     first_row = membership.int().argmax(dim=0)[group_ids]
     agrees = valid & valid[first_row] & (input_ids == input_ids[first_row])
     common = agrees.int().cumprod(dim=1).sum(dim=1)  # (num_rows,)
     common = torch.where(membership, common[:, None], row_length).amin(dim=0)  # (num_groups,)
-    shared = (common - 1).clamp(min=0)  # (num_groups,) the last common token heads every segment
+    shared = (common - 1).clamp(min=0)  # (num_groups,) the last common token starts every segment
 
     # Lay the segments of a group side by side behind its shared part
     segment = (lengths - 1 - shared[group_ids]).clamp(min=0)  # (num_rows,)
     by_group = membership * segment[:, None]
-    offset = (
-        (by_group.cumsum(dim=0) - by_group).gather(1, group_ids[:, None]).squeeze(1)
-    )  # rows of the group before it
+    offset = (by_group.cumsum(dim=0) - by_group).gather(1, group_ids[:, None]).squeeze(1)  # of earlier rows
     packed_length = max(int((shared + by_group.sum(dim=0)).max()), 1)
 
     token = torch.arange(row_length - 1, device=device).expand(num_rows, -1)
@@ -145,13 +133,13 @@ def pack_rows(
     row_index = torch.where(exists, group_ids[:, None] * packed_length + column, 0)
 
     def scatter(values: torch.Tensor, empty: int) -> torch.Tensor:
-        # Shared positions are written once per row, with one value (labels: `-100` or the token, so the larger)
+        # Every row writes the shared positions, with equal values (labels: `-100` or the token, so take the larger)
         packed = torch.full((num_groups * packed_length,), empty, dtype=torch.long, device=device)
         packed.scatter_reduce_(0, row_index[exists], values[exists].long(), reduce="amax")
         return packed.view(num_groups, packed_length)
 
     row = torch.arange(1, num_rows + 1, device=device)[:, None].expand_as(token)
-    owner = scatter(torch.where(in_shared, 0, row), empty=-1)  # 0: shared part; row number: its segment; -1: empty
+    owner = scatter(torch.where(in_shared, 0, row), empty=-1)  # 0: shared; 1 ... num_rows: segment; -1: empty
     query, key = owner[:, :, None], owner[:, None, :]
     causal = torch.ones(packed_length, packed_length, dtype=torch.bool, device=device).tril()
     itself = torch.eye(packed_length, dtype=torch.bool, device=device)

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions under a causal language model, each prompt computed once."""
+"""Compute log-probabilities of completions under a causal language model, with each prompt computed once."""
 
 import torch
 from transformers import PreTrainedModel
@@ -15,10 +15,10 @@ def completion_logps(
     group_ids: torch.Tensor | None = None,
     share_prefix: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score the completions of a padded batch, such as the one TRL's `DataCollatorForPreference` makes.
+    """Compute log-probabilities of the completions in a padded batch, such as TRL's `DataCollatorForPreference` makes.
 
-    Rows of the same group that begin alike are run through the model once (see [`pack_rows`]). Where that would not be
-    exact for this model, each row is run by itself, and one logged line says why.
+    The common prefix of the rows of a group is run once (see [`pack_rows`]). If that is not exact for this model, each
+    row is run separately and the reason is logged once.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -30,9 +30,9 @@ def completion_logps(
         completion_mask (`torch.Tensor` of shape `(num_rows, row_length)`):
             1 for completion tokens, 0 for prompt tokens and padding.
         group_ids (`torch.LongTensor` of shape `(num_rows,)`, *optional*):
-            Whose prompt a row has, numbered from 0. By default the batch is TRL's: chosen rows, then rejected rows.
+            Index of each row's prompt, from 0. By default the rows are TRL's: chosen rows, then rejected rows.
         share_prefix (`bool`, *optional*, defaults to `True`):
-            `False` runs one row per completion.
+            Whether to run a common prefix once. `False` runs one row per completion.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`, each of shape `(num_rows,)`: log-probability of each completion in nats,
@@ -69,7 +69,7 @@ def completion_logps(
 
 
 def _label_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Log-softmax at the labels in float32 at least; only labelled positions are computed, zero elsewhere."""
+    """Return log-probabilities of the labels, in float32 at least; zero where the label is `-100`."""
     asked = labels != IGNORE_INDEX
     dtype = torch.promote_types(logits.dtype, torch.float32)
     picked = logits[asked].to(dtype).log_softmax(dim=-1).gather(1, labels[asked][:, None]).squeeze(1)

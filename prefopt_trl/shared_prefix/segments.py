@@ -1,4 +1,4 @@
-"""What follows prompts in many rows at once, without padding: one row of segments, each attending to its prompt."""
+"""The continuations of prompts as one row of segments, without padding, each attending to its own prompt."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,17 +8,13 @@ from transformers import Cache, DynamicCache
 
 from prefopt_trl.shared_prefix.attention import Scores, SharedKeysLayer, SoftmaxPart
 
-SCORES_AT_ONCE = 2**24  # float32, 64 MiB of them: so that memory does not grow with the square of a segment
+SCORES_AT_ONCE = 2**24  # 64 MiB in float32, so that memory does not grow with the square of a segment
 
 
 class SegmentLayer(SharedKeysLayer):
-    """For segments that are run in one pass, one after the other in a batch of one row.
+    """Cache layer for segments that run in one forward pass, side by side in a batch of one row.
 
-    Args:
-        keys, values (`torch.Tensor` of shape `(num_prompts, num_kv_heads, prompt_length, size)`):
-            Of the prompts, padded on the left.
-        segments ([`Segments`]):
-            Where the segments are.
+    `keys` and `values` are those of the left-padded prompts, `(num_prompts, num_kv_heads, prompt_length, size)`.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, segments: "Segments") -> None:
@@ -26,7 +22,7 @@ class SegmentLayer(SharedKeysLayer):
         self.segments = segments
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.bound(key_states), value_states
 
@@ -39,8 +35,10 @@ class SegmentLayer(SharedKeysLayer):
         return own.mean_with(shared).to(query.dtype).reshape(1, num_tokens, num_heads, -1)
 
     def _own_part(self, queries: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Scores) -> SoftmaxPart:
-        """Over the segment itself: `(num_tokens, num_kv_heads, heads of each, ...)`, from segments padded on the
-        right, where the causal mask hides the padding."""
+        """Attend within each segment; return `(num_tokens, num_kv_heads, heads of each, ...)`.
+
+        Segments are padded on the right, where the causal mask hides the padding.
+        """
         all_places, all_exist = (part.to(key.device) for part in (self.segments.places, self.segments.exists))
         num_heads, longest = queries.shape[:2], all_places.shape[1]
         later = torch.ones(longest, longest, dtype=torch.bool, device=key.device).triu(1)
@@ -55,7 +53,7 @@ class SegmentLayer(SharedKeysLayer):
         return SoftmaxPart(*(torch.cat(one) for one in zip(*parts, strict=True)))
 
     def _shared_part(self, queries: torch.Tensor, score: Scores) -> SoftmaxPart:
-        """Over the prompt: the segments of one are next to each other, and one matrix product."""
+        """Attend to the prompts: all segments of a prompt are adjacent and form one matrix product."""
         num_heads = queries.shape[:2].numel()
         parts = []
         of_prompts = queries.split([num_tokens for num_tokens, _ in self.segments.prompts], dim=2)
@@ -70,23 +68,11 @@ class SegmentLayer(SharedKeysLayer):
 
 
 class Segments(Cache):
-    """Keys and values of prompts, held once, for segments that follow them.
+    """Cache of prompts, stored once, for the segments that continue them.
 
-    Args:
-        prompts ([`~transformers.DynamicCache`]):
-            Cache after the prompts have run, one row each, padded on the left.
-        prompt_lengths (`Sequence[int]` of length `num_prompts`):
-            Tokens of each prompt.
-        segment_lengths (`Sequence[Sequence[int]]` of length `num_prompts`):
-            Tokens of the segments that follow each prompt.
-        device (`torch.device`):
-            Device of the rows.
-
-    Attributes:
-        ends (`torch.LongTensor` of shape `(num_segments,)`):
-            Place of the last token of each segment.
-        position_ids (`torch.LongTensor` of shape `(1, num_tokens)`):
-            Position that each token has in its own row, prompt included.
+    `prompts` is the cache after a forward pass over the left-padded prompts; lengths are in tokens. `ends`, of shape
+    `(num_segments,)`, is the index of the last token of each segment, and `position_ids`, of shape `(1, num_tokens)`,
+    the position of each token in its own row, prompt included.
     """
 
     def __init__(
@@ -106,5 +92,4 @@ class Segments(Cache):
         before = [length for own, length in zip(segment_lengths, prompt_lengths, strict=True) for _ in own]
         self.position_ids = (torch.tensor(before, device=device)[:, None] + place)[self.exists][None]
         of_prompts: list[Any] = prompts.layers
-        layers: list[Any] = [SegmentLayer(layer.keys, layer.values, self) for layer in of_prompts]
-        super().__init__(layers=layers)
+        super().__init__(layers=[SegmentLayer(layer.keys, layer.values, self) for layer in of_prompts])

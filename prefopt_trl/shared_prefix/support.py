@@ -1,11 +1,11 @@
-"""Which models can share a prompt exactly: what their config says, then a probe of the model itself."""
+"""Decide which models can share a prompt exactly, from their config and from a probe of the model."""
 
 import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -15,33 +15,27 @@ from prefopt_trl.shared_prefix.packing import IGNORE_INDEX, PackedBatch, pack_ro
 
 logger = logging.getLogger(__name__)
 
-# Log-probabilities of the probe may differ by rounding only: on average by this many nats, relative to a
-# log-probability of 10. Half precision rounds the hidden states, so two correct orders of summation differ that much.
+# A causal language model's forward pass, whose outputs have `.logits`: the model, or its own forward inside a wrapper
+Forward: TypeAlias = Callable[..., Any]
+
+# Largest mean difference of log-probabilities in the probe that counts as rounding, in nats, for log-probabilities
+# around 10. Half precision rounds the hidden states, so two correct orders of summation differ by that much.
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
-PROBE_LENGTH = 12  # of the longest row, in tokens
+PROBE_LENGTH = 12  # tokens in the longest row
 
 _probed: weakref.WeakKeyDictionary[torch.nn.Module, str | None] = weakref.WeakKeyDictionary()
 _logged: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
-def reason_not_to_share(model: PreTrainedModel, forward: Callable[..., Any], row_length: int) -> str | None:
-    """Why this model's prompts must not be shared, or None where sharing is exact. Logged once per model.
+def reason_not_to_share(model: PreTrainedModel, forward: Forward, row_length: int) -> str | None:
+    """Say why this model's prompts must not be shared, or return None if sharing is exact. Logged once per model.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model, for its config.
-        forward (`Callable`):
-            What to call for a forward pass that returns `.logits`: the model, or its own forward inside a wrapper.
-        row_length (`int`):
-            Length in tokens of the longest unpacked row, which decides whether a sliding window matters.
-
-    Returns:
-        `str` or `None`: one clause in plain words.
+    `row_length` is that of the longest unpacked row in tokens, which decides whether a sliding window matters.
     """
     reason = config_reason(model, PROBE_LENGTH)
     if reason is None:
-        # Before the length is looked at: processes that share a model's weights must probe it together
+        # Probe before checking the length: processes that share a model's weights must probe it together
         if model not in _probed:
             _probed[model] = probe_reason(model, forward)
         reason = _probed[model] or config_reason(model, row_length)
@@ -51,7 +45,7 @@ def reason_not_to_share(model: PreTrainedModel, forward: Callable[..., Any], row
 
 
 def reason_not_to_pack(model: PreTrainedModel, packed: PackedBatch) -> str | None:
-    """Why this batch must not be run packed, by a model that may share, or None. Logged once per model and reason."""
+    """Say why this batch must not run packed on a model that may share, or return None. Logged once per reason."""
     reason = place_reason(model, packed.input_ids.shape[1])
     if reason is not None:
         log_reason(model, reason)
@@ -59,32 +53,32 @@ def reason_not_to_pack(model: PreTrainedModel, packed: PackedBatch) -> str | Non
 
 
 def log_reason(model: PreTrainedModel, reason: str) -> None:
-    """Say why a model's prompts are not shared, once per model and reason."""
+    """Log why a model's prompts are not shared, once per model and reason."""
     logged = _logged.setdefault(model, set())
     if reason not in logged:
         logged.add(reason)
-        logger.warning("Prompts are not shared, each completion is run as a row of its own: %s.", reason)
+        logger.warning("Prompts are not shared, each completion is run as a separate row: %s.", reason)
 
 
 def config_reason(model: PreTrainedModel, row_length: int) -> str | None:
-    """Why the config of this model rules packed rows out, or None: they need attention that takes a mask."""
+    """Say why the config of this model rules out packed rows, which need attention with a mask, or return None."""
     if model.training and getattr(model.get_input_embeddings(), "neftune_noise_alpha", None):
-        return "the noise of NEFTune (`neftune_noise_alpha`) depends on the length of what is embedded"
+        return "NEFTune noise (`neftune_noise_alpha`) depends on the length of the embedded row"
     implementation = getattr(model.config.get_text_config(), "_attn_implementation", None)
     reason = architecture_reason(model, row_length)
     if reason is None and implementation not in ("sdpa", "eager"):
         return (
-            f"attn_implementation={implementation!r} takes no mask of its own (load the model with "
+            f"attn_implementation={implementation!r} takes no custom mask (load the model with "
             "attn_implementation='sdpa' to share)"
         )
     return reason
 
 
 def architecture_reason(model: PreTrainedModel, row_length: int) -> str | None:
-    """Why the architecture of this model rules sharing out, or None.
+    """Say why the architecture of this model rules out sharing, or return None.
 
-    Sharing is correct where attention takes the keys and the positions it is given. It is not where a layer derives
-    either from a token's place in the row (ALiBi, windows, recurrence).
+    Sharing is correct if attention uses the keys and position ids passed to it, and wrong if a layer derives them
+    from a token's index in the row (ALiBi, windows, recurrence).
     """
     if isinstance(model, PeftModel):
         if model.active_peft_config.is_prompt_learning:
@@ -102,10 +96,9 @@ def architecture_reason(model: PreTrainedModel, row_length: int) -> str | None:
         return f"{name} has recurrent layers, which carry one completion's state into the next"
     attention = getattr(config, "attn_config", None)
     if getattr(config, "alibi", False) or getattr(attention, "alibi", False) or name == "bloom":
-        return f"{name} uses ALiBi, which takes distances from places in the row"
+        return f"{name} uses ALiBi, which computes distances from indices in the row"
     if "local" in (getattr(config, "attention_layers", None) or []):
-        row_window = config.window_size
-        return f"{name} has local attention over the last {row_window} places in the row"
+        return f"{name} has local attention over the last {config.window_size} tokens in the row"
     if not layer_types or layer_types - {"full_attention"}:
         for key in ("sliding_window", "attention_chunk_size"):
             window = getattr(config, key, None)
@@ -121,30 +114,30 @@ def architecture_reason(model: PreTrainedModel, row_length: int) -> str | None:
 
 
 def place_reason(model: PreTrainedModel, embedded_length: int) -> str | None:
-    """Why so many tokens must not stand in one row, or None: some models go by a token's place, from some place on.
+    """Say why a row must not have this many tokens, or return None.
 
-    A probe is too short to find these limits, and positions do not move them.
+    Some models depend on a token's index in the row beyond a limit. The probe is too short to reach these limits, and
+    `position_ids` do not change them.
     """
     config = model.config.get_text_config()
     if getattr(config, "attn_temperature_tuning", False) and embedded_length >= config.floor_scale:
         return (
-            f"the attention of {config.model_type} has another temperature from place {config.floor_scale} of a row "
-            f"on (`floor_scale`), and {embedded_length} tokens would stand in one"
+            f"the attention temperature of {config.model_type} changes from token {config.floor_scale} of a row "
+            f"(`floor_scale`), and a packed row would have {embedded_length} tokens"
         )
-    # A causal mask that the model holds, of as many places as it has positions
+    # A causal mask among the model's buffers, with one row per position
     squares = (mask.shape[-1] for mask in model.buffers() if mask.dim() == 4 and mask.shape[-1] == mask.shape[-2])
     longest = min((size for size in squares if size > 1), default=embedded_length)
     if embedded_length > longest:
-        return f"{config.model_type} takes rows of at most {longest} tokens, and {embedded_length} would stand in one"
+        return f"{config.model_type} takes rows of at most {longest} tokens, not {embedded_length}, as packed here"
     return None
 
 
-def probe_reason(model: PreTrainedModel, forward: Callable[..., Any]) -> str | None:
-    """Run a few random tokens shared and unshared, and say by how much they differ where that is more than
-    rounding."""
+def probe_reason(model: PreTrainedModel, forward: Forward) -> str | None:
+    """Run a few random tokens shared and unshared, and report a difference that is more than rounding."""
     device = model.device
     vocab_size = model.config.get_text_config().vocab_size
-    # Two prompts with two completions each, lengths all different, from a stream of its own
+    # Two prompts with two completions each, all of different lengths
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(vocab_size, (4, PROBE_LENGTH), generator=generator).to(device)
     rows[2:, :5] = rows[:2, :5]
@@ -153,7 +146,7 @@ def probe_reason(model: PreTrainedModel, forward: Callable[..., Any]) -> str | N
     packed = pack_rows(
         rows, attention_mask, rows.masked_fill(attention_mask == 0, IGNORE_INDEX), pair_groups(4, device)
     )
-    # Under mixed precision a prepared model returns float32, whatever its logits were computed in
+    # Under mixed precision a prepared model returns float32, whatever dtype its logits were computed in
     computed_in: list[torch.dtype] = []
     head = model.get_output_embeddings()
     hook = head.register_forward_hook(lambda head, inputs, logits: computed_in.append(logits.dtype))
@@ -162,9 +155,9 @@ def probe_reason(model: PreTrainedModel, forward: Callable[..., Any]) -> str | N
             plain = forward(input_ids=rows, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
             try:
                 shared = forward(**packed_inputs(model, packed)).logits
-            except torch.OutOfMemoryError:  # says nothing of the model
+            except torch.OutOfMemoryError:  # not a property of the model
                 raise
-            except Exception as error:  # of any kind: a later transformers may have changed what this relies on
+            except Exception as error:  # any: a later transformers may break assumptions made here
                 return f"{model.config.model_type} does not take a packed row ({type(error).__name__}: {error})"
     finally:
         hook.remove()
@@ -179,10 +172,10 @@ def probe_reason(model: PreTrainedModel, forward: Callable[..., Any]) -> str | N
     return None
 
 
-def packed_inputs(model: PreTrainedModel, packed: PackedBatch) -> dict[str, Any]:
-    """Forward arguments for a packed batch: the mask is boolean for SDPA, additive for eager attention.
+def packed_inputs(model: PreTrainedModel, packed: PackedBatch) -> dict[str, torch.Tensor | bool]:
+    """Return the forward arguments for a packed batch.
 
-    Eager attention adds what it is given to the scores, so a boolean mask would silently do nothing there.
+    The mask is boolean for SDPA and additive for eager attention, which would add a boolean mask to the scores.
     """
     mask = packed.visible
     if model.config.get_text_config()._attn_implementation != "sdpa":
@@ -198,11 +191,11 @@ def packed_inputs(model: PreTrainedModel, packed: PackedBatch) -> dict[str, Any]
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """While entered, the model is in evaluation mode; afterwards each of its modules is in the mode it was in.
+    """Put the model in evaluation mode inside the context, then restore the mode of each module.
 
-    The 4-bit layers of bitsandbytes are in training mode. They do the same in both, except on a CPU: in evaluation
-    mode they pack their weights for inference, and from then on let no gradient through. That may go once a layer
-    which is trained again unpacks them (bitsandbytes 0.50, `Linear4bit.forward`).
+    The 4-bit layers of bitsandbytes stay in training mode: on a CPU, evaluation mode packs their weights for inference
+    and blocks gradients from then on (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2078). Remove
+    this exception once the oldest supported bitsandbytes unpacks the weights of a layer that is trained again.
     """
     modes = [(module, module.training) for module in model.modules()]
     for module, _ in modes:

@@ -90,7 +90,7 @@ def test_what_the_template_leaves_out_is_counted_and_said_once(tokenizer, caplog
     for _ in range(2):
         assert merge_equal_in_training(tokenizer, rows, [said, plain]) == [[said[0]] * 3 + [said[3]], plain]
     (record,) = caplog.records
-    assert "writes 2 of 6 candidates as it writes another" in record.getMessage()
+    assert "formats 2 of 6 candidates like another" in record.getMessage()
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [("text", [{"role": "assistant", "content": "a"}]), ([], "text")])

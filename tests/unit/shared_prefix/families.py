@@ -53,7 +53,7 @@ NOT_SHARING = {
     "gemma3": (transformers.Gemma3TextConfig(**LLAMA_LIKE, head_dim=8, sliding_window=8), "attention window"),
     "gpt_neo, local": (
         transformers.GPTNeoConfig(**NEO_LIKE, attention_types=[[["global", "local"], 1]], window_size=8),
-        "gpt_neo has local attention over the last 8 places",
+        "gpt_neo has local attention over the last 8 tokens",
     ),
     "mpt": (transformers.MptConfig(**IDS, d_model=32, n_layers=2, n_heads=4, max_seq_len=128), "mpt uses ALiBi"),
     "falcon, ALiBi": (transformers.FalconConfig(**SIZES, alibi=True), "falcon uses ALiBi"),

@@ -304,7 +304,7 @@ def test_a_layer_with_an_attention_of_its_own_is_told():
 
     model.model.layers[1].self_attn.forward = of_its_own
     reason = reason_not_to_share_prefix(model, 20)
-    assert reason == "llama has an attention of its own, which is not in transformers' `AttentionInterface`"
+    assert reason == "llama does not use transformers' `AttentionInterface`"
 
 
 def test_positions_that_are_not_used_are_caught():

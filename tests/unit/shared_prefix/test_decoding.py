@@ -471,10 +471,10 @@ def test_a_model_of_four_bits_gives_the_same(tmp_path):
     [
         ({"num_completions": 0}, "`num_completions` is 0. Give 1 or more"),
         ({"num_return_sequences": 2, "do_sample": True}, "leave out `num_return_sequences`, `num_beams`"),
-        ({"num_beams": 2}, "leave out `num_return_sequences`, `num_beams` and what else asks for a search"),
-        ({"penalty_alpha": 0.6, "top_k": 4}, "what else asks for a search"),
+        ({"num_beams": 2}, "leave out `num_return_sequences`, `num_beams` and other search options"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "other search options"),
         ({"cache_implementation": "static"}, "leave out `cache_implementation` and `past_key_values`"),
-        ({"output_scores": True, "return_dict_in_generate": True}, "`output_scores` is not kept"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "`output_scores` is not supported"),
         ({"guidance_scale": 2.0}, "`guidance_scale` runs the model a second time"),
         ({"inputs_embeds": torch.zeros(3, 6, 32)}, "inputs_embeds cannot be shared by completions"),
     ],
@@ -526,7 +526,7 @@ def test_a_transformers_with_other_names_costs_the_sharing_alone(model, breaks, 
         )
     else:
         monkeypatch.setattr(LlamaForCausalLM, "generate", passing_more)
-        message = "`generate` of this transformers cannot decode so (ValueError: novel"
+        message = "`generate` of this transformers cannot share prompts (ValueError: novel"
         reason = functools.partial(reason_not_to_decode, model)
     with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
         assert [message in reason() for _ in range(2)] == [True, True]

@@ -98,7 +98,7 @@ def test_gradient_of_a_shared_token_is_counted_for_both_rows():
 
 def test_pair_groups_follow_trl_layout():
     assert pair_groups(6).tolist() == [0, 1, 2, 0, 1, 2]
-    with pytest.raises(ValueError, match="3 rows are not pairs.*Pass `group_ids`"):
+    with pytest.raises(ValueError, match="3 rows are not chosen rows.*Pass `group_ids`"):
         pair_groups(3)
 
 
