@@ -7,8 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
 
-from prefopt_trl.data.tokenization import chat_options, tokenize_completions
-from prefopt_trl.sampling.prompts import tokenize_prompts
+from prefopt_trl.data.tokenization import chat_options, tokenize_completions, tokenize_prompts
 
 GIVEN = {"chosen": "given_chosen", "rejected": "given_rejected"}  # names that sampled completions do not take
 

@@ -15,7 +15,13 @@ from prefopt_trl.data.formats import (
     columns_of,
     normalize_pairs,
 )
-from prefopt_trl.data.tokenization import chat_options, tokenize_completions
+from prefopt_trl.data.tokenization import (
+    chat_options,
+    check_tokens,
+    no_prompt,
+    tokenize_completions,
+    warn_of_full_prompts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +42,7 @@ def pairs_to_rankings(dataset: Dataset | IterableDataset, where: str = "the data
 
     def to_ranking(example: Row, row: int) -> Row:
         if "prompt" not in example and not (example := extract_prompt(example))["prompt"]:
-            raise _no_prompt(
-                row, where.removeprefix("the ").removesuffix(" dataset"), list(dataset.column_names or [])
-            )
+            raise no_prompt(row, where.removeprefix("the ").removesuffix(" dataset"), list(dataset.column_names or []))
         completions = [example["chosen"], example["rejected"]]
         return {"prompt": example["prompt"], "completions": completions, "rewards": [1.0, 0.0]}
 
@@ -147,52 +151,3 @@ def tokenize_rankings(
             max_length,
         )
     return tokenized
-
-
-def _no_prompt(row: int, name: str, columns: list[str]) -> ValueError:
-    return ValueError(
-        f"Row {row} of the {name} dataset has no prompt; its columns are {', '.join(columns)}. Without a column "
-        "`prompt`, it is what `chosen` and `rejected` both begin with. Rename yours with "
-        "`dataset.rename_column(old, new)`."
-    )
-
-
-def check_tokens(dataset: Dataset, columns: list[str], name: str) -> None:
-    """Check the first 10,000 rows: raise `ValueError` for one without a prompt, and warn of equal completions.
-
-    Only the first 10,000 rows are read.
-    """
-    rows = dataset.select(range(min(len(dataset), 10_000)))
-    for row, (ids, prompt) in enumerate(zip(rows["prompt_ids"], rows["prompt"], strict=True)):
-        if not ids or ("prompt" not in columns and not prompt):
-            raise _no_prompt(row, name, columns)
-    if "completion_ids" in rows.column_names:
-        all_ids, all_texts = rows["completion_ids"], rows["completions"]
-    else:
-        all_ids = zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)
-        all_texts = zip(rows["chosen"], rows["rejected"], strict=True)
-    equal = sum(
-        len(set(map(tuple, ids))) < len(set(map(repr, texts))) for ids, texts in zip(all_ids, all_texts, strict=True)
-    )
-    if equal:
-        logger.warning(
-            "%d of the first %d rows of the %s dataset have completions of different text and equal tokens, as when "
-            "the chat template leaves out what stands before `</think>`. Nothing is learned from comparing them. Set "
-            "`tokenizer.chat_template` to one that keeps the text, or leave the rows out.",
-            equal,
-            len(rows),
-            name,
-        )
-
-
-def warn_of_full_prompts(num_rows: int, num_left: int, name: str, max_length: int | None) -> None:
-    """Say how many rows were left out because their prompt fills `max_length`; raise `ValueError` if all were."""
-    if num_left == num_rows:
-        return
-    message = (
-        f"{num_rows - num_left} of {num_rows} rows of the {name} dataset have a prompt that fills "
-        f"`max_length`={max_length} and leaves no room for a completion"
-    )
-    if num_left == 0:
-        raise ValueError(f"{message}. Raise `max_length` or shorten the prompts.")
-    logger.warning("%s; they are left out, as TRL does. Raise `max_length` to keep them.", message)

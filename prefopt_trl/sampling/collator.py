@@ -18,12 +18,17 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from prefopt_trl.data.collators import DataCollatorForRanking
 from prefopt_trl.data.formats import Completion, Prompt, Row, wrap_completion
-from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training, tokenize_completions
+from prefopt_trl.data.tokenization import (
+    chat_options,
+    check_prompts_fit,
+    merge_equal_in_training,
+    tokenize_completions,
+    tokenize_prompts,
+)
 from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
 from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
 from prefopt_trl.sampling.options import RANKING, GenerationOptions, SamplingOptions
-from prefopt_trl.sampling.prompts import check_prompts_fit, tokenize_prompts
 from prefopt_trl.sampling.selection import first_occurrences, keep, label_pairs, rank
 
 logger = logging.getLogger(__name__)

@@ -20,10 +20,9 @@ from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from prefopt_trl.data.formats import Prompt
-from prefopt_trl.data.tokenization import check_vocabulary, decoder_start_token_id
+from prefopt_trl.data.tokenization import check_positions, check_vocabulary, decoder_start_token_id, tokenize_prompts
 from prefopt_trl.runtime.processes import is_main_process
 from prefopt_trl.sampling.options import GenerationOptions
-from prefopt_trl.sampling.prompts import check_positions, tokenize_prompts
 from prefopt_trl.shared_prefix.attention import left_pad
 from prefopt_trl.shared_prefix.continuation import WholeRows, partition_reason, reason_not_to_share_prefix
 from prefopt_trl.shared_prefix.decoding import (

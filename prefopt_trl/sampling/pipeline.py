@@ -15,7 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Prompt, check_columns, check_prompts
 from prefopt_trl.data.jsonl import check_candidates, read_jsonl
-from prefopt_trl.data.tokenization import chat_options, check_vocabulary
+from prefopt_trl.data.tokenization import (
+    chat_options,
+    check_positions,
+    check_prompts_fit,
+    check_vocabulary,
+    tokenize_prompts,
+)
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.runtime.processes import interruptible, process_state
 from prefopt_trl.runtime.settings import Settings
@@ -23,7 +29,6 @@ from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.sampling.card import dataset_card
 from prefopt_trl.sampling.generation import check_generation_kwargs, sizes_of_batch
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
-from prefopt_trl.sampling.prompts import check_positions, check_prompts_fit, tokenize_prompts
 from prefopt_trl.sampling.shards import Shards
 from prefopt_trl.sampling.statistics import plot_statistics, summarize
 from prefopt_trl.sampling.store import POLL_SECONDS, SampleStore

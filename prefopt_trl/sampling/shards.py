@@ -9,7 +9,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Row, wrap_completion
-from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training
+from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training, tokenize_prompts
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.runtime.fingerprints import (
     dataset_fingerprint,
@@ -21,7 +21,6 @@ from prefopt_trl.runtime.settings import Settings
 from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
 from prefopt_trl.sampling.logps import pair_logps, sampled_logps
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
-from prefopt_trl.sampling.prompts import tokenize_prompts
 from prefopt_trl.sampling.selection import SelectedPrompt, carried, preference_rows, select_and_pair
 from prefopt_trl.sampling.store import SampleStore
 from prefopt_trl.shared_prefix.continuation import reason_not_to_share_prefix

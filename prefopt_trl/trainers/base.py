@@ -30,8 +30,13 @@ from trl.trainer import utils
 
 from prefopt_trl.data.collators import DataCollatorForRanking
 from prefopt_trl.data.formats import columns_of, normalize_pairs
-from prefopt_trl.data.rankings import check_tokens, pairs_to_rankings, tokenize_rankings, warn_of_full_prompts
-from prefopt_trl.data.tokenization import WithoutAppendedTokens, num_appended_tokens
+from prefopt_trl.data.rankings import pairs_to_rankings, tokenize_rankings
+from prefopt_trl.data.tokenization import (
+    WithoutAppendedTokens,
+    check_tokens,
+    num_appended_tokens,
+    warn_of_full_prompts,
+)
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.runtime.processes import checkpoints, interruptible, last_checkpoint, what_is_trained
 from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
@@ -39,9 +44,15 @@ from prefopt_trl.sampling.options import SamplingOptions
 from prefopt_trl.shared_prefix.forward import add_shared_prefix
 from prefopt_trl.trainers.base_config import PreferenceConfig
 from prefopt_trl.trainers.callbacks import LogPreferencesCallback, epoch_of, first_examples
-from prefopt_trl.trainers.model_card import TrainingData
-from prefopt_trl.trainers.policy import check_model, check_policy
+from prefopt_trl.trainers.policy import (
+    adding_reference_adapter,
+    check_model,
+    check_policy,
+    copy_adapter,
+    reference_for_trl,
+)
 from prefopt_trl.trainers.prepare import (
+    TrainingData,
     are_prompts,
     check_prompts,
     check_text,
@@ -50,7 +61,6 @@ from prefopt_trl.trainers.prepare import (
     with_sampled_logps,
 )
 from prefopt_trl.trainers.publishing import Published, check_repository
-from prefopt_trl.trainers.reference import adding_reference_adapter, copy_adapter, reference_for_trl
 from prefopt_trl.trainers.resuming import check_length, check_settings, save_settings, training_settings
 from prefopt_trl.trainers.upstream import ATTRIBUTES, FUNCTIONS, METHODS, require
 

@@ -1,24 +1,18 @@
 """The model card of a trained policy: method, data, hyperparameters, reference model, and how to load it."""
 
-from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData, RepoCard
 from peft import PeftModel
 from transformers import ProcessorMixin
 
-from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.runtime.cards import public_name, render
 from prefopt_trl.runtime.fingerprints import versions
 from prefopt_trl.runtime.settings import Settings, as_json
-from prefopt_trl.runtime.weights import gathered
-from prefopt_trl.sampling.card import read_sampled
 from prefopt_trl.sampling.options import SamplingOptions
-from prefopt_trl.sampling.statistics import SamplingStatistics
 from prefopt_trl.trainers.base_config import PreferenceConfig, RankingConfig
 
 # Beside those of the method itself
@@ -37,36 +31,6 @@ HYPERPARAMETERS = [
 ]
 ADAPTER = ["peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save"]
 MANY_MODULES = 12  # of an adapter; more are counted, and shown by the last parts of their names
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Where the training data of a run came from.
-
-    Attributes:
-        sampled (`tuple` or `None`):
-            Settings and statistics of the dataset, if [`build_preference_dataset`] saved it.
-        ranker (`dict` or `None`):
-            Settings of the ranker that scored the completions, or scores them during training.
-    """
-
-    sampled: tuple[Settings, SamplingStatistics] | None = None
-    ranker: Settings | None = None
-
-    @classmethod
-    def of(cls, dataset: object, ranker: Ranker | None) -> "TrainingData":
-        """Read how the dataset was sampled from beside its files, or take the ranker's settings.
-
-        Call it on all processes.
-        """
-        for file in dataset.cache_files[:1] if isinstance(dataset, Dataset) else []:
-            pairs = Path(file["filename"]).parent
-            if pairs.name == "pairs" and (sampled := read_sampled(pairs.parent)):
-                return cls(sampled, sampled[0].get("ranker"))
-        if ranker is None:
-            return cls()
-        with gathered(ranker.model):
-            return cls(None, ranker.settings())
 
 
 def model_card(trainer: Any, trl_card: ModelCard, title: str, source: str, dataset_name: str | None) -> RepoCard:

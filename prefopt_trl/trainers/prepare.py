@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,48 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import columns_of, number_rows
 from prefopt_trl.data.rankings import pairs_to_rankings
-from prefopt_trl.data.tokenization import chat_options
+from prefopt_trl.data.tokenization import chat_options, check_prompts_fit, tokenize_prompts
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.runtime.fingerprints import dataset_fingerprint
 from prefopt_trl.runtime.processes import process_state
-from prefopt_trl.runtime.settings import as_json, read_json, write_json
+from prefopt_trl.runtime.settings import Settings, as_json, read_json, write_json
 from prefopt_trl.runtime.weights import gathered
+from prefopt_trl.sampling.card import read_sampled
 from prefopt_trl.sampling.pipeline import build_preference_dataset
-from prefopt_trl.sampling.prompts import check_prompts_fit, tokenize_prompts
+from prefopt_trl.sampling.statistics import SamplingStatistics
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Where the training data of a run came from.
+
+    Attributes:
+        sampled (`tuple` or `None`):
+            Settings and statistics of the dataset, if [`build_preference_dataset`] saved it.
+        ranker (`dict` or `None`):
+            Settings of the ranker that scored the completions, or scores them during training.
+    """
+
+    sampled: tuple[Settings, SamplingStatistics] | None = None
+    ranker: Settings | None = None
+
+    @classmethod
+    def of(cls, dataset: object, ranker: Ranker | None) -> "TrainingData":
+        """Read how the dataset was sampled from beside its files, or take the ranker's settings.
+
+        Call it on all processes.
+        """
+        for file in dataset.cache_files[:1] if isinstance(dataset, Dataset) else []:
+            pairs = Path(file["filename"]).parent
+            if pairs.name == "pairs" and (sampled := read_sampled(pairs.parent)):
+                return cls(sampled, sampled[0].get("ranker"))
+        if ranker is None:
+            return cls()
+        with gathered(ranker.model):
+            return cls(None, ranker.settings())
 
 
 def splits(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:

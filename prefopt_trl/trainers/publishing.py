@@ -14,7 +14,8 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from prefopt_trl.runtime.hub import PushError, push_folder, push_in_background, reason_of, upload_command
-from prefopt_trl.trainers.model_card import TrainingData, model_card
+from prefopt_trl.trainers.model_card import model_card
+from prefopt_trl.trainers.prepare import TrainingData
 
 # Of `output_dir`: checkpoints, what was sampled (a dataset of its own), and pickled arguments, which hold the token
 NOT_PUSHED = ["_*", "checkpoint-*", "sampled/*", "scored/*", "bootstrap*/*", "precomputed/*", "*training_args.bin"]

@@ -17,7 +17,7 @@ from prefopt_trl import FunctionRanker
 from prefopt_trl.rankers import PointwiseRanker
 from prefopt_trl.runtime.weights import gathered
 from prefopt_trl.shared_prefix.continuation import partition_reason
-from prefopt_trl.trainers.model_card import TrainingData
+from prefopt_trl.trainers.prepare import TrainingData
 
 
 @pytest.fixture
