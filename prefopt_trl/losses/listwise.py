@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prefopt_trl.losses.pairwise import _as_float, _check_positive
+from prefopt_trl.losses.checks import as_float, check_positive
 
 
 def plackett_luce(logratios: Tensor, beta: float, mask: Tensor | None = None) -> Tensor:
@@ -37,7 +37,7 @@ def plackett_luce(logratios: Tensor, beta: float, mask: Tensor | None = None) ->
     >>> plackett_luce(logratios, beta=0.5, mask=torch.tensor([[True, True, True], [True, True, False]]))
     tensor([1.7918, 0.1269])
     """
-    _check_positive("beta", beta)
+    check_positive("beta", beta)
     logratios, mask = _completions("logratios", logratios, mask)
     margins = beta * _differences(logratios)
     return _contrast_each_with_worse(margins, _worse(mask)).sum(dim=1)
@@ -164,7 +164,7 @@ def _completions(name: str, values: Tensor, mask: Tensor | None) -> tuple[Tensor
             f"`{name}` must have shape (batch_size, n) with n >= 2, but has {tuple(values.shape)}: give each prompt "
             "one row and each of its completions one column."
         )
-    values = _as_float(name, values)
+    values = as_float(name, values)
     if mask is None:
         return values, torch.ones_like(values, dtype=torch.bool)
     _check_shape("mask", mask, values)

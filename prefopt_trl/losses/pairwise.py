@@ -1,7 +1,8 @@
 """
 The papers' losses on pairs, one function per equation.
 
-`RSOTrainer` trains with TRL's implementation of `sigmoid_norm` and `hinge_norm`; a test holds the two equal.
+`SLiCTrainer` trains with [`slic`] and [`unlikelihood`]. `RSOTrainer` trains with TRL's own `"sigmoid"` and `"hinge"`,
+which a test holds equal to [`sigmoid_norm`] and [`hinge_norm`]. [`hinge`] is [`slic`] up to a factor.
 
 Arguments:
 
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from prefopt_trl.losses.checks import as_float, check_not_negative, check_positive
+
 
 def sigmoid_norm(logratios: Tensor, gamma: float) -> Tensor:
     """
@@ -32,7 +35,7 @@ def sigmoid_norm(logratios: Tensor, gamma: float) -> Tensor:
     >>> sigmoid_norm(torch.tensor([[0.0, 0.0], [3.0, -1.0]]), gamma=0.5)
     tensor([0.6931, 0.1269])
     """
-    _check_positive("gamma", gamma)
+    check_positive("gamma", gamma)
     chosen, rejected = _chosen_rejected("logratios", logratios)
     return -logsigmoid(gamma * (chosen - rejected))
 
@@ -48,7 +51,7 @@ def hinge_norm(logratios: Tensor, gamma: float) -> Tensor:
     >>> hinge_norm(torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, -1.0]]), gamma=0.5)
     tensor([1.0000, 0.5000, 0.0000])
     """
-    _check_positive("gamma", gamma)
+    check_positive("gamma", gamma)
     chosen, rejected = _chosen_rejected("logratios", logratios)
     return torch.relu(1 - gamma * (chosen - rejected))
 
@@ -64,7 +67,7 @@ def hinge(logps: Tensor, gamma: float) -> Tensor:
     >>> hinge(torch.tensor([[-10.0, -11.0], [-10.0, -14.0]]), gamma=0.5)
     tensor([0.5000, 0.0000])
     """
-    _check_positive("gamma", gamma)
+    check_positive("gamma", gamma)
     chosen, rejected = _chosen_rejected("logps", logps)
     return torch.relu(1 - gamma * (chosen - rejected))
 
@@ -86,8 +89,8 @@ def slic(
     >>> slic(logps, delta=2.0, target_logps=logps[:, 0], regularization_weight=0.5)
     tensor([6., 5.])
     """
-    _check_not_negative("delta", delta)
-    _check_not_negative("regularization_weight", regularization_weight)
+    check_not_negative("delta", delta)
+    check_not_negative("regularization_weight", regularization_weight)
     chosen, rejected = _chosen_rejected("logps", logps)
     calibration = torch.relu(delta - chosen + rejected)
     if target_logps is None:
@@ -102,7 +105,7 @@ def slic(
             f"`target_logps` must have shape {tuple(chosen.shape)}, one value per pair, but has "
             f"{tuple(target_logps.shape)}: sum the log-probabilities over tokens."
         )
-    return calibration - regularization_weight * _as_float("target_logps", target_logps)
+    return calibration - regularization_weight * as_float("target_logps", target_logps)
 
 
 def unlikelihood(logps: Tensor, alpha: float = 1.0) -> Tensor:
@@ -117,7 +120,7 @@ def unlikelihood(logps: Tensor, alpha: float = 1.0) -> Tensor:
     >>> unlikelihood(torch.tensor([[-10.0, -14.0]]), alpha=0.5)
     tensor([3.])
     """
-    _check_not_negative("alpha", alpha)
+    check_not_negative("alpha", alpha)
     chosen, rejected = _chosen_rejected("logps", logps)
     return -chosen + alpha * rejected
 
@@ -128,22 +131,5 @@ def _chosen_rejected(name: str, values: Tensor) -> tuple[Tensor, Tensor]:
             f"`{name}` must have shape (batch_size, 2), chosen then rejected, but has {tuple(values.shape)}: stack "
             "the two as columns, each summed over tokens."
         )
-    chosen, rejected = _as_float(name, values).unbind(dim=1)
+    chosen, rejected = as_float(name, values).unbind(dim=1)
     return chosen, rejected
-
-
-def _as_float(name: str, values: Tensor) -> Tensor:
-    # Half precision holds three digits: too few for the difference of two summed log-probabilities.
-    if not values.is_floating_point():
-        raise TypeError(f"`{name}` must be floating point, but is {values.dtype}: pass log-probabilities, not tokens.")
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise ValueError(f"`{name}` must be positive and finite, but is {value}: pass a number above 0.")
-
-
-def _check_not_negative(name: str, value: float) -> None:
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"`{name}` must be finite and not negative, but is {value}: pass 0 or a number above it.")
