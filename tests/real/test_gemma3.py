@@ -35,7 +35,7 @@ def test_prompts_within_and_beyond_the_window(gemma3: Any, prompt: int, completi
     assert logged == ([f"{NOT_SHARED}: {reason}."] if length > 512 else [])  # once for both
 
 
-NOT_SHARED = "Prompts are not shared, each completion is run as a row of its own"
+NOT_SHARED = "Prompts are not shared, each completion is run as a separate row"
 
 
 def greedy(model: Any, tokenizer: Any, prompt: str, length: int) -> str:
