@@ -56,7 +56,7 @@ def lipo_lambda(logratios: Tensor, rewards: Tensor, beta: float, mask: Tensor | 
     >>> lipo_lambda(torch.tensor([[0.5, -1.0, 0.0]]), rewards=torch.tensor([[1.0, 0.5, 0.0]]), beta=1.0)
     tensor([0.4403])
     """
-    _check_positive("beta", beta)
+    check_positive("beta", beta)
     logratios, mask = _completions("logratios", logratios, mask)
     _check_shape("rewards", rewards, mask)
     gains = rewards.to(logratios.dtype).masked_fill(~mask, 0.0).exp2()
