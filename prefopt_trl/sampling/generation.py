@@ -67,21 +67,11 @@ CONTEXT = 8  # tokens of the prompt that a completion is decoded after
 
 @dataclass(frozen=True)
 class Candidates:
-    """Completions sampled for one prompt.
+    """Completions sampled for one prompt."""
 
-    Attributes:
-        texts (`list[str]`):
-            One text per completion, without special tokens. Texts may repeat.
-        finished (`list[bool]`):
-            Whether each completion ended by itself, with an EOS token or a stop string, within `max_new_tokens`. A
-            stop string is not part of the text, and does not begin in the prompt.
-        sampled (`list[Sampled]`):
-            What was drawn for each completion; empty unless it was asked for.
-    """
-
-    texts: list[str]
-    finished: list[bool]
-    sampled: list["Sampled"] = field(default_factory=list)
+    texts: list[str]  # without special tokens and stop strings; texts may repeat
+    finished: list[bool]  # whether each ended by itself, with an EOS token or a stop string that it has all of
+    sampled: list["Sampled"] = field(default_factory=list)  # what was drawn for each, if it was asked for
 
 
 class Sampled(NamedTuple):

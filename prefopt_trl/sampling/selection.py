@@ -26,35 +26,19 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class SelectedPrompt:
-    """What was selected of one prompt's candidates: numbers only, and candidates by their index.
+    """What was selected of one prompt's candidates: numbers only, and candidates by their index."""
 
-    Attributes:
-        rewards (`list[float]`):
-            Reward of each candidate.
-        num_distinct (`int`):
-            Candidates that are distinct.
-        accepted (`list[int]`):
-            Candidates kept; none if the prompt is skipped.
-        acceptance_rate (`float` or `None`):
-            Theorem 1's expected share of distinct candidates accepted in the first round; None if skipped.
-        random_probabilities (`list[float]`):
-            Probabilities the ranker gives to its own labels, in [0.5, 1], of random pairs of candidates.
-        chosen, rejected (`list[int]`), probabilities (`list[float]`):
-            Pairs made of those kept, and the probability the ranker gives to each label; of a ranking, first-round
-            pairs, which say how sure the ranker is of it.
-        ref_logps (`list[tuple[float, float]]` or `None`):
-            Log-probability of the chosen and the rejected completion of each pair, where they are kept.
-    """
-
-    rewards: list[float]
-    num_distinct: int
-    accepted: list[int] = field(default_factory=list)
-    acceptance_rate: float | None = None
-    random_probabilities: list[float] = field(default_factory=list)
+    rewards: list[float]  # of each candidate
+    num_distinct: int  # candidates
+    accepted: list[int] = field(default_factory=list)  # none if the prompt is skipped
+    acceptance_rate: float | None = None  # Theorem 1's, of distinct candidates; None if skipped
+    random_probabilities: list[float] = field(default_factory=list)  # of the ranker's labels of random candidates
+    # Pairs of those accepted, and the ranker's probability of each label, in [0.5, 1]; of a ranking first-round pairs,
+    # which say how sure the ranker is of it
     chosen: list[int] = field(default_factory=list)
     rejected: list[int] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
-    ref_logps: list[tuple[float, float]] | None = None
+    ref_logps: list[tuple[float, float]] | None = None  # of the chosen and the rejected one of each pair, if kept
 
 
 def select_and_pair(

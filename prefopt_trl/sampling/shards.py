@@ -30,38 +30,18 @@ SELECTING = ("strategy", "num_samples", "pairing", "rejection_beta")  # options 
 
 @dataclass(frozen=True)
 class Shards:
-    """What each shard is made of and how. A shard depends on its number and on what is here, and on nothing else.
+    """What each shard is made of and how. A shard depends on its number and on what is here, and on nothing else."""
 
-    Attributes:
-        store ([`SampleStore`]):
-            Where shards are written. One that is there is not made again.
-        prompts ([`~datasets.Dataset`]):
-            All prompts. With a column `completions` these are the candidates, and nothing is sampled.
-        policy ([`~transformers.PreTrainedModel`], *optional*), tokenizer ([`~transformers.PreTrainedTokenizerBase`],
-            *optional*):
-            Policy that is sampled, and its tokenizer, whose chat template decides which candidates are distinct. May
-            be None where candidates are given.
-        ranker ([`~prefopt_trl.rankers.Ranker`]):
-            Scores and compares.
-        options ([`SamplingOptions`]), generation_kwargs (`dict`):
-            How to sample and select.
-        seed (`int`):
-            Seed of all shards.
-        keep_logps (`bool`), max_length (`int`, *optional*):
-            Whether candidates have `logps`, which pairs keep, and the tokens of prompt and completion that these are
-            of.
-    """
-
-    store: SampleStore
-    prompts: Dataset
-    policy: PreTrainedModel | None
-    tokenizer: PreTrainedTokenizerBase | None
+    store: SampleStore  # where shards are written; one that is there is not made again
+    prompts: Dataset  # all prompts; with a column `completions` they are given candidates, and nothing is sampled
+    policy: PreTrainedModel | None  # that is sampled
+    tokenizer: PreTrainedTokenizerBase | None  # of the policy; its chat template decides which candidates are distinct
     ranker: Ranker
     options: SamplingOptions
     generation_kwargs: dict[str, Any]
-    seed: int
-    keep_logps: bool
-    max_length: int | None
+    seed: int  # of all shards
+    keep_logps: bool  # whether candidates have `logps`, which pairs keep
+    max_length: int | None  # tokens of prompt and completion that these log-probabilities are of
 
     @property
     def are_given(self) -> bool:

@@ -27,53 +27,21 @@ Numbers = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class SamplingStatistics:
-    """Summary of one sampled dataset; written to `statistics.json` beside it.
+    """Summary of one sampled dataset; written to `statistics.json` beside it."""
 
-    Attributes:
-        num_prompts (`int`):
-            Prompts given.
-        num_skipped (`int`):
-            Prompts left out, because no two of the candidates kept that met differ.
-        num_candidates (`int`):
-            Candidates of all prompts.
-        num_duplicates (`int`):
-            Candidates whose text another candidate of the same prompt already had.
-        num_unfinished (`int` or `None`):
-            Candidates that reached `max_new_tokens` without ending; None where candidates were given without a column
-            `finished`.
-        num_pairs (`int`):
-            Pairs made, or rankings.
-        acceptance_rate (`float` or `None`):
-            Theorem 1's expected share of distinct candidates accepted in the first round, in (0, 1], averaged over the
-            prompts that were not skipped; None for strategies that do not reject.
-        reward_quantiles (`dict[str, list[float]]`):
-            For candidates, accepted, chosen and rejected completions: rewards at the quantiles 0, .05, .25, .5, .75,
-            .95, 1.
-        label_probability_before (`float`):
-            Mean probability the ranker gives to its own labels, in [0.5, 1], on random pairs of candidates.
-        label_probability_after (`float`):
-            The same on the pairs made, or on first-round pairs of the rankings'.
-        warning (`str` or `None`):
-            A plain sentence where `beta` is too small for this ranker, or the ranker cannot tell completions apart.
-        made (`str`):
-            `"pairs"` or `"rankings"`.
-        num_short (`int`):
-            Prompts of which fewer than `num_samples` candidates were kept, because fewer are distinct.
-    """
-
-    num_prompts: int
-    num_skipped: int
+    num_prompts: int  # given
+    num_skipped: int  # prompts left out, because no two of the candidates kept that met differ
     num_candidates: int
-    num_duplicates: int
-    num_unfinished: int | None
-    num_pairs: int
-    acceptance_rate: float | None
-    reward_quantiles: dict[str, list[float]]
-    label_probability_before: float
-    label_probability_after: float
-    warning: str | None = None
-    made: str = "pairs"
-    num_short: int = 0
+    num_duplicates: int  # candidates whose text another candidate of the same prompt already had
+    num_unfinished: int | None  # candidates that reached `max_new_tokens`; None if given without a column `finished`
+    num_pairs: int  # or rankings
+    acceptance_rate: float | None  # Theorem 1's, averaged over prompts not skipped; None unless by strategy "rso"
+    reward_quantiles: dict[str, list[float]]  # of candidates, accepted, chosen and rejected ones, at `QUANTILES`
+    label_probability_before: float  # mean probability the ranker gives its own labels, of random pairs of candidates
+    label_probability_after: float  # the same of the pairs made, or of first-round pairs of the rankings
+    warning: str | None = None  # where beta is too small for this ranker, or it cannot tell completions apart
+    made: str = "pairs"  # or "rankings"
+    num_short: int = 0  # prompts with fewer than `num_samples` distinct candidates
 
     def as_dict(self) -> Settings:
         return {**asdict(self), "quantiles": list(QUANTILES)}
