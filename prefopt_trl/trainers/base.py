@@ -52,6 +52,7 @@ from prefopt_trl.trainers.policy import (
     reference_for_trl,
 )
 from prefopt_trl.trainers.prepare import (
+    Datasets,
     TrainingData,
     are_prompts,
     check_prompts,
@@ -130,6 +131,7 @@ class PreferenceTrainer(Published, DPOTrainer):
                 "`tokenizer.eos_token` (and `tokenizer.pad_token`) to tokens of its vocabulary."
             )
         check_model(model, tokenizer, args)
+        self.args = args  # the hooks below read it
 
         if ref_model is not None and not self.has_reference:
             raise ValueError(f"`ref_model` has no effect: {self._name} has no reference model. Leave it out.")
@@ -140,14 +142,16 @@ class PreferenceTrainer(Published, DPOTrainer):
                 "`compute_metrics` gathers the logits of all rows, and rankings of different lengths have different "
                 "numbers of rows on each process. Evaluate in one process, or leave it out."
             )
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required.")  # as by TRL
         datasets = splits(train_dataset, eval_dataset)
-        self._check_data(datasets, ranker, args)
+        self._check_data(datasets, ranker)
         if args.push_to_hub:
             check_repository(args)
         load = partial(load_policy, model if ref_model is None else ref_model, args, quantization_config)
         made = with_completions(datasets, self.learns_from, load, tokenizer, ranker, args)
-        uses_ranker = args.samples_while_training or made.get("train") is not train_dataset
-        self.training_data = TrainingData.of(made.get("train"), ranker if uses_ranker else None)
+        uses_ranker = args.samples_while_training or made["train"] is not train_dataset
+        self.training_data = TrainingData.of(made["train"], ranker if uses_ranker else None)
         self.reference_given = None if ref_model is None else get_config_model_id(ref_model.config)
         self._preferences_log = None
         if args.log_completions:
@@ -162,7 +166,7 @@ class PreferenceTrainer(Published, DPOTrainer):
                 ref_model=reference,
                 args=args,
                 data_collator=data_collator,
-                train_dataset=made.get("train"),
+                train_dataset=made["train"],
                 eval_dataset={name: made[f"eval_{name}"] for name in eval_dataset}
                 if isinstance(eval_dataset, dict)
                 else made.get("eval"),
@@ -274,7 +278,7 @@ class PreferenceTrainer(Published, DPOTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         return super()._get_train_sampler(train_dataset) if self.train_sampler is None else self.train_sampler
 
-    def _check_data(self, datasets: dict[str, Any], ranker: Ranker | None, args: Any) -> None:
+    def _check_data(self, datasets: Datasets, ranker: Ranker | None) -> None:
         """Refuse datasets and rankers before anything is sampled."""
         if ranker is not None:
             check_ranker(ranker)
@@ -323,7 +327,7 @@ class PreferenceTrainer(Published, DPOTrainer):
         columns = columns_of(dataset, dataset_name)
         # With `sampling="online"`; a split for evaluation, which may be called "train" too, was sampled before
         if dataset_name == "train" and are_prompts(columns, self.learns_from):
-            return check_prompts(dataset, tokenizer, args)
+            return check_prompts(dataset, tokenizer, args.max_length)
         if self.learns_from == "rankings":
             are_pairs = {"chosen", "rejected"} <= set(columns) and "completions" not in columns
             return tokenize_rankings(

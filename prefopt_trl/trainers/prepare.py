@@ -27,6 +27,8 @@ from prefopt_trl.trainers.base_config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
 
+Datasets = dict[str, Dataset | IterableDataset]  # `"train"`, and `"eval"` or several `"eval_<name>"`
+
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -58,8 +60,8 @@ class TrainingData:
             return cls(None, ranker.settings())
 
 
-def splits(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
-    """Return the datasets that are given, by name: `"train"`, and `"eval"` or one `"eval_<name>"` for each."""
+def splits(train_dataset: Any, eval_dataset: Any) -> Datasets:
+    """Return the datasets that are given, by name."""
     others = {"eval": eval_dataset}
     if isinstance(eval_dataset, dict):
         others = {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
@@ -67,16 +69,16 @@ def splits(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
 
 
 def with_completions(
-    datasets: dict[str, Any],
+    datasets: Datasets,
     learns_from: str,
     load_policy: Callable[[], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     ranker: Ranker | None,
     args: PreferenceConfig,
-) -> dict[str, Any]:
+) -> Datasets:
     """Return the datasets with what a trainer learns from: prompts are sampled, and completions scored where need be.
 
-    `datasets` are those of [`splits`]. `learns_from` is `"pairs"` or `"rankings"`. A `ValueError` says which
+    `learns_from` is `"pairs"` or `"rankings"`. A `ValueError` says which
     completions, rewards or ranker are missing.
     """
     columns = {name: columns_of(dataset, name) for name, dataset in datasets.items()}
@@ -93,23 +95,26 @@ def with_completions(
             "`sampling='online'` needs a training dataset of prompts, and this one has completions. Remove them with "
             "`dataset.select_columns(\"prompt\")`, or leave `sampling` at 'offline'."
         )
+    for name in to_sample:
+        if not isinstance(datasets[name], Dataset):
+            raise ValueError(
+                f"The {name} dataset is an `IterableDataset` of prompts, and sampling needs to know how many there "
+                "are. Pass a `Dataset`, such as `Dataset.from_list(list(dataset.take(1000)))`, or stream completions."
+            )
     made = dict(datasets)
     offline = [name for name in to_sample if name != "train" or args.sampling == "offline"]
     if offline:
         assert ranker is not None  # refused above
         policy = load_policy()
         for name in offline:
-            output_dir = os.path.join(str(args.output_dir), "sampled", name)
-            made[name] = sample_preferences(datasets[name], name, policy, tokenizer, ranker, args, output_dir)
+            made[name] = sample_preferences(datasets[name], name, policy, tokenizer, ranker, args)
         del policy
         gc.collect()  # before the policy is loaded again to be trained
-    uses_ranker = bool(to_sample) or args.samples_while_training
     for name in columns:
-        if name not in to_sample and learns_from == "rankings":
-            made[name], scored = score_completions(datasets[name], name, columns[name], ranker, str(args.output_dir))
-            uses_ranker |= scored
-    of_training = set(columns.get("train", []))
-    if ranker is not None and not uses_ranker and {"chosen", "rewards"} & of_training:
+        if learns_from == "rankings" and name not in to_sample:
+            made[name] = score_completions(datasets[name], name, columns[name], ranker, str(args.output_dir))
+    is_used = args.samples_while_training or any(made[name] is not datasets[name] for name in made)
+    if ranker is not None and not is_used:
         logger.warning(
             "`ranker` is not used: the datasets already have ranked completions. To have them scored, remove the "
             "column `rewards`, or give pairs to a trainer on rankings."
@@ -140,23 +145,16 @@ def check_text(dataset: Dataset | IterableDataset, name: str) -> None:
 
 
 def sample_preferences(
-    dataset: Dataset | IterableDataset,
+    dataset: Dataset,
     name: str,
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ranker: Ranker,
     args: PreferenceConfig,
-    output_dir: str,
 ) -> Dataset:
-    """Sample pairs or rankings for the prompts of a dataset, as the configuration says, and save them."""
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"The {name} dataset is an `IterableDataset` of prompts, and sampling needs to know how many there are. "
-            "Pass a `Dataset`, such as `Dataset.from_list(list(dataset.take(1000)))`, or stream completions."
-        )
-    given = "completions" in dataset.column_names
+    """Sample pairs or rankings for the prompts of a dataset, and save them in `<output_dir>/sampled/<name>`."""
     others = set(dataset.column_names) - {"prompt", "completions", "rewards", "finished"}
-    if others and not given:
+    if others and "completions" not in dataset.column_names:
         logger.warning(
             "Completions are sampled for the prompts of the %s dataset. Its other columns are carried along: %s. If "
             "they hold completions, rename them with `dataset.rename_column(old, new)`.",
@@ -168,7 +166,7 @@ def sample_preferences(
         policy,
         tokenizer,
         ranker,
-        output_dir,
+        os.path.join(str(args.output_dir), "sampled", name),
         args,
         seed=args.seed,
         max_length=args.max_length,
@@ -178,16 +176,15 @@ def sample_preferences(
 
 def score_completions(
     dataset: Dataset | IterableDataset, name: str, columns: list[str], ranker: Ranker | None, output_dir: str
-) -> tuple[Dataset | IterableDataset, bool]:
-    """Give pairs and completions without rewards those of the ranker; pairs may do without one.
+) -> Dataset | IterableDataset:
+    """Return the dataset with the ranker's rewards if it has completions without rewards; pairs need no ranker.
 
-    Return the dataset, of rankings where it had completions, and whether the ranker was used. Refuse to score without
-    a ranker, and a stream.
+    Refuse to score without a ranker, and a stream.
     """
     are_pairs = {"chosen", "rejected"} <= set(columns)
     are_candidates = {"prompt", "completions"} <= set(columns)
     if "rewards" in columns or (are_pairs and ranker is None) or not (are_pairs or are_candidates):
-        return dataset, False  # `tokenize_rankings` says what may be missing
+        return dataset  # `tokenize_rankings` says what may be missing
     if are_pairs:
         dataset = pairs_to_rankings(dataset, f"the {name} dataset").remove_columns("rewards")
     if ranker is None:
@@ -207,20 +204,13 @@ def score_completions(
             name,
             ", ".join(sorted(others)),
         )
-    return dataset.add_column("rewards", score_or_read(dataset, name, ranker, output_dir)), True
+    return dataset.add_column("rewards", score_or_read(dataset, name, ranker, output_dir))
 
 
-def check_prompts(
-    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: PreferenceConfig
-) -> Dataset:
-    """Refuse, before training, a stream or prompts that fill `max_length`, naming the row; number the others."""
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            "The train dataset is an `IterableDataset` of prompts. Pass a `Dataset`, such as "
-            "`Dataset.from_list(list(dataset.take(1000)))`."
-        )
-    chat = list(map(chat_options, dataset))
-    check_prompts_fit(tokenize_prompts(tokenizer, list(dataset["prompt"]), chat), args.max_length)
+def check_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Dataset:
+    """Refuse, before training, prompts that fill `max_length`, naming the row; number the others."""
+    prompt_ids = tokenize_prompts(tokenizer, list(dataset["prompt"]), list(map(chat_options, dataset)))
+    check_prompts_fit(prompt_ids, max_length)
     return number_rows(dataset)  # so that prompts that repeat are sampled anew
 
 
@@ -259,20 +249,17 @@ def score_or_read(dataset: Dataset, name: str, ranker: Ranker, output_dir: str |
     rows = dataset.select_columns(["prompt", "completions"]).with_format(None)
     with gathered(ranker.model):  # by all processes
         settings = as_json({"rows": dataset_fingerprint(rows), "ranker": ranker.settings()})
-        saved = broadcast_object_list([_read(file, settings) if process.is_main_process else None])[0]
+        content = read_json(file) if process.is_main_process else None
+        saved = content["rewards"] if content and content["settings"] == settings else None
+        [saved] = broadcast_object_list([saved])
         if saved is None:
             start, end = (len(rows) * (process.process_index + n) // process.num_processes for n in (0, 1))
             rewards = gather_object(_score(rows.select(range(start, end)), start, name, ranker))
     if process.is_main_process and saved is None:
         write_json(file, {"settings": settings, "rewards": rewards})
     elif process.is_main_process:
-        logger.warning("Reusing the rewards of the %s dataset in %s, made by the same ranker.", name, file)
+        logger.info("Reusing the rewards of the %s dataset in %s, made by the same ranker.", name, file)
     return rewards if saved is None else saved
-
-
-def _read(file: Path, settings: dict[str, Any]) -> list[list[float]] | None:
-    content = read_json(file) or {}
-    return content["rewards"] if content.get("settings") == settings else None
 
 
 def _score(share: Dataset, first_row: int, name: str, ranker: Ranker) -> list[list[float]]:

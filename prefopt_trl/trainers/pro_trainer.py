@@ -15,6 +15,7 @@ from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.sampling.options import GenerationOptions
 from prefopt_trl.trainers.bootstrap import Bootstrap, PartSampler
 from prefopt_trl.trainers.completions import CompletionTrainer, ScoredCompletions
+from prefopt_trl.trainers.prepare import Datasets
 from prefopt_trl.trainers.pro_config import PROConfig
 
 logger = logging.getLogger(__name__)
@@ -82,18 +83,19 @@ class PROTrainer(CompletionTrainer):
 
     bootstrap: Bootstrap | None = None
 
-    def _check_data(self, datasets: dict[str, Any], ranker: Ranker | None, args: Any) -> None:
-        super()._check_data(datasets, ranker, args)
-        if not args.bootstrap_parts:
+    def _check_data(self, datasets: Datasets, ranker: Ranker | None) -> None:
+        super()._check_data(datasets, ranker)
+        if not self.args.bootstrap_parts:
             return
         if ranker is None:
             raise ValueError("`ranker` is missing, and `bootstrap_parts` needs one to score the samples. Pass it.")
-        if not isinstance(datasets["train"], Dataset):
+        dataset = datasets["train"]
+        if not isinstance(dataset, Dataset):
             raise ValueError(
                 "`bootstrap_parts` splits the training dataset, and an `IterableDataset` cannot be split. Pass a "
                 "`Dataset`, or leave it at 0."
             )
-        if "rewards" in datasets["train"].column_names:
+        if "rewards" in dataset.column_names:
             logger.warning(
                 "The ranker scores all completions of a prompt for `bootstrap_parts`, in place of the column "
                 "`rewards`, so that which of them is the best may change."

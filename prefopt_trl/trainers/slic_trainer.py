@@ -15,7 +15,7 @@ from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.sampling.selection import OWN_COLUMNS
 from prefopt_trl.trainers.base import collating_options
 from prefopt_trl.trainers.completions import CompletionTrainer, ScoredCompletions
-from prefopt_trl.trainers.prepare import are_prompts, check_text
+from prefopt_trl.trainers.prepare import Datasets, are_prompts, check_text
 from prefopt_trl.trainers.slic_config import SLiCConfig
 
 
@@ -83,9 +83,9 @@ class SLiCTrainer(CompletionTrainer):
     def scores(self, completions: ScoredCompletions) -> torch.Tensor:
         return completions.logps
 
-    def _check_data(self, datasets: dict[str, Any], ranker: Ranker | None, args: Any) -> None:
-        super()._check_data(datasets, ranker, args)
-        target = args.target_column
+    def _check_data(self, datasets: Datasets, ranker: Ranker | None) -> None:
+        super()._check_data(datasets, ranker)
+        target = self.args.target_column
         for name, dataset in datasets.items() if target is not None else []:
             check_text(dataset, name)
             columns = columns_of(dataset, name)

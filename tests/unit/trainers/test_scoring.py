@@ -151,7 +151,7 @@ def test_a_trainer_that_starts_again_reads_the_rewards(make, caplog, tmp_path):
     assert sorted(file.name for file in (tmp_path / "scored").iterdir()) == ["eval_one.json", "train.json"]
     again = Asked()
     caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="prefopt_trl.trainers.prepare"):
+    with caplog.at_level(logging.INFO, logger="prefopt_trl.trainers.prepare"):
         read = make(PROTrainer, ROWS.remove_columns("source"), ranker=ranker(again), **given)
     assert again.prompts == []
     assert read.train_dataset["rewards"][:] == made.train_dataset["rewards"][:] == LENGTHS
