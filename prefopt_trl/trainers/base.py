@@ -2,7 +2,6 @@
 private names."""
 
 import contextlib
-import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -67,8 +66,6 @@ from prefopt_trl.trainers.upstream import ATTRIBUTES, FUNCTIONS, METHODS, requir
 
 create_model_from_path, get_config_model_id, use_adapter = require(utils, FUNCTIONS)
 require(DPOTrainer, METHODS)
-
-logger = logging.getLogger(__name__)
 
 
 class PreferenceTrainer(Published, DPOTrainer):

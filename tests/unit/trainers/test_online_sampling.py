@@ -126,6 +126,23 @@ def test_an_epoch_trains_on_the_batches_of_the_collator(trainer_class, sampling_
     assert losses(trainer)[-1] != pytest.approx(expected, rel=1e-3)
 
 
+def test_at_a_low_temperature_the_policy_of_that_step_is_decoded_greedily(make, policy_dir):
+    watcher = Batches()
+    settings = {**SAMPLING, "max_steps": 3, "learning_rate": 1e-2, "temperature": 1e-5}
+    watcher.watch(make(SLiCTrainer, PROMPTS, ranker=FunctionRanker(checksum), **settings)).train()
+    model = AutoModelForCausalLM.from_pretrained(policy_dir)
+    tokenizer, written = AutoTokenizer.from_pretrained(policy_dir), set()
+    for (_, prompts, batch), weights in zip(watcher.batches, watcher.weights, strict=True):
+        model.load_state_dict(weights)
+        rows = [tokenizer.decode(ids, skip_special_tokens=True) for ids in batch["input_ids"]]
+        for place, prompt in enumerate(prompts):
+            greedy = model.generate(**tokenizer(prompt, return_tensors="pt"), do_sample=False, max_new_tokens=5)
+            text = tokenizer.decode(greedy[0], skip_special_tokens=True)
+            assert rows[3 * place : 3 * place + 3] == [text] * 3  # chosen of a knock-out of four equal candidates
+            written.add(text.removeprefix(prompt))
+    assert len(written) > 1
+
+
 @pytest.mark.parametrize("trainer_class", [SLiCTrainer, PROTrainer, RRHFTrainer])
 def test_a_method_without_a_reference_model_samples_from_its_policy(trainer_class, make, policy_dir):
     trainer, batches = train(make, trainer_class, num_train_epochs=2)
