@@ -79,7 +79,7 @@ class PreferenceTrainer(Published, DPOTrainer):
     learns_from: str = "pairs"  # or "rankings"
     has_reference: bool = True  # where False, no second model is loaded or held
     has_own_loss: bool = False  # in place of TRL's losses on pairs
-    rows_per_example: int = 2  # where it learns from pairs
+    rows_per_example: int = 2  # of logits, where it learns from pairs
     train_sampler: Sampler | None = None  # the order of the training data, in place of that of transformers
     _has_reference_adapter: bool = False
     args: Any  # an instance of `config_class`
@@ -287,16 +287,17 @@ class PreferenceTrainer(Published, DPOTrainer):
         """Return the collator in place of a user's own."""
         if self.args.sampling == "online":
             assert ranker is not None  # `with_completions` has refused it
-            from_reference = self.args.sampling_policy == "reference"
-            policy = self.ref_model if from_reference and self.ref_model is not None else self.model
+            policy: Any = self.model
+            context: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+            if self.args.sampling_policy == "reference" and self.ref_model is None:
+                context = self._reference_adapter
+            elif self.args.sampling_policy == "reference":
+                policy = self.ref_model
             return DataCollatorForRejectionSampling(
                 self.accelerator.unwrap_model(policy),
                 tokenizer,
                 ranker,
-                # The reference model of an adapter is the policy without it
-                while_sampling=self._reference_adapter
-                if from_reference and policy is self.model
-                else contextlib.nullcontext,
+                while_sampling=context,
                 seed=self.args.seed,
                 **vars(SamplingOptions.of(self.args)),
                 **collating_options(self.args),

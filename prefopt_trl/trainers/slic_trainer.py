@@ -121,11 +121,12 @@ class SLiCTrainer(CompletionTrainer):
     def _make_collator(self, tokenizer: PreTrainedTokenizerBase, ranker: Ranker | None) -> Any:
         if self.args.target_column is None:
             return super()._make_collator(tokenizer, ranker)
+        self.rows_per_example = 3
         return CollatorWithTargets(tokenizer.pad_token_id, **collating_options(self.args))
 
 
 class CollatorWithTargets(DataCollatorForPreference):
-    """TRL's collator of pairs, and a row for the target of each, which `is_target` of shape `(num_rows,)` marks."""
+    """TRL's batch of pairs, and behind it a row for the target of each, for which `is_target` is True."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         targets = [
@@ -133,9 +134,9 @@ class CollatorWithTargets(DataCollatorForPreference):
             for example in examples
         ]
         batch = super().torch_call(examples + targets)  # rows of chosen, of targets, of rejected, and of nothing
-        num_rows = 3 * len(examples)
+        row = torch.arange(3 * len(examples))
         return {
-            **{name: rows[:num_rows] for name, rows in batch.items()},
-            "group_ids": torch.arange(num_rows) % len(examples),
-            "is_target": torch.arange(num_rows) // len(examples) == 1,
+            **{name: rows.unflatten(0, (4, -1))[[0, 2, 1]].flatten(0, 1) for name, rows in batch.items()},
+            "group_ids": row % len(examples),
+            "is_target": row >= 2 * len(examples),
         }

@@ -324,7 +324,7 @@ def test_settings_that_do_not_go_with_it_are_refused(given, message, trainer_cla
             Dataset.from_dict({"prompt": ["Why?"], "completions": [[" So.", " No"]]}),
             "`sampling='online'` needs a training dataset of prompts, and this one has completions. Remove them",
         ),
-        (PROMPTS.to_iterable_dataset(), "is an `IterableDataset` of prompts. Pass a `Dataset`"),
+        (PROMPTS.to_iterable_dataset(), "is an `IterableDataset` of prompts, .* Pass a `Dataset`"),
     ],
 )
 @pytest.mark.parametrize("trainer_class", TRAINERS)

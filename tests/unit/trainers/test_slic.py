@@ -1,11 +1,12 @@
 import pytest
 import torch
 from datasets import Dataset
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from prefopt_trl import losses
 from prefopt_trl.rankers import FunctionRanker
 from prefopt_trl.trainers.slic_config import SLiCConfig
-from prefopt_trl.trainers.slic_trainer import SLiCTrainer
+from prefopt_trl.trainers.slic_trainer import CollatorWithTargets, SLiCTrainer
 
 PAIRS = Dataset.from_dict(
     {
@@ -88,6 +89,27 @@ def test_the_target_is_not_one_of_the_ranked(by_hand, one_step):
     right = sum(one > other for one, other in zip(chosen, rejected, strict=True)) / 4
     assert log["rewards/accuracies"] == log["ranking/top1"] == right
     assert log["ranking/kendall_tau"] == 2 * right - 1
+
+
+def test_the_rows_of_targets_are_behind_those_of_the_pairs():
+    examples = [
+        {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]},
+        {"prompt_ids": [6], "chosen_ids": [7, 8], "rejected_ids": [9]},
+    ]
+    pairs = DataCollatorForPreference(pad_token_id=0)(examples)
+    targets = [
+        {"target_prompt_ids": [1, 2], "target_ids": [10]},
+        {"target_prompt_ids": [6], "target_ids": [11, 12, 13]},
+    ]
+    batch = CollatorWithTargets(pad_token_id=0)(
+        [{**example, **target} for example, target in zip(examples, targets, strict=True)]
+    )
+    for name, rows in pairs.items():
+        assert torch.equal(batch[name][:4], rows)
+    assert batch["input_ids"][4:].tolist() == [[1, 2, 10, 0], [6, 11, 12, 13]]
+    assert batch["completion_mask"][4:].tolist() == [[0, 0, 1, 0], [0, 1, 1, 1]]
+    assert batch["group_ids"].tolist() == [0, 1] * 3
+    assert batch["is_target"].tolist() == [False] * 4 + [True] * 2
 
 
 def test_it_is_the_papers_hinge_times_its_margin(by_hand, one_step):
