@@ -121,7 +121,7 @@ def test_a_folder_of_another_dataset_is_refused_before_sampling_begins(tiny, cap
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         run.main("sample", [*tiny, *sampling.split(), "--seed", "1"])
-    assert "\nprefopt-trl sample: error: out " in capsys.readouterr().err
+    assert "prefopt-trl sample: error: out " in capsys.readouterr().err
 
 
 # Interrupted
