@@ -5,6 +5,7 @@ import json
 import re
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,9 +109,19 @@ def cells(table: str) -> list[list[str]]:
 
 
 def of_wandb(folder: Path) -> list[dict]:
-    """What was logged: the records of its file, which is a log in LevelDB's format."""
+    """What was logged. `wandb.finish` may return before its file is whole, which ends with a record of the exit."""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    data, position, record, logged = file.read_bytes(), 7, b"", []
+    deadline = time.monotonic() + 60
+    while not (records := records_of(file.read_bytes())) or not records[-1].HasField("exit"):
+        assert time.monotonic() < deadline, f"{file} has no end"
+        time.sleep(0.1)
+    rows = [record.history.item for record in records if record.history.item]
+    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
+
+
+def records_of(data: bytes) -> list[Record]:
+    """The whole records of a log in LevelDB's format."""
+    position, record, records = 7, b"", []
     while position + 7 <= len(data):
         if (left := 32768 - position % 32768) < 7:
             position += left
@@ -118,11 +129,10 @@ def of_wandb(folder: Path) -> list[dict]:
         length, kind = struct.unpack_from("<HB", data, position + 4)
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # whole, or its last part
-            items = Record.FromString(record).history.item
-            logged.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+        if kind in (1, 4) and position <= len(data):  # whole, or its last part
+            records.append(Record.FromString(record))
             record = b""
-    return [entry for entry in logged if entry]
+    return records
 
 
 def keep_trackio_in(folder: Path, monkeypatch) -> None:
