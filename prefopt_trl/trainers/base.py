@@ -24,11 +24,11 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 from trl.trainer import utils
 
 from prefopt_trl.data.collators import DataCollatorForRanking
-from prefopt_trl.data.formats import columns_of, normalize_pairs
+from prefopt_trl.data.formats import Row, columns_of, normalize_pairs
 from prefopt_trl.data.rankings import pairs_to_rankings, tokenize_rankings
 from prefopt_trl.data.tokenization import (
     WithoutAppendedTokens,
@@ -38,6 +38,7 @@ from prefopt_trl.data.tokenization import (
 )
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.runtime.processes import checkpoints, interruptible, last_checkpoint, what_is_trained
+from prefopt_trl.runtime.settings import Settings
 from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
 from prefopt_trl.sampling.options import SamplingOptions
 from prefopt_trl.shared_prefix.forward import add_shared_prefix
@@ -216,13 +217,13 @@ class PreferenceTrainer(Published, DPOTrainer):
         with interruptible(partial(what_is_trained, output_dir, before)):
             return super().train(checkpoint, *args, **kwargs)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         if self.args.should_save:  # first, so that they are there when the checkpoint is pushed
             folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             save_settings(folder, self._settings())
         super()._save_checkpoint(model, trial)
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> Settings:
         """Return what a run must have in common with the one that it resumes."""
         dataset: Any = self.train_dataset
         if isinstance(dataset, Dataset):
@@ -265,7 +266,7 @@ class PreferenceTrainer(Published, DPOTrainer):
                 self._preferences_log.batch = batches[-1]
         return batches, num_items
 
-    def _sample(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def _sample(self, examples: list[Row]) -> dict[str, torch.Tensor]:
         """Sample completions of the examples' prompts and collate them."""
         self.data_collator.epoch = epoch_of(self.state)
         if self.args.sampling_policy == "current":  # an engine may have wrapped it since the construction
@@ -318,7 +319,7 @@ class PreferenceTrainer(Published, DPOTrainer):
         self,
         dataset: Dataset | IterableDataset,
         processing_class: Any,
-        args: Any,
+        args: DPOConfig,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         tokenizer = getattr(processing_class, "tokenizer", processing_class)

@@ -12,8 +12,16 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
+from prefopt_trl.data.formats import Row
 from prefopt_trl.data.tokenization import chat_options, tokenize_completions
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.runtime.settings import as_json, differences, read_json, write_json
@@ -65,10 +73,12 @@ class Bootstrap(TrainerCallback):
         self.starts = np.cumsum([0, *map(len, self.parts)])  # places at which the parts begin in an epoch
         self.epoch = 0
         self.resumed_at = 0  # steps that the checkpoint had been trained for
-        self.rankings: dict[int, dict[str, Any]] = {}  # of the rows sampled in this epoch
+        self.rankings: dict[int, Row] = {}  # of the rows sampled in this epoch
         self.num_sampled = 0  # parts
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.resumed_at = state.global_step
         if state.global_step == 0 and state.is_world_process_zero and self.folder.exists():
             # Samples of an earlier run, in larger steps, would pass for ones from before a checkpoint of this run
@@ -76,14 +86,14 @@ class Bootstrap(TrainerCallback):
             aside = self.folder.rename(next(name for name in names if not name.exists()))
             logger.warning("Training starts anew; the samples of an earlier run are kept in %s.", aside)
 
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.epoch = epoch_of(state)
         self.rankings, self.num_sampled = {}, 0
         self.place = {row: place for place, row in enumerate(PartSampler(self))}
 
-    def extend(
-        self, rows: list[int], model: PreTrainedModel, accelerator: Accelerator, global_step: int
-    ) -> list[dict[str, Any]]:
+    def extend(self, rows: list[int], model: PreTrainedModel, accelerator: Accelerator, global_step: int) -> list[Row]:
         """Rankings of these rows of the dataset, each with the policy's sample among them, for the collator.
 
         Every process calls this at the same time, each with rows of its own.
@@ -129,7 +139,7 @@ class Bootstrap(TrainerCallback):
                 "rewards": ranking["rewards"],
             }
 
-    def _sample_rows(self, rows: np.ndarray, model: PreTrainedModel, stream: list[int]) -> list[dict[str, Any]]:
+    def _sample_rows(self, rows: np.ndarray, model: PreTrainedModel, stream: list[int]) -> list[Row]:
         chosen = [self.dataset[row] for row in rows.tolist()]
         seed = int(np.random.SeedSequence(stream).generate_state(1)[0])
         sampled = sample_for(chosen, model, self.tokenizer, 1, self.options, seed=seed)
@@ -141,7 +151,7 @@ class Bootstrap(TrainerCallback):
             for row, prompt, completions, row_rewards in zip(rows.tolist(), prompts, extended, rewards, strict=True)
         ]
 
-    def _read(self, file: Path, part: int) -> list[dict[str, Any]] | None:
+    def _read(self, file: Path, part: int) -> list[Row] | None:
         """Rankings of a part that was sampled before the checkpoint this run resumes from, or None."""
         content = read_json(file)
         if content is None or content["global_step"] >= self.resumed_at:

@@ -3,14 +3,13 @@
 import logging
 import os
 import textwrap
-from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from prefopt_trl import losses
-from prefopt_trl.data.formats import number_rows
+from prefopt_trl.data.formats import Row, number_rows
 from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.sampling.options import GenerationOptions
 from prefopt_trl.trainers.bootstrap import Bootstrap, PartSampler
@@ -117,7 +116,7 @@ class PROTrainer(CompletionTrainer):
         self.train_sampler = PartSampler(self.bootstrap)
         self.add_callback(self.bootstrap)
 
-    def _sample(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def _sample(self, examples: list[Row]) -> dict[str, torch.Tensor]:
         if self.bootstrap is None:
             return super()._sample(examples)
         rows, policy = [example["row"] for example in examples], self.accelerator.unwrap_model(self.model)

@@ -4,7 +4,6 @@ import logging
 from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 
 from prefopt_trl.runtime.fingerprints import dataset_fingerprint
-from prefopt_trl.runtime.settings import as_json, differences, read_json, write_json
+from prefopt_trl.runtime.settings import Settings, as_json, differences, read_json, write_json
 from prefopt_trl.sampling.options import SamplingOptions
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
@@ -46,7 +45,7 @@ NUM_ROWS = 64  # of the training data, in their fingerprint
 
 def training_settings(
     method: str, args: PreferenceConfig, model: PreTrainedModel | PeftModel, dataset: Dataset | IterableDataset
-) -> dict[str, Any]:
+) -> Settings:
     """Return what decides what is trained, as it is read back from JSON: all settings but those that [`MAY_CHANGE`].
 
     The batch size is that of a step of the optimizer on all processes. The adapter's settings are
@@ -81,12 +80,12 @@ def data_fingerprint(dataset: Dataset | IterableDataset) -> str | None:
     return f"{len(dataset)} rows, {dataset_fingerprint(spaced)}"
 
 
-def save_settings(checkpoint: str | Path, settings: dict[str, Any]) -> None:
+def save_settings(checkpoint: str | Path, settings: Settings) -> None:
     """Write the settings into the folder of a checkpoint, which need not be there yet."""
     write_json(Path(checkpoint) / SETTINGS_FILE, settings)
 
 
-def check_settings(checkpoint: str | Path, settings: dict[str, Any]) -> None:
+def check_settings(checkpoint: str | Path, settings: Settings) -> None:
     """Refuse to resume a checkpoint with settings other than those it was trained with, naming each.
 
     A checkpoint without settings, such as one of TRL's `DPOTrainer`, passes with a logged line, and so does a run of

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
+from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from prefopt_trl import losses
-from prefopt_trl.data.formats import check_completions, columns_of
+from prefopt_trl.data.formats import Row, check_completions, columns_of
 from prefopt_trl.data.tokenization import chat_options, tokenize_completions
 from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.sampling.selection import OWN_COLUMNS
@@ -103,13 +104,13 @@ class SLiCTrainer(CompletionTrainer):
                 )
 
     def _prepare_dataset(
-        self, dataset: Dataset | IterableDataset, processing_class: Any, args: Any, dataset_name: str
+        self, dataset: Dataset | IterableDataset, processing_class: Any, args: DPOConfig, dataset_name: str
     ) -> Dataset | IterableDataset:
-        target = args.target_column
+        target = self.args.target_column
         if target is not None:
             tokenizer = getattr(processing_class, "tokenizer", processing_class)
 
-            def tokenize(example: dict[str, Any], row: int) -> dict[str, list[int]]:
+            def tokenize(example: Row, row: int) -> dict[str, list[int]]:
                 prompt, completions = example["prompt"], [example["chosen"], example["rejected"], example[target]]
                 check_completions(prompt, completions, f"row {row} of the {dataset_name} dataset")
                 ids = tokenize_completions(tokenizer, prompt, completions[2:], **chat_options(example))
@@ -128,7 +129,7 @@ class SLiCTrainer(CompletionTrainer):
 class CollatorWithTargets(DataCollatorForPreference):
     """TRL's batch of pairs, and behind it a row for the target of each, for which `is_target` is True."""
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def torch_call(self, examples: list[Row]) -> dict[str, torch.Tensor]:
         targets = [
             {"prompt_ids": example["target_prompt_ids"], "chosen_ids": example["target_ids"], "rejected_ids": []}
             for example in examples
