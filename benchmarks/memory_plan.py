@@ -37,7 +37,7 @@ class Sizes:
     """Numbers of parameters."""
 
     model: int
-    linear: int  # in the linear layers but the LM head: what bitsandbytes quantises
+    linear: int  # in the linear layers but the LM head: what bitsandbytes quantizes
     largest: int  # of a module by itself, as DeepSpeed's estimator counts
     decoder_layer: int
     adapter: int
@@ -127,7 +127,7 @@ def ddp_lora(size: Sizes, config: LlamaConfig, gpus: int) -> States:
 
 
 def ddp_qlora(size: Sizes, config: LlamaConfig, gpus: int) -> States:
-    """Own formula. nf4 with double quantisation, a bfloat16 adapter and `paged_adamw_8bit`.
+    """Own formula. nf4 with double quantization, a bfloat16 adapter and `paged_adamw_8bit`.
 
     Computing takes one linear layer at a time in bfloat16.
     """
@@ -163,7 +163,7 @@ def layer_activations(config: LlamaConfig, rows: int, row_length: int) -> int:
 
     For each token 12 vectors of the hidden size (in each norm one in float32 and one after it, inputs of the linear
     layers, queries, keys, values and the attention's output), 4 of the MLP's, the rotary cosines and sines, the
-    attention's normalisers and the norms', and its row of the mask.
+    attention's normalizers and the norms', and its row of the mask.
     """
     per_token = 24 * config.hidden_size + 8 * config.intermediate_size
     per_token += 4 * config.hidden_size // config.num_attention_heads  # cosines and sines, as long as a head

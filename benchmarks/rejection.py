@@ -61,7 +61,7 @@ def law_of_one_prompt(args: argparse.Namespace) -> dict[str, Any]:
     """Total variation between what is accepted, in its order, of 5 candidates when 3 are asked for.
 
     The printed algorithm is given the candidates in random order, as samples of a policy are, and the first of what
-    it accepts are taken: then it favours nobody by position either.
+    it accepts are taken: then it favors nobody by position either.
     """
     rewards = [0.0, 0.3, 0.5, 0.9, 1.0]
     num_samples, draws = 3, args.draws

@@ -61,8 +61,8 @@ def train_policy(pairs: Dataset, tokenizer: PreTrainedTokenizerFast) -> Any:
 
     model: Any = tiny_llama(tokenizer)
     model.to(DEVICE).train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=len(batches))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=len(batches))
     for step, batch in enumerate(batches):
         input_ids, labels = (
             torch.nn.utils.rnn.pad_sequence(list(column), batch_first=True, padding_value=padding).to(DEVICE)
@@ -72,8 +72,8 @@ def train_policy(pairs: Dataset, tokenizer: PreTrainedTokenizerFast) -> Any:
         loss = model(input_ids=input_ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
         if step % 20 == 0:
             print(f"training the policy: step {step} of {len(batches)}, loss {loss.item():.2f}", flush=True)

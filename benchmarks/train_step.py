@@ -2,7 +2,7 @@
 
 - On pairs: a step of RSOTrainer against one of DPOTrainer, in time and in peak memory of a process of its own each.
 - On rankings of n completions: a step of PROTrainer against its own without sharing, and against DPOTrainer on all
-  n(n-1)/2 pairs of the same rankings, which take n-1 micro-batches of as many rows and one step of the optimiser.
+  n(n-1)/2 pairs of the same rankings, which take n-1 micro-batches of as many rows and one step of the optimizer.
 - Scoring: forward and backward of n completions of a prompt, shared against unshared.
 
 Both sides have the same weights and see the same HH-RLHF prompts in the same order, in turn, in one process; what

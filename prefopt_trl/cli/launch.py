@@ -30,7 +30,7 @@ ON_THE_CPU = (
 
 
 def launch(name: str, arguments: Sequence[str]) -> None:
-    """Run a command in processes of its own, which check its values.
+    """Start the processes of a command, which check its values.
 
     Raises:
         SystemExit: with exit code 2 for arguments that cannot work, or with that of a process that failed.
@@ -102,7 +102,7 @@ def launch_arguments(
 
 
 def configs() -> Path:
-    """Return the folder of our own configurations: beside the package in a clone, inside it where it is installed."""
+    """Return the folder of the package's configurations: beside it in a clone, inside it once installed."""
     package = Path(prefopt_trl.__file__).parent
     return next(folder for folder in (package.parent / "ds_configs", package / "ds_configs") if folder.is_dir())
 

@@ -102,7 +102,8 @@ def cache_of_contents(path: Path) -> str:
     """Return a `cache_dir` for `load_dataset` that depends on the contents of a file or of a folder's files.
 
     `datasets` identifies a local file by its path and modification time, and reads stale rows from its cache if a file
-    was replaced by one with the same time. To go once `datasets` compares contents.
+    was replaced by one with the same time. To go once it compares contents:
+    https://github.com/huggingface/datasets/issues/2956
     """
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(path.rglob("[!.]*")):

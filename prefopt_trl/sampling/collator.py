@@ -40,9 +40,9 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
     Samples completions of a batch of prompts, ranks, rejects and pairs them (RSO section 5), and collates the pairs.
 
     Each example has a `"prompt"`, as plain text or as messages, and perhaps `"tools"` and `"chat_template_kwargs"` for
-    the chat template. The batch is the one that TRL's
-    `DataCollatorForPreference` makes of the pairs, or [`DataCollatorForRanking`] of the rankings. A batch size counts
-    prompts, so `per_device_train_batch_size` does too. With n = `num_samples`, B prompts give
+    the chat template. The batch is the one that TRL's `DataCollatorForPreference` makes of the pairs, or
+    [`DataCollatorForRanking`] of the rankings. A batch size counts prompts, so `per_device_train_batch_size` does too.
+    With n = `num_samples`, B prompts give
 
     - `"first-round"`: `B * (n // 2)` pairs, each of two rows;
     - `"tournament"`: `B * (n - 1)` pairs;
@@ -109,7 +109,7 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranker(self.ranker)
-        eos_token_ids(self.policy, self.tokenizer)  # raises where there is none
+        eos_token_ids(self.policy, self.tokenizer)  # raises if there is none
         make = DataCollatorForRanking if self.pairing == RANKING else DataCollatorForPreference
         pad_token_id: Any = self.tokenizer.pad_token_id
         self._collate = make(
@@ -168,12 +168,12 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
         if self.pairing == RANKING:
             ranked = [rank(*scored) for scored in zip(completions, rewards, members, strict=True)]
             return [self._tokenize(example, **ranking) for example, ranking in zip(examples, ranked, strict=True)]
-        labelled = label_pairs(self.ranker, prompts, completions, members, self.pairing, streams)
+        labeled = label_pairs(self.ranker, prompts, completions, members, self.pairing, streams)
         n = self.num_samples
         num_pairs = {"first-round": n // 2, "tournament": n - 1, "all": n * (n - 1) // 2}[self.pairing]
         return [
             self._tokenize(example, [row[chosen], row[rejected]])
-            for example, row, pairs in zip(examples, completions, labelled, strict=True)
+            for example, row, pairs in zip(examples, completions, labeled, strict=True)
             # Repeated where there are few: TRL gathers a value of each pair, as many from every process
             for chosen, rejected in np.resize(np.stack([pairs.chosen, pairs.rejected], axis=1), (num_pairs, 2))
         ]

@@ -62,7 +62,7 @@ class GenerationOptions:
         metadata={
             "help": "Compute each prompt once for all its completions, in training and in sampling. Exact; where a "
             "model cannot share (sliding window, ALiBi, recurrence) one logged line says so and each completion is a "
-            "row of its own."
+            "separate row."
         },
     )
 

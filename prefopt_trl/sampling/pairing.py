@@ -29,7 +29,7 @@ Seed = np.random.Generator | int | None
 
 class Pairs(NamedTuple):
     """
-    Labelled pairs of one prompt's completions.
+    Labeled pairs of one prompt's completions.
 
     Attributes:
         chosen (int64 array of shape `(num_pairs,)`):

@@ -41,7 +41,7 @@ SHARD_COMPLETIONS = 2048  # sampled for a shard at most: so many are generated a
 SHARD_FLOPS = 5e12  # of a shard sampled on a CPU at most, which takes two cores about a minute
 GIVEN_COMPLETIONS = 128  # ranked for a shard, where they are given
 MOST_SHARDS = 10_000  # each is two files
-MANY_CONTRADICTED = 0.25  # share of pairs labelled against the given rewards that is worth a warning
+MANY_CONTRADICTED = 0.25  # share of pairs labeled against the given rewards that is worth a warning
 MANY_UNFINISHED = 0.1  # share of candidates cut short that is worth a warning
 REMINDER_SECONDS = 180.0  # between two lines on what the main process waits for
 
@@ -71,10 +71,10 @@ def build_preference_dataset(
     every setting, `statistics.json`, `statistics.png` and a dataset card (`README.md`). A finished `output_dir` made
     with the same settings is read, not made again.
 
-    Nothing is lost when it stops: the same call goes on from the shards of prompts that are on the disk (`shards/`),
+    Nothing is lost when it stops: the same call resumes from the shards of prompts that are on the disk (`shards/`),
     to the same bytes. Each process of `accelerate launch` or `torchrun`, on any number of nodes that share
     `output_dir`, takes its part of the shards and returns the whole dataset, which does not depend on how many there
-    were. Each needs a policy and a ranker of its own; sharded weights are gathered once.
+    were. Each loads the policy and the ranker; sharded weights are gathered once.
 
     Args:
         prompts ([`~datasets.Dataset`], `list`, or path of a `.jsonl` file):
@@ -180,7 +180,7 @@ def build_preference_dataset(
         settings = shards.settings()
         if not store.finished(settings):
             layout = shard_layout(len(dataset), prompts_at_once(shards))
-            with interruptible(lambda: f"Interrupted: {store.saved()}; the same call goes on from there."):
+            with interruptible(lambda: f"Interrupted: {store.saved()}; the same call resumes from there."):
                 _make(shards, settings, layout, process)
         elif process.is_main_process:
             with contextlib.suppress(OSError):  # a read-only disk

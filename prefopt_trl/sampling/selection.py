@@ -101,8 +101,8 @@ def preference_rows(
         if selected.accepted:
             yield {**columns, **rank(completions, np.array(rewards), np.array(selected.accepted))}
         return
-    labelled = zip(selected.chosen, selected.rejected, selected.probabilities, strict=True)
-    for pair, (chosen, rejected, probability) in enumerate(labelled):
+    labeled = zip(selected.chosen, selected.rejected, selected.probabilities, strict=True)
+    for pair, (chosen, rejected, probability) in enumerate(labeled):
         row = {
             **columns,
             "chosen": completions[chosen],

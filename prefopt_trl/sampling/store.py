@@ -231,7 +231,7 @@ class SampleStore:
             raise OSError(
                 error.errno,
                 f"Could not write {path}: {error.strerror or error}. {self.saved()}, which is as it was before; once "
-                "it can be written to (a full disk: once there is space), the same call goes on from there",
+                "it can be written to (a full disk: once there is space), the same call resumes from there",
             ) from error
 
     def _manifest(self) -> Settings | None:

@@ -41,7 +41,10 @@ METHODS = {
     "listwise-dpo": Method(
         "ListwiseDPO",
         "train with listwise DPO on rankings",
-        {"beta": (0.1, "Temperature of the loss: how strongly the policy stays with the reference model.")},
+        {
+            "beta": (0.1, "Temperature of the loss: how strongly the policy stays with the reference model."),
+            "loss_type": (["plackett-luce"], "Loss: plackett-luce (DPO eq. 20) or lambda (LiPO)."),
+        },
     ),
     "rrhf": Method(
         "RRHF",

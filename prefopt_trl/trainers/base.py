@@ -202,7 +202,7 @@ class PreferenceTrainer(Published, DPOTrainer):
         self._ref_model = model if self.has_reference else None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As [`~transformers.Trainer`] does. Where a checkpoint was cut off as it was saved, True is the one before.
+        """Train as [`~transformers.Trainer`] does. With True, resume from the last checkpoint that is complete.
 
         Raises:
             ValueError: for a checkpoint that was trained with other settings, another adapter or other data, or longer

@@ -89,7 +89,7 @@ class PreferenceConfig(SamplingOptions, DPOConfig):
                 "`dataloader_num_workers=0`."
             )
         accelerator: Any = self.accelerator_config  # no `dict` any more
-        if accelerator.dispatch_batches:
+        if accelerator.dispatch_batches and (self.sampling == "online" or RANKING in self._pairings):
             raise ValueError(
                 "`dispatch_batches=True` deals out the rows of a batch, and tears the completions of a prompt apart. "
                 "Leave it out of `accelerator_config`."

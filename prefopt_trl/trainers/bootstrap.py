@@ -40,8 +40,8 @@ class Bootstrap(TrainerCallback):
 
     A part is sampled when its first row is about to be trained on, and saved in `folder` before that, as
     `epoch-0-part-0.json`, with the number of steps trained by then. A run that resumes from a checkpoint reads the
-    parts sampled before the checkpoint, and samples those after it anew, so it goes on as if it had not been
-    interrupted. A run that starts anew moves what an earlier one has saved in `folder` aside.
+    parts sampled before the checkpoint, and samples those after it anew, as the uninterrupted run would have. A run
+    that starts anew moves what an earlier one has saved in `folder` aside.
 
     `num_parts` is K of Algorithm 1, at most the number of rows. `seed` decides the split, the order of rows and the
     samples. `options` say how they are sampled.
@@ -94,9 +94,9 @@ class Bootstrap(TrainerCallback):
         self.place = {row: place for place, row in enumerate(PartSampler(self))}
 
     def extend(self, rows: list[int], model: PreTrainedModel, accelerator: Accelerator, global_step: int) -> list[Row]:
-        """Rankings of these rows of the dataset, each with the policy's sample among them, for the collator.
+        """Return the rankings of these rows of the dataset, with the policy's samples among them, for the collator.
 
-        Every process calls this at the same time, each with rows of its own.
+        Every process calls this at the same time, each with different rows.
         """
         places = accelerator.gather(torch.tensor([self.place[row] for row in rows], device=accelerator.device))
         latest = int(np.searchsorted(self.starts, int(places.max()), side="right")) - 1
@@ -152,7 +152,7 @@ class Bootstrap(TrainerCallback):
         ]
 
     def _read(self, file: Path, part: int) -> list[Row] | None:
-        """Rankings of a part that was sampled before the checkpoint this run resumes from, or None."""
+        """Return the rankings of a part that was sampled before the checkpoint this run resumes from, or None."""
         content = read_json(file)
         if content is None or content["global_step"] >= self.resumed_at:
             return None

@@ -18,7 +18,7 @@ class ScoredCompletions:
 
     Attributes:
         logps (`torch.Tensor` of shape `(batch_size, n)`):
-            Log-probabilities under the policy, in nats, summed over tokens, with gradient; 0 where there is none.
+            Log-probabilities under the policy, in nats, summed over tokens, with gradient; 0 for a missing completion.
         num_tokens (`torch.LongTensor` of shape `(batch_size, n)`):
             Tokens of each completion, EOS among them.
         mask (`torch.BoolTensor` of shape `(batch_size, n)`):
@@ -120,11 +120,11 @@ class CompletionTrainer(PreferenceTrainer):
     has_own_loss = True
 
     def loss_per_prompt(self, completions: ScoredCompletions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of each prompt, and the parts of it that are logged; each of shape `(batch_size,)`."""
+        """Return the loss of each prompt, and the parts of it that are logged; each of shape `(batch_size,)`."""
         raise NotImplementedError
 
     def scores(self, completions: ScoredCompletions) -> torch.Tensor:
-        """What the method takes as the policy's own reward of each completion, shape `(batch_size, n)`."""
+        """Return what the method takes as the policy's reward of each completion, shape `(batch_size, n)`."""
         raise NotImplementedError
 
     def compute_loss(
@@ -177,7 +177,7 @@ class CompletionTrainer(PreferenceTrainer):
             return loss, model(**model_inputs)
 
     def _ref_logps(self, inputs: dict[str, Any], asked: Tensor) -> Tensor:
-        """Log-probabilities of each row under the reference model, in nats, summed over tokens."""
+        """Return the log-probability of each row under the reference model, in nats, summed over tokens."""
         model = self.model if self.ref_model is None else self.ref_model
         as_reference = self._reference_adapter() if self.ref_model is None else contextlib.nullcontext()
         inputs = {name: value for name, value in inputs.items() if name != "output_router_logits"}
@@ -191,14 +191,14 @@ OWN_INPUTS = {"completion_mask", "group_ids", "is_target", "rewards"}
 
 
 def _of_tokens(per_token: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-    """The values of the rows' own tokens: prompt-learning adapters put virtual ones before them."""
+    """Return the values of the rows' own tokens: prompt-learning adapters put virtual ones before them."""
     return per_token[:, -asked.shape[1] :]
 
 
 def _token_metrics(
     outputs: Any, asked: torch.Tensor, columns: torch.Tensor
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """TRL's metrics over the tokens of completions; those of the best completions are the chosen ones.
+    """Measure what TRL does over the tokens of completions; those of the best completions are the chosen ones.
 
     `columns`, shape `(num_rows,)`, are the places of the rows' completions, -1 for a target.
     """

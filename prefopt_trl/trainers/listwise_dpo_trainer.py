@@ -16,6 +16,8 @@ class ListwiseDPOTrainer(CompletionTrainer):
     model, so there is one copy of the weights; otherwise two, as in TRL. Equal rewards keep the order of the data: the
     model has no ties.
 
+    With `loss_type="lambda"` the loss is LiPO's (arXiv 2402.01878), which weights each pair by its rewards.
+
     Args:
         args ([`ListwiseDPOConfig`], *optional*):
             Configuration.

@@ -141,7 +141,7 @@ def reference_for_trl(model: Any, ref_model: Any, peft_config: PeftConfig | None
     """
     if isinstance(ref_model, PeftModel):
         return ref_model.get_base_model()  # with the adapter in its layers, and a head that TRL can fuse
-    # TRL needs the model under FSDP, which shards the policy later
+    # TRL then loads none (https://github.com/huggingface/trl/pull/5542), but for FSDP, which shards the policy later
     precomputes = args.precompute_ref_log_probs and os.environ.get("ACCELERATE_USE_FSDP") != "true"
     is_copied = ref_model is None and peft_config is None and not precomputes and isinstance(model, PreTrainedModel)
     return frozen_copy(model) if is_copied else ref_model

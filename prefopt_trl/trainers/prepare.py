@@ -76,10 +76,9 @@ def with_completions(
     ranker: Ranker | None,
     args: PreferenceConfig,
 ) -> Datasets:
-    """Return the datasets with what a trainer learns from: prompts are sampled, and completions scored where need be.
+    """Sample completions for prompts, and score completions that have no rewards.
 
-    `learns_from` is `"pairs"` or `"rankings"`. A `ValueError` says which
-    completions, rewards or ranker are missing.
+    `learns_from` is `"pairs"` or `"rankings"`. A `ValueError` says which completions, rewards or ranker are missing.
     """
     columns = {name: columns_of(dataset, name) for name, dataset in datasets.items()}
     to_sample = [name for name in columns if are_prompts(columns[name], learns_from)]

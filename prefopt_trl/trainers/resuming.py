@@ -46,7 +46,7 @@ NUM_ROWS = 64  # of the training data, in their fingerprint
 def training_settings(
     method: str, args: PreferenceConfig, model: PreTrainedModel | PeftModel, dataset: Dataset | IterableDataset
 ) -> Settings:
-    """Return what decides what is trained, as it is read back from JSON: all settings but those that [`MAY_CHANGE`].
+    """Return the settings that decide what is trained, as JSON holds them: all but those that [`MAY_CHANGE`].
 
     The batch size is that of a step of the optimizer on all processes. The adapter's settings are
     `"peft_config.<name>"`; without an adapter `"peft_config.peft_type"`, which is None, is the only one.

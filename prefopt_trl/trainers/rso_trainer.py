@@ -19,9 +19,9 @@ class RSOTrainer(PreferenceTrainer):
     `beta = gamma`. One default differs: `gamma` is 0.05, as in the paper, and `DPOConfig`'s `beta` is 0.1.
 
     On prompts alone, given a `ranker`, it first builds the pairs of RSO section 5 with the policy as it is before
-    training: 64 candidates per prompt, 8 kept by statistical rejection sampling, 4 random pairs of them labelled by
-    the ranker. They are saved in `<output_dir>/sampled/train` and reused by a later run with the same settings; with
-    other settings that run is refused, and told which differ.
+    training: 64 candidates per prompt, 8 kept by statistical rejection sampling, 4 random pairs of them labeled by
+    the ranker. They are saved in `<output_dir>/sampled/train` and reused by a later run with the same settings. A run
+    with other settings is refused, and the error names those that differ.
 
     Args:
         ranker ([`~prefopt_trl.rankers.Ranker`], *optional*):

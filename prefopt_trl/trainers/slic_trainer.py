@@ -29,7 +29,7 @@ class SLiCTrainer(CompletionTrainer):
     loss, on ratios to a reference model (RSO eq. 12).
 
     On pairs this is SLiC-direct. On prompts alone, given a `ranker`, it is SLiC-sample-rank: completions of the policy
-    as it is before training meet in a tournament (`pairing="first-round"` for RSO's variant), are labelled by the
+    as it is before training meet in a tournament (`pairing="first-round"` for RSO's variant), are labeled by the
     ranker, saved in `<output_dir>/sampled/train` and reused by a later run with the same settings.
 
     Args:

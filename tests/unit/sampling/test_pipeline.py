@@ -378,7 +378,7 @@ def test_ctrl_c_says_what_is_saved(stopping: str, build, tmp_path: Path, monkeyp
     with pytest.raises(KeyboardInterrupt) as stopped:
         build(tmp_path / "pairs")
     folder = tmp_path / "pairs"
-    assert str(stopped.value) == f"Interrupted: 2 of 3 shards are saved in {folder}; the same call goes on from there."
+    assert str(stopped.value) == f"Interrupted: 2 of 3 shards are saved in {folder}; the same call resumes from there."
 
 
 @pytest.mark.parametrize(

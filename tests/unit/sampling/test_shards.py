@@ -359,7 +359,7 @@ def test_a_full_disk_is_named_and_harms_nothing(place, at, build, undisturbed, t
     begun = (tmp_path / "full" / "manifest.json").exists()
     assert f"Could not write {tmp_path / 'full'}/" in str(error.value)
     assert (f"{saved} of {NUM_SHARDS} shards are saved" if begun else "Nothing is saved") in str(error.value)
-    assert "once there is space), the same call goes on from there" in str(error.value)
+    assert "once there is space), the same call resumes from there" in str(error.value)
     assert not list((tmp_path / "full").rglob("*.partial"))
     if place in ("ArrowWriter.write", "save_to_disk"):
         assert saved == NUM_SHARDS

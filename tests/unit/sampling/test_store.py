@@ -328,7 +328,7 @@ def test_what_cannot_be_written_leaves_what_was_there(folder: Path, monkeypatch:
         assert str(error.value) == (
             f"[Errno {errno.ENOSPC}] Could not write {folder / name}: No space left on device. 1 of 3 shards are "
             f"saved in {folder}, which is as it was before; once it can be written to (a full disk: once there is "
-            "space), the same call goes on from there"
+            "space), the same call resumes from there"
         )
         assert contents(folder) == before
 

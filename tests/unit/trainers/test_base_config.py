@@ -88,6 +88,11 @@ def test_the_defaults_of_each_method(config):
     ]
 
 
+@pytest.mark.parametrize("config_class", [RSOConfig, SLiCConfig])
+def test_batches_of_given_pairs_may_be_dispatched_as_by_trl(config_class, config):
+    assert config(config_class, accelerator_config={"dispatch_batches": True}).accelerator_config.dispatch_batches
+
+
 @pytest.mark.parametrize("config_class", [SLiCConfig, *ON_RANKINGS])
 @pytest.mark.parametrize("name", [*TRL_LOSS_ARGUMENTS, "loss_type"])
 def test_arguments_of_trls_losses_are_refused_by_name(name, config_class, config):

@@ -248,7 +248,7 @@ def test_data_ranker_and_reference_model(make, tmp_path, trainer_class, dataset,
 def test_other_reference_models(make: Any, policy_dir: str, tmp_path: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(policy_dir)
     make(RSOTrainer, PAIRS, ref_model=reference).create_model_card()
-    assert f"A model of its own: `{Path(policy_dir).name}`." in card_of(tmp_path)
+    assert f"Another model: `{Path(policy_dir).name}`." in card_of(tmp_path)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(policy_dir), LoraConfig(task_type="CAUSAL_LM"))
     make(RSOTrainer, PAIRS, model=adapted, loss_type="hinge-norm").create_model_card()
     assert "The base model with a frozen copy of the adapter" in card_of(tmp_path)
