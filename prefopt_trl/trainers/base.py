@@ -5,6 +5,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,31 @@ from prefopt_trl.trainers.prepare import (
 )
 from prefopt_trl.trainers.publishing import Published, check_repository
 from prefopt_trl.trainers.resuming import check_length, check_settings, save_settings, training_settings
-from prefopt_trl.trainers.upstream import ATTRIBUTES, FUNCTIONS, METHODS, require
+
+# TRL's private names; the contract test says what each must do
+TESTED = "trl 1.15 to 1.16 with transformers 5.17 to 5.24"
+FUNCTIONS = "create_model_from_path get_config_model_id use_adapter"  # of `trl.trainer.utils`
+METHODS = (  # of `DPOTrainer`, overridden or called
+    "_finish_current_push _get_output_dir _get_train_sampler _precompute_ref_logps _prepare_dataset "
+    "_prepare_inputs _push_from_checkpoint _remove_unused_columns _save_checkpoint _set_signature_columns_if_needed"
+)
+# Of a trainer once it is constructed
+ATTRIBUTES = "_metrics _signature_columns _total_train_tokens _tp_size aux_loss_enabled ref_model router_aux_loss_coef"
+
+
+def require(owner: object, names: str) -> list[Any]:
+    """Return the attributes of `owner` with these names, separated by spaces.
+
+    Raises:
+        ImportError: naming the attributes that are missing and the versions that work.
+    """
+    if missing := [name for name in names.split() if not hasattr(owner, name)]:
+        raise ImportError(
+            f"trl {version('trl')} with transformers {version('transformers')} has no {', '.join(missing)}, which "
+            f"the trainers need. These work: {TESTED}. Install them, or a newer prefopt-trl."
+        )
+    return [getattr(owner, name) for name in names.split()]
+
 
 create_model_from_path, get_config_model_id, use_adapter = require(utils, FUNCTIONS)
 require(DPOTrainer, METHODS)

@@ -1,13 +1,9 @@
 """Statistical Rejection Sampling Optimization (RSO): pairs from an estimate of the optimal policy, then its loss."""
 
-import logging
 import textwrap
-from typing import Any
 
 from prefopt_trl.trainers.base import PreferenceTrainer
 from prefopt_trl.trainers.rso_config import RSOConfig
-
-logger = logging.getLogger(__name__)
 
 
 class RSOTrainer(PreferenceTrainer):
@@ -70,17 +66,3 @@ class RSOTrainer(PreferenceTrainer):
                 url       = {https://arxiv.org/abs/2309.06657},
             }"""),
     }
-
-    def _set_up(self, *args: Any) -> None:
-        if self.args.process_index:
-            return
-        if "sigmoid_norm" in self.args.loss_type:
-            logger.warning(
-                "`loss_type='sigmoid_norm'` is TRL's length-normalized loss. RSO's sigmoid-norm (eq. 10) is "
-                "'sigmoid-norm', TRL's 'sigmoid'."
-            )
-        if self.args.gamma_is_default:
-            logger.warning(
-                "`gamma` is not set and is 0.05, as in the RSO paper. `DPOTrainer` calls it `beta` and has 0.1 as its "
-                "default. Set either name to choose."
-            )
