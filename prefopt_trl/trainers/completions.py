@@ -1,6 +1,5 @@
 """Trainers with a loss over all completions of a prompt: one row per prompt, one column per completion."""
 
-import contextlib
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -179,9 +178,8 @@ class CompletionTrainer(PreferenceTrainer):
     def _ref_logps(self, inputs: dict[str, Any], asked: Tensor) -> Tensor:
         """Return the log-probability of each row under the reference model, in nats, summed over tokens."""
         model = self.model if self.ref_model is None else self.ref_model
-        as_reference = self._reference_adapter() if self.ref_model is None else contextlib.nullcontext()
         inputs = {name: value for name, value in inputs.items() if name != "output_router_logits"}
-        with warnings.catch_warnings(), torch.no_grad(), as_reference, self.accelerator.autocast():
+        with warnings.catch_warnings(), torch.no_grad(), self._as_reference(), self.accelerator.autocast():
             warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # of reentrant checkpointing
             return _of_tokens(model(**inputs).log_probs, asked).sum(dim=1)
 

@@ -3,10 +3,10 @@
 import gc
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, IterableDataset
@@ -27,7 +27,8 @@ from prefopt_trl.trainers.base_config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
 
-Datasets = dict[str, Dataset | IterableDataset]  # `"train"`, and `"eval"` or several `"eval_<name>"`
+Data: TypeAlias = Dataset | IterableDataset
+Datasets: TypeAlias = dict[str, Data]  # `"train"`, and `"eval"` or several `"eval_<name>"`
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,11 @@ class TrainingData:
             return cls(None, ranker.settings())
 
 
-def splits(train_dataset: Any, eval_dataset: Any) -> Datasets:
-    """Return the datasets that are given, by name."""
-    others = {"eval": eval_dataset}
-    if isinstance(eval_dataset, dict):
-        others = {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
-    return {name: dataset for name, dataset in {"train": train_dataset, **others}.items() if dataset is not None}
+def splits(train_dataset: Data, eval_dataset: Data | Mapping[str, Data] | None) -> Datasets:
+    """Return the datasets by name."""
+    if isinstance(eval_dataset, Mapping):
+        return {"train": train_dataset} | {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
+    return {"train": train_dataset} if eval_dataset is None else {"train": train_dataset, "eval": eval_dataset}
 
 
 def with_completions(

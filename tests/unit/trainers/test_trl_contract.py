@@ -94,7 +94,7 @@ def make(trainer_class, model_dir, tmp_path, **given):
             ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
             f"CompletionTrainer.compute_loss in {COMPLETIONS}",
         ),
-        (utils.use_adapter, ["model", "adapter_name"], f"PreferenceTrainer._reference_adapter in {BASE}"),
+        (utils.use_adapter, ["model", "adapter_name"], f"PreferenceTrainer._as_reference in {BASE}"),
         (
             DPOTrainer._set_signature_columns_if_needed,
             ["self"],
@@ -428,7 +428,7 @@ def test_adapters_are_switched_off_and_back(tiny_llama_dir):
     require(
         holds and not torch.allclose(other, adapted) and not torch.allclose(off, adapted),
         "use_adapter(model, adapter_name) no longer switches adapters off (None) or to the one named, and back",
-        f"PreferenceTrainer._reference_adapter in {BASE}",
+        f"PreferenceTrainer._as_reference in {BASE}",
     )
 
 
@@ -440,7 +440,7 @@ def test_a_pretrained_adapter_is_copied_under_the_name_ref(tiny_llama_dir, tmp_p
     require(
         found == ["default", "ref"],
         f"the adapters of a PEFT model are {found} once constructed, were ['default', 'ref']",
-        f"PreferenceTrainer.__init__ and _reference_adapter in {BASE}",
+        f"PreferenceTrainer.__init__ and _as_reference in {BASE}",
     )
 
 
