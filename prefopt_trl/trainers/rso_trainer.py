@@ -7,17 +7,16 @@ from prefopt_trl.trainers.rso_config import RSOConfig
 
 
 class RSOTrainer(PreferenceTrainer):
-    """Minimize RSO eq. 10 (`"sigmoid-norm"`) or eq. 12 (`"hinge-norm"`) on pairs, sampled first where only prompts are
-    given.
+    """Minimize RSO eq. 10 (`"sigmoid-norm"`) or eq. 12 (`"hinge-norm"`) on pairs, given or sampled from prompts.
 
     A drop-in for [`~trl.DPOTrainer`]: on pairs it gives the same losses and metrics, faster, because a prompt is
     computed once for both completions. The two losses *are* TRL's `"sigmoid"` and `"hinge"`, run by TRL's code with
     `beta = gamma`. One default differs: `gamma` is 0.05, as in the paper, and `DPOConfig`'s `beta` is 0.1.
 
-    On prompts alone, given a `ranker`, it first builds the pairs of RSO section 5 with the policy as it is before
-    training: 64 candidates per prompt, 8 kept by statistical rejection sampling, 4 random pairs of them labeled by
-    the ranker. They are saved in `<output_dir>/sampled/train` and reused by a later run with the same settings. A run
-    with other settings is refused, and the error names those that differ.
+    On prompts with a `ranker` it first builds the pairs of RSO section 5 with the initial policy: 64 candidates per
+    prompt, 8 kept by statistical rejection sampling, 4 random pairs of them labeled by the ranker. They are saved in
+    `<output_dir>/sampled/train` and reused by a later run with the same settings. A run with other settings is
+    refused, and the error names those that differ.
 
     Args:
         ranker ([`~prefopt_trl.rankers.Ranker`], *optional*):

@@ -28,20 +28,11 @@ class SLiCTrainer(CompletionTrainer):
     of TRL's experimental `CPOTrainer` with `beta = gamma` and `cpo_alpha=0`. The `"hinge"` of `DPOTrainer` is another
     loss, on ratios to a reference model (RSO eq. 12).
 
-    On pairs this is SLiC-direct. On prompts alone, given a `ranker`, it is SLiC-sample-rank: completions of the policy
-    as it is before training meet in a tournament (`pairing="first-round"` for RSO's variant), are labeled by the
-    ranker, saved in `<output_dir>/sampled/train` and reused by a later run with the same settings.
+    On pairs this is SLiC-direct. On prompts with a `ranker` it is SLiC-sample-rank: completions of the initial policy
+    are paired in a tournament (`pairing="first-round"` for RSO's variant), labeled by the ranker, saved in
+    `<output_dir>/sampled/train` and reused by a later run with the same settings.
 
-    Args:
-        args ([`SLiCConfig`], *optional*):
-            Configuration.
-        ranker ([`~prefopt_trl.rankers.Ranker`], *optional*):
-            Scores and compares completions. Needed where a dataset has no `chosen` and `rejected` columns.
-        **kwargs:
-            Every other argument of [`~trl.DPOTrainer`], in the same order; `ref_model` is refused.
-
-    Raises:
-        ValueError: for a `ref_model`, and as [`RSOTrainer`]; the message names the row or argument and the remedy.
+    The arguments and the errors are those of [`RSOTrainer`], with a [`SLiCConfig`]; `ref_model` is refused.
 
     Example:
 
