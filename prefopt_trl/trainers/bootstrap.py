@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from prefopt_trl.data.formats import Row
+from prefopt_trl.data.formats import Completion, Row
 from prefopt_trl.data.tokenization import chat_options, tokenize_completions
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.runtime.settings import as_json, differences, read_json, write_json
@@ -172,7 +171,7 @@ class Bootstrap(TrainerCallback):
         return content["rankings"]
 
 
-def re_rank(completions: list[Any], rewards: np.ndarray) -> dict[str, list[Any]]:
+def re_rank(completions: list[Completion], rewards: np.ndarray) -> Row:
     """Rank completions of which the last is the policy's sample, best first (PRO, footnote 6).
 
     The sample is never ranked first: if its reward is the highest, it is ranked second. Rewards are reassigned to the

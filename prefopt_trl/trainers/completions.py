@@ -2,7 +2,6 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +132,7 @@ class CompletionTrainer(PreferenceTrainer):
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, ModelOutput]:
         completion_mask = inputs["completion_mask"]
         group_ids = inputs.get("group_ids")
         if group_ids is None:  # TRL's pairs: chosen rows, then rejected rows
