@@ -1,4 +1,4 @@
-"""Cards in Markdown, from the files in `templates/`. They show text of others as code, so that none is Markdown."""
+"""Cards in Markdown, from the files in `templates/`. Foreign text is shown as code, so it is not read as Markdown."""
 
 import json
 import re
@@ -13,14 +13,14 @@ from prefopt_trl.runtime.settings import Settings
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render(template: str, data: CardData, **values: Any) -> RepoCard:
-    """Fill in `templates/<template>.md` with metadata and values; it calls the functions below."""
-    functions: dict[str, Any] = {"code": code, "name": name, "table": table, "settings_table": settings_table}
-    return RepoCard.from_template(data, template_path=str(TEMPLATES / f"{template}.md"), **functions, **values)
+def render(template: str, data: CardData, **values: object) -> RepoCard:
+    """Fill in `templates/<template>.md`, which may call the functions below."""
+    filled: dict[str, Any] = {"code": code, "name": name, "table": table, "settings_table": settings_table, **values}
+    return RepoCard.from_template(data, template_path=str(TEMPLATES / f"{template}.md"), **filled)
 
 
 def code(text: str) -> str:
-    """Write text as code on one line: nothing in it ends the code or the cell of a table, or is read as HTML.
+    """Format text as code on one line, also in a cell of a table: none of it is read as Markdown or HTML.
 
     Line breaks become spaces, and a SHA-256 is shortened.
     """
@@ -32,28 +32,28 @@ def code(text: str) -> str:
 
 
 def name(text: str) -> str:
-    """Write a name as code, with what JSON escapes in it escaped."""
+    """Format a name as code, with JSON's escapes."""
     return code(json.dumps(text, ensure_ascii=False)[1:-1])  # without the quotes
 
 
 def public_name(source: str) -> str:
-    """Return a name on the Hub unchanged, and only the last part of a path on this machine."""
+    """Return a name on the Hub unchanged, and only the last part of a local path."""
     return Path(source).name if Path(source).exists() else source
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Write a table whose cells are Markdown already."""
+    """Format a table whose cells are Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def settings_table(settings: Settings) -> str:
-    """Write settings as a table, sorted by name, nested ones by their dotted names."""
+    """Format settings as a table, sorted by name; nested settings have dotted names."""
     rows = [[name(key), code(json.dumps(value, ensure_ascii=False))] for key, value in _flat(settings)]
     return table(["setting", "value"], rows)
 
 
-def _flat(settings: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(settings: object, name: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(settings, dict) and settings:
         for key in sorted(settings, key=str):
             yield from _flat(settings[key], f"{name}.{key}" if name else str(key))

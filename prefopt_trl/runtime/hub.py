@@ -48,8 +48,8 @@ def push_folder(
         repo_id (`str`):
             Repository; without a namespace, the user's.
         write_card (`Callable`, *optional*):
-            Function of the repository's id that writes the folder's README.md: before the Hub is called, and again if
-            the id turns out to have another namespace.
+            Function of the repository's id that writes the folder's README.md. It is called before the Hub is, and
+            again if the Hub returns an id with another namespace.
         commit_message (`str`):
             First line of the commit.
         private (`bool`, *optional*):
@@ -77,13 +77,13 @@ def push_folder(
             f"{folder} was not pushed to {repo_id}: {reason_of(error)}\n"
             f"Nothing is lost: {folder} holds the complete local copy. Push it later with\n\n"
             f"    {upload_command(folder, repo_id, private=private, **upload)}\n"
-        ) from None  # the message holds the one line that matters of a long traceback
+        ) from None  # the message has the relevant line of a long traceback
     logger.info("Pushed to %s.", repo)
     return str(repo)
 
 
 def push_in_background(folder: str | Path, repo_id: str, *args: Any, **kwargs: Any) -> Future[str]:
-    """Run [`push_folder`] after the background pushes before it, and log its failure as a warning."""
+    """Run [`push_folder`] after earlier background pushes, and log its failure as a warning."""
 
     def log_failure(push: Future[str]) -> None:
         if error := push.exception():
@@ -109,7 +109,7 @@ def upload_command(
 def reason_of(error: BaseException) -> str:
     """Return on one line why the Hub could not be used, with a remedy if the token or the storage may be the cause."""
     while not isinstance(error, HfHubHTTPError) and error.__cause__ is not None:
-        error = error.__cause__  # huggingface_hub wraps what the upload of a file raised
+        error = error.__cause__  # huggingface_hub wraps the error of a file's upload
     if isinstance(error, HfHubHTTPError):
         what, said = f"the Hub answered {error.response.status_code}", error.server_message or str(error)
     else:

@@ -3,14 +3,15 @@ private names."""
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
@@ -23,7 +24,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import utils
 
@@ -49,9 +50,11 @@ from prefopt_trl.trainers.policy import (
     check_model,
     check_policy,
     copy_adapter,
+    init_kwargs,
     reference_for_trl,
 )
 from prefopt_trl.trainers.prepare import (
+    Data,
     Datasets,
     TrainingData,
     are_prompts,
@@ -63,7 +66,33 @@ from prefopt_trl.trainers.prepare import (
 )
 from prefopt_trl.trainers.publishing import Published, check_repository
 from prefopt_trl.trainers.resuming import check_length, check_settings, save_settings, training_settings
-from prefopt_trl.trainers.upstream import ATTRIBUTES, FUNCTIONS, METHODS, require
+
+# TRL's private names; the contract test says what each must do
+TESTED = "trl 1.15 to 1.16 with transformers 5.17 to 5.24"
+FUNCTIONS = "create_model_from_path get_config_model_id use_adapter"  # of `trl.trainer.utils`
+METHODS = (  # of `DPOTrainer`, overridden or called
+    "_finish_current_push _get_output_dir _get_train_sampler _precompute_ref_logps _prepare_dataset "
+    "_prepare_inputs _push_from_checkpoint _remove_unused_columns _save_checkpoint _set_signature_columns_if_needed"
+)
+# Of a trainer once it is constructed
+ATTRIBUTES = "_metrics _signature_columns _total_train_tokens _tp_size aux_loss_enabled ref_model router_aux_loss_coef"
+
+
+def require(owner: object, names: str) -> list[Any]:
+    """Return the attributes of `owner` with these names, separated by spaces.
+
+    Raises:
+        ImportError: naming the attributes that are missing and the versions that work.
+    """
+    if missing := [name for name in names.split() if not hasattr(owner, name)]:
+        raise ImportError(
+            f"trl {version('trl')} with transformers {version('transformers')} has no {', '.join(missing)}, which "
+            f"the trainers need. These work: {TESTED}. Install them, or a newer prefopt-trl."
+        )
+    return [getattr(owner, name) for name in names.split()]
+
+
+Trial = Any  # of a hyperparameter search: `optuna.Trial`, which is not a dependency, or a dict
 
 create_model_from_path, get_config_model_id, use_adapter = require(utils, FUNCTIONS)
 require(DPOTrainer, METHODS)
@@ -80,9 +109,8 @@ class PreferenceTrainer(Published, DPOTrainer):
     learns_from: str = "pairs"  # or "rankings"
     has_reference: bool = True  # where False, no second model is loaded or held
     has_own_loss: bool = False  # in place of TRL's losses on pairs
-    rows_per_example: int = 2  # of logits, where it learns from pairs
-    train_sampler: Sampler | None = None  # the order of the training data, in place of that of transformers
-    _has_reference_adapter: bool = False
+    rows_per_example: int = 2  # of logits, for pairs
+    train_sampler: Sampler | None = None  # by default transformers chooses
     args: Any  # an instance of `config_class`
     model: Any
     data_collator: Any
@@ -93,13 +121,8 @@ class PreferenceTrainer(Published, DPOTrainer):
         ref_model: PreTrainedModel | None = None,
         args: PreferenceConfig | None = None,
         data_collator: DataCollator | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset
-        | IterableDataset
-        | DatasetDict
-        | IterableDatasetDict
-        | dict[str, Dataset | IterableDataset]
-        | None = None,
+        train_dataset: Data | None = None,
+        eval_dataset: Data | DatasetDict | IterableDatasetDict | dict[str, Data] | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -118,9 +141,9 @@ class PreferenceTrainer(Published, DPOTrainer):
                 "It takes the arguments of `DPOConfig` and a few more."
             )
         if processing_class is None:
-            init_kwargs: Any = (args.model_init_kwargs if isinstance(model, str) else None) or {}
+            revision = init_kwargs(args).get("revision") if isinstance(model, str) else None
             processing_class = AutoProcessor.from_pretrained(
-                model_id, revision=init_kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+                model_id, revision=revision, trust_remote_code=args.trust_remote_code
             )
         tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
         if tokenizer.eos_token is None:
@@ -141,7 +164,7 @@ class PreferenceTrainer(Published, DPOTrainer):
                 "numbers of rows on each process. Evaluate in one process, or leave it out."
             )
         if train_dataset is None:
-            raise ValueError("`train_dataset` is required.")  # as by TRL
+            raise ValueError("`train_dataset` is required.")  # as in TRL
         datasets = splits(train_dataset, eval_dataset)
         self._check_data(datasets, ranker)
         if args.push_to_hub:
@@ -151,7 +174,7 @@ class PreferenceTrainer(Published, DPOTrainer):
         uses_ranker = args.samples_while_training or made["train"] is not train_dataset
         self.training_data = TrainingData.of(made["train"], ranker if uses_ranker else None)
         self.reference_given = None if ref_model is None else get_config_model_id(ref_model.config)
-        self._preferences_log = None
+        self._preferences_log: LogPreferencesCallback | None = None
         if args.log_completions:
             examples = None if args.samples_while_training else first_examples(made["train"])
             self._preferences_log = LogPreferencesCallback(self, examples)
@@ -175,14 +198,13 @@ class PreferenceTrainer(Published, DPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
-        needs_adapter = reference is None and isinstance(model, PeftModel)
-        if needs_adapter and "ref" not in self.model.peft_config:
+        if reference is None and isinstance(model, PeftModel) and "ref" not in self.model.peft_config:
             raise ValueError(
                 "This PEFT takes no second adapter with `target_parameters`, to be the reference model. Install "
                 "peft>=0.20, or pass a `ref_model`."
             )
         if ref_model is None and args.precompute_ref_log_probs:
-            self.ref_model = None  # as TRL lets go of one that it has loaded
+            self.ref_model = None  # as in TRL, which drops one that it has loaded
         require(self, ATTRIBUTES)
         self._set_up_models()
         if args.sampling == "online" or data_collator is None:
@@ -197,16 +219,21 @@ class PreferenceTrainer(Published, DPOTrainer):
 
     @ref_model.setter
     def ref_model(self, model: PreTrainedModel | None) -> None:
-        # `DPOTrainer.__init__` loads a second copy of the weights unless it is given a reference model. So a method
-        # without one gives it an empty module, which is not kept. May go once `DPOTrainer` takes such losses.
+        # `DPOTrainer.__init__` loads a second copy of the weights unless it is given a reference model. A method
+        # without a reference passes an empty module, which is dropped here. Remove once `DPOTrainer` has such losses.
         self._ref_model = model if self.has_reference else None
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Trial | None = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Train as [`~transformers.Trainer`] does. With True, resume from the last checkpoint that is complete.
 
         Raises:
             ValueError: for a checkpoint that was trained with other settings, another adapter or other data, or longer
-                than this run, naming them; if there is no whole one.
+                than this run, naming what differs; if no checkpoint is complete.
         """
         output_dir = self.args.output_dir
         checkpoint = last_checkpoint(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
@@ -215,50 +242,52 @@ class PreferenceTrainer(Published, DPOTrainer):
             check_length(checkpoint, self.args)
         before = [] if checkpoint else checkpoints(output_dir)
         with interruptible(partial(what_is_trained, output_dir, before)):
-            return super().train(checkpoint, *args, **kwargs)
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        if self.args.should_save:  # first, so that they are there when the checkpoint is pushed
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Trial | None) -> None:
+        if self.args.should_save:  # before the checkpoint is pushed
             folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             save_settings(folder, self._settings())
         super()._save_checkpoint(model, trial)
 
     def _settings(self) -> Settings:
-        """Return what a run must have in common with the one that it resumes."""
-        dataset: Any = self.train_dataset
+        """Return the settings that a resumed run must share with the interrupted one."""
+        dataset = self.train_dataset
         if isinstance(dataset, Dataset):
             dataset = self._remove_unused_columns(dataset)
         return training_settings(self._name, self.args, self.model, dataset)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # It cuts what it gathers to the number of examples, and an example of ours or of TRL's has several rows of
-        # logits. May go once `DPOTrainer` gathers both rows of a pair.
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        # transformers truncates what it gathers to the number of examples, but an example has several rows of logits.
+        # Remove once `DPOTrainer` gathers both rows of a pair.
         self.gather_function = self._gather_rows
         return super().evaluation_loop(*args, **kwargs)
 
     def _gather_rows(self, values: torch.Tensor) -> torch.Tensor:
-        """Gather losses, one per example, or rows of logits, without those of examples that fill up the last batch."""
+        """Gather losses, one per example, or rows of logits, without the examples that pad the last batch."""
         if values.dim() == 1:
             return self.accelerator.gather_for_metrics(values)
         rows, state = self.accelerator.gather(values), self.accelerator.gradient_state
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return rows
         examples = torch.arange(len(rows) // self.rows_per_example, device=rows.device)
-        is_own = examples.view(self.accelerator.num_processes, 1, -1) < state.remainder
-        return rows[is_own.expand(-1, self.rows_per_example, -1).flatten()]  # of each process chosen rows first
+        is_kept = examples.view(self.accelerator.num_processes, 1, -1) < state.remainder
+        return rows[is_kept.expand(-1, self.rows_per_example, -1).flatten()]  # each process has chosen rows first
 
     def get_train_dataloader(self) -> DataLoader:
         if not self.args.samples_while_training:
             return super().get_train_dataloader()
-        # A dataloader makes a batch while the one before it is trained on: too early to sample from the policy
+        # A dataloader prepares a batch before the previous step has ended: too early to sample from the policy
         collator, self.data_collator = self.data_collator, list
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = collator
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Return the batches of one step of the optimizer. What is sampled for them is sampled now."""
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """Return the batches of one step of the optimizer, with completions sampled from the current policy."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.samples_while_training:
             batches = [self._prepare_inputs(self._sample(examples)) for examples in batches]
@@ -269,11 +298,11 @@ class PreferenceTrainer(Published, DPOTrainer):
     def _sample(self, examples: list[Row]) -> dict[str, torch.Tensor]:
         """Sample completions of the examples' prompts and collate them."""
         self.data_collator.epoch = epoch_of(self.state)
-        if self.args.sampling_policy == "current":  # an engine may have wrapped it since the construction
+        if self.args.sampling_policy == "current":  # DeepSpeed or FSDP may have wrapped it since `__init__`
             self.data_collator.policy = self.accelerator.unwrap_model(self.model)
         return self.data_collator(examples)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         return super()._get_train_sampler(train_dataset) if self.train_sampler is None else self.train_sampler
 
     def _check_data(self, datasets: Datasets, ranker: Ranker | None) -> None:
@@ -284,21 +313,16 @@ class PreferenceTrainer(Published, DPOTrainer):
             if self.learns_from == "rankings":
                 check_text(dataset, name)
 
-    def _make_collator(self, tokenizer: PreTrainedTokenizerBase, ranker: Ranker | None) -> Any:
-        """Return the collator in place of a user's own."""
+    def _make_collator(self, tokenizer: PreTrainedTokenizerBase, ranker: Ranker | None) -> DataCollator:
+        """Return the collator to use if the user passes none."""
         if self.args.sampling == "online":
             assert ranker is not None  # `with_completions` has refused it
-            policy: Any = self.model
-            context: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-            if self.args.sampling_policy == "reference" and self.ref_model is None:
-                context = self._reference_adapter
-            elif self.args.sampling_policy == "reference":
-                policy = self.ref_model
+            is_current = self.args.sampling_policy == "current"
             return DataCollatorForRejectionSampling(
-                self.accelerator.unwrap_model(policy),
+                self.accelerator.unwrap_model(self.model if is_current else self.ref_model or self.model),
                 tokenizer,
                 ranker,
-                while_sampling=context,
+                while_sampling=contextlib.nullcontext if is_current else self._as_reference,
                 seed=self.args.seed,
                 **vars(SamplingOptions.of(self.args)),
                 **collating_options(self.args),
@@ -308,23 +332,19 @@ class PreferenceTrainer(Published, DPOTrainer):
         return self.data_collator  # TRL's
 
     def _set_up(self, tokenizer: PreTrainedTokenizerBase, ranker: Ranker | None) -> None:
-        """Do what is left to do at the end of the construction."""
+        """Finish the construction of a subclass."""
 
-    def _reference_adapter(self) -> contextlib.AbstractContextManager[None]:
-        """While entered, a PEFT model is the reference model: its adapter is off, or TRL's copy of it in its place."""
+    def _as_reference(self) -> contextlib.AbstractContextManager[None]:
+        """Within, a PEFT model without `ref_model` is the reference: its adapter is off, or replaced by TRL's copy."""
+        if self.ref_model is not None:
+            return contextlib.nullcontext()
         model = self.accelerator.unwrap_model(self.model)
         return use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
 
-    def _prepare_dataset(
-        self,
-        dataset: Dataset | IterableDataset,
-        processing_class: Any,
-        args: DPOConfig,
-        dataset_name: str,
-    ) -> Dataset | IterableDataset:
+    def _prepare_dataset(self, dataset: Data, processing_class: Any, args: DPOConfig, dataset_name: str) -> Data:
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         columns = columns_of(dataset, dataset_name)
-        # With `sampling="online"`; a split for evaluation, which may be called "train" too, was sampled before
+        # With `sampling="online"`. Evaluation splits, one of which may be named "train" too, are sampled before.
         if dataset_name == "train" and are_prompts(columns, self.learns_from):
             return check_prompts(dataset, tokenizer, args.max_length)
         if self.learns_from == "rankings":
@@ -341,9 +361,9 @@ class PreferenceTrainer(Published, DPOTrainer):
         if missing:
             raise ValueError(
                 f"The {dataset_name} dataset has no column {' and no column '.join(map(repr, missing))}; it has "
-                f"{columns}. Preference data have `prompt`, `chosen` and `rejected`, and data to be sampled have "
-                "`prompt`, need a `ranker`, and are given to the trainer when it is made: rename yours with "
-                "`dataset.rename_column(old, new)`."
+                f"{columns}. Pairs have `prompt`, `chosen` and `rejected`: rename yours with "
+                "`dataset.rename_column(old, new)`. Prompts to sample from need a `ranker`, and are passed to the "
+                "trainer's constructor."
             )
         dataset = normalize_pairs(dataset, f"the {dataset_name} dataset")
         if isinstance(processing_class, PreTrainedTokenizerBase) and num_appended_tokens(processing_class):
@@ -356,7 +376,7 @@ class PreferenceTrainer(Published, DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
+        columns: Any = self._signature_columns  # set by the call above
         own = ["completion_ids", "rewards", "row", "target_prompt_ids", "target_ids"]
         own += ["prompt", "tools", "chat_template_kwargs"] if self.args.sampling == "online" else []
         columns += [column for column in own if column not in columns]
@@ -364,10 +384,10 @@ class PreferenceTrainer(Published, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if self.args.keep_logps:
             return with_sampled_logps(dataset, name, self.args.max_length)
-        self._set_up_models()  # called by DPOTrainer.__init__, before ours ends
+        self._set_up_models()  # `DPOTrainer.__init__` calls this method before it is done here
         if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset) and not dataset.cache_files:
-            # TRL's main process hands the values over in a file beside the dataset's own, and a dataset in memory has
-            # none that the others see. May go once `DPOTrainer` tells them the file.
+            # TRL's main process passes the values on in a file beside the dataset's own, but a dataset in memory has
+            # no file that the others can read. Remove once `DPOTrainer` broadcasts the path.
             folder = os.path.join(str(self.args.output_dir), "precomputed", name)
             if self.accelerator.is_main_process:
                 dataset.save_to_disk(folder)
@@ -376,25 +396,23 @@ class PreferenceTrainer(Published, DPOTrainer):
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _record(self, metrics: dict[str, tuple[torch.Tensor, torch.Tensor]], attention_mask: torch.Tensor) -> None:
-        """Log sums over counts, over all processes; the names, and so what is gathered, are the same on each."""
+        """Log sums divided by counts, over all processes. The names must be the same on each process."""
         mode = "train" if self.model.training else "eval"
         pairs = [torch.stack([part.detach().float() for part in pair]) for pair in metrics.values()]
         pairs.append(torch.stack([attention_mask.sum().float()] * 2))
         *gathered, num_tokens = self.accelerator.gather(torch.stack(pairs)[None]).sum(dim=0).tolist()
         for name, (total, count) in zip(metrics, gathered, strict=True):
-            if count:  # there may be nothing to compare, such as rewards that are not all equal
+            if count:  # 0 if all rewards are equal, for example
                 self._metrics[mode][name].append(total / count)
         if mode == "train":
             self._total_train_tokens += int(num_tokens[0]) // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def _set_up_models(self) -> None:
-        """Complete TRL's copy of a trained adapter, once, and have the models compute each prompt once."""
-        if self.has_reference and not self._has_reference_adapter and isinstance(self.model, PeftModel):
-            self._has_reference_adapter = "ref" in self.model.peft_config
-            if self._has_reference_adapter:
-                copy_adapter(self.model)
-                self.model.set_adapter("default")  # before 0.20 PEFT freezes it beside an adapter that is not trained
+        """Complete TRL's copy of a trained adapter, and have the models compute each prompt once. Idempotent."""
+        if self.has_reference and isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
+            copy_adapter(self.model)
+            self.model.set_adapter("default")  # PEFT before 0.20 freezes it when a frozen adapter is added
         for wrapped in (self.model, self.ref_model):
             if wrapped is not None and (self.args.share_prefix or self.has_own_loss):
                 model: Any = self.accelerator.unwrap_model(wrapped)
@@ -409,19 +427,20 @@ class PreferenceTrainer(Published, DPOTrainer):
 
 
 def collating_options(args: PreferenceConfig) -> dict[str, Any]:
-    """Return the options of TRL's `DataCollatorForPreference`, which all collators have, but for the pad token."""
+    """Return the options that all collators share with TRL's `DataCollatorForPreference`, without the pad token."""
     return {name: getattr(args, name) for name in ("max_length", "truncation_mode", "pad_to_multiple_of")}
 
 
-def load_policy(policy: Any, args: Any, quantization_config: BitsAndBytesConfig | None) -> Any:
-    """Return the policy before training, loaded if it is a path, on the training device: what RSO samples from."""
+def load_policy(
+    policy: Any, args: PreferenceConfig, quantization_config: BitsAndBytesConfig | None
+) -> PreTrainedModel:
+    """Return the policy before training, which RSO samples from, on the training device; load it if it is a path."""
     if isinstance(policy, str):
-        kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        kwargs = {"trust_remote_code": args.trust_remote_code, **init_kwargs(args)}
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
         if args.distributed_state.distributed_type != DistributedType.NO:
-            kwargs["device_map"] = None  # not over the devices of all the processes, which each have a policy
+            kwargs["device_map"] = None  # each process loads the policy onto its own device
         policy = create_model_from_path(policy, **kwargs)
-    if getattr(policy, "hf_device_map", None) is None and not getattr(policy, "is_quantized", False):
-        policy = policy.to(args.device)
-    return policy
+    is_placed = getattr(policy, "hf_device_map", None) is not None or getattr(policy, "is_quantized", False)
+    return policy if is_placed else policy.to(args.device)

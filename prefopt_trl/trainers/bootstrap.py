@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from prefopt_trl.data.formats import Row
+from prefopt_trl.data.formats import Completion, Row
 from prefopt_trl.data.tokenization import chat_options, tokenize_completions
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.runtime.settings import as_json, differences, read_json, write_json
@@ -32,19 +31,18 @@ from prefopt_trl.trainers.callbacks import epoch_of
 
 logger = logging.getLogger(__name__)
 
-SHARD_ROWS = 32  # sampled together, from a stream of their own, so that samples do not depend on the processes
+SHARD_ROWS = 32  # sampled together with one seed, so that samples do not depend on the number of processes
 
 
 class Bootstrap(TrainerCallback):
-    """The parts of a dataset of rankings, and what the policy has sampled for their prompts in this epoch.
+    """The parts of a dataset of rankings, with the policy's samples for their prompts in the current epoch.
 
-    A part is sampled when its first row is about to be trained on, and saved in `folder` before that, as
-    `epoch-0-part-0.json`, with the number of steps trained by then. A run that resumes from a checkpoint reads the
-    parts sampled before the checkpoint, and samples those after it anew, as the uninterrupted run would have. A run
-    that starts anew moves what an earlier one has saved in `folder` aside.
+    A part is sampled just before training reaches its first row, and saved in `folder` as `epoch-0-part-0.json`, with
+    the number of steps trained so far. A resumed run reads the parts sampled before its checkpoint and samples the
+    later ones again, as the uninterrupted run would have. A new run first renames a `folder` that an earlier run left.
 
-    `num_parts` is K of Algorithm 1, at most the number of rows. `seed` decides the split, the order of rows and the
-    samples. `options` say how they are sampled.
+    `num_parts` is K of Algorithm 1, at most the number of rows. `seed` determines the split, the order of rows and the
+    samples.
     """
 
     def __init__(
@@ -63,10 +61,8 @@ class Bootstrap(TrainerCallback):
             )
         self.dataset, self.tokenizer, self.ranker = dataset, tokenizer, ranker
         self.folder, self.seed, self.options = Path(folder), seed, options
-        # As they will be read back: what a run that is resumed must have in common with the interrupted one
-        with gathered(ranker.model):
-            ranker_settings = ranker.settings()
-        settings = {"bootstrap_parts": num_parts, "seed": seed, **vars(options), "ranker": ranker_settings}
+        with gathered(ranker.model):  # a resumed run must have the same settings
+            settings = {"bootstrap_parts": num_parts, "seed": seed, **vars(options), "ranker": ranker.settings()}
         self.settings = as_json(settings)
         order = np.random.default_rng(seed).permutation(len(dataset))
         self.parts = np.array_split(order, num_parts)
@@ -77,17 +73,17 @@ class Bootstrap(TrainerCallback):
         self.num_sampled = 0  # parts
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self.resumed_at = state.global_step
         if state.global_step == 0 and state.is_world_process_zero and self.folder.exists():
-            # Samples of an earlier run, in larger steps, would pass for ones from before a checkpoint of this run
+            # A later resume of this run would otherwise read samples of the earlier run
             names = (self.folder.with_name(f"{self.folder.name}-{number}") for number in count(1))
             aside = self.folder.rename(next(name for name in names if not name.exists()))
-            logger.warning("Training starts anew; the samples of an earlier run are kept in %s.", aside)
+            logger.warning("This run does not resume; the samples of an earlier run were moved to %s.", aside)
 
     def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self.epoch = epoch_of(state)
         self.rankings, self.num_sampled = {}, 0
@@ -119,7 +115,7 @@ class Bootstrap(TrainerCallback):
             )
         if saved[0] is None:
             shards = np.split(self.parts[part], range(SHARD_ROWS, len(self.parts[part]), SHARD_ROWS))
-            # Each process samples as many as the others, as weights need it that cannot be gathered; some twice
+            # Each process samples equally many shards, some of them twice, as sharded weights may require
             rank, world = accelerator.process_index, accelerator.num_processes
             own = np.resize(np.arange(len(shards)), -(-len(shards) // world) * world)[rank::world].tolist()
             with gathered(model, self.ranker.model):
@@ -159,7 +155,7 @@ class Bootstrap(TrainerCallback):
         saved = {name: content["settings"].get(name) for name in self.settings}
         other = {name.split(".")[0] for name in differences(saved, self.settings)}
         if "ranker" in other:
-            # Not refused: what a function is made of, such as a cache of its own, may differ where its rewards do not
+            # A warning only: the settings of a function, such as a cache it holds, may change without its rewards
             logger.warning("%s was scored by a ranker with other settings. Its rewards are kept.", file)
             other.discard("ranker")
         if other:
@@ -175,11 +171,11 @@ class Bootstrap(TrainerCallback):
         return content["rankings"]
 
 
-def re_rank(completions: list[Any], rewards: np.ndarray) -> dict[str, list[Any]]:
+def re_rank(completions: list[Completion], rewards: np.ndarray) -> Row:
     """Rank completions of which the last is the policy's sample, best first (PRO, footnote 6).
 
-    The sample never takes the first place: where its reward is the highest it goes second, and the rewards, which stay
-    descending, are dealt out anew to the places.
+    The sample is never ranked first: if its reward is the highest, it is ranked second. Rewards are reassigned to the
+    ranks in descending order.
 
     >>> re_rank(["good", "bad", "sampled"], np.array([1.0, 0.0, 2.0]))
     {'completions': ['good', 'sampled', 'bad'], 'rewards': [2.0, 1.0, 0.0]}

@@ -27,8 +27,8 @@ PAIR_COLUMNS = ["prompt", "chosen", "rejected", "chosen_reward", "rejected_rewar
 class LogPreferencesCallback(TrainerCallback):
     """Log a table of completions with their rewards to trackio, Weights & Biases and TensorBoard (`log_completions`).
 
-    The main process logs `examples`, pairs or rankings, when training begins. Without examples it logs those of the
-    latest `batch` whenever it logs the loss. The table is called "completions", as in TRL's `GRPOTrainer`.
+    The main process logs `examples`, pairs or rankings, when training begins. Without examples it logs the latest
+    `batch` whenever the loss is logged. The table is named "completions", as in TRL's `GRPOTrainer`.
     """
 
     def __init__(self, trainer: Trainer, examples: list[Example] | None = None) -> None:
@@ -36,7 +36,7 @@ class LogPreferencesCallback(TrainerCallback):
         self.batch: dict[str, torch.Tensor] | None = None  # set by the trainer
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if self.examples is not None and state.is_world_process_zero:
             self._log(self.examples, args, state, control)
@@ -70,8 +70,8 @@ class LogPreferencesCallback(TrainerCallback):
 
 
 def epoch_of(state: TrainerState) -> int:
-    """Return the number of the epoch, from 0, that a run is in, also if it has been resumed."""
-    return int((state.epoch or 0) + 1e-6)  # the sum of steps may lie just below the whole number
+    """Return the index of the current epoch, from 0, also in a resumed run."""
+    return int((state.epoch or 0) + 1e-6)  # rounding may leave it just below a whole number
 
 
 def first_examples(dataset: Dataset | IterableDataset) -> list[Example] | None:
@@ -121,14 +121,14 @@ def table_of(examples: list[Example]) -> tuple[list[str], list[Row]]:
 
 
 def _text(value: Any) -> Any:
-    """Write messages as one text; leave anything else as it is."""
+    """Format messages as one text; return other values unchanged."""
     if not isinstance(value, list | tuple):
         return value
     return "\n".join(f"{message['role']}: {message.get('content', '')}" for message in value)
 
 
 def html_table(columns: list[str], rows: list[Row]) -> str:
-    """Write a table for TensorBoard, which reads Markdown outside of HTML alone."""
+    """Format a table for TensorBoard, which reads Markdown only outside of HTML."""
 
     def line(cells: Sequence[str | float], tag: str) -> str:
         texts = [f"{cell:.4g}" if isinstance(cell, float) else str(cell).strip() for cell in cells]

@@ -1,12 +1,11 @@
 """Trainers with a loss over all completions of a prompt: one row per prompt, one column per completion."""
 
-import contextlib
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from prefopt_trl.shared_prefix.packing import IGNORE_INDEX, pair_groups
 from prefopt_trl.trainers.base import PreferenceTrainer
@@ -14,7 +13,7 @@ from prefopt_trl.trainers.base import PreferenceTrainer
 
 @dataclass(frozen=True)
 class ScoredCompletions:
-    """Completions of a batch of prompts, best first, and what the models make of them.
+    """Completions of a batch of prompts, best first, with their log-probabilities and rewards.
 
     Attributes:
         logps (`torch.Tensor` of shape `(batch_size, n)`):
@@ -24,11 +23,11 @@ class ScoredCompletions:
         mask (`torch.BoolTensor` of shape `(batch_size, n)`):
             True where a completion exists.
         rewards (`torch.Tensor` of shape `(batch_size, n)`):
-            Rewards of the data, from highest to lowest; of chosen and rejected completions 1 and 0.
+            Rewards of the data, from highest to lowest; 1 for chosen and 0 for rejected completions.
         ref_logps (`torch.Tensor` of shape `(batch_size, n)`, *optional*):
             As `logps`, under the reference model, without gradient.
         target_logps (`torch.Tensor` of shape `(batch_size,)`, *optional*):
-            As `logps`, of a further completion of each prompt that is not compared with the others.
+            As `logps`, for an additional completion of each prompt that is not compared with the others.
     """
 
     logps: Tensor
@@ -59,8 +58,8 @@ def columns_of_rows(group_ids: Tensor) -> Tensor:
 def by_prompt(values: Tensor, group_ids: Tensor) -> Tensor:
     """Return one value per row, shape `(num_rows,)`, as one row per prompt and one column per completion.
 
-    `group_ids` say whose prompt a row has, numbered from 0. There are as many columns as the prompt with the most rows
-    has, in the order of its rows; 0 (False) where there is no completion.
+    `group_ids` are the indices of the rows' prompts. Columns follow the order of a prompt's rows, and missing
+    completions are 0 (False).
     """
     columns = columns_of_rows(group_ids)
     shape = int(group_ids.max()) + 1, int(columns.max()) + 1
@@ -68,16 +67,16 @@ def by_prompt(values: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def ranking_metrics(scores: Tensor, completions: ScoredCompletions) -> dict[str, tuple[Tensor, Tensor]]:
-    """Measure how the order of the policy's own scores, shape `(batch_size, n)`, agrees with that of the rewards.
+    """Measure how the policy's scores, shape `(batch_size, n)`, order completions compared with their rewards.
 
-    Each metric is a sum and a count, of which it is the quotient, so that batches add up. Chosen is the best
-    completion, rejected the mean over the others of its prompt.
+    Each metric is returned as a sum and a count, so that batches add up. Chosen is the best completion, rejected the
+    mean over the other completions of its prompt.
 
     - `rewards/chosen`, `rewards/rejected`, `rewards/margins`: scores, in the scores' unit.
-    - `rewards/accuracies`: share of the pairs with different rewards that the scores order alike.
-    - `ranking/kendall_tau`: of a prompt, the share of such pairs ordered alike minus that ordered otherwise, in
+    - `rewards/accuracies`: share of the pairs with different rewards that the scores order correctly.
+    - `ranking/kendall_tau`: share of a prompt's pairs with different rewards ordered correctly minus incorrectly, in
       [-1, 1]; averaged over prompts with such a pair.
-    - `ranking/top1`: share of those prompts whose highest score is that of a completion with the highest reward.
+    - `ranking/top1`: share of these prompts whose highest score is that of a completion with the highest reward.
     - `logps/chosen`, `logps/rejected`: nats, summed over tokens.
     """
     mask, rewards = completions.mask, completions.rewards
@@ -128,18 +127,22 @@ class CompletionTrainer(PreferenceTrainer):
         raise NotImplementedError
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, ModelOutput]:
         completion_mask = inputs["completion_mask"]
         group_ids = inputs.get("group_ids")
         if group_ids is None:  # TRL's pairs: chosen rows, then rejected rows
             group_ids = pair_groups(len(completion_mask), completion_mask.device)
-        model_inputs: dict[str, Any] = {name: value for name, value in inputs.items() if name not in OWN_INPUTS}
+        model_inputs: dict[str, object] = {name: value for name, value in inputs.items() if name not in OWN_INPUTS}
         model_inputs["use_cache"] = False
         if self.aux_loss_enabled:
             model_inputs["output_router_logits"] = True
         labels = inputs["input_ids"].masked_fill(completion_mask == 0, IGNORE_INDEX)
-        asking: dict[str, Any] = {"labels": labels, "label_statistics": True}
+        asking: dict[str, object] = {"labels": labels, "label_statistics": True}
         if self.args.share_prefix:
             asking["group_ids"] = group_ids
         outputs = model(**model_inputs, **asking)
@@ -176,12 +179,11 @@ class CompletionTrainer(PreferenceTrainer):
         with torch.no_grad():  # `label_statistics` builds no logits
             return loss, model(**model_inputs)
 
-    def _ref_logps(self, inputs: dict[str, Any], asked: Tensor) -> Tensor:
+    def _ref_logps(self, inputs: dict[str, object], asked: Tensor) -> Tensor:
         """Return the log-probability of each row under the reference model, in nats, summed over tokens."""
         model = self.model if self.ref_model is None else self.ref_model
-        as_reference = self._reference_adapter() if self.ref_model is None else contextlib.nullcontext()
         inputs = {name: value for name, value in inputs.items() if name != "output_router_logits"}
-        with warnings.catch_warnings(), torch.no_grad(), as_reference, self.accelerator.autocast():
+        with warnings.catch_warnings(), torch.no_grad(), self._as_reference(), self.accelerator.autocast():
             warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # of reentrant checkpointing
             return _of_tokens(model(**inputs).log_probs, asked).sum(dim=1)
 
@@ -191,23 +193,23 @@ OWN_INPUTS = {"completion_mask", "group_ids", "is_target", "rewards"}
 
 
 def _of_tokens(per_token: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-    """Return the values of the rows' own tokens: prompt-learning adapters put virtual ones before them."""
+    """Return the values without those of the virtual tokens that prompt-learning adapters prepend."""
     return per_token[:, -asked.shape[1] :]
 
 
 def _token_metrics(
-    outputs: Any, asked: torch.Tensor, columns: torch.Tensor
+    outputs: ModelOutput, asked: torch.Tensor, columns: torch.Tensor
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Measure what TRL does over the tokens of completions; those of the best completions are the chosen ones.
+    """Compute TRL's metrics over the tokens of completions; the best completions count as chosen.
 
-    `columns`, shape `(num_rows,)`, are the places of the rows' completions, -1 for a target.
+    `columns`, shape `(num_rows,)`, are the ranks of the rows' completions from 0; -1 for a target.
     """
     best = asked & (columns == 0)[:, None]
     others = asked & (columns > 0)[:, None]
-    mean_logits = _of_tokens(outputs.mean_logits, asked)
+    mean_logits = _of_tokens(outputs["mean_logits"], asked)
     return {
-        "entropy": ((_of_tokens(outputs.entropy, asked) * asked).sum(), asked.sum()),
-        "mean_token_accuracy": ((_of_tokens(outputs.is_top1, asked) & best).sum(), best.sum()),
+        "entropy": ((_of_tokens(outputs["entropy"], asked) * asked).sum(), asked.sum()),
+        "mean_token_accuracy": ((_of_tokens(outputs["is_top1"], asked) & best).sum(), best.sum()),
         "logits/chosen": ((mean_logits * best).sum(), best.sum()),
         "logits/rejected": ((mean_logits * others).sum(), others.sum()),
     }

@@ -18,16 +18,7 @@ class ListwiseDPOTrainer(CompletionTrainer):
 
     With `loss_type="lambda"` the loss is LiPO's (arXiv 2402.01878), which weights each pair by its rewards.
 
-    Args:
-        args ([`ListwiseDPOConfig`], *optional*):
-            Configuration.
-        ranker ([`~prefopt_trl.rankers.Ranker`], *optional*):
-            Scores completions where the data have no `rewards`, and samples where they have no completions.
-        **kwargs:
-            Every other argument of [`~trl.DPOTrainer`], in the same order.
-
-    Raises:
-        ValueError: as [`PROTrainer`].
+    The data, the arguments and the errors are those of [`PROTrainer`], without bootstrapping; `ref_model` is allowed.
 
     Example:
 

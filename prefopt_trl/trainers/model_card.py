@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, RepoCard
 from peft import PeftModel
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from prefopt_trl.runtime.cards import public_name, render
 from prefopt_trl.runtime.fingerprints import versions
@@ -72,7 +72,7 @@ def model_card(trainer: Any, trl_card: ModelCard, title: str, source: str, datas
     )
 
 
-def _hyperparameters(trainer: Any, model: Any) -> Settings:
+def _hyperparameters(trainer: Any, model: PreTrainedModel | PeftModel) -> Settings:
     args = trainer.args
     methods = takewhile(lambda config: config not in (PreferenceConfig, RankingConfig), type(args).__mro__)
     sampling = {"strategy", "num_samples", "pairing"}

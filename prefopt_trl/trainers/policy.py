@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.hooks import add_hook_to_module
@@ -24,12 +24,14 @@ from prefopt_trl.data.tokenization import check_vocabulary
 
 logger = logging.getLogger(__name__)
 
-# They move a part of the base weights into the adapter, so without it the base is another model
+Policy: TypeAlias = str | PreTrainedModel | PeftModel  # a path or a model
+
+# These move a part of the base weights into the adapter, so the base without the adapter is another model
 SPLITTING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def check_policy(model: Any, ref_model: Any, peft_config: PeftConfig | None, has_reference: bool) -> None:
-    """Refuse, before anything is sampled, a policy that could not be trained, or that has no reference model.
+def check_policy(model: Policy, ref_model: object, peft_config: PeftConfig | None, has_reference: bool) -> None:
+    """Refuse, before anything is sampled, a policy that cannot be trained or from which no reference can be derived.
 
     The errors say how to load or wrap the model.
     """
@@ -49,7 +51,7 @@ def check_policy(model: Any, ref_model: Any, peft_config: PeftConfig | None, has
     bias = getattr(config, "bias", "none")
     if isinstance(bias, str) and bias != "none" and (has_reference or isinstance(model, PeftModel)):
         raise ValueError(
-            f"`bias={bias!r}` of the adapter trains biases of the base model, which the reference model has, too. Set "
+            f"`bias={bias!r}` of the adapter trains biases of the base model, which the reference model shares. Set "
             '`bias="none"`.'
         )
     if isinstance(model, str):
@@ -72,14 +74,14 @@ def check_policy(model: Any, ref_model: Any, peft_config: PeftConfig | None, has
     if has_reference and ref_model is None and of_base:
         raise ValueError(
             f"{len(of_base)} parameters of the base model are trained beside the adapter ({of_base[0]}, ...), and the "
-            "reference model has them in common. Name their modules in `modules_to_save` of the adapter's config, or "
+            "reference model shares them. Name their modules in `modules_to_save` of the adapter's config, or "
             "pass a `ref_model`."
         )
     if any(module is ref_model for module in model.modules() if module is not model):  # TRL refuses the model itself
-        raise ValueError("`ref_model` is a part of `model`, so it would change with it. Load it once more.")
+        raise ValueError("`ref_model` is a part of `model`, so training would change it. Load a second copy.")
     if has_reference and ref_model is None and isinstance(model, PeftModel) and "ref" in model.peft_config:
         raise ValueError(
-            "`model` has an adapter named 'ref', as an earlier trainer leaves one, and TRL adds another of that name. "
+            "`model` has an adapter named 'ref', probably from an earlier trainer, and TRL adds another of that name. "
             "Call `model.delete_adapter('ref')`."
         )
     if peft_config is None and not trained:
@@ -89,15 +91,21 @@ def check_policy(model: Any, ref_model: Any, peft_config: PeftConfig | None, has
         raise ValueError(f"No parameter of `model` requires a gradient, so nothing would be trained. {remedy}")
 
 
-def check_model(model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, args: Any) -> None:
-    """Refuse, before anything is sampled, a model with another one's tokenizer; warn of an adapter of another.
+def init_kwargs(args: DPOConfig) -> dict[str, Any]:
+    assert not isinstance(args.model_init_kwargs, str)  # `__post_init__` has parsed it
+    return args.model_init_kwargs or {}
 
-    `model` may be a path. An encoder-decoder is refused, too.
+
+def check_model(model: Policy, tokenizer: PreTrainedTokenizerBase, args: DPOConfig) -> None:
+    """Refuse, before anything is sampled, an encoder-decoder, or a tokenizer that does not fit the model.
+
+    Warn of an adapter that was trained on another base model.
     """
-    config: Any = None if isinstance(model, str) else model.config
     if isinstance(model, str):
-        revision = (args.model_init_kwargs or {}).get("revision")
+        revision = init_kwargs(args).get("revision")
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+    else:
+        config = model.config
     if config.is_encoder_decoder:
         raise ValueError(
             f"`model` is an encoder-decoder ({config.model_type}), which TRL's trainers do not train. Sample from it "
@@ -109,20 +117,19 @@ def check_model(model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedT
 
 
 def check_adapter(model: PeftModel) -> None:
-    """Warn of an adapter that says that it was trained on another base model than the one it is on.
+    """Warn if the config of an adapter names another base model.
 
-    Names are compared by their last part, so that a model of the Hub and a folder with a copy of it are the same; a
-    name that is missing passes. An adapter of other shapes does not load at all.
+    Names are compared by their last part, so that a model on the Hub equals a local copy of it; a missing name passes.
+    PEFT refuses an adapter of other shapes when it loads it.
     """
-    base = str(getattr(model.get_base_model().config, "_name_or_path", None) or "")
+    base = model.config.name_or_path or ""
     for name, adapter in model.peft_config.items():
-        trained_on = str(adapter.base_model_name_or_path or "")
+        trained_on = adapter.base_model_name_or_path or ""
         if base and trained_on and _last_part(base) != _last_part(trained_on):
-            # Not refused: the same weights may stand under another name
+            # A warning only: the same weights may have another name
             logger.warning(
-                "The adapter %r was trained on %s, and the model it is on is %s. If these are not the same weights, "
-                "load it on its own base, with `AutoPeftModelForCausalLM.from_pretrained(adapter, "
-                "is_trainable=True)`.",
+                "The adapter %r was trained on %s, and is loaded on %s. If these are not the same weights, load it on "
+                "its base model with `AutoPeftModelForCausalLM.from_pretrained(adapter, is_trainable=True)`.",
                 name,
                 trained_on,
                 base,
@@ -133,31 +140,34 @@ def _last_part(name: str) -> str:
     return name.replace("\\", "/").rstrip("/").split("/")[-1]
 
 
-def reference_for_trl(model: Any, ref_model: Any, peft_config: PeftConfig | None, args: DPOConfig) -> Any:
+def reference_for_trl(
+    model: Policy, ref_model: PreTrainedModel | PeftModel | None, peft_config: PeftConfig | None, args: DPOConfig
+) -> torch.nn.Module | None:
     """Return the `ref_model` for `DPOTrainer.__init__`: a copy of a model that it would load again by its name.
 
-    It is None for a path, which TRL loads twice, for adapters, which are switched off or to a copy instead, and where
-    no model is needed because its log-probabilities are precomputed.
+    Return None for a path, which TRL loads twice, for an adapter, which is switched off or replaced by a copy, and if
+    log-probabilities are precomputed, which needs no second model.
     """
     if isinstance(ref_model, PeftModel):
-        return ref_model.get_base_model()  # with the adapter in its layers, and a head that TRL can fuse
-    # TRL then loads none (https://github.com/huggingface/trl/pull/5542), but for FSDP, which shards the policy later
+        return ref_model.get_base_model()  # has the adapter in its layers, and a head that TRL can fuse
+    # TRL then loads none (https://github.com/huggingface/trl/pull/5542), but with FSDP, which shards the policy later
     precomputes = args.precompute_ref_log_probs and os.environ.get("ACCELERATE_USE_FSDP") != "true"
-    is_copied = ref_model is None and peft_config is None and not precomputes and isinstance(model, PreTrainedModel)
-    return frozen_copy(model) if is_copied else ref_model
+    if ref_model is None and peft_config is None and not precomputes and isinstance(model, PreTrainedModel):
+        return frozen_copy(model)
+    return ref_model
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model with the weights, adapters and hooks it has now, in evaluation mode and without gradients.
+    """Copy a model with its current weights, adapters and hooks, in evaluation mode and without gradients.
 
-    The memory is that of one more copy of the weights. What trainers have patched onto the forward of the model stays
-    behind, as it is bound to the weights of the original. The model may be one that DeepSpeed ZeRO-3 has partitioned.
+    Trainers' patches of the forward are not copied, as they are bound to the weights of the original. The model may be
+    partitioned by DeepSpeed ZeRO-3.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         copied = _copy_of_partitioned(model)
     else:
         copied = copy.deepcopy(model)
-        hook = vars(copied).pop("_hf_hook", None)  # of a model on several devices: it wraps the forward, too
+        hook = vars(copied).pop("_hf_hook", None)  # of a model on several devices: it wraps the forward
         for name in ("forward", "_old_forward", "_original_forward"):
             vars(copied).pop(name, None)
         if hook is not None:
@@ -180,33 +190,32 @@ def _copy_of_partitioned(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def adding_reference_adapter(model: Any) -> Iterator[None]:
-    """While entered, TRL can add the adapter "ref" with the config of "default".
+def adding_reference_adapter(model: Policy) -> Iterator[None]:
+    """Within, TRL can add the adapter "ref" with the config of "default".
 
-    An initialization such as PiSSA would change the base weights a second time; what "ref" begins with does not
-    matter, as it is copied over. AdaLoRA refuses a second adapter, unless that is not to be trained.
+    An initialization such as PiSSA would change the base weights a second time; the initial weights of "ref" do not
+    matter, as they are overwritten. AdaLoRA refuses a second adapter that is to be trained.
     """
-    config: Any = model.peft_config["default"] if isinstance(model, PeftModel) else None
-    changes: dict[str, Any] = (
-        {"init_lora_weights": True} if isinstance(getattr(config, "init_lora_weights", None), str) else {}
-    )
-    if config is not None and config.peft_type == "ADALORA":
-        changes["inference_mode"] = True
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    config = model.peft_config["default"]
+    changes = {"inference_mode": True} if config.peft_type == "ADALORA" else {}
+    if isinstance(getattr(config, "init_lora_weights", None), str):
+        changes["init_lora_weights"] = True
     before = {name: getattr(config, name) for name in changes}
+    vars(config).update(changes)
     try:
-        for name, value in changes.items():
-            setattr(config, name, value)
         yield
     finally:
-        for name, value in before.items():
-            setattr(config, name, value)
+        vars(config).update(before)
 
 
 def copy_adapter(model: PeftModel) -> None:
-    """Copy every parameter and buffer of the adapter "default" to "ref", which TRL has made and partly copied.
+    """Copy every parameter and buffer of the adapter "default" to "ref", which TRL has added and copied in part.
 
-    TRL copies those with ".default." in their name, and the entries of a `ParameterDict` end with it. It may go once
-    `DPOTrainer.__init__` copies these too.
+    TRL copies those with ".default." in their name, but the names in a `ParameterDict` end with ".default". Remove
+    once `DPOTrainer.__init__` copies these too.
 
     Raises:
         ValueError: naming the parameters that "ref" lacks.

@@ -1,12 +1,12 @@
-"""From the dataset a user has to what a trainer learns from: prompts are sampled, completions scored."""
+"""Prepare the user's datasets for training: sample completions for prompts, and score completions."""
 
 import gc
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, IterableDataset
@@ -27,7 +27,8 @@ from prefopt_trl.trainers.base_config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
 
-Datasets = dict[str, Dataset | IterableDataset]  # `"train"`, and `"eval"` or several `"eval_<name>"`
+Data: TypeAlias = Dataset | IterableDataset
+Datasets: TypeAlias = dict[str, Data]  # `"train"`, and `"eval"` or several `"eval_<name>"`
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,11 @@ class TrainingData:
             return cls(None, ranker.settings())
 
 
-def splits(train_dataset: Any, eval_dataset: Any) -> Datasets:
-    """Return the datasets that are given, by name."""
-    others = {"eval": eval_dataset}
-    if isinstance(eval_dataset, dict):
-        others = {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
-    return {name: dataset for name, dataset in {"train": train_dataset, **others}.items() if dataset is not None}
+def splits(train_dataset: Data, eval_dataset: Data | Mapping[str, Data] | None) -> Datasets:
+    """Return the datasets by name."""
+    if isinstance(eval_dataset, Mapping):
+        return {"train": train_dataset} | {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
+    return {"train": train_dataset} if eval_dataset is None else {"train": train_dataset, "eval": eval_dataset}
 
 
 def with_completions(
@@ -122,7 +122,7 @@ def with_completions(
 
 
 def are_prompts(columns: list[str], learns_from: str) -> bool:
-    """Whether a dataset with these columns is to be sampled."""
+    """Return whether a dataset with these columns needs sampled completions."""
     completions = {"chosen", "rejected"} if learns_from == "pairs" else {"chosen", "rejected", "completions"}
     are_to_sample = "prompt" in columns and not completions & set(columns)
     if are_to_sample and learns_from == "rankings" and "rewards" in columns:
@@ -134,7 +134,7 @@ def are_prompts(columns: list[str], learns_from: str) -> bool:
 
 
 def check_text(dataset: Dataset | IterableDataset, name: str) -> None:
-    """Refuse images where the batches are rankings, naming the column."""
+    """Refuse images in rankings, naming the column."""
     images = {"image", "images"} & set(columns_of(dataset, name))
     if images:
         raise ValueError(
@@ -207,22 +207,22 @@ def score_completions(
 
 
 def check_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Dataset:
-    """Refuse, before training, prompts that fill `max_length`, naming the row; number the others."""
+    """Refuse, before training, prompts that fill `max_length`, naming the row; number the rows."""
     prompt_ids = tokenize_prompts(tokenizer, list(dataset["prompt"]), list(map(chat_options, dataset)))
     check_prompts_fit(prompt_ids, max_length)
-    return number_rows(dataset)  # so that prompts that repeat are sampled anew
+    return number_rows(dataset)  # gives repeated prompts different samples
 
 
 def with_sampled_logps(dataset: Dataset, name: str, max_length: int | None) -> Dataset:
-    """Require the log-probabilities of the reference model that were written down when the pairs were sampled.
+    """Require the log-probabilities of the reference model that were saved when the pairs were sampled.
 
-    The `ValueError` names the columns that are missing, or the first row that training cuts at another length.
+    The `ValueError` names the missing columns, or the first row that training truncates to another length.
     """
     missing = [column for column in ("ref_chosen_logps", "ref_rejected_logps") if column not in dataset.column_names]
     if missing:
         raise ValueError(
             f"`reference_logps='sampled'` reads {' and '.join(f'`{column}`' for column in missing)}, which the {name} "
-            "dataset has not. Give prompts and a `ranker`, make the pairs with "
+            "dataset lacks. Give prompts and a `ranker`, make the pairs with "
             "`build_preference_dataset(..., keep_logps=True)`, or set `reference_logps='computed'`."
         )
     scored_at = dataset["ref_max_length"] if "ref_max_length" in dataset.column_names else [None] * len(dataset)
@@ -239,10 +239,10 @@ def with_sampled_logps(dataset: Dataset, name: str, max_length: int | None) -> D
 
 
 def score_or_read(dataset: Dataset, name: str, ranker: Ranker, output_dir: str | Path) -> list[list[float]]:
-    """Return rewards of completions, from the file of an earlier run where it scored the same with the same ranker.
+    """Return the rewards of completions, read from the file of an earlier run with the same rows and ranker, if any.
 
-    The file is `<output_dir>/scored/<split name>.json`, which the main process alone reads and writes. Call it on all
-    processes: each gets the rewards of all rows, and raises the errors of [`check_rewards`] for its share.
+    Only the main process reads and writes the file, `<output_dir>/scored/<split name>.json`. Call it on all processes:
+    each returns the rewards of all rows, and raises the errors of [`check_rewards`] for its share.
     """
     process, file = process_state(), Path(output_dir) / "scored" / f"{name}.json"
     rows = dataset.select_columns(["prompt", "completions"]).with_format(None)

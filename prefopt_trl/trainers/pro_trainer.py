@@ -31,15 +31,14 @@ class PROTrainer(CompletionTrainer):
     `cpo_alpha=0`); for more TRL has no such loss.
 
     The data have `prompt`, `completions` and `rewards` (in any order), or `prompt`, `chosen` and `rejected`, whose
-    rewards are 1 and 0. With a `ranker` it scores completions that have no `rewards`, and prompts alone are sampled
-    first. With `bootstrap_parts` the policy's own samples join the rankings while it trains (PRO Algorithm 1).
+    rewards are 1 and 0. A `ranker` scores completions without `rewards`, and completions sampled for prompts. With
+    `bootstrap_parts` the policy's samples are added to the rankings during training (PRO Algorithm 1).
 
     Args:
         args ([`PROConfig`], *optional*):
             Configuration.
         ranker ([`~prefopt_trl.rankers.Ranker`], *optional*):
-            Scores completions where the data have no `rewards`, samples where they have no completions, and those of
-            self-bootstrapping.
+            Scores completions without `rewards`, sampled completions, and those of self-bootstrapping.
         **kwargs:
             Every other argument of [`~trl.DPOTrainer`], in the same order; `ref_model` is refused.
 
@@ -96,8 +95,8 @@ class PROTrainer(CompletionTrainer):
             )
         if "rewards" in dataset.column_names:
             logger.warning(
-                "The ranker scores all completions of a prompt for `bootstrap_parts`, in place of the column "
-                "`rewards`, so that which of them is the best may change."
+                "The ranker scores all completions of a prompt for `bootstrap_parts`, and the column `rewards` is not "
+                "used, so the best completion may change."
             )
 
     def _set_up(self, tokenizer: PreTrainedTokenizerBase, ranker: Ranker | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
@@ -17,30 +17,30 @@ from prefopt_trl.runtime.hub import PushError, push_folder, push_in_background, 
 from prefopt_trl.trainers.model_card import model_card
 from prefopt_trl.trainers.prepare import TrainingData
 
-# Of `output_dir`: checkpoints, what was sampled (a dataset of its own), and pickled arguments, which hold the token
+# In `output_dir`: checkpoints, sampled data (pushed separately as a dataset), and pickled arguments with the token
 NOT_PUSHED = ["_*", "checkpoint-*", "sampled/*", "scored/*", "bootstrap*/*", "precomputed/*", "*training_args.bin"]
 LATEST = "_pushed"  # folder in `output_dir` with a copy of the model of the latest checkpoint that is pushed
-# Of a checkpoint, all that is the model
+# The model's files in a checkpoint
 MODEL_FILES = ["*config.json", "*.safetensors", "*.safetensors.index.json"]
 
 
-def upload_options(args: Any) -> dict[str, Any]:
-    """Return what all pushes of a run have in common."""
-    # With `log_completions` the trackers' logs hold prompts
+def upload_options(args: TrainingArguments) -> dict[str, Any]:
+    """Return the options that all pushes of a run share."""
+    # With `log_completions` the trackers' logs contain prompts
     ignored = [*NOT_PUSHED, "runs/*"] if getattr(args, "log_completions", False) else NOT_PUSHED
     return {"private": args.hub_private_repo, "revision": args.hub_revision, "ignore_patterns": ignored}
 
 
-def repository(args: Any) -> str:
+def repository(args: TrainingArguments) -> str:
     """Return the repository's id, as transformers derives it."""
-    return args.hub_model_id or Path(args.output_dir).absolute().name
+    return args.hub_model_id or Path(str(args.output_dir)).absolute().name
 
 
-def check_repository(args: Any) -> None:
-    """Check before hours of sampling that `push_to_hub` can create the repository and write to it.
+def check_repository(args: TrainingArguments) -> None:
+    """Check, before hours of sampling, that `push_to_hub` can create the repository and write to it.
 
     Raises:
-        PushError: on every process, so that none waits for the main one.
+        PushError: on every process, so that no process waits for the main one.
     """
     failure: str | None = None
     if args.process_index == 0:
@@ -52,7 +52,7 @@ def check_repository(args: Any) -> None:
             failure = (
                 f"{repository(args)} cannot be pushed to: {reason_of(error)}\n"
                 "Nothing was sampled or trained yet. Correct it, or leave out `push_to_hub` and run after training\n\n"
-                f"    {upload_command(args.output_dir, repository(args), **upload_options(args))}\n"
+                f"    {upload_command(str(args.output_dir), repository(args), **upload_options(args))}\n"
             )
     if args.world_size > 1:
         [failure] = broadcast_object_list([failure])
@@ -61,13 +61,13 @@ def check_repository(args: Any) -> None:
 
 
 class Published(Trainer):
-    """The part of a trainer that writes its model card and pushes to the Hub. It stands before TRL's in the bases.
+    """Mixin that writes a trainer's model card and pushes to the Hub. It precedes TRL's trainer in the bases.
 
-    transformers' own pushes call the Hub before a sharded model is saved, and send all of `output_dir`: prompts that
-    were sampled, and the token in `training_args.bin`. To go once `Trainer` saves first and takes patterns to ignore.
+    transformers' own pushes call the Hub before a sharded model is saved, and send all of `output_dir`: sampled
+    prompts, and the token in `training_args.bin`. Remove once `Trainer` saves first and takes patterns to ignore.
     """
 
-    args: Any  # transformers types these as what they are before they are set
+    args: Any  # transformers types these attributes as they are before they are set
     hub_model_id: Any
     processing_class: Any
     push_in_progress: Any
@@ -81,7 +81,7 @@ class Published(Trainer):
         if not self.is_world_process_zero():
             return
         model_name = model_name or repository(self.args).split("/")[-1]
-        super().create_model_card(model_name, dataset_name, tags)  # TRL's, for its tags and the trackers' links
+        super().create_model_card(model_name, dataset_name, tags)  # TRL's card has the tags and the trackers' links
         card = Path(self.args.output_dir, "README.md")
         source = self.hub_model_id or self.args.hub_model_id or str(self.args.output_dir)
         model_card(self, ModelCard.load(card), model_name, source, dataset_name).save(card)
@@ -134,13 +134,12 @@ class Published(Trainer):
         args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
-        running = (
-            [] if self.push_in_progress is None or self.push_in_progress.is_done() else self.push_in_progress.jobs
-        )
+        earlier = self.push_in_progress
+        running = [] if earlier is None or earlier.is_done() else earlier.jobs
         if running and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        # Copied, as a checkpoint may be removed before it is pushed
+        # A copy, as a checkpoint may be removed before it is pushed
         checkpoint, latest = Path(checkpoint_folder), Path(args.output_dir, LATEST)
         latest.mkdir(exist_ok=True)
         self.processing_class.save_pretrained(latest)

@@ -1,4 +1,4 @@
-"""A run resumes a checkpoint with the settings, the adapter and the data that it was trained with."""
+"""Check that a run resumes a checkpoint with the settings, the adapter and the data that it was trained with."""
 
 import logging
 from dataclasses import fields
@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "training_settings.json"
 
-# Patterns of the settings that may change when a run resumes: they say how it is computed, evaluated, saved and shown.
-# All others decide what is trained and must stay the same, also those that a later version of TRL, transformers or
-# PEFT adds.
+# Patterns of the settings that may change when a run resumes: how it is computed, evaluated, saved and shown. All
+# others determine what is trained and must stay the same, including those that later versions of TRL, transformers or
+# PEFT add.
 MAY_CHANGE = """
     accelerator_config activation_* auto_find_batch_size average_tokens_across_devices batch_eval_metrics bf16*
     dataloader_[!d]* dataset_num_proc ddp_* debug deepspeed disable_tqdm do_* enable_jit_checkpoint eval_* fp16* fsdp*
@@ -38,7 +38,7 @@ MAY_CHANGE = """
 LENGTHS = ["num_train_epochs", "max_steps"]  # a run may be made longer
 GLOBAL_BATCH = "per_device_train_batch_size * gradient_accumulation_steps * processes"
 TRAINING_DATA = "training_data"
-# Computed anew when a run resumes, so that the last digits may differ, or in Python objects
+# Recomputed when a run resumes, so the last digits may differ; or Python objects
 NOT_FINGERPRINTED = {"image", "images", "ref_chosen_logps", "ref_rejected_logps"}
 NUM_ROWS = 64  # of the training data, in their fingerprint
 
@@ -46,13 +46,13 @@ NUM_ROWS = 64  # of the training data, in their fingerprint
 def training_settings(
     method: str, args: PreferenceConfig, model: PreTrainedModel | PeftModel, dataset: Dataset | IterableDataset
 ) -> Settings:
-    """Return the settings that decide what is trained, as JSON holds them: all but those that [`MAY_CHANGE`].
+    """Return the settings that determine what is trained, as JSON: all except [`MAY_CHANGE`].
 
     The batch size is that of a step of the optimizer on all processes. The adapter's settings are
     `"peft_config.<name>"`; without an adapter `"peft_config.peft_type"`, which is None, is the only one.
     """
     settings = args.to_dict()
-    if args.sampling == "offline":  # then they decide the data, which are compared
+    if args.sampling == "offline":  # they determine the data, which are compared below
         for option in fields(SamplingOptions):
             del settings[option.name]
     adapter = model.active_peft_config.to_dict() if isinstance(model, PeftModel) else {"peft_type": None}
@@ -81,26 +81,25 @@ def data_fingerprint(dataset: Dataset | IterableDataset) -> str | None:
 
 
 def save_settings(checkpoint: str | Path, settings: Settings) -> None:
-    """Write the settings into the folder of a checkpoint, which need not be there yet."""
+    """Write the settings into the folder of a checkpoint; create it if it is missing."""
     write_json(Path(checkpoint) / SETTINGS_FILE, settings)
 
 
 def check_settings(checkpoint: str | Path, settings: Settings) -> None:
-    """Refuse to resume a checkpoint with settings other than those it was trained with, naming each.
+    """Refuse to resume a checkpoint that was trained with other settings, naming each difference.
 
-    A checkpoint without settings, such as one of TRL's `DPOTrainer`, passes with a logged line, and so does a run of
-    another length.
+    Another length of the run, or a checkpoint without settings, such as one from TRL's `DPOTrainer`, logs a warning.
     """
     saved = read_json(Path(checkpoint) / SETTINGS_FILE)
     if saved is None:
         logger.warning(
-            "%s has no %s, as when another trainer saved it. Whether it was trained with the settings of this run is "
+            "%s has no %s, so another trainer may have saved it. That it was trained with the settings of this run is "
             "not checked.",
             checkpoint,
             SETTINGS_FILE,
         )
         return
-    known = saved.keys() & settings.keys()  # another version may know of more
+    known = saved.keys() & settings.keys()  # another version may save more
     changed = {
         name: "the training data are others" if name == TRAINING_DATA else f"`{name}` was {before!r} and is {now!r}"
         for name, (before, now) in differences(
@@ -110,22 +109,22 @@ def check_settings(checkpoint: str | Path, settings: Settings) -> None:
     longer = [changed.pop(name) for name in LENGTHS if name in changed]
     if changed:
         raise ValueError(
-            f"{checkpoint} was trained with other settings: {'; '.join(changed.values())}. Resume with those that it "
-            "had. To train on with new ones, give the checkpoint as `model` of a new run, without "
-            "`resume_from_checkpoint`."
+            f"{checkpoint} was trained with other settings: {'; '.join(changed.values())}. Resume with the same "
+            "settings, or pass the checkpoint as `model` to a new run without `resume_from_checkpoint`."
         )
     if longer:
         logger.warning(
-            "%s is resumed for another length: %s. Its learning rate follows the schedule of the new length.",
+            "%s is resumed with another length: %s. The learning rate follows the schedule of the new length.",
             checkpoint,
             "; ".join(longer),
         )
 
 
 def check_length(checkpoint: str | Path, args: PreferenceConfig) -> None:
-    """Refuse to resume a checkpoint beyond the end of this run, which would train nothing and save it as its result.
+    """Refuse to resume a checkpoint from beyond the end of this run, which would train nothing.
 
-    One of the very end passes, as a finished run may be started again, and so does one without `trainer_state.json`.
+    A checkpoint at exactly the end passes, as a finished run may be restarted; so does one without
+    `trainer_state.json`.
     """
     state = read_json(Path(checkpoint) / TRAINER_STATE_NAME)
     if state is None:

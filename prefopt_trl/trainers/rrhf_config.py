@@ -29,7 +29,7 @@ class RRHFConfig(RankingConfig):
         default=1.0,
         metadata={
             "help": "Weight of the log-likelihood of the best completion, summed over its tokens (lambda in RSO "
-            "section 1), at least 0. Default 1, our choice: the paper adds the two terms up as they are."
+            "section 1), at least 0. Default 1, our choice: the paper adds the unweighted terms."
         },
     )
 

@@ -13,20 +13,10 @@ class RRHFTrainer(CompletionTrainer):
     """Minimize RRHF's ranking term plus the negative log-likelihood of the best completion (RSO section 1), on
     rankings.
 
-    The ranking term is on log-probabilities averaged over tokens, RRHF's own score; the other one is summed over
-    tokens. No reference model is loaded or held, any number of completions per prompt and of prompts per batch goes,
-    and memory grows little with the completions, because their prompt is computed once.
+    The ranking term uses log-probabilities averaged over tokens, RRHF's score; the likelihood term is summed over
+    tokens. No reference model is loaded or held. Prompts may have different numbers of completions.
 
-    Args:
-        args ([`RRHFConfig`], *optional*):
-            Configuration.
-        ranker ([`~prefopt_trl.rankers.Ranker`], *optional*):
-            Scores completions where the data have no `rewards`, and samples where they have no completions.
-        **kwargs:
-            Every other argument of [`~trl.DPOTrainer`], in the same order; `ref_model` is refused.
-
-    Raises:
-        ValueError: as [`PROTrainer`].
+    The data, the arguments and the errors are those of [`PROTrainer`], without bootstrapping.
 
     Example:
 

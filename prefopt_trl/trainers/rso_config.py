@@ -1,10 +1,13 @@
 """Configuration of `RSOTrainer`."""
 
+import logging
 import math
 from dataclasses import dataclass, field
 
 from prefopt_trl.sampling.options import is_one_of
 from prefopt_trl.trainers.base_config import PreferenceConfig
+
+logger = logging.getLogger(__name__)
 
 # RSO's names of losses, and TRL's names of the same functions
 LOSS_NAMES = {"sigmoid-norm": "sigmoid", "hinge-norm": "hinge"}
@@ -72,9 +75,8 @@ class RSOConfig(PreferenceConfig):
                 f"`gamma`={self.gamma} and `beta`={self.beta} are two names of the same temperature of the loss. Set "
                 "one of them. (The beta of RSO's Algorithm 1 is `rejection_beta`.)"
             )
-        gamma = self.gamma if self.gamma is not None else self.beta
-        self.gamma_is_default = gamma is None  # no field: it is said by the trainer, and not saved
-        self.gamma = self.beta = 0.05 if gamma is None else gamma
+        given = self.gamma if self.gamma is not None else self.beta
+        self.gamma = self.beta = 0.05 if given is None else given
         if not isinstance(self.gamma, int | float) or not 0 < self.gamma < math.inf:
             raise ValueError(
                 f"`gamma` (or `beta`) must be greater than 0 and finite, got {self.gamma!r}. The paper uses 0.05."
@@ -82,6 +84,16 @@ class RSOConfig(PreferenceConfig):
         loss_types = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
         self.loss_type = [LOSS_NAMES.get(loss_type, loss_type) for loss_type in loss_types]
         super().__post_init__()
+        if given is None and self.process_index == 0:
+            logger.warning(
+                "`gamma` is not set and is 0.05, as in the RSO paper. `DPOTrainer` calls it `beta`, with a default of "
+                "0.1. Set either name to choose."
+            )
+        if "sigmoid_norm" in self.loss_type and self.process_index == 0:
+            logger.warning(
+                "`loss_type='sigmoid_norm'` is TRL's length-normalized loss. RSO's sigmoid-norm (eq. 10) is "
+                "'sigmoid-norm', TRL's 'sigmoid'."
+            )
 
     def _use_sampled_logps(self) -> None:
         if self.sampling == "online" or self.truncation_mode != "keep_start":

@@ -1,27 +1,22 @@
 """Statistical Rejection Sampling Optimization (RSO): pairs from an estimate of the optimal policy, then its loss."""
 
-import logging
 import textwrap
-from typing import Any
 
 from prefopt_trl.trainers.base import PreferenceTrainer
 from prefopt_trl.trainers.rso_config import RSOConfig
 
-logger = logging.getLogger(__name__)
-
 
 class RSOTrainer(PreferenceTrainer):
-    """Minimize RSO eq. 10 (`"sigmoid-norm"`) or eq. 12 (`"hinge-norm"`) on pairs, sampled first where only prompts are
-    given.
+    """Minimize RSO eq. 10 (`"sigmoid-norm"`) or eq. 12 (`"hinge-norm"`) on pairs, given or sampled from prompts.
 
     A drop-in for [`~trl.DPOTrainer`]: on pairs it gives the same losses and metrics, faster, because a prompt is
     computed once for both completions. The two losses *are* TRL's `"sigmoid"` and `"hinge"`, run by TRL's code with
     `beta = gamma`. One default differs: `gamma` is 0.05, as in the paper, and `DPOConfig`'s `beta` is 0.1.
 
-    On prompts alone, given a `ranker`, it first builds the pairs of RSO section 5 with the policy as it is before
-    training: 64 candidates per prompt, 8 kept by statistical rejection sampling, 4 random pairs of them labeled by
-    the ranker. They are saved in `<output_dir>/sampled/train` and reused by a later run with the same settings. A run
-    with other settings is refused, and the error names those that differ.
+    On prompts with a `ranker` it first builds the pairs of RSO section 5 with the initial policy: 64 candidates per
+    prompt, 8 kept by statistical rejection sampling, 4 random pairs of them labeled by the ranker. They are saved in
+    `<output_dir>/sampled/train` and reused by a later run with the same settings. A run with other settings is
+    refused, and the error names those that differ.
 
     Args:
         ranker ([`~prefopt_trl.rankers.Ranker`], *optional*):
@@ -70,17 +65,3 @@ class RSOTrainer(PreferenceTrainer):
                 url       = {https://arxiv.org/abs/2309.06657},
             }"""),
     }
-
-    def _set_up(self, *args: Any) -> None:
-        if self.args.process_index:
-            return
-        if "sigmoid_norm" in self.args.loss_type:
-            logger.warning(
-                "`loss_type='sigmoid_norm'` is TRL's length-normalized loss. RSO's sigmoid-norm (eq. 10) is "
-                "'sigmoid-norm', TRL's 'sigmoid'."
-            )
-        if self.args.gamma_is_default:
-            logger.warning(
-                "`gamma` is not set and is 0.05, as in the RSO paper. `DPOTrainer` calls it `beta` and has 0.1 as its "
-                "default. Set either name to choose."
-            )

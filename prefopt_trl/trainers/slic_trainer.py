@@ -4,8 +4,7 @@ import textwrap
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollator, PreTrainedTokenizerBase
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -16,7 +15,7 @@ from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.sampling.selection import OWN_COLUMNS
 from prefopt_trl.trainers.base import collating_options
 from prefopt_trl.trainers.completions import CompletionTrainer, ScoredCompletions
-from prefopt_trl.trainers.prepare import Datasets, are_prompts, check_text
+from prefopt_trl.trainers.prepare import Data, Datasets, are_prompts, check_text
 from prefopt_trl.trainers.slic_config import SLiCConfig
 
 
@@ -28,20 +27,11 @@ class SLiCTrainer(CompletionTrainer):
     of TRL's experimental `CPOTrainer` with `beta = gamma` and `cpo_alpha=0`. The `"hinge"` of `DPOTrainer` is another
     loss, on ratios to a reference model (RSO eq. 12).
 
-    On pairs this is SLiC-direct. On prompts alone, given a `ranker`, it is SLiC-sample-rank: completions of the policy
-    as it is before training meet in a tournament (`pairing="first-round"` for RSO's variant), are labeled by the
-    ranker, saved in `<output_dir>/sampled/train` and reused by a later run with the same settings.
+    On pairs this is SLiC-direct. On prompts with a `ranker` it is SLiC-sample-rank: completions of the initial policy
+    are paired in a tournament (`pairing="first-round"` for RSO's variant), labeled by the ranker, saved in
+    `<output_dir>/sampled/train` and reused by a later run with the same settings.
 
-    Args:
-        args ([`SLiCConfig`], *optional*):
-            Configuration.
-        ranker ([`~prefopt_trl.rankers.Ranker`], *optional*):
-            Scores and compares completions. Needed where a dataset has no `chosen` and `rejected` columns.
-        **kwargs:
-            Every other argument of [`~trl.DPOTrainer`], in the same order; `ref_model` is refused.
-
-    Raises:
-        ValueError: for a `ref_model`, and as [`RSOTrainer`]; the message names the row or argument and the remedy.
+    The arguments and the errors are those of [`RSOTrainer`], with a [`SLiCConfig`]; `ref_model` is refused.
 
     Example:
 
@@ -103,9 +93,7 @@ class SLiCTrainer(CompletionTrainer):
                     "prompts instead, remove `chosen` and `rejected`, or rename the one that is the target."
                 )
 
-    def _prepare_dataset(
-        self, dataset: Dataset | IterableDataset, processing_class: Any, args: DPOConfig, dataset_name: str
-    ) -> Dataset | IterableDataset:
+    def _prepare_dataset(self, dataset: Data, processing_class: Any, args: DPOConfig, dataset_name: str) -> Data:
         target = self.args.target_column
         if target is not None:
             tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -119,7 +107,7 @@ class SLiCTrainer(CompletionTrainer):
             dataset = dataset.with_format(None).map(tokenize, with_indices=True)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
-    def _make_collator(self, tokenizer: PreTrainedTokenizerBase, ranker: Ranker | None) -> Any:
+    def _make_collator(self, tokenizer: PreTrainedTokenizerBase, ranker: Ranker | None) -> DataCollator:
         if self.args.target_column is None:
             return super()._make_collator(tokenizer, ranker)
         self.rows_per_example = 3

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import prefopt_trl
-from prefopt_trl.trainers.upstream import TESTED
+from prefopt_trl.trainers.base import TESTED
 
 REPO_ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

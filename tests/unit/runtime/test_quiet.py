@@ -14,7 +14,7 @@ from prefopt_trl.runtime.quiet import ON_IMPORT, quiet_libraries
 
 SCRIPT = """
 from prefopt_trl import RSOConfig, RSOTrainer
-RSOConfig("out", use_cpu=True, bf16=False, pad_token="<pad>")
+RSOConfig("out", gamma=0.05, use_cpu=True, bf16=False, pad_token="<pad>")
 """
 
 

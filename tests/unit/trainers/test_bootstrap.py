@@ -504,7 +504,7 @@ def test_samples_of_an_earlier_run_are_moved_aside(uninterrupted, tiny_llama_dir
         shutil.rmtree(tmp_path / "bootstrap", ignore_errors=True)
         shutil.copytree(folder / "bootstrap", tmp_path / "bootstrap")
         train(tiny_llama_dir, tmp_path, stop_at=1)
-        assert f"samples of an earlier run are kept in {tmp_path / f'bootstrap-{number}'}" in caplog.text
+        assert f"samples of an earlier run were moved to {tmp_path / f'bootstrap-{number}'}" in caplog.text
         assert samples(tmp_path / f"bootstrap-{number}") == samples(folder / "bootstrap")
 
 
@@ -527,7 +527,7 @@ def test_the_seed_of_the_data_is_that_of_the_parts(tiny_llama_dir, tmp_path):
 def test_the_ranker_is_used(tiny_llama_dir, tmp_path, caplog):
     make_trainer(tiny_llama_dir, tmp_path, rankings(3))
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("prefopt_trl")]
-    assert message.startswith("The ranker scores all completions of a prompt for `bootstrap_parts`, in place of the")
+    assert message.startswith("The ranker scores all completions of a prompt for `bootstrap_parts`, and the column")
 
 
 STREAM = IterableDataset.from_generator(lambda: iter(rankings(3)))

@@ -94,7 +94,7 @@ def test_other_settings_are_refused_and_each_is_named(tmp_path):
     assert f"`{GLOBAL_BATCH}` was 16 and is 32" in message
     assert "`learning_rate` was 1e-05 and is 2e-05" in message and "seed" not in message
     assert "`loss_type` was ['sigmoid'] and is ['hinge']" in message
-    assert message.startswith(f"{tmp_path} was") and "give the checkpoint as `model` of a new run" in message
+    assert message.startswith(f"{tmp_path} was") and "pass the checkpoint as `model` to a new run" in message
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_another_length_is_said(longer, tmp_path, caplog):
     check_settings(tmp_path, {**saved, **longer})
     ((name, value),) = longer.items()
     (said,) = warnings(caplog)
-    assert f"`{name}` was {saved[name]} and is {value}. Its learning rate follows the schedule of the" in said
+    assert f"`{name}` was {saved[name]} and is {value}. The learning rate follows the schedule of the" in said
 
 
 def test_options_of_sampling_are_settings_where_it_is_online(config):
@@ -326,7 +326,7 @@ def test_an_adapter_of_the_same_base_passes(trained_on, policy_dir, tmp_path, ca
 def test_an_adapter_of_another_base_is_warned_of(policy_dir, make, tmp_path, caplog):
     make(RSOTrainer, PAIRS, model=peft_model(tmp_path / "adapter", policy_dir, "huggyllama/llama-7b"))
     (message,) = [record.getMessage() for record in caplog.records if "adapter" in record.getMessage()]
-    assert f"'default' was trained on huggyllama/llama-7b, and the model it is on is {policy_dir}." in message
+    assert f"'default' was trained on huggyllama/llama-7b, and is loaded on {policy_dir}." in message
 
 
 @pytest.mark.parametrize("how", ["path", "object"])

@@ -74,6 +74,21 @@ def test_losses_go_by_their_names_in_trl(given, expected):
     assert config(loss_type=given).loss_type == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "warnings"),
+    [
+        ({}, ["`gamma` is not set and is 0.05"]),
+        ({"gamma": 0.05}, []),
+        ({"beta": 0.1}, []),
+        ({"gamma": 0.1, "loss_type": ["hinge-norm", "sigmoid_norm"]}, ["`loss_type='sigmoid_norm'` is TRL's length-"]),
+    ],
+)
+def test_what_differs_from_trl_by_the_same_name_is_logged(given, warnings, caplog):
+    config(**given)
+    found = [record.getMessage() for record in caplog.records if record.name.startswith("prefopt_trl")]
+    assert len(found) == len(warnings) and all(map(str.startswith, found, warnings))
+
+
 def test_weights_are_counted_against_the_losses():
     with pytest.raises(ValueError, match="2 weights for 1 loss types"):
         config(loss_type="hinge-norm", loss_weights=[1.0, 2.0])

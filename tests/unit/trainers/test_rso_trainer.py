@@ -548,19 +548,6 @@ def test_compute_metrics_gets_both_rows_of_every_pair(num_pairs, pairs, policy_d
     assert received[RSOTrainer, "loss"] == pytest.approx(received[DPOTrainer, "loss"], abs=1e-6)
 
 
-@pytest.mark.parametrize(("given", "is_said"), [({}, True), ({"gamma": 0.05}, False), ({"beta": 0.1}, False)])
-def test_a_temperature_that_is_not_dpos_is_said(given, is_said, pairs, policy_dir, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
-        RSOTrainer(policy_dir, args=config(tmp_path, **given), train_dataset=pairs)
-    assert any("`gamma` is not set and is 0.05" in message for message in messages(caplog)) == is_said
-
-
-def test_trls_sigmoid_norm_is_not_rsos_and_it_is_said_once(pairs, policy_dir, tmp_path, caplog):
-    RSOTrainer(policy_dir, args=config(tmp_path, loss_type=["hinge-norm", "sigmoid_norm"]), train_dataset=pairs)
-    (said,) = [message for message in messages(caplog) if "sigmoid_norm" in message]
-    assert "is TRL's length-normalized loss. RSO's sigmoid-norm (eq. 10)" in said
-
-
 def test_the_model_card_is_rsos(pairs, policy_dir, tmp_path):
     trainer = RSOTrainer(policy_dir, args=config(tmp_path, save_strategy="steps", save_steps=1), train_dataset=pairs)
     trainer.train()

@@ -24,11 +24,12 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer, utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+import prefopt_trl
 from prefopt_trl.shared_prefix.attention import PrefixLayer
 from prefopt_trl.shared_prefix.decoding import STATELESS, STATELESS_NAMES
 from prefopt_trl.shared_prefix.segments import SegmentLayer
-from prefopt_trl.trainers import upstream
-from prefopt_trl.trainers.base import PreferenceTrainer
+from prefopt_trl.trainers.base import ATTRIBUTES, METHODS, PreferenceTrainer
+from prefopt_trl.trainers.base import require as require_names
 from prefopt_trl.trainers.base_config import REFERENCE_ARGUMENTS, TRL_LOSS_ARGUMENTS, PreferenceConfig
 
 BASE = "prefopt_trl/trainers/base.py"
@@ -93,7 +94,7 @@ def make(trainer_class, model_dir, tmp_path, **given):
             ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
             f"CompletionTrainer.compute_loss in {COMPLETIONS}",
         ),
-        (utils.use_adapter, ["model", "adapter_name"], f"PreferenceTrainer._reference_adapter in {BASE}"),
+        (utils.use_adapter, ["model", "adapter_name"], f"PreferenceTrainer._as_reference in {BASE}"),
         (
             DPOTrainer._set_signature_columns_if_needed,
             ["self"],
@@ -292,7 +293,7 @@ def test_the_names_of_the_losses():
     require(
         all(f"'{name}'" in field.metadata["help"] for name in ("sigmoid", "hinge", "sigmoid_norm")),
         "DPOConfig.loss_type no longer names 'sigmoid', 'hinge' and 'sigmoid_norm'",
-        f"LOSS_NAMES in {CONFIG}, or the line of RSOTrainer about 'sigmoid_norm'",
+        f"LOSS_NAMES in {CONFIG}, or the warning of RSOConfig about 'sigmoid_norm'",
     )
 
 
@@ -427,7 +428,7 @@ def test_adapters_are_switched_off_and_back(tiny_llama_dir):
     require(
         holds and not torch.allclose(other, adapted) and not torch.allclose(off, adapted),
         "use_adapter(model, adapter_name) no longer switches adapters off (None) or to the one named, and back",
-        f"PreferenceTrainer._reference_adapter in {BASE}",
+        f"PreferenceTrainer._as_reference in {BASE}",
     )
 
 
@@ -439,7 +440,7 @@ def test_a_pretrained_adapter_is_copied_under_the_name_ref(tiny_llama_dir, tmp_p
     require(
         found == ["default", "ref"],
         f"the adapters of a PEFT model are {found} once constructed, were ['default', 'ref']",
-        f"PreferenceTrainer.__init__ and _reference_adapter in {BASE}",
+        f"PreferenceTrainer.__init__ and _as_reference in {BASE}",
     )
 
 
@@ -514,7 +515,7 @@ def test_a_missing_pad_token_is_set(tiny_llama_dir, tmp_path):
 def imports_of_submodules() -> list[tuple[str, str, str]]:
     """Module, name and file of all that the package imports from below the top of these libraries."""
     found = set()
-    for file in Path(upstream.__file__).parents[1].rglob("*.py"):
+    for file in Path(prefopt_trl.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and re.match(
                 r"(trl|transformers|accelerate|peft|datasets)\.", node.module
@@ -548,11 +549,11 @@ def test_what_is_used_of_other_objects():
 
 
 def test_a_missing_name_is_one_sentence_with_the_versions_that_work():
-    upstream.require(DPOTrainer, upstream.METHODS)
+    require_names(DPOTrainer, METHODS)
     match = rf"^trl {trl.__version__} with .* has no _metrics, _tp_size, which .* These work: trl 1.15 to 1.16 with"
     with pytest.raises(ImportError, match=match):
-        upstream.require(DPOTrainer, "_prepare_dataset _metrics _tp_size")
+        require_names(DPOTrainer, "_prepare_dataset _metrics _tp_size")
 
 
 def test_the_constructor_sets_what_is_read_later(tiny_llama_dir, tmp_path):
-    upstream.require(make(DPOTrainer, tiny_llama_dir, tmp_path), upstream.ATTRIBUTES)
+    require_names(make(DPOTrainer, tiny_llama_dir, tmp_path), ATTRIBUTES)
