@@ -8,7 +8,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from prefopt_trl.data.formats import ASSISTANT_TURN, TURN_NAMES, Message, check_columns
-from prefopt_trl.runtime.fingerprints import cache_of_contents
+from prefopt_trl.runtime.settings import cache_of_contents
 
 logger = logging.getLogger(__name__)
 

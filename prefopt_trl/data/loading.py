@@ -5,9 +5,9 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 
-from prefopt_trl.data.formats import check_columns, normalize_pairs
+from prefopt_trl.data.formats import check_columns, is_lost, normalize_pairs
 from prefopt_trl.data.hh_rlhf import HELPFUL, HUMAN_TURN, SUBSETS, load_hh_rlhf, split_transcripts
-from prefopt_trl.runtime.fingerprints import cache_of_contents
+from prefopt_trl.runtime.settings import cache_of_contents
 
 ROWS_SEED = 0  # for `num_rows`: every command takes the same rows, and a smaller number takes a subset
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # the builder that `load_dataset` uses for each
@@ -60,13 +60,6 @@ def check_name(name: str) -> None:
         raise FileNotFoundError(
             f"There is no file {name}, and no folder. Check the path, which is relative to the current folder."
         )
-
-
-def is_lost(name: str) -> bool:
-    """Return whether a name can only be a path, not an id on the Hub, and does not exist."""
-    path = Path(name)
-    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    return not path.exists() and (looks_like_a_path or ("/" in name and path.parent.is_dir()))
 
 
 def _load(name: str, config: str | None, split: str) -> Dataset:

@@ -26,7 +26,7 @@ from prefopt_trl.data.tokenization import (
     tokenize_prompts,
 )
 from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
-from prefopt_trl.runtime.weights import gathered
+from prefopt_trl.runtime.processes import gathered
 from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
 from prefopt_trl.sampling.options import RANKING, GenerationOptions, SamplingOptions
 from prefopt_trl.sampling.selection import first_occurrences, keep, label_pairs, rank

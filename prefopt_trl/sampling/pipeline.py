@@ -23,14 +23,12 @@ from prefopt_trl.data.tokenization import (
     tokenize_prompts,
 )
 from prefopt_trl.rankers.base import Ranker, check_ranker
-from prefopt_trl.runtime.processes import interruptible, process_state
+from prefopt_trl.runtime.processes import gathered, interruptible, process_state
 from prefopt_trl.runtime.settings import Settings
-from prefopt_trl.runtime.weights import gathered
-from prefopt_trl.sampling.card import dataset_card
 from prefopt_trl.sampling.generation import check_generation_kwargs, sizes_of_batch
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
 from prefopt_trl.sampling.shards import Shards
-from prefopt_trl.sampling.statistics import plot_statistics, summarize
+from prefopt_trl.sampling.statistics import dataset_card, plot_statistics, summarize
 from prefopt_trl.sampling.store import POLL_SECONDS, SampleStore
 from prefopt_trl.shared_prefix.continuation import partition_reason
 

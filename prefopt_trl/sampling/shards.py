@@ -11,13 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt_trl.data.formats import Row, wrap_completion
 from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training, tokenize_prompts
 from prefopt_trl.rankers.base import Ranker, check_rewards
-from prefopt_trl.runtime.fingerprints import (
+from prefopt_trl.runtime.settings import (
+    Settings,
     dataset_fingerprint,
     model_fingerprint,
     template_date,
     tokenizer_fingerprint,
 )
-from prefopt_trl.runtime.settings import Settings
 from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
 from prefopt_trl.sampling.logps import pair_logps, sampled_logps
 from prefopt_trl.sampling.options import RANKING, SamplingOptions

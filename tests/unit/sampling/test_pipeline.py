@@ -463,7 +463,7 @@ def test_conversations_of_a_dated_template_are_not_resumed_on_another_day(
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
     for day in (27, 28):
         clock = SimpleNamespace(now=lambda day=day: datetime.datetime(2026, 11, day))
-        monkeypatch.setattr("prefopt_trl.runtime.fingerprints.datetime", clock)
+        monkeypatch.setattr("prefopt_trl.runtime.settings.datetime", clock)
         build(tmp_path / "plain", tokenizer=tokenizer)  # the template has no part in it
         if day == 27:
             build(tmp_path / "dated", CONVERSATIONS, tokenizer=tokenizer)
