@@ -38,15 +38,15 @@ NOT_THE_MODEL = {
 }
 
 
-def as_json(settings: Any, default: Callable[[Any], Any] | None = None) -> Any:
-    """Return settings as they are read back from a file of JSON: tuples become lists, and keys strings."""
+def as_json(settings: object, default: Callable[[Any], object] | None = None) -> Any:
+    """Return settings as a JSON file would give them back: tuples become lists, and keys become strings."""
     return json.loads(json.dumps(settings, default=default))
 
 
-def differences(before: Any, now: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ, as `{name: (before, now)}`, nested ones by their dotted name."""
+def differences(before: object, now: object, name: str = "") -> dict[str, tuple[object, object]]:
+    """Return the settings that differ as `{name: (before, now)}`, with dotted names for nested ones."""
     if isinstance(before, dict) and isinstance(now, dict):
-        found: dict[str, tuple[Any, Any]] = {}
+        found: dict[str, tuple[object, object]] = {}
         for key in sorted(before.keys() | now.keys()):
             found |= differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
         return found
@@ -61,19 +61,24 @@ def read_json(path: str | Path) -> Any:
         return None
 
 
-def write_json(path: str | Path, content: Any) -> None:
+def write_json(path: str | Path, content: object) -> None:
     """Write a file of JSON that is whole or absent."""
-    with writing(Path(path)) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(Path(path), json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text that is whole or absent."""
+    with writing(path) as temporary:
+        temporary.write_bytes(text.encode())
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name for a file or folder, which becomes `path` once it is whole and on the disk.
+    """Yield a temporary name for a file or folder, which is renamed to `path` once it is synced to the disk.
 
-    If writing fails, `path` is as it was.
+    If writing fails, `path` is unchanged and the `OSError` has a note that names it.
     """
-    # A name of this process's own, should another run write here too
+    # Unique to this process, in case another run writes the same file
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +90,9 @@ def writing(path: Path) -> Iterator[Path]:
             remove(path)  # a folder is not replaced
         os.replace(temporary, path)
         _sync(path.parent)
-    except OSError:
+    except OSError as error:
         remove(temporary)
+        error.add_note(f"Could not write {path}, which is unchanged. Free disk space, or make the folder writable.")
         raise
 
 
@@ -94,7 +100,7 @@ def remove(path: Path) -> None:
     """Remove a file or folder, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
-    elif path.exists():  # on a read-only disk, to remove what is not there is an error too
+    elif path.exists():  # on a read-only disk, `unlink` fails even for a missing file
         path.unlink()
 
 
@@ -155,7 +161,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Fingerprint a tokenizer by its backend, its special tokens and its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        rules: Any = sorted(tokenizer.get_vocab().items())
+        rules: object = sorted(tokenizer.get_vocab().items())
     else:  # the last call left its padding and truncation in the backend
         rules = json.dumps({**json.loads(backend.to_str()), "padding": None, "truncation": None}, sort_keys=True)
     parts = (rules, sorted(tokenizer.special_tokens_map.items()), tokenizer.chat_template)
@@ -190,7 +196,7 @@ def cache_of_contents(path: Path) -> str:
     return str(Path(config.HF_DATASETS_CACHE, digest.hexdigest()[:16]))
 
 
-def function_fingerprint(function: Callable[..., Any]) -> str:
+def function_fingerprint(function: Callable[..., object]) -> str:
     """Fingerprint a function by its name, its source code, its defaults and the values it closes over.
 
     For a method the attributes of its object count, too. What the function reads elsewhere (a global, a file) is not
@@ -205,7 +211,7 @@ def function_fingerprint(function: Callable[..., Any]) -> str:
         source = inspect.getsource(function)
         cells = [_contents(cell) for cell in getattr(function, "__closure__", None) or ()]
         defaults = (getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None))
-        held: Any = (cells, defaults, getattr(getattr(function, "__self__", None), "__dict__", None))
+        held: object = (cells, defaults, getattr(getattr(function, "__self__", None), "__dict__", None))
     except (OSError, TypeError):
         source, held = "", function
     try:
@@ -238,7 +244,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
-def _contents(cell: CellType) -> Any:
+def _contents(cell: CellType) -> object:
     try:
         return cell.cell_contents
     except ValueError:  # the name has no value yet
