@@ -17,7 +17,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from prefopt_trl.quickstart.tiny import tiny_llama
-from prefopt_trl.runtime.fingerprints import versions
+from prefopt_trl.runtime.settings import versions
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)

@@ -13,7 +13,6 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers
     from prefopt_trl.rankers.function import FunctionRanker as FunctionRanker
     from prefopt_trl.rankers.pairwise import PairwiseRanker as PairwiseRanker
     from prefopt_trl.rankers.pointwise import RewardModelRanker as RewardModelRanker
-    from prefopt_trl.sampling.card import push_preference_dataset as push_preference_dataset
     from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling as DataCollatorForRejectionSampling
     from prefopt_trl.sampling.generation import sample_completions as sample_completions
     from prefopt_trl.sampling.options import GenerationOptions as GenerationOptions
@@ -23,6 +22,7 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers
     from prefopt_trl.sampling.pairing import tournament_pairs as tournament_pairs
     from prefopt_trl.sampling.pipeline import build_preference_dataset as build_preference_dataset
     from prefopt_trl.sampling.rejection import statistical_rejection_sampling as statistical_rejection_sampling
+    from prefopt_trl.sampling.statistics import push_preference_dataset as push_preference_dataset
     from prefopt_trl.shared_prefix.decoding import decode_shared_prefix as decode_shared_prefix
     from prefopt_trl.trainers.listwise_dpo_config import ListwiseDPOConfig as ListwiseDPOConfig
     from prefopt_trl.trainers.listwise_dpo_trainer import ListwiseDPOTrainer as ListwiseDPOTrainer
@@ -51,7 +51,7 @@ _HOME = {
     "decode_shared_prefix": "shared_prefix.decoding",
     "first_round_pairs": "sampling.pairing",
     "load_hh_rlhf": "data.hh_rlhf",
-    "push_preference_dataset": "sampling.card",
+    "push_preference_dataset": "sampling.statistics",
     "sample_completions": "sampling.generation",
     "statistical_rejection_sampling": "sampling.rejection",
     "tournament_pairs": "sampling.pairing",

@@ -16,7 +16,7 @@ from prefopt_trl.cli.training import SupervisedTrainer, prepare, train_and_save
 from prefopt_trl.evaluation.policy import Estimate
 from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
 from prefopt_trl.rankers.publishing import ranker_card
-from prefopt_trl.runtime.weights import gathered
+from prefopt_trl.runtime.processes import gathered
 
 # What the card says of the training
 HYPERPARAMETERS = ["learning_rate", "lr_scheduler_type", "max_length", "num_train_epochs", "optim", "seed"]

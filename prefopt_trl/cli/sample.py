@@ -10,8 +10,8 @@ from prefopt_trl.cli.data import keep_given, prompts_that_fit, require_columns
 from prefopt_trl.cli.models import check_model, load_ranker, load_tokenizer, model_to_run
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.runtime.processes import process_state
-from prefopt_trl.sampling.card import push_preference_dataset
 from prefopt_trl.sampling.pipeline import build_preference_dataset
+from prefopt_trl.sampling.statistics import push_preference_dataset
 
 
 def run(own: SampleConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:

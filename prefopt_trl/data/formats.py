@@ -5,6 +5,7 @@ A *prompt* or *completion* is a string (plain format) or a list of `{"role": ...
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from datasets import Dataset, IterableDataset, Value
@@ -192,3 +193,10 @@ def number_rows(dataset: Dataset) -> Dataset:
     if "row" in dataset.column_names:
         dataset = dataset.remove_columns("row")
     return dataset.add_column("row", range(len(dataset)))
+
+
+def is_lost(name: str) -> bool:
+    """Return whether a name can only be a path, not an id on the Hub, and does not exist."""
+    path = Path(name)
+    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return not path.exists() and (looks_like_a_path or ("/" in name and path.parent.is_dir()))

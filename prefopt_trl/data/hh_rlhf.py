@@ -8,7 +8,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from prefopt_trl.data.formats import ASSISTANT_TURN, TURN_NAMES, Message, check_columns
-from prefopt_trl.runtime.fingerprints import cache_of_contents
+from prefopt_trl.runtime.settings import cache_of_contents
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +27,10 @@ def load_hh_rlhf(
 ) -> Dataset:
     r"""Load HH-RLHF, with each pair of transcripts split into their common prompt and two completions.
 
-    The prompt ends with the last `"\n\nAssistant:"` up to which the two transcripts agree; the rest is the completion.
-    Usually that is the last turn of both. If the conversations diverge earlier, the completions have several turns.
-    Only a role name after a blank line begins a turn, and no character is changed. A row whose transcripts do not
-    begin with a human turn, or share no assistant turn, has no prompt and is dropped with a warning that names it (PRO
-    Table 1 filters such rows too; the harmless-base test split of 2,312 rows has none).
+    The prompt ends with the last `"\n\nAssistant:"` up to which the transcripts agree, usually that of the last turn;
+    the rest is the completion. If the conversations diverge earlier, the completions have several turns. Only a role
+    name after a blank line begins a turn. Rows whose transcripts do not begin with a human turn, or share no assistant
+    turn, are dropped with a warning (PRO Table 1 filters such rows too).
 
     Args:
         path_or_repo (`str` or `Path`, *optional*, defaults to `"Anthropic/hh-rlhf"`):
@@ -78,7 +77,10 @@ def load_hh_rlhf(
         raw = {str(file): _read_file(file) for file in _find_files(path, subset, split)}
     else:
         names = [name for name in SUBSETS if name.startswith(subset or "")]
-        raw = {f"{path_or_repo}/{name} ({split})": _read_hub(str(path_or_repo), name, split) for name in names}
+        raw = {
+            f"{path_or_repo}/{name} ({split})": read_hub(str(path_or_repo), data_dir=name, split=split)
+            for name in names
+        }
     return concatenate_datasets([split_transcripts(dataset, where, conversational) for where, dataset in raw.items()])
 
 
@@ -102,13 +104,14 @@ def _read_file(file: Path) -> Dataset:
         raise ValueError(f"{file} must hold one JSON object per line: {error.__cause__ or 'it is empty'}") from error
 
 
-def _read_hub(repo: str, subset: str, split: str) -> Dataset:
+def read_hub(path: str, **options: str | None) -> Dataset:
+    """Call `load_dataset`; if it cannot read the dataset, raise `FileNotFoundError` with the remedy."""
     try:
-        return load_dataset(repo, data_dir=subset, split=split)
+        return load_dataset(path, **options)
     except OSError as error:
         raise FileNotFoundError(
-            f"{repo!r} is neither a local file or folder nor a dataset of the Hub that can be read now ({error}). "
-            "Check the path, or download the dataset and pass its folder."
+            f"{path!r} is neither a local file or folder nor a dataset of the Hub that can be read now ({error}). "
+            "Check the name, or download the dataset and give its folder."
         ) from error
 
 

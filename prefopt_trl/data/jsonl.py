@@ -93,15 +93,11 @@ def _check_row(row: Row, where: str) -> None:
                 "or leave the row out."
             )
         for index, value in enumerate(values):
-            if name == "finished" and not isinstance(value, bool):
-                raise ValueError(f"`finished` of completion {index} of {where} is {value!r}. Give true or false.")
-            unknown = name == "logps" and value is None  # computed when needed
-            if name != "finished" and not unknown and not _is_finite_number(value):
-                raise ValueError(
-                    f"`{name}` of completion {index} of {where} is {value!r}. Give a finite number, or leave the "
-                    "completion out."
-                )
-
-
-def _is_finite_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < FLOAT32_MAX
+            if name == "finished":
+                valid, wanted = isinstance(value, bool), "true or false"
+            else:
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                valid = (is_number and abs(value) < FLOAT32_MAX) or (name == "logps" and value is None)
+                wanted = "a finite number, or leave the completion out"
+            if not valid:
+                raise ValueError(f"`{name}` of completion {index} of {where} is {value!r}. Give {wanted}.")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 
-from prefopt_trl.data.formats import check_columns, normalize_pairs
-from prefopt_trl.data.hh_rlhf import HELPFUL, HUMAN_TURN, SUBSETS, load_hh_rlhf, split_transcripts
-from prefopt_trl.runtime.fingerprints import cache_of_contents
+from prefopt_trl.data.formats import check_columns, is_lost, normalize_pairs
+from prefopt_trl.data.hh_rlhf import HELPFUL, HUMAN_TURN, SUBSETS, load_hh_rlhf, read_hub, split_transcripts
+from prefopt_trl.runtime.settings import cache_of_contents
 
 ROWS_SEED = 0  # for `num_rows`: every command takes the same rows, and a smaller number takes a subset
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # the builder that `load_dataset` uses for each
@@ -62,13 +62,6 @@ def check_name(name: str) -> None:
         )
 
 
-def is_lost(name: str) -> bool:
-    """Return whether a name can only be a path, not an id on the Hub, and does not exist."""
-    path = Path(name)
-    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    return not path.exists() and (looks_like_a_path or ("/" in name and path.parent.is_dir()))
-
-
 def _load(name: str, config: str | None, split: str) -> Dataset:
     check_name(name)
     path = Path(name)
@@ -89,13 +82,7 @@ def _load(name: str, config: str | None, split: str) -> Dataset:
         if isinstance(saved, DatasetDict) and split not in saved:
             raise ValueError(f"{name} has no split {split!r}; it has {', '.join(saved)}. Choose one of them.")
         return saved[split] if isinstance(saved, DatasetDict) else saved
-    try:
-        return load_dataset(name, config, split=split, cache_dir=cache_of_contents(path) if path.is_dir() else None)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{name!r} is neither a local file or folder nor a dataset of the Hub that can be read now ({error}). "
-            "Check the name, or download the dataset and give its folder."
-        ) from error
+    return read_hub(name, name=config, split=split, cache_dir=cache_of_contents(path) if path.is_dir() else None)
 
 
 def _part(dataset: Dataset, whole: str, split: str) -> Dataset:

@@ -31,8 +31,8 @@ FLOAT32_MAX = 3.4e38  # rewards are float32 in a batch
 def pairs_to_rankings(dataset: Dataset | IterableDataset, where: str = "the dataset") -> Dataset | IterableDataset:
     """Convert `chosen` and `rejected` to rankings of two, with rewards 1 and 0 (so PRO's temperatures are 1).
 
-    There need not be a `prompt` where both begin with it. A `ValueError` refuses `rewards` beside the pairs, and names
-    a row without a prompt, of the dataset called `where`.
+    Without a column `prompt`, it is the common beginning of both. Raise `ValueError` for a column `rewards` or a row
+    without a prompt; `where` names the dataset.
     """
     if "rewards" in (dataset.column_names or []):
         raise ValueError(
@@ -50,7 +50,7 @@ def pairs_to_rankings(dataset: Dataset | IterableDataset, where: str = "the data
 
 
 def check_ranking(completions: object, rewards: object, where: str) -> None:
-    """Require two completions or more, and a finite reward for each; the error begins with `where`."""
+    """Require at least two completions and a finite reward for each; the error begins with `where`."""
     if not isinstance(completions, list):
         raise ValueError(f"{where} has {type(completions).__name__} as `completions`. Give a list of completions.")
     if len(completions) < 2:
@@ -78,8 +78,8 @@ def tokenize_rankings(
     """Tokenize rankings for [`DataCollatorForRanking`], and leave out those whose prompt fills `max_length`.
 
     Return the dataset with `prompt_ids`, `completion_ids` and `rewards` beside its other columns. With
-    `truncation_mode="keep_end"` no prompt fills a row. A `ValueError` names missing columns, or a row that is no
-    ranking, of the dataset called `name`.
+    `truncation_mode="keep_end"` all prompts fit. Raise `ValueError` for missing columns or a row that is not a
+    ranking; `name` is the name of the dataset.
     """
     columns = columns_of(dataset, name)
     dataset = dataset.with_format(None)
@@ -119,8 +119,7 @@ def tokenize_rankings(
     with PartialState().main_process_first():  # the other processes read its cache
         tokenized = dataset.map(tokenize, with_indices=True, num_proc=num_proc, desc=f"Tokenizing {name} dataset")
     check_tokens(tokenized, columns, name)
-    equal = sum(len(set(rewards)) == 1 for rewards in tokenized["rewards"])
-    if equal:
+    if equal := sum(len(set(rewards)) == 1 for rewards in tokenized["rewards"]):
         logger.warning(
             "%d of %d rows of the %s dataset have equal rewards only, so there is nothing to rank in them, and their "
             "first completion counts as the best. Leave them out, or score them with a finer ranker. %s",
@@ -140,8 +139,7 @@ def tokenize_rankings(
         warn_of_full_prompts(len(lengths), len(fits), name, max_length)
         if len(fits) < len(lengths):
             tokenized, lengths = tokenized.select(fits), [lengths[row] for row in fits]
-    cut = sum(prompt + completion > max_length for prompt, completion in lengths)
-    if cut:
+    if cut := sum(prompt + completion > max_length for prompt, completion in lengths):
         logger.warning(
             "%d of %d rows of the %s dataset have a completion that `max_length`=%d cuts. Raise `max_length` to keep "
             "it whole.",

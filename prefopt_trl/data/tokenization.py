@@ -16,7 +16,7 @@ from prefopt_trl.shared_prefix.continuation import common_length
 
 logger = logging.get_logger(__name__)
 
-ChatOptions: TypeAlias = dict[str, Any]  # arguments for `apply_chat_template`
+ChatOptions: TypeAlias = dict[str, object]  # arguments for `apply_chat_template`
 
 _warned: weakref.WeakSet[PreTrainedTokenizerBase] = weakref.WeakSet()  # tokenizers with equal candidates
 
@@ -35,14 +35,14 @@ def num_appended_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     return mask[::-1].index(0) if 0 in mask else 0
 
 
-def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **chat_template_kwargs: Any) -> list[int]:
+def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **chat_template_kwargs: object) -> list[int]:
     """Return the token ids of a prompt, for sampling and for training."""
     if isinstance(prompt, str):
         return encode_text(tokenizer, prompt)
     return _encode_messages(tokenizer, prompt, add_generation_prompt=True, **chat_template_kwargs)
 
 
-def _encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> list[int]:
+def _encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: object) -> list[int]:
     template: Any = tokenizer.apply_chat_template  # its return annotation is a union of all its options
     return template(messages, return_dict=True, **options)["input_ids"]
 
@@ -72,22 +72,15 @@ def tokenize_completions(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     completions: Sequence[Completion],
-    **chat_template_kwargs: Any,
+    **chat_template_kwargs: object,
 ) -> tuple[list[int], list[list[int]]]:
     """Tokenize a prompt with each of its completions, like TRL's `DPOTrainer`; return the ids of the prompt and each.
 
     A prompt and a completion are tokenized together, because tokens may merge at the boundary. All completions begin
     at the first token where any of these sequences differs from the tokens of the prompt alone. A plain-text
-    completion ends with exactly one EOS; the chat template ends a conversational one.
-
-    Raise `TypeError` if a completion is not in the format of the prompt.
+    completion ends with exactly one EOS; the chat template ends a conversational one. Completions have the format of
+    the prompt.
     """
-    for index, completion in enumerate(completions):
-        if not isinstance(completion, type(prompt)):
-            raise TypeError(
-                f"Completion {index} is {type(completion).__name__} and its prompt is {type(prompt).__name__}: give "
-                "both as plain text, or both as lists of messages."
-            )
 
     def encode(completion: Completion) -> list[int]:
         if isinstance(prompt, str) or isinstance(completion, str):
@@ -124,7 +117,8 @@ def merge_equal_in_training(
         first: dict[str, Completion] = {}
         for place, candidate in enumerate(candidates):
             messages = [*row["prompt"], *candidate]
-            written = str(tokenizer.apply_chat_template(messages, tokenize=False, **chat_options(row)))
+            apply: Any = tokenizer.apply_chat_template
+            written = apply(messages, tokenize=False, **chat_options(row))
             candidates[place] = first.setdefault(written, candidate)
             num_merged += candidates[place] != candidate
     if num_merged and tokenizer not in _warned:
@@ -185,23 +179,23 @@ def check_prompts_fit(prompt_ids: Sequence[Sequence[int]], max_length: int | Non
 
 
 def check_positions(model: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Refuse prompts whose completions may go beyond the positions that the model, as GPT-2, has a table of."""
+    """Refuse prompts whose completions may exceed the learned position embeddings of a model such as GPT-2."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     tensors = [*model.named_parameters(), *model.named_buffers()]
     tables = [tensor for name, tensor in tensors if re.search(r"(wpe|position\w*)(\.weight)?$", name)]
     sizes = {len(table) for table in tables if table.dim() == 2}
-    if not sizes & {limit, limit + 2}:  # OPT and BART have two more, which no token is at
+    if not sizes & {limit, limit + 2}:  # OPT and BART have two unused ones more
         return
     apart = model.config.is_encoder_decoder
     lengths = list(map(len, prompt_ids))
-    # The last token that is drawn is not read
+    # The last sampled token is not an input
     needed = [max(length, max_new_tokens) if apart else length + max_new_tokens - 1 for length in lengths]
     too_long = [row for row, num_positions in enumerate(needed) if num_positions > limit]
     if too_long:
         row = too_long[0]
         raise ValueError(
-            f"The prompt of row {row} has {lengths[row]} tokens, and with `max_new_tokens`={max_new_tokens} it needs "
-            f"{needed[row]} positions, of which the model has {limit} ({len(too_long)} of {len(lengths)} prompts do). "
+            f"The prompt of row {row} has {lengths[row]} tokens and with `max_new_tokens`={max_new_tokens} needs "
+            f"{needed[row]} positions, but the model has {limit} ({len(too_long)} of {len(lengths)} prompts do). "
             "Lower `max_new_tokens` or leave those rows out; the commands leave out those that exceed "
             f"`max_length`, so give them `max_length`={limit}."
         )
@@ -214,10 +208,10 @@ def tokenize_prompts(
     *,
     for_encoder: bool = False,
 ) -> list[list[int]]:
-    """Return the token ids of each prompt, as training reads them; the `ValueError` names the row of an empty one.
+    """Return the token ids of each prompt, as in training; raise `ValueError` with the row of an empty one.
 
-    `chat` has the arguments of each prompt for `apply_chat_template` (see [`chat_options`]). An encoder reads a whole
-    text, so with `for_encoder` what the tokenizer appends stays, such as T5's EOS.
+    `chat` has the arguments of each prompt for `apply_chat_template` (see [`chat_options`]). With `for_encoder` the
+    special tokens that the tokenizer appends are kept, such as T5's EOS.
     """
     check_prompts(prompts)
     made = []
@@ -236,10 +230,7 @@ def tokenize_prompts(
 
 
 def check_tokens(dataset: Dataset, columns: list[str], name: str) -> None:
-    """Check the first 10,000 rows: raise `ValueError` for one without a prompt, and warn of equal completions.
-
-    Only the first 10,000 rows are read.
-    """
+    """Raise `ValueError` for a row without a prompt and warn about equal completions, in the first 10,000 rows."""
     rows = dataset.select(range(min(len(dataset), 10_000)))
     for row, (ids, prompt) in enumerate(zip(rows["prompt_ids"], rows["prompt"], strict=True)):
         if not ids or ("prompt" not in columns and not prompt):
@@ -255,8 +246,8 @@ def check_tokens(dataset: Dataset, columns: list[str], name: str) -> None:
     if equal:
         logger.warning(
             "%d of the first %d rows of the %s dataset have completions of different text and equal tokens, as when "
-            "the chat template leaves out what stands before `</think>`. Nothing is learned from comparing them. Set "
-            "`tokenizer.chat_template` to one that keeps the text, or leave the rows out.",
+            "the chat template drops the text before `</think>`. Nothing is learned from comparing them. Set a "
+            "`tokenizer.chat_template` that keeps the text, or leave the rows out.",
             equal,
             len(rows),
             name,
@@ -264,7 +255,7 @@ def check_tokens(dataset: Dataset, columns: list[str], name: str) -> None:
 
 
 def warn_of_full_prompts(num_rows: int, num_left: int, name: str, max_length: int | None) -> None:
-    """Say how many rows were left out because their prompt fills `max_length`; raise `ValueError` if all were."""
+    """Warn about rows left out because their prompt fills `max_length`; raise `ValueError` if all were."""
     if num_left == num_rows:
         return
     message = (
@@ -279,6 +270,6 @@ def warn_of_full_prompts(num_rows: int, num_left: int, name: str, max_length: in
 def no_prompt(row: int, name: str, columns: list[str]) -> ValueError:
     return ValueError(
         f"Row {row} of the {name} dataset has no prompt; its columns are {', '.join(columns)}. Without a column "
-        "`prompt`, it is what `chosen` and `rejected` both begin with. Rename yours with "
+        "`prompt`, the prompt is the common beginning of `chosen` and `rejected`. Rename yours with "
         "`dataset.rename_column(old, new)`."
     )

@@ -36,7 +36,7 @@ from prefopt_trl.evaluation.report import as_percentage, plot_reward_against_kl,
 from prefopt_trl.quickstart.kitchen import MAX_NEW_TOKENS, ControlledTask, true_reward
 from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
 from prefopt_trl.rankers.templates import ANSWERS, dialogue
-from prefopt_trl.runtime.fingerprints import versions
+from prefopt_trl.runtime.settings import versions
 from prefopt_trl.sampling.generation import sample_completions
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.trainers.base import PreferenceTrainer

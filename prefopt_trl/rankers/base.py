@@ -8,9 +8,8 @@ import numpy as np
 from torch import nn
 
 from prefopt_trl.data.formats import Completion, Prompt, check_completions, check_format, check_list, wrap_completion
-from prefopt_trl.runtime.processes import process_state
+from prefopt_trl.runtime.processes import gathered, process_state
 from prefopt_trl.runtime.settings import Settings
-from prefopt_trl.runtime.weights import gathered
 
 
 class Ranker(ABC):

@@ -6,8 +6,7 @@ from itertools import islice
 
 from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
 from prefopt_trl.rankers.base import PointwiseRanker
-from prefopt_trl.runtime.fingerprints import function_fingerprint
-from prefopt_trl.runtime.settings import Settings
+from prefopt_trl.runtime.settings import Settings, function_fingerprint
 
 
 class FunctionRanker(PointwiseRanker):

@@ -22,9 +22,8 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from prefopt_trl.data.tokenization import check_vocabulary
-from prefopt_trl.runtime.fingerprints import model_fingerprint, tokenizer_fingerprint
 from prefopt_trl.runtime.processes import process_state
-from prefopt_trl.runtime.settings import Settings
+from prefopt_trl.runtime.settings import Settings, model_fingerprint, tokenizer_fingerprint
 from prefopt_trl.shared_prefix.continuation import (
     RowsAfterPrefix,
     WholeRows,

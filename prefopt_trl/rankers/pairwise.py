@@ -28,8 +28,7 @@ from prefopt_trl.rankers.templates import (
     resolve_template,
     split_answers,
 )
-from prefopt_trl.runtime.fingerprints import function_fingerprint
-from prefopt_trl.runtime.settings import Settings
+from prefopt_trl.runtime.settings import Settings, function_fingerprint
 from prefopt_trl.shared_prefix.continuation import WholeRows
 
 logger = logging.getLogger(__name__)

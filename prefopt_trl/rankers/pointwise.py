@@ -13,8 +13,7 @@ from prefopt_trl.data.tokenization import num_appended_tokens, prompt_token_ids
 from prefopt_trl.rankers.base import PointwiseRanker
 from prefopt_trl.rankers.inference import RankingModel
 from prefopt_trl.rankers.publishing import PublishedModel
-from prefopt_trl.runtime.fingerprints import template_date
-from prefopt_trl.runtime.settings import Settings
+from prefopt_trl.runtime.settings import Settings, template_date
 
 SENSITIVE_TO_PADDING = {"nystromformer", "xlnet", "yoso"}  # a row's reward would depend on the length of the others
 

@@ -26,7 +26,7 @@ from prefopt_trl.data.tokenization import (
     tokenize_prompts,
 )
 from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
-from prefopt_trl.runtime.weights import gathered
+from prefopt_trl.runtime.processes import gathered
 from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
 from prefopt_trl.sampling.options import RANKING, GenerationOptions, SamplingOptions
 from prefopt_trl.sampling.selection import first_occurrences, keep, label_pairs, rank
@@ -37,33 +37,30 @@ logger = logging.getLogger(__name__)
 @dataclass
 class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
     """
-    Samples completions of a batch of prompts, ranks, rejects and pairs them (RSO section 5), and collates the pairs.
+    Sample completions of a batch of prompts, rank, reject and pair them (RSO section 5), and collate the pairs.
 
-    Each example has a `"prompt"`, as plain text or as messages, and perhaps `"tools"` and `"chat_template_kwargs"` for
-    the chat template. The batch is the one that TRL's `DataCollatorForPreference` makes of the pairs, or
-    [`DataCollatorForRanking`] of the rankings. A batch size counts prompts, so `per_device_train_batch_size` does too.
-    With n = `num_samples`, B prompts give
+    Each example has a `"prompt"`, plain text or messages, and optionally `"tools"` and `"chat_template_kwargs"`. Pairs
+    are collated by TRL's `DataCollatorForPreference`, rankings by [`DataCollatorForRanking`]. Batch sizes, such as
+    `per_device_train_batch_size`, count prompts. With n = `num_samples`, B prompts give
 
     - `"first-round"`: `B * (n // 2)` pairs, each of two rows;
     - `"tournament"`: `B * (n - 1)` pairs;
     - `"all"`: `B * n * (n - 1) / 2` pairs;
     - `"ranking"`: B rankings, each of n rows.
 
-    Examples that have `"prompt_ids"` are collated as they are.
+    Examples with `"prompt_ids"` are only collated.
 
-    Everything drawn for a batch depends on `seed`, `epoch`, the batch's prompts and the policy alone. So each process
-    samples its own prompts with its own stream, which is the same after any restart, and the global random state is
-    left alone. In a loop of your own, call it as a step begins: a `DataLoader` makes batches ahead, before the policy
-    has learned from the latest one.
+    A batch depends only on `seed`, `epoch`, its prompts and the policy, so it is the same after a restart. The global
+    random state does not change. In your own training loop, call the collator at the beginning of a step: a
+    `DataLoader` makes batches ahead, with a policy that has not learned from the latest one.
 
-    With `"rso"` and `"top-k"`, a prompt with fewer distinct candidates than `num_samples` keeps those it has and
-    repeats their pairs, so that each prompt makes as many pairs, on every process. A warning counts such prompts. A
-    single candidate meets itself; `"sft"` draws among all candidates, and two equal texts may meet. A loss of
-    differences has no gradient there, and a likelihood term keeps its own.
+    With `"rso"` and `"top-k"`, a prompt with fewer distinct candidates than `num_samples` repeats their pairs, so that
+    all prompts make the same number of pairs. A warning counts such prompts. A single candidate is paired with itself,
+    and `"sft"` may pair equal texts; losses of differences have zero gradient on such pairs.
 
     Args:
         policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Policy to sample from, with the weights that it has when a batch is made.
+            Policy to sample from, with its current weights.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer, with an EOS token.
         ranker ([`~prefopt_trl.rankers.Ranker`]):
@@ -73,16 +70,15 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
         max_length, truncation_mode, pad_to_multiple_of:
             As in [`DataCollatorForRanking`].
         while_sampling (`Callable`, *optional*):
-            Makes a context to sample in, such as the `disable_adapter` of a PEFT model that is being trained.
+            Makes a context to sample in, such as `disable_adapter` of a PEFT model.
         epoch (`int`, *optional*, defaults to `0`):
-            Epoch of the batches, so that each draws anew. The trainer sets it.
+            Epoch of the batches, so that each epoch draws other completions. The trainer sets it.
         strategy, num_candidates, num_samples and so on:
             The fields of [`SamplingOptions`].
 
     Raises:
-        TypeError: for something that is no ranker.
-        ValueError: for a number out of range, an unknown name, a tokenizer without an EOS token, or a prompt that
-            fills `max_length`.
+        TypeError: if `ranker` is not a ranker.
+        ValueError: for an option out of range, a tokenizer without an EOS token, or a prompt that fills `max_length`.
         RuntimeError: inside a worker of a dataloader.
 
     Example:
@@ -101,7 +97,7 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     pad_to_multiple_of: int | None = None
-    while_sampling: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    while_sampling: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
     epoch: int = 0
     return_tensors: str = "pt"
     num_short: int = field(default=0, init=False)  # prompts that had fewer distinct candidates than `num_samples`
@@ -111,7 +107,7 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
         check_ranker(self.ranker)
         eos_token_ids(self.policy, self.tokenizer)  # raises if there is none
         make = DataCollatorForRanking if self.pairing == RANKING else DataCollatorForPreference
-        pad_token_id: Any = self.tokenizer.pad_token_id
+        pad_token_id = self.tokenizer.pad_token_id
         self._collate = make(
             pad_token_id=self.tokenizer.eos_token_id if pad_token_id is None else pad_token_id,
             max_length=self.max_length,
@@ -124,15 +120,15 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
             return self._collate(examples)
         if get_worker_info() is not None:
             raise RuntimeError(
-                "`DataCollatorForRejectionSampling` generates inside the training process, and this is a worker of "
-                "the dataloader. Set `dataloader_num_workers=0`."
+                "`DataCollatorForRejectionSampling` generates inside the training process, not in a worker of the "
+                "dataloader. Set `dataloader_num_workers=0`."
             )
         for index, example in enumerate(examples):
             if not isinstance(example, dict) or "prompt" not in example or "completions" in example:
                 found = ", ".join(example) if isinstance(example, dict) else type(example).__name__
                 raise ValueError(
                     f"Example {index} of the batch is {found}. Give prompts without completions, as "
-                    "`{'prompt': ...}`; of completions that are there already `build_preference_dataset` makes pairs."
+                    "`{'prompt': ...}`; for given completions, use `build_preference_dataset`."
                 )
         prompts = [example["prompt"] for example in examples]
         rows = [example.get("row") for example in examples]
@@ -183,8 +179,8 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
         if short and not self.num_short:
             logger.warning(
                 "%d of %d prompts of a batch have fewer than `num_samples`=%d distinct candidates, and repeat their "
-                "pairs. Raise `num_candidates`, `temperature` or `max_new_tokens`. (This is said once; `num_short` "
-                "counts on.)",
+                "pairs. Raise `num_candidates`, `temperature` or `max_new_tokens`. (Logged once; `num_short` counts "
+                "all.)",
                 short,
                 len(kept),
                 self.num_samples,
@@ -212,8 +208,8 @@ def sample_for(
 ) -> list[list[Completion]]:
     """Sample completions of the rows' prompts, in the format of the prompts.
 
-    Rows have `prompt`, and perhaps `tools` and `chat_template_kwargs`. `others` are arguments of
-    [`sample_candidates`], such as `seed`. Prompts that fill `max_length` are refused.
+    Rows have `prompt` and optionally `tools` and `chat_template_kwargs`. `others` are arguments of
+    [`sample_candidates`], such as `seed`. Raise `ValueError` for prompts that fill `max_length`.
     """
     prompt_ids = tokenize_prompts(tokenizer, [row["prompt"] for row in rows], list(map(chat_options, rows)))
     check_prompts_fit(prompt_ids, max_length)

@@ -1,4 +1,4 @@
-"""Sampling completions of the policy itself with transformers' `generate`, each prompt computed once."""
+"""Sample completions of the policy with transformers' `generate`, each prompt computed once."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ from prefopt_trl.shared_prefix.support import evaluating, log_reason
 
 logger = logging.get_logger(__name__)
 
-# Options of `GenerationConfig` that are set here, or that would change what `generate` returns
+# Options of `GenerationConfig` that are set here or change what `generate` returns
 OWN_OPTIONS = {
     "do_sample",
     "eos_token_id",
@@ -52,9 +52,8 @@ OWN_OPTIONS = {
     "top_k",
     "top_p",
 }
-# Further options whose law does not depend on padding. Others may: to `min_length` and `no_repeat_ngram_size` it is
-# part of the prompt, to `repetition_penalty` before transformers 5.23. With them only prompts of equal length share a
-# batch.
+# Options that ignore padding. `min_length`, `no_repeat_ngram_size` and, before transformers 5.23, `repetition_penalty`
+# count it as part of the prompt, so with any other option only prompts of equal length share a batch.
 BLIND_TO_PADDING = {
     *("top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "stop_strings"),
     *("min_new_tokens", "exponential_decay_length_penalty", "forced_eos_token_id"),
@@ -62,22 +61,22 @@ BLIND_TO_PADDING = {
     "cache_implementation",
 }
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of byte fallback, as the decoder of `tokenizers` knows it
-CONTEXT = 8  # tokens of the prompt that a completion is decoded after
+CONTEXT = 8  # tokens of the prompt that are decoded before a completion
 
 
 @dataclass(frozen=True)
 class Candidates:
     """Completions sampled for one prompt."""
 
-    texts: list[str]  # without special tokens and stop strings; texts may repeat
-    finished: list[bool]  # whether each ended by itself, with an EOS token or a stop string that it has all of
-    sampled: list["Sampled"] = field(default_factory=list)  # what was drawn for each, if it was asked for
+    texts: list[str]  # without special tokens and stop strings; may repeat
+    finished: list[bool]  # whether each ended with an EOS token or a complete stop string
+    sampled: list["Sampled"] = field(default_factory=list)  # the tokens of each, with `keep_logps`
 
 
 class Sampled(NamedTuple):
-    """The tokens that were drawn for a completion, up to and including the EOS token, and their log-probability.
+    """The tokens drawn for a completion, up to and including EOS, and their log-probability.
 
-    `logp` is in nats, summed, under the model itself; None where the completion did not share its prompt.
+    `logp` is in nats, summed, under the model; None if the completion did not share its prompt.
     """
 
     ids: list[int]
@@ -92,36 +91,34 @@ def sample_completions(
     options: GenerationOptions | None = None,
     *,
     seed: int = 0,
-    generation_kwargs: dict[str, Any] | None = None,
-    **changes: Any,
+    generation_kwargs: dict[str, object] | None = None,
+    **changes: object,
 ) -> list[list[str]]:
-    """Sample completions of each prompt from the model's own distribution.
+    """Sample completions of each prompt from the model's distribution.
 
-    RSO's Algorithm 1 needs samples of the policy itself, so nothing narrows the distribution unless asked for here:
-    the sampling settings of the model's own `generation_config` (and `generate`'s default `top_k=50`) are not used,
-    only its end-of-sequence tokens are.
+    RSO's Algorithm 1 needs samples of the policy, so only the options given here narrow the distribution. Of the
+    model's `generation_config` only the EOS tokens are used, and `generate`'s default `top_k=50` is off.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Causal language model, or encoder-decoder, on the device to sample on. Its training mode and generation
-            config are as before when this returns or raises.
+            Causal language model or encoder-decoder, on the device to sample on. Its training mode and generation
+            config are restored afterwards.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer, with an EOS token (which pads where there is no other token for it); with a chat template
-            for conversational prompts.
+            Its tokenizer, with an EOS token (also used for padding without a pad token), and with a chat template for
+            conversational prompts.
         prompts (`list[str]` or `list[list[dict]]`):
             Prompts as plain text or as messages.
         num_completions (`int`):
             Completions per prompt.
         options ([`GenerationOptions`] or [`SamplingOptions`], *optional*):
-            How to sample: `max_new_tokens`, `temperature` and so on. By default as their fields are by default.
+            How to sample: `max_new_tokens`, `temperature` and so on.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the draws. The same seed, prompts and options give the same completions; the global random state
-            is left alone.
+            The same seed, prompts and options give the same completions. The global random state does not change.
         generation_kwargs (`dict`, *optional*):
             Further options of [`~transformers.GenerationConfig`], such as `{"stop_strings": ["\\n\\nHuman:"]}`. A stop
-            string ends the completion that it is in, and is not part of the text; one that begins in the prompt ends
-            nothing. Where an option would read padding as part of the prompt (`min_length`, `no_repeat_ngram_size`),
-            only prompts of equal length are sampled together.
+            string ends a completion and is removed from its text; one that begins in the prompt has no effect.
+            With an option that depends on padding (`min_length`, `no_repeat_ngram_size`), only prompts of equal length
+            are sampled together.
         **changes:
             Fields of `options` by name, in place of those in `options`.
 
@@ -152,23 +149,24 @@ def sample_completions(
     return [candidate.texts for candidate in candidates]
 
 
-def check_generation_kwargs(generation_kwargs: dict[str, Any] | None) -> None:
+def check_generation_kwargs(generation_kwargs: dict[str, object] | None) -> None:
     """Refuse options that transformers does not know, or that sampling sets; the `ValueError` names them."""
     given = generation_kwargs or {}
-    unknown = given.keys() - vars(GenerationConfig()).keys()
-    if unknown:
-        raise ValueError(f"`generation_kwargs` has {_names(unknown)}, which transformers' `GenerationConfig` has not.")
-    if taken := given.keys() & OWN_OPTIONS:
-        raise ValueError(
-            f"`generation_kwargs` has {_names(taken)}, which sampling sets itself or takes as an argument of that "
-            "name. Leave it out."
-        )
-    if given.get("stop_strings") == "" or "" in list(given.get("stop_strings") or []):
+    known = vars(GenerationConfig())
+    for name in sorted(given):
+        if name not in known:
+            raise ValueError(f"`generation_kwargs` has `{name}`, which transformers' `GenerationConfig` lacks.")
+        if name in OWN_OPTIONS:
+            raise ValueError(
+                f"`generation_kwargs` has `{name}`, which sampling sets or takes as an argument. Leave it out."
+            )
+    if "" in _stop_strings(given):
         raise ValueError("`stop_strings` has an empty text, which every completion begins with. Leave it out.")
 
 
-def _names(names: set[str]) -> str:
-    return ", ".join(f"`{name}`" for name in sorted(names))
+def _stop_strings(generation_kwargs: dict[str, Any]) -> list[str]:
+    given = generation_kwargs.get("stop_strings")
+    return [given] if isinstance(given, str) else list(given or [])
 
 
 def sample_candidates(
@@ -179,18 +177,18 @@ def sample_candidates(
     options: GenerationOptions,
     *,
     seed: int,
-    generation_kwargs: dict[str, Any] | None = None,
+    generation_kwargs: dict[str, object] | None = None,
     keep_logps: bool = False,
     progress: bool = True,
 ) -> list[Candidates]:
-    """Sample as [`sample_completions`] does, of tokenized prompts, and return all that is known of the completions."""
+    """Sample like [`sample_completions`] from tokenized prompts, and return texts, ends and, if asked for, tokens."""
     end_ids = eos_token_ids(model, tokenizer)
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    further = dict(generation_kwargs or {})
+    further: dict[str, Any] = dict(generation_kwargs or {})
     may_pad = further.keys() <= BLIND_TO_PADDING
-    # Not as an option of the config: `generate` would lose the tokenizer on the way to a decoding function of ours
-    stop_strings = further.pop("stop_strings", None) or []
-    stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+    # Not in the config: `generate` does not pass the tokenizer on to `custom_generate`
+    stop_strings = _stop_strings(further)
+    further.pop("stop_strings", None)
     stops = [StopStringsInCompletion(tokenizer, stop_strings)] if stop_strings else []
     criteria = StoppingCriteriaList(stops)
     config = GenerationConfig(
@@ -204,7 +202,7 @@ def sample_candidates(
         **further,
     )
     check_positions(model, prompt_ids, options.max_new_tokens)
-    in_decoder = model.config.is_encoder_decoder
+    in_decoder = model.config.is_encoder_decoder  # only the completions are in its rows
     if in_decoder:
         config.decoder_start_token_id = decoder_start_token_id(model)
     longest = max(map(len, prompt_ids), default=0)
@@ -212,10 +210,10 @@ def sample_candidates(
     prompts_at_once, completions_at_once = sizes_of_batch(model, num_completions, longest, options, shares)
     config.return_dict_in_generate = with_logps = shares and keep_logps
     generate = cast(Callable[..., Any], model.generate)
-    # `generate` would wait for the other processes wherever ZeRO-3 is on, also where the weights are gathered
+    # By default, `generate` waits for the other processes under ZeRO-3, even if the weights are gathered
     synced = partition_reason(model) is not None and torch.distributed.is_initialized()
 
-    # Prompts of like length go together; the order of results is that of `prompt_ids`
+    # Prompts of similar length share a batch; results keep the order of `prompt_ids`
     by_length = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]), reverse=True)
     groups = [list(rows) for _, rows in groupby(by_length, key=lambda row: may_pad or len(prompt_ids[row]))]
     batches = [rows[at : at + prompts_at_once] for rows in groups for at in range(0, len(rows), prompts_at_once)]
@@ -260,7 +258,7 @@ def sample_candidates(
 
 
 def _shares_prefix(model: PreTrainedModel, config: GenerationConfig, row_length: int) -> bool:
-    """Whether completions can share their prompt; one logged line says why they cannot."""
+    """Return whether completions can share their prompt; if not, log the reason once."""
     mode = config.get_generation_mode()
     if mode is not GenerationMode.SAMPLE or config.guidance_scale not in (None, 1) or config.cache_implementation:
         log_reason(model, "`generation_kwargs` ask for a cache, guidance or a search that only `generate` has")
@@ -276,9 +274,9 @@ def sizes_of_batch(
 ) -> tuple[int, int]:
     """Return how many prompts to sample at a time, and how many completions of each.
 
-    Without a `generation_batch_size`, as many as `generation_memory_budget` holds if every completion were as long as
-    it may be. What is counted are keys and values (twice, while they are copied to grow) and the float32 scores of the
-    next token with their working copies.
+    Without a `generation_batch_size`, as many as `generation_memory_budget` holds if every completion has
+    `max_new_tokens`. Memory counts keys and values (twice, while they are copied to grow) and the float32 scores of
+    the next token with their working copies.
     """
     batch_size = options.generation_batch_size
     if batch_size is None:
@@ -305,7 +303,7 @@ def sizes_of_batch(
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the EOS tokens of the tokenizer and of the model, which may have further ones for ends of turns."""
+    """Return the EOS tokens of the tokenizer and of the model, which may have others that end a turn."""
     if tokenizer.eos_token_id is None:
         raise ValueError("`tokenizer` has no EOS token, so completions would never end. Set `tokenizer.eos_token`.")
     own = model.generation_config.eos_token_id
@@ -314,9 +312,9 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 @contextmanager
 def _sampling_mode(model: PreTrainedModel) -> Iterator[None]:
-    """While entered, the model is in evaluation mode, with a random stream and generation config of our own."""
-    # `generate` fills unset options from the model's own config, which may narrow the distribution. A PEFT model may
-    # have one beside that of the model inside it.
+    """Within, use evaluation mode, a forked random state and an empty generation config."""
+    # `generate` fills unset options from the model's config, which may narrow the distribution. A PEFT model may have
+    # a second config.
     configured: list[Any] = [module for module in model.modules() if "generation_config" in vars(module)]
     own_configs = [module.generation_config for module in configured]
     for module in configured:
@@ -345,8 +343,7 @@ def _read(
     eos_token_ids: list[int],
     stop_strings: list[str],
 ) -> tuple[str, list[int], bool]:
-    """Return the text of a generated row up to its first EOS token or stop string, its tokens up to and including EOS,
-    and whether it ended by itself."""
+    """Return the text of a row up to EOS or a stop string, its tokens including EOS, and whether it ended."""
 
     def decode(skip_special_tokens: bool) -> str:
         options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
@@ -354,13 +351,13 @@ def _read(
         if text.startswith(before):
             return text[len(before) :]
         logger.warning_once(
-            "The tokenizer decodes the end of a prompt otherwise before a completion. Completions are decoded without "
-            f"it, which may cost them the space that they begin with. (Said once, of {before!r}.)"
+            "The tokenizer decodes the end of a prompt differently before a completion, so completions are decoded "
+            f"without it and may lose their leading space. (Logged once, for {before!r}.)"
         )
         return cast(str, tokenizer.decode(ids[:end], **options))
 
-    # Decoded after the end of its prompt: LLaMA's decoder drops the space that the first word of a text begins with.
-    # Not after bytes: the decoder reads neighboring bytes as one, and writes all as U+FFFD where some are invalid.
+    # Decode after the end of the prompt, because LLaMA's decoder drops the leading space of a text. Not after bytes,
+    # because the decoder joins neighboring bytes and turns all of them into U+FFFD if some are invalid.
     last = len(prompt_ids)
     while last and BYTE_TOKEN.fullmatch(str(tokenizer.convert_ids_to_tokens(prompt_ids[last - 1]))):
         last -= 1

@@ -1,7 +1,6 @@
-"""Log-probabilities under the policy that was sampled, so that training need not hold it as a reference model."""
+"""Log-probabilities under the sampled policy, so that training needs no reference model."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,13 +22,13 @@ def sampled_logps(
     completions: Sequence[Completion],
     candidates: Candidates,
     max_length: int | None,
-    **chat_template_kwargs: Any,
+    **chat_template_kwargs: object,
 ) -> list[float | None]:
-    """Return the log-probability that the decoder summed for each completion, None where training reads other tokens.
+    """Return the log-probability that the decoder summed for each completion, or None if training reads other tokens.
 
-    It does where a completion was cut at `max_new_tokens` (training ends it with EOS), where a stop string was cut
-    off, where its text has other tokens than those drawn, or where `max_length` cuts prompt and completion.
-    `completions` are the texts of `candidates` in the format of the prompt.
+    They differ if a completion was cut at `max_new_tokens` (training adds EOS) or at a stop string, if its text is
+    tokenized differently, or if `max_length` cuts it. `completions` are the texts of `candidates` in the format of the
+    prompt.
     """
     logps: list[float | None] = []
     for completion, (ids, logp) in zip(completions, candidates.sampled, strict=True):
@@ -45,12 +44,12 @@ def pair_logps(
     prompts: Sequence[Prompt],
     pairs: Sequence[tuple[Completion, Completion]],
     max_length: int | None,
-    **chat_template_kwargs: Any,
+    **chat_template_kwargs: object,
 ) -> np.ndarray:
     """Compute the log-probabilities of pairs as TRL's `DPOTrainer` computes those of its reference model.
 
-    Return a float64 array of shape `(num_pairs, 2)`, in nats, summed over the tokens of a completion, EOS among them.
-    A prompt and completion longer than `max_length` tokens lose the end.
+    Return a float64 array of shape `(num_pairs, 2)`, in nats, summed over the tokens of a completion, including EOS.
+    A prompt and completion longer than `max_length` tokens are cut at the end.
     """
     rows = []
     for prompt, pair in zip(prompts, pairs, strict=True):
@@ -67,10 +66,10 @@ def row_logps(
     max_length: int | None = None,
     group_ids: torch.Tensor | None = None,
 ) -> np.ndarray:
-    """Compute the log-probabilities of completions, each given as the token ids of its prompt and its own.
+    """Compute the log-probabilities of completions from rows of prompt ids and completion ids.
 
-    Rows of the same group share their prompt; without groups, none do. Return a float64 array of shape `(num_rows,)`,
-    in nats, summed over the tokens of the completion that `max_length` leaves.
+    Rows of the same group share their prompt. Return a float64 array of shape `(num_rows,)`, in nats, summed over the
+    tokens of the completion within `max_length`.
     """
     inputs = WholeRows([(prompt + completion)[:max_length] for prompt, completion in rows], 0, model.device).inputs
     begin = torch.tensor([[len(prompt)] for prompt, _ in rows], device=model.device)

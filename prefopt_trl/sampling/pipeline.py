@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -23,27 +22,25 @@ from prefopt_trl.data.tokenization import (
     tokenize_prompts,
 )
 from prefopt_trl.rankers.base import Ranker, check_ranker
-from prefopt_trl.runtime.processes import interruptible, process_state
-from prefopt_trl.runtime.settings import Settings
-from prefopt_trl.runtime.weights import gathered
-from prefopt_trl.sampling.card import dataset_card
+from prefopt_trl.runtime.processes import gathered, interruptible, process_state
+from prefopt_trl.runtime.settings import Settings, write_json, write_text, writing
 from prefopt_trl.sampling.generation import check_generation_kwargs, sizes_of_batch
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
 from prefopt_trl.sampling.shards import Shards
-from prefopt_trl.sampling.statistics import plot_statistics, summarize
+from prefopt_trl.sampling.statistics import dataset_card, plot_statistics, summarize
 from prefopt_trl.sampling.store import POLL_SECONDS, SampleStore
 from prefopt_trl.shared_prefix.continuation import partition_reason
 
 logger = logging.getLogger(__name__)
 
-# A shard is what may be lost
+# An interruption loses at most one shard per process
 SHARD_COMPLETIONS = 2048  # sampled for a shard at most: so many are generated at full speed
-SHARD_FLOPS = 5e12  # of a shard sampled on a CPU at most, which takes two cores about a minute
-GIVEN_COMPLETIONS = 128  # ranked for a shard, where they are given
+SHARD_FLOPS = 5e12  # for a shard on a CPU at most: about a minute on two cores
+GIVEN_COMPLETIONS = 128  # per shard, if they are given
 MOST_SHARDS = 10_000  # each is two files
-MANY_CONTRADICTED = 0.25  # share of pairs labeled against the given rewards that is worth a warning
-MANY_UNFINISHED = 0.1  # share of candidates cut short that is worth a warning
-REMINDER_SECONDS = 180.0  # between two lines on what the main process waits for
+MANY_CONTRADICTED = 0.25  # share of pairs labeled against the given rewards, above which to warn
+MANY_UNFINISHED = 0.1  # share of candidates cut at `max_new_tokens`, above which to warn
+REMINDER_SECONDS = 180.0  # between two warnings while the main process waits
 
 
 def build_preference_dataset(
@@ -57,72 +54,70 @@ def build_preference_dataset(
     seed: int = 0,
     max_length: int | None = None,
     keep_logps: bool = False,
-    generation_kwargs: dict[str, Any] | None = None,
-    **changes: Any,
+    generation_kwargs: dict[str, object] | None = None,
+    **changes: object,
 ) -> Dataset:
     """Build a dataset of preference pairs from prompts, a policy to sample from, and a ranker.
 
-    Each prompt gets `num_candidates` completions of `policy`; the ranker scores them; `num_samples` of them are kept
-    by `strategy`; `pairing` decides which of them meet, and the ranker says which of the two is preferred. With
-    `pairing="ranking"` those kept are ranked by reward instead, for [`PROTrainer`] and its relatives.
+    For each prompt, sample `num_candidates` completions of `policy`, score them, keep `num_samples` by `strategy`,
+    pair them by `pairing`, and let the ranker label the pairs. With `pairing="ranking"` the kept completions are
+    ranked by reward instead, for [`PROTrainer`], [`RRHFTrainer`] and [`ListwiseDPOTrainer`].
 
-    Everything is saved in `output_dir`: the candidates with their rewards (`candidates/`, which another run with
-    another `rejection_beta` or `strategy` may be given as its `prompts`), the pairs (`pairs/`), `manifest.json` with
-    every setting, `statistics.json`, `statistics.png` and a dataset card (`README.md`). A finished `output_dir` made
-    with the same settings is read, not made again.
+    `output_dir` gets the candidates with their rewards (`candidates/`, which can be the `prompts` of another run with
+    another `rejection_beta` or `strategy`), the pairs (`pairs/`), `manifest.json` with every setting,
+    `statistics.json`, `statistics.png` and a dataset card (`README.md`). A finished `output_dir` with the same
+    settings is read again.
 
-    Nothing is lost when it stops: the same call resumes from the shards of prompts that are on the disk (`shards/`),
-    to the same bytes. Each process of `accelerate launch` or `torchrun`, on any number of nodes that share
-    `output_dir`, takes its part of the shards and returns the whole dataset, which does not depend on how many there
-    were. Each loads the policy and the ranker; sharded weights are gathered once.
+    After an interruption, the same call resumes from the finished shards of prompts (`shards/`) and writes the same
+    bytes. Each process of `accelerate launch` or `torchrun`, on any number of nodes that share `output_dir`, makes
+    part of the shards and returns the whole dataset, which does not depend on the number of processes. Each process
+    loads the policy and the ranker; sharded weights are gathered once.
 
     Args:
         prompts ([`~datasets.Dataset`], `list`, or path of a `.jsonl` file):
-            Column `prompt`, plain text or messages. With a column `completions` (a list of candidates per row, not
-            necessarily of one length) nothing is sampled, and with `rewards` beside it nothing is scored either.
-            Other columns are carried over to the result. A file has one JSON object with these columns per line.
+            Column `prompt`, plain text or messages. With a column `completions` (a list of any number of candidates
+            per row) nothing is sampled, and with a column `rewards` nothing is scored. Other columns are kept. A file
+            has one JSON object with these columns per line.
         policy ([`~transformers.PreTrainedModel`]):
-            Policy to sample from, the SFT model in the paper. May be None where the candidates are given.
+            Policy to sample from, the SFT model in the paper. May be None if candidates are given.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer. May be None where the candidates are given; otherwise candidates that its chat template
-            writes alike count as one.
+            Its tokenizer. May be None if candidates are given; otherwise candidates that its chat template formats
+            equally count as one.
         ranker ([`~prefopt_trl.rankers.Ranker`]):
             Scores candidates and labels pairs.
         output_dir (`str` or `Path`):
-            Folder to save to, which all processes see.
+            Folder to save to, on a file system that all processes share.
         options ([`SamplingOptions`], *optional*):
-            How to sample and select; `prefopt-trl sample --help` explains each field. `"rso"` and `"top-k"` keep
-            distinct texts, and all of them where a prompt has fewer than `num_samples`. `"sft"` draws among all
-            candidates, equal texts included, as in the paper; a pair of two equal texts is not made, as no ranker
-            prefers one of them and its gradient is zero, so a prompt may make fewer pairs.
+            How to sample and select; `prefopt-trl sample --help` explains each field. `"rso"` and `"top-k"` keep up
+            to `num_samples` distinct texts. `"sft"` draws among all candidates, including equal texts, as in the
+            paper; pairs of equal texts are left out, because their gradient is zero.
         seed (`int`, *optional*, defaults to `0`):
             Seed of sampling, rejection and pairing.
         max_length (`int`, *optional*):
-            Longest prompt and completion the training will take, in tokens; prompts must be shorter.
+            Maximum length of prompt and completion in training, in tokens; prompts must be shorter.
         keep_logps (`bool`, *optional*, defaults to `False`):
             Whether pairs have `ref_chosen_logps` and `ref_rejected_logps`: log-probabilities under the policy, in
-            nats, summed over the tokens that training reads, with `max_length` (`ref_max_length`). They are what the
-            decoder summed while it sampled (`logps` of the candidates) where it drew those tokens, and else computed
-            from the text. Given candidates need a column `logps`, and the policy where one of a pair's is None.
+            nats, summed over the tokens that training reads with `max_length` (`ref_max_length`). They are those of
+            the decoder (`logps` of the candidates) if it drew these tokens, and otherwise computed from the text.
+            Given candidates need a column `logps`, and the policy if one of them is None.
         generation_kwargs (`dict`, *optional*):
             As in [`sample_completions`].
         **changes:
-            Fields of `options` by name, in place of those in `options`.
+            Fields of `options` to change, by name.
 
     Returns:
         [`~datasets.Dataset`] with `prompt`, `chosen`, `rejected` in the prompts' format, `chosen_reward`,
         `rejected_reward` (the ranker's scores) and `label_probability` (the ranker's probability of the label, in
-        [0.5, 1]); of rankings, `prompt`, `completions` and `rewards`, best first.
+        [0.5, 1]); for rankings, `prompt`, `completions` and `rewards`, best first.
 
     Raises:
-        TypeError: if `prompts` is neither a dataset, a list nor a file, for example all the splits at once; for
-            something that is no ranker, or a name that is no option.
+        TypeError: if `prompts` is not a dataset, list or file, `ranker` is not a ranker, or an option is unknown.
         ValueError: for missing columns, an empty dataset, candidates that do not fit their prompts, an option out of
             range, a prompt that fills `max_length` (naming its row), a tokenizer without an EOS token, a ranker that
             returns the wrong number of values or NaN, an `output_dir` made with other settings (naming them), or no
             prompt with two candidates that differ.
-        OSError: if something cannot be written, for example to a full disk. What is saved stays as it is.
-        RuntimeError: if this process does not see what the main process writes to `output_dir`, or another run is
+        OSError: if a file cannot be written, for example to a full disk. Saved files are unchanged.
+        RuntimeError: if this process does not see the files of the main process in `output_dir`, or another run is
             making a dataset there.
 
     Example:
@@ -184,8 +179,8 @@ def build_preference_dataset(
                 _make(shards, settings, layout, process)
         elif process.is_main_process:
             with contextlib.suppress(OSError):  # a read-only disk
-                store.clear()  # where the run that finished it was stopped while it did so
-            logger.info("Reusing what is in %s, made with the same settings.", output_dir)
+                store.clear()  # if the run that finished it was stopped before it had removed the shards
+            logger.info("Reusing the dataset in %s, made with the same settings.", output_dir)
         return store.pairs()
 
 
@@ -205,7 +200,7 @@ def _as_dataset(prompts: Dataset | list[Prompt] | str | Path) -> Dataset:
 
 
 def _make(shards: Shards, settings: Settings, layout: tuple[int, int], process: PartialState) -> None:
-    """Make the shards of this process and, on the main process, the dataset of the shards of all."""
+    """Make the shards of this process and, on the main process, the dataset."""
     store = shards.store
     if not process.is_main_process:
         store.wait_for_settings(settings)
@@ -227,7 +222,7 @@ def _make(shards: Shards, settings: Settings, layout: tuple[int, int], process: 
 
 
 def prompts_at_once(shards: Shards) -> int:
-    """Return how many prompts are handled at a time; refuse those that cannot be sampled, by their row."""
+    """Return how many prompts to handle at a time; raise `ValueError` with the row of a prompt that is too long."""
     prompts = shards.prompts
     if shards.are_given:
         return GIVEN_COMPLETIONS * len(prompts) // max(1, sum(map(len, prompts["completions"])))
@@ -245,14 +240,14 @@ def prompts_at_once(shards: Shards) -> int:
 
 
 def shard_layout(num_prompts: int, at_once: int) -> tuple[int, int]:
-    """Return the prompts per shard, a multiple of those that are handled at a time, and the number of shards."""
+    """Return the prompts per shard, a multiple of `at_once`, and the number of shards."""
     at_once = max(at_once, 1)
     prompts_per_shard = at_once * -(-num_prompts // (at_once * MOST_SHARDS))
     return prompts_per_shard, -(-num_prompts // prompts_per_shard)
 
 
 def _make_shards(shards: Shards, process: PartialState) -> None:
-    """Make the shards of this process; on the main process, until those of all others are there too."""
+    """Make the shards of this process; on the main process, also wait for those of the others."""
     store, num_prompts = shards.store, len(shards.prompts)
     prompts_per_shard, num_shards = store.layout()
 
@@ -275,25 +270,25 @@ def _make_shards(shards: Shards, process: PartialState) -> None:
             time.sleep(POLL_SECONDS)
             bar.update(num_ranked() - bar.n)
             if time.monotonic() - reminded > REMINDER_SECONDS:
-                logger.warning("Waiting for other processes, which have %d of %d shards to do.", missing, num_shards)
+                logger.warning("Waiting for %d of %d shards from other processes.", missing, num_shards)
                 reminded = time.monotonic()
 
 
 def _warn_of_contradictions(pairs: Dataset) -> None:
-    """Warn of given rewards that are of another ranker than the one that labels."""
+    """Warn if the given rewards seem to come from another ranker than the one that labels."""
     rewards = zip(pairs["chosen_reward"], pairs["rejected_reward"], strict=True)
     contradicted = sum(chosen < rejected for chosen, rejected in rewards)
     if contradicted > MANY_CONTRADICTED * len(pairs):
         logger.warning(
             "In %d of %d pairs the ranker prefers the completion with the lower of the given `rewards`, which decided "
-            "what was kept. Give the ranker that they are of, or remove the column `rewards` to have them scored.",
+            "what was kept. Give the ranker of these rewards, or remove the column `rewards` to score them again.",
             contradicted,
             len(pairs),
         )
 
 
 def _assemble(shards: Shards, settings: Settings) -> None:
-    """Make the dataset of its finished shards, row by row, and say what it is like."""
+    """Write the dataset from its finished shards, row by row, with statistics and card."""
     store = shards.store
     candidates = store.write_dataset("candidates", shards.candidate_rows(), shards.candidate_features())
     num_unfinished = None
@@ -301,15 +296,15 @@ def _assemble(shards: Shards, settings: Settings) -> None:
         num_unfinished = sum(finished.count(False) for finished in candidates["finished"])
     statistics, rewards, probabilities = summarize(shards.selected(), num_unfinished, shards.options)
     pairs = store.write_dataset("pairs", shards.preference_rows(), shards.preference_features())
-    store.write_json("statistics.json", statistics.as_dict())
+    write_json(store.folder / "statistics.json", statistics.as_dict())
     if shards.are_given and "chosen_reward" in pairs.column_names:
         _warn_of_contradictions(pairs)
     try:
-        with store.writing(store.folder / "statistics.png") as temporary:
+        with writing(store.folder / "statistics.png") as temporary:
             plot_statistics(rewards, probabilities, temporary)
     except ImportError:
         logger.warning("No plot was drawn: install matplotlib, with `pip install 'prefopt-trl[plots]'`.")
-    store.write_text("README.md", dataset_card(settings, statistics, pairs))
+    write_text(store.folder / "README.md", dataset_card(settings, statistics, pairs))
     store.finish()
 
     tqdm.write(f"{statistics.made.capitalize()} saved in {store.folder}\n{statistics}")

@@ -1,8 +1,7 @@
-"""The work cut into shards: consecutive prompts that one process samples, ranks and writes down."""
+"""The work in shards: consecutive prompts that one process samples, ranks and writes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
@@ -11,13 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt_trl.data.formats import Row, wrap_completion
 from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training, tokenize_prompts
 from prefopt_trl.rankers.base import Ranker, check_rewards
-from prefopt_trl.runtime.fingerprints import (
+from prefopt_trl.runtime.settings import (
+    Settings,
     dataset_fingerprint,
     model_fingerprint,
     template_date,
     tokenizer_fingerprint,
 )
-from prefopt_trl.runtime.settings import Settings
 from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
 from prefopt_trl.sampling.logps import pair_logps, sampled_logps
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
@@ -30,37 +29,37 @@ SELECTING = ("strategy", "num_samples", "pairing", "rejection_beta")  # options 
 
 @dataclass(frozen=True)
 class Shards:
-    """What each shard is made of and how. A shard depends on its number and on what is here, and on nothing else."""
+    """All inputs of the shards. A shard depends only on these and on its number."""
 
-    store: SampleStore  # where shards are written; one that is there is not made again
-    prompts: Dataset  # all prompts; with a column `completions` they are given candidates, and nothing is sampled
-    policy: PreTrainedModel | None  # that is sampled
+    store: SampleStore  # where shards are written, and found again after a restart
+    prompts: Dataset  # with a column `completions`, candidates are given and nothing is sampled
+    policy: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None  # of the policy; its chat template decides which candidates are distinct
     ranker: Ranker
     options: SamplingOptions
-    generation_kwargs: dict[str, Any]
+    generation_kwargs: dict[str, object]
     seed: int  # of all shards
     keep_logps: bool  # whether candidates have `logps`, which pairs keep
-    max_length: int | None  # tokens of prompt and completion that these log-probabilities are of
+    max_length: int | None  # of prompt and completion in tokens, for these log-probabilities
 
     @property
     def are_given(self) -> bool:
-        """Whether the prompts come with their candidates."""
+        """Whether candidates are given."""
         return "completions" in self.prompts.column_names
 
     @property
     def sampler(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Policy and tokenizer, where candidates are sampled."""
+        """Policy and tokenizer, which sampling needs."""
         assert self.policy is not None and self.tokenizer is not None
         return self.policy, self.tokenizer
 
     @property
     def share_prompts(self) -> bool:
-        """Whether the policy computes each prompt once."""
+        """Whether the policy computes a prompt once for all its completions."""
         return self.options.share_prefix and reason_not_to_share_prefix(self.sampler[0], 2) is None
 
     def settings(self) -> Settings:
-        """Return all that the dataset depends on, for its manifest."""
+        """Return all settings that the dataset depends on, for its manifest."""
         settings = {
             **{name: getattr(self.options, name) for name in SELECTING},
             "seed": self.seed,
@@ -77,7 +76,7 @@ class Shards:
             settings |= {
                 **vars(self.options),
                 **self.generation_kwargs,
-                # What the probe found, so that no process and no later one finds otherwise
+                # The result of the probe, which must be the same in every process and after a restart
                 "prompts_are_shared": self.share_prompts,
                 "eos_token_ids": eos_token_ids(policy, tokenizer),
                 "policy": model_fingerprint(policy),
@@ -90,7 +89,7 @@ class Shards:
         """Sample and rank the prompts of a shard."""
         if not self.are_given and not self.store.has_shard(shard, "candidates"):
             self.store.write_shard(shard, "candidates", self._sample(shard))
-        rows = self.candidates(shard)  # as they are read after a restart
+        rows = self.candidates(shard)  # read back, as after a restart
         first_row = self._rows(shard).start
         try:
             selected = self._select(rows, first_row)
@@ -102,7 +101,7 @@ class Shards:
         self.store.write_shard(shard, "ranked", map(vars, selected))
 
     def _sample(self, shard: int) -> list[Row]:
-        """Candidates of each prompt: `completions`, `finished` (whether each ended by itself) and perhaps `logps`."""
+        """Sample rows with `completions`, `finished` (see [`Candidates`]) and, with `keep_logps`, `logps`."""
         policy, tokenizer = self.sampler
         rows = self._given(shard)
         prompts, chat = [row["prompt"] for row in rows], list(map(chat_options, rows))
@@ -139,7 +138,7 @@ class Shards:
         )
 
     def _with_logps(self, rows: list[Row], selected: list[SelectedPrompt], first_row: int) -> list[SelectedPrompt]:
-        """Give pairs the log-probabilities of their candidates; both are scored where one of them has none."""
+        """Add the log-probabilities of each pair; if one candidate has none, compute both from the text."""
         made = []
         for row, (candidates, one) in enumerate(zip(rows, selected, strict=True), start=first_row):
             pairs = list(zip(one.chosen, one.rejected, strict=True))
@@ -148,13 +147,15 @@ class Shards:
             if unknown and (self.policy is None or self.tokenizer is None):
                 raise ValueError(
                     f"Row {row} of `prompts` has a candidate without a log-probability in `logps`. Give `policy` and "
-                    "`tokenizer`, so that it can be scored, or leave `keep_logps` out."
+                    "`tokenizer` to compute it, or leave `keep_logps` out."
                 )
             if unknown:
                 texts = candidates["completions"]
                 to_score = [(texts[pairs[place][0]], texts[pairs[place][1]]) for place in unknown]
                 prompts = [candidates["prompt"]] * len(unknown)
-                scored = pair_logps(*self.sampler, prompts, to_score, self.max_length, **chat_options(candidates))
+                policy, tokenizer = self.sampler
+                chat = chat_options(candidates)
+                scored = pair_logps(policy, tokenizer, prompts, to_score, self.max_length, **chat)
                 for place, (chosen, rejected) in zip(unknown, scored.tolist(), strict=True):
                     logps[place] = (chosen, rejected)
             made.append(replace(one, ref_logps=logps))
@@ -165,7 +166,7 @@ class Shards:
         return self._given(shard) if self.are_given else self.store.read_shard(shard, "candidates")
 
     def selected(self) -> Iterator[SelectedPrompt]:
-        """Yield what was selected of each prompt."""
+        """Yield the selection of each prompt."""
         for shard in range(self.store.layout()[1]):
             yield from self._ranked(shard)
 
@@ -219,5 +220,5 @@ class Shards:
 
 
 def shard_seed(seed: int, shard: int) -> int:
-    """Seed of the sampling of one shard, as independent of the others' as `numpy.random.SeedSequence` makes it."""
+    """Return the seed of one shard, independent of the seeds of the others."""
     return int(np.random.SeedSequence([seed, shard]).generate_state(1)[0])

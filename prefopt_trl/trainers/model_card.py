@@ -10,8 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 
 from prefopt_trl.runtime.cards import public_name, render
-from prefopt_trl.runtime.fingerprints import versions
-from prefopt_trl.runtime.settings import Settings, as_json
+from prefopt_trl.runtime.settings import Settings, as_json, versions
 from prefopt_trl.sampling.options import SamplingOptions
 from prefopt_trl.trainers.base_config import PreferenceConfig, RankingConfig
 

@@ -19,7 +19,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig
 
-from prefopt_trl.data.loading import is_lost
+from prefopt_trl.data.formats import is_lost
 from prefopt_trl.data.tokenization import check_vocabulary
 
 logger = logging.getLogger(__name__)

@@ -16,13 +16,10 @@ from prefopt_trl.data.formats import columns_of, number_rows
 from prefopt_trl.data.rankings import pairs_to_rankings
 from prefopt_trl.data.tokenization import chat_options, check_prompts_fit, tokenize_prompts
 from prefopt_trl.rankers.base import Ranker, check_rewards
-from prefopt_trl.runtime.fingerprints import dataset_fingerprint
-from prefopt_trl.runtime.processes import process_state
-from prefopt_trl.runtime.settings import Settings, as_json, read_json, write_json
-from prefopt_trl.runtime.weights import gathered
-from prefopt_trl.sampling.card import read_sampled
+from prefopt_trl.runtime.processes import gathered, process_state
+from prefopt_trl.runtime.settings import Settings, as_json, dataset_fingerprint, read_json, write_json
 from prefopt_trl.sampling.pipeline import build_preference_dataset
-from prefopt_trl.sampling.statistics import SamplingStatistics
+from prefopt_trl.sampling.statistics import SamplingStatistics, read_sampled
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
 logger = logging.getLogger(__name__)

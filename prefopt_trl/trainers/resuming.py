@@ -11,8 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 
-from prefopt_trl.runtime.fingerprints import dataset_fingerprint
-from prefopt_trl.runtime.settings import Settings, as_json, differences, read_json, write_json
+from prefopt_trl.runtime.settings import Settings, as_json, dataset_fingerprint, differences, read_json, write_json
 from prefopt_trl.sampling.options import SamplingOptions
 from prefopt_trl.trainers.base_config import PreferenceConfig
 

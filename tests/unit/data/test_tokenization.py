@@ -93,12 +93,6 @@ def test_what_the_template_leaves_out_is_counted_and_said_once(tokenizer, caplog
     assert "formats 2 of 6 candidates like another" in record.getMessage()
 
 
-@pytest.mark.parametrize(("prompt", "completion"), [("text", [{"role": "assistant", "content": "a"}]), ([], "text")])
-def test_two_formats_in_one_row_are_refused(tokenizer, prompt, completion):
-    with pytest.raises(TypeError, match="Completion 1 is .* and its prompt is .*: give both as plain text, or both"):
-        tokenize_completions(tokenizer, prompt, [prompt, completion])
-
-
 # The vocabulary
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from prefopt_trl import FunctionRanker
 from prefopt_trl.rankers import PointwiseRanker
-from prefopt_trl.runtime.weights import gathered
+from prefopt_trl.runtime.processes import gathered
 from prefopt_trl.shared_prefix.continuation import partition_reason
 from prefopt_trl.trainers.prepare import TrainingData
 

@@ -10,9 +10,13 @@ from huggingface_hub import DatasetCard
 from huggingface_hub.utils import filter_repo_objects
 
 from prefopt_trl.runtime.hub import PushError
-from prefopt_trl.sampling import card
-from prefopt_trl.sampling.card import dataset_card, push_preference_dataset, read_sampled
-from prefopt_trl.sampling.statistics import SamplingStatistics
+from prefopt_trl.sampling.statistics import (
+    PUSHED,
+    SamplingStatistics,
+    dataset_card,
+    push_preference_dataset,
+    read_sampled,
+)
 from tests.hub_server import Hub
 
 SETTINGS: dict[str, Any] = {
@@ -94,7 +98,7 @@ def code(cell: str) -> str:
 def test_the_folder_loads_by_its_card(folder: Path, tmp_path: Path, name: str | None, expected: Dataset) -> None:
     load_from_disk(str(folder / "pairs")).map(lambda row: {"source": "changed"})  # leaves a cache beside the data
     caches = [path.relative_to(folder).as_posix() for path in folder.rglob("cache-*.arrow")]
-    assert len(caches) == 1 and not list(filter_repo_objects(caches, allow_patterns=card.PUSHED))
+    assert len(caches) == 1 and not list(filter_repo_objects(caches, allow_patterns=PUSHED))
     loaded = load_dataset(str(folder), name, split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded.to_list() == expected.to_list()
     assert loaded.features == expected.features

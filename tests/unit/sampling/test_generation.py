@@ -746,7 +746,7 @@ def test_prompts_and_tokenizers_to_sample_with_are_checked(
             {"generation_kwargs": {"min_p": 0.1, "num_return_sequences": 5}},
             "has `num_return_sequences`, which sampling",
         ),
-        ({"generation_kwargs": {"stop_string": "a", "seed": 1}}, "has `seed`, `stop_string`, which .* has not"),
+        ({"generation_kwargs": {"stop_string": "a", "seed": 1}}, "has `seed`, which .* lacks"),
     ],
 )
 def test_options_out_of_range_are_named(options: dict, message: str) -> None:
@@ -800,9 +800,7 @@ def test_a_prompt_beyond_the_positions_of_the_model_is_refused_before_it_is_samp
     options = {"max_new_tokens": 7, "generation_kwargs": {"min_new_tokens": 7}}
     fits = "a" * 10  # with 6 of the 7 tokens, as the last one is not read
     assert len(sample_completions(model, tokenizer, [fits], 2, **options)[0]) == 2
-    with pytest.raises(
-        ValueError, match="row 1 has 11 tokens.*=7 it needs 17 positions, of which the model has 16 .1"
-    ):
+    with pytest.raises(ValueError, match="row 1 has 11 tokens.*=7 needs 17 positions, but the model has 16 .1"):
         sample_completions(model, tokenizer, [fits, fits + "a"], 2, **options)
 
 
@@ -860,7 +858,7 @@ def test_a_decoder_that_changes_the_end_of_a_prompt_is_told_of(tokenizer, caplog
     assert tokenizer.decode([c, a]) == "ca" and tokenizer.decode([c, a, b, c]) == "cc"
     assert generation._read(tokenizer, [c, a], [b, c], [EOS], []) == ("bc", [b, c], False)
     (record,) = caplog.records
-    assert "decodes the end of a prompt otherwise before a completion" in record.getMessage()
+    assert "decodes the end of a prompt differently before a completion" in record.getMessage()
 
 
 def test_eos_that_a_tokenizer_appends_is_no_part_of_a_prompt_but_for_an_encoder(

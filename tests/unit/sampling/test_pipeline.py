@@ -331,7 +331,7 @@ def test_a_finished_dataset_is_read_again(
     assert pairs.to_dict() == load_from_disk(str(built / "pairs")).to_dict()
     assert sampled == []
     assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
-    assert caplog.messages == [f"Reusing what is in {built}, made with the same settings."]
+    assert caplog.messages == [f"Reusing the dataset in {built}, made with the same settings."]
 
 
 @pytest.mark.parametrize("leftovers", [False, True])
@@ -463,7 +463,7 @@ def test_conversations_of_a_dated_template_are_not_resumed_on_another_day(
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
     for day in (27, 28):
         clock = SimpleNamespace(now=lambda day=day: datetime.datetime(2026, 11, day))
-        monkeypatch.setattr("prefopt_trl.runtime.fingerprints.datetime", clock)
+        monkeypatch.setattr("prefopt_trl.runtime.settings.datetime", clock)
         build(tmp_path / "plain", tokenizer=tokenizer)  # the template has no part in it
         if day == 27:
             build(tmp_path / "dated", CONVERSATIONS, tokenizer=tokenizer)
@@ -639,7 +639,7 @@ def test_a_finished_folder_without_its_pairs_is_not_made_anew(build, tmp_path: P
     build(tmp_path / "pairs")
     shutil.rmtree(tmp_path / "pairs" / "pairs")
     sampled.clear()
-    with pytest.raises(ValueError, match="says that it is finished, and `pairs` is not there. Delete the folder"):
+    with pytest.raises(ValueError, match="is marked as finished, but `pairs` is missing. Delete the folder"):
         build(tmp_path / "pairs")
     assert sampled == [] and names(tmp_path / "pairs") == FILES - {"pairs"}
 
@@ -765,7 +765,7 @@ def test_rankings_are_saved_with_the_columns_of_their_prompts(policy, tokenizer,
     with caplog.at_level(logging.INFO, logger="prefopt_trl"):
         again = build_preference_dataset(prompts, policy, tokenizer, RANKER, **how)
     assert again.to_dict() == made.to_dict() == load_from_disk(str(tmp_path / "pairs")).to_dict()
-    assert "Reusing what is in" in caplog.text
+    assert "Reusing the dataset in" in caplog.text
 
 
 def test_only_models_that_are_run_must_be_whole(tmp_path, tiny_llama_dir, monkeypatch):

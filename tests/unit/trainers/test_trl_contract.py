@@ -545,7 +545,7 @@ def test_what_sharing_needs_of_transformers():
 def test_what_is_used_of_other_objects():
     state = getattr(fully_shard_state, "FSDPState", None)
     holds = hasattr(FSDPModule, "_get_fsdp_state") and hasattr(state, "_lazy_init")
-    require(holds, "FSDP2 has no `_get_fsdp_state()._lazy_init()`", "prefopt_trl/runtime/weights.py")
+    require(holds, "FSDP2 has no `_get_fsdp_state()._lazy_init()`", "prefopt_trl/runtime/processes.py")
 
 
 def test_a_missing_name_is_one_sentence_with_the_versions_that_work():

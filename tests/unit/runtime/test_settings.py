@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefopt_trl.runtime.fingerprints import (
+from prefopt_trl.runtime.settings import (
     dataset_fingerprint,
     function_fingerprint,
     model_fingerprint,
@@ -176,7 +176,7 @@ def test_a_column_that_json_cannot_write_is_refused_and_the_columns_are_named():
 
 def on(monkeypatch, *day):
     clock = SimpleNamespace(now=lambda: datetime.datetime(*day))
-    monkeypatch.setattr("prefopt_trl.runtime.fingerprints.datetime", clock)
+    monkeypatch.setattr("prefopt_trl.runtime.settings.datetime", clock)
 
 
 @pytest.mark.parametrize(
