@@ -386,8 +386,8 @@ class PreferenceTrainer(Published, DPOTrainer):
             return with_sampled_logps(dataset, name, self.args.max_length)
         self._set_up_models()  # `DPOTrainer.__init__` calls this method before it is done here
         if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset) and not dataset.cache_files:
-            # TRL's main process passes the values on in a file beside the dataset's own, but a dataset in memory has
-            # no file that the others can read. Remove once `DPOTrainer` broadcasts the path.
+            # TRL's main process writes the values beside the dataset's file, and a dataset in memory has none. Remove
+            # once `DPOTrainer` broadcasts the path. https://github.com/huggingface/trl/issues/6291
             folder = os.path.join(str(self.args.output_dir), "precomputed", name)
             if self.accelerator.is_main_process:
                 dataset.save_to_disk(folder)

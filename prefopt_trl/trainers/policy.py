@@ -215,7 +215,7 @@ def copy_adapter(model: PeftModel) -> None:
     """Copy every parameter and buffer of the adapter "default" to "ref", which TRL has added and copied in part.
 
     TRL copies those with ".default." in their name, but the names in a `ParameterDict` end with ".default". Remove
-    once `DPOTrainer.__init__` copies these too.
+    once `DPOTrainer` copies these too: https://github.com/huggingface/trl/pull/6975
 
     Raises:
         ValueError: naming the parameters that "ref" lacks.
