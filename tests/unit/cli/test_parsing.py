@@ -153,7 +153,7 @@ def test_what_is_required_is_asked_for(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "`ranker` is missing"),
+        ([], "the following arguments are required: --ranker"),
         (["--ranker", "r", "--strategy", "best"], "invalid choice: 'best'"),
         (["--ranker", "r", "--num_samples", "65"], "`num_samples`=65 completions cannot be kept"),
         (["--ranker", "r", "--rejection_beta", "-1"], "`rejection_beta` must be at least 0"),
