@@ -63,7 +63,7 @@ def run(own: RankerData, args: SFTConfig, model: ModelConfig, save_config: Calla
             splits[name], pairs[name] = answers.select(fitting), rows.select(fitting)
     trainer = RankerTrainer(own.dataset_name, args=args, processing_class=tokenizer, **trained, **splits)
     trainer.template = own.ranker_template
-    train_and_save(trainer, own, save_config, once_saved=lambda: measure(trainer, **pairs))
+    train_and_save(trainer, own, save_config, measure=lambda: measure(trainer, **pairs))
     trainer.create_model_card()
 
 

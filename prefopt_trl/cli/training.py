@@ -64,12 +64,9 @@ def _check_resumed(args: SFTConfig | DPOConfig) -> None:
 
 
 def train_and_save(
-    trainer: Published,
-    own: TrainingData,
-    save_config: Callable[[], None],
-    once_saved: Callable[[], None] | None = None,
+    trainer: Published, own: TrainingData, save_config: Callable[[], None], measure: Callable[[], None] | None = None
 ) -> None:
-    """Write the configuration, train, save, and push if `push_to_hub` is set."""
+    """Write the configuration, train, save, measure, and push if `push_to_hub` is set."""
     args = trainer.args
     before = [] if args.resume_from_checkpoint else checkpoints(args.output_dir)
     if trainer.accelerator.is_main_process:
@@ -78,8 +75,8 @@ def train_and_save(
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model(_internal_call=True)  # without it, `save_model` pushes before the message below
         trainer.accelerator.print(f"The trained model is saved in {args.output_dir}.")
-        if once_saved is not None:
-            once_saved()
+        if measure is not None:
+            measure()
         if args.push_to_hub and (url := trainer.push_to_hub(dataset_name=own.dataset_name)):
             print(f"Pushed to {url}.")
     trainer.accelerator.end_training()  # `Trainer.end` does this since transformers 5.18

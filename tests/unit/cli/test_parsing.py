@@ -70,7 +70,7 @@ def test_environment_variables_of_the_file_are_set(read, tmp_path, monkeypatch):
         (["--only_prompts"], "`only_prompts` needs a `ranker`"),
         (["--config"], "argument --config: expected one argument"),
         (["--config", "a.yaml", "--config=b.yaml"], "--config is given twice. Give one file"),
-        (["--config", "missing.yaml"], "--config needs a YAML file, and missing.yaml is none"),
+        (["--config", "missing.yaml"], "--config missing.yaml is not a readable YAML file: [Errno 2]"),
     ],
 )
 def test_bad_arguments_end_with_one_line_and_exit_code_2(arguments, message, capsys):
@@ -111,7 +111,7 @@ def test_the_latest_checkpoint_in_a_file(text, tmp_path):
         ("lerning_rate: 1\n", "unknown argument 'lerning_rate'. Did you mean 'learning_rate'?"),
         ("- gamma\n- 1\n", "config.yaml must hold a YAML mapping"),
         ("", "config.yaml must hold a YAML mapping"),
-        ("gamma: [1\n", "config.yaml is not YAML"),
+        ("gamma: [1\n", "--config config.yaml is not a readable YAML file: while parsing"),
         ("gamma: -1.0\n", "`gamma` (or `beta`) must be greater than 0"),
         ("num_samples: eight\n", "argument --num_samples/--num-samples: invalid int value: 'eight'"),
         ("num_rows: 3.0\n", "argument --num_rows/--num-rows: invalid int value: '3.0'"),
