@@ -71,8 +71,8 @@ def test_an_adapter_comes_on_its_base_ready_to_be_trained(adapter, tiny_llama_di
 
 
 def test_a_frozen_copy_of_a_pretrained_adapter_is_the_reference(adapter, training, run_in_process):
-    own = [word if i == 0 or training[i - 1] != "--model_name_or_path" else adapter for i, word in enumerate(training)]
-    run_in_process("rso", [*own, "--output_dir", "out", "--save_strategy", "steps", "--logging_steps", "1"])
+    own = ["--model_name_or_path", adapter, "--output_dir", "out", "--save_strategy", "steps", "--logging_steps", "1"]
+    run_in_process("rso", [*training, *own])
     history = json.loads(Path("out/checkpoint-1/trainer_state.json").read_text())["log_history"]
     # Against the base model the adapter would have rewards, and another loss than log 2
     assert history[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
