@@ -1,19 +1,24 @@
-"""The arguments of the commands that are not TRL's or a trainer's own."""
+"""Arguments of the commands beside those of TRL's and the trainers' configurations."""
 
 from dataclasses import dataclass, field
 
 from prefopt_trl.sampling.options import MAX_NEW_TOKENS, SamplingOptions, is_whole
 
+RANKER = {
+    "help": "Ranker: folder or Hub id of a causal language model or encoder-decoder (a pairwise ranker, such as "
+    "`prefopt-trl ranker` trains), of its adapter, or of a sequence classification model (a reward model); or "
+    "`package.module.function`, a reward function with the signature of TRL's `reward_funcs`."
+}
+
 
 @dataclass(kw_only=True)
 class DataArguments:
-    """Where rows come from."""
+    """Which rows to read."""
 
     dataset_name: str = field(
         metadata={
-            "help": "Dataset: its id on the Hub, a folder that `prefopt-trl sample` or `save_to_disk` wrote or of "
-            "data files, or a file (.jsonl, .json, .jsonl.gz, .parquet). HH-RLHF transcripts are split into prompt "
-            "and completions."
+            "help": "Dataset: Hub id, folder written by `prefopt-trl sample` or `save_to_disk`, folder of data files, "
+            "or file (.jsonl, .json, .jsonl.gz, .parquet). HH-RLHF transcripts are split into prompt and completions."
         }
     )
     dataset_config: str | None = field(
@@ -25,20 +30,17 @@ class DataArguments:
     )
     num_rows: int | None = field(
         default=None,
-        metadata={
-            "help": "Use so many rows only, drawn at random from all of the split: always the same ones (seed 0). By "
-            "default all are used."
-        },
+        metadata={"help": "Number of rows to draw at random from the split, with seed 0. By default all are used."},
     )
 
 
 @dataclass(kw_only=True)
 class TrainingData(DataArguments):
-    """Rows to train on, and to evaluate on where `eval_strategy` says so."""
+    """Rows to train and evaluate on."""
 
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(
-        default="test", metadata={"help": "Split to evaluate on, where `eval_strategy` is not 'no'."}
+        default="test", metadata={"help": "Split to evaluate on, unless `eval_strategy` is 'no'."}
     )
 
 
@@ -49,8 +51,8 @@ class RankerTemplate:
     ranker_template: str = field(
         default="dialogue",
         metadata={
-            "help": "How a comparison is written for a pairwise ranker, in the paper's formats. Use the one that it "
-            "was trained with.",
+            "help": "Format of a comparison for a pairwise ranker, as in the paper. Use the one that it was trained "
+            "with.",
             "choices": ["dialogue", "summary"],
         },
     )
@@ -65,28 +67,20 @@ class RankerData(TrainingData, RankerTemplate):
 class RankerArguments(RankerTemplate):
     """Which ranker labels completions."""
 
-    ranker: str | None = field(
-        default=None,
-        metadata={
-            "help": "Ranker: folder or Hub id of a causal language model or encoder-decoder (a pairwise ranker, such "
-            "as `prefopt-trl ranker` trains), of an adapter of one, or of a sequence classification model (a reward "
-            "model); or `package.module.function`, a reward function as TRL's GRPOTrainer takes them."
-        },
-    )
+    ranker: str | None = field(default=None, metadata=RANKER)
     ranker_batch_size: int = field(
-        default=32, metadata={"help": "Comparisons, or completions, that a ranker which is a model reads at a time."}
+        default=32, metadata={"help": "Comparisons or completions per batch of a ranker model."}
     )
 
 
 @dataclass(kw_only=True)
 class PreferenceArguments(TrainingData, RankerArguments):
-    """What a trainer learns from."""
+    """Which preferences to train on."""
 
     only_prompts: bool = field(
         default=False,
         metadata={
-            "help": "Take only the prompts of the dataset, so that completions are sampled for them and labeled by "
-            "`ranker`."
+            "help": "Use only the prompts of the dataset. Completions are sampled for them and labeled by `ranker`."
         },
     )
 
@@ -97,15 +91,14 @@ class PreferenceArguments(TrainingData, RankerArguments):
 
 @dataclass(kw_only=True)
 class InferenceArguments(DataArguments, RankerArguments):
-    """What the commands that train nothing share: they load a policy themselves, and need a ranker."""
+    """Arguments of the commands that do not train: they load a policy and need a ranker."""
 
-    seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn, at least 0."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Load models that bring Python code with them."})
+    ranker: str = field(metadata=RANKER)
+    seed: int = field(default=0, metadata={"help": "Random seed, at least 0."})
+    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow models with Python code from the Hub."})
 
     def __post_init__(self) -> None:
-        if self.ranker is None:
-            raise ValueError("`ranker` is missing, and samples need one to be rewarded. Give one.")
         is_whole(self, "seed", 0)
 
 
@@ -114,23 +107,20 @@ class SampleConfig(InferenceArguments, SamplingOptions):
     """Arguments of [`build_preference_dataset`]."""
 
     output_dir: str = field(metadata={"help": "Folder for the pairs, candidates, statistics and dataset card."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to take the prompts of."})
+    dataset_split: str = field(default="train", metadata={"help": "Split with the prompts."})
     max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Longest prompt and completion that training will take, in tokens. Prompts that leave no room for "
-            "`max_new_tokens` are left out and counted."
+            "help": "`max_length` of the training to come, in tokens. Prompts that leave no room for `max_new_tokens` "
+            "are left out and counted."
         },
     )
     keep_logps: bool = field(
         default=False,
-        metadata={
-            "help": "Write down the policy's log-probabilities of the pairs, for `prefopt-trl rso --reference_logps "
-            "sampled`."
-        },
+        metadata={"help": "Save the policy's log-probabilities of the pairs, for `rso --reference_logps sampled`."},
     )
     hub_dataset_id: str | None = field(
-        default=None, metadata={"help": "Once all is finished and saved, push it to this dataset of the Hub too."}
+        default=None, metadata={"help": "Push the finished dataset to this dataset repository on the Hub."}
     )
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
-"""The rows that a command reads: their columns, and those that fit into `max_length`."""
+"""Check the columns of the rows that a command reads, and select the rows that fit into `max_length`."""
 
-from typing import Any
+from collections.abc import Sequence
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -13,7 +13,7 @@ GIVEN = {"chosen": "given_chosen", "rejected": "given_rejected"}  # names that s
 
 
 def require_columns(rows: Dataset, dataset_name: str, *alternatives: set[str]) -> None:
-    """Require one of some sets of columns; a ValueError names the columns that are there."""
+    """Raise a ValueError that lists the dataset's columns, unless it has all columns of one of the sets."""
     if not any(columns <= set(rows.column_names) for columns in alternatives):
         needed = ", or ".join(" and ".join(f"`{column}`" for column in sorted(columns)) for columns in alternatives)
         raise ValueError(
@@ -23,7 +23,7 @@ def require_columns(rows: Dataset, dataset_name: str, *alternatives: set[str]) -
 
 
 def keep_given(rows: Dataset) -> Dataset:
-    """Rename the data's own `chosen` and `rejected` to [`GIVEN`], so that sampled ones do not take their place."""
+    """Rename the dataset's `chosen` and `rejected` to [`GIVEN`], so that sampled ones do not replace them."""
     names = {old: new for old, new in GIVEN.items() if old in rows.column_names and new not in rows.column_names}
     return rows.rename_columns(names)
 
@@ -43,15 +43,15 @@ def prompts_that_fit(
 
 
 def completions_that_fit(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Dataset:
-    """Return the rows that training would not cut.
+    """Return the rows that training would not truncate.
 
-    Rows that the ranker does not read or that the trainer refuses are kept.
+    Rows that the ranker does not read, and rows that the trainer rejects, are kept.
     """
     pairs = "completions" not in rows.column_names
     if max_length is None or "rewards" in rows.column_names or (pairs and not GIVEN.keys() <= set(rows.column_names)):
         return rows
 
-    def length(row: dict[str, Any]) -> int:
+    def length(row: dict[str, Sequence]) -> int:
         row = row if "prompt" in row else extract_prompt(row)
         completions = [row["chosen"], row["rejected"]] if pairs else row["completions"]
         prompt_ids, completion_ids = tokenize_completions(tokenizer, row["prompt"], completions, **chat_options(row))
@@ -61,7 +61,7 @@ def completions_that_fit(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_
 
 
 def rows_that_fit(lengths: list[int], max_length: int, rows: str, reason: str) -> list[int]:
-    """Return the numbers of the rows of at most `max_length` tokens, and print how many are left out.
+    """Return the indices of the rows of at most `max_length` tokens, and print how many are left out.
 
     Raises:
         ValueError: if no row fits.

@@ -1,4 +1,4 @@
-"""`prefopt-trl env`: what a bug report needs to say."""
+"""`prefopt-trl env`: versions, devices and engines, for a bug report."""
 
 import os
 import platform

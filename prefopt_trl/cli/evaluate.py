@@ -1,4 +1,4 @@
-"""`prefopt-trl evaluate`: what a policy's samples are worth to a ranker, and how far it is from its reference."""
+"""`prefopt-trl evaluate`: reward, win rate and KL from the reference of a policy's samples."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,6 @@ def run(own: EvaluateConfig, model: ModelConfig, save_config: Callable[[], None]
             f"it has {len(rows)} with {', '.join(rows.column_names)}."
         )
     ranker = load_ranker(own)
-    assert ranker is not None  # the arguments need one
     policy = model_to_run(path, model, state.device, own.trust_remote_code)
     reference = model_to_run(own.reference, ModelConfig(dtype=model.dtype), state.device, own.trust_remote_code)
     tokenizer = load_tokenizer(path, model.model_revision, own.trust_remote_code)

@@ -1,4 +1,4 @@
-"""Starting the processes of a command by `accelerate launch`, as TRL's commands do."""
+"""Start the processes of a command with `accelerate launch`, as TRL's commands do."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]  # of accelerate
+import psutil  # type: ignore[import-untyped]  # installed with accelerate
 import torch
 import yaml
 from accelerate.commands.config.config_args import default_config_file
@@ -30,7 +30,7 @@ ON_THE_CPU = (
 
 
 def launch(name: str, arguments: Sequence[str]) -> None:
-    """Start the processes of a command, which check its values.
+    """Start the processes of a command. They check the values of its arguments.
 
     Raises:
         SystemExit: with exit code 2 for arguments that cannot work, or with that of a process that failed.
@@ -44,21 +44,20 @@ def launch(name: str, arguments: Sequence[str]) -> None:
         launch_command(launched)
     except USER_ERRORS as error:
         fail(name, error)
-    except subprocess.CalledProcessError as error:
-        raise SystemExit(_exit_code(error.returncode)) from None
     except SignalException as error:  # torchrun's
         raise SystemExit(128 + error.sigval) from None
-    except ChildFailedError as error:
-        raise SystemExit(_exit_code(error.get_first_failure()[1].exitcode)) from None
+    except (subprocess.CalledProcessError, ChildFailedError) as error:
+        code = error.get_first_failure()[1].exitcode if isinstance(error, ChildFailedError) else error.returncode
+        raise SystemExit(code if code >= 0 else 128 - code) from None  # as a shell does if a signal ended the process
 
 
 def launch_arguments(
     options: LaunchOptions, arguments: Sequence[str], use_cpu: bool = False, ddp_backend: str | None = None
 ) -> Namespace:
-    """Return the arguments of `accelerate launch`, for its options and those of each process.
+    """Return the arguments of `accelerate launch`, for its options and the arguments of each process.
 
     Raises:
-        ValueError: if accelerate could not start the processes, or would start something else than what is asked for.
+        ValueError: if accelerate could not start the processes, or would start others than were asked for.
         FileNotFoundError: if there is no such configuration.
     """
     options, named = dict(options), "accelerate"
@@ -70,39 +69,36 @@ def launch_arguments(
     given = launch_command_parser().parse_args([*words, "--module", MODULE, *arguments])
     default = default_config_file if os.path.isfile(default_config_file) else None
     config = _read(given.config_file or default)
-    if not config:  # accelerate's own defaults, which it would warn of
+    if not config:  # accelerate warns unless its own defaults are given
         given.num_machines = given.num_machines or 1
         given.mixed_precision = given.mixed_precision or "no"
         given.dynamo_backend = given.dynamo_backend or "no"
     flags = {"DEEPSPEED": given.use_deepspeed, "FSDP": given.use_fsdp, "MULTI_GPU": given.multi_gpu}
     engine = next((engine for engine, is_on in flags.items() if is_on), config.get("distributed_type"))
-    told = use_cpu or given.cpu or config.get("use_cpu", False)
-    on_cpu = told or not torch.accelerator.is_available()
-    num_gpus = torch.accelerator.device_count()
+    cpu_is_set = use_cpu or given.cpu or config.get("use_cpu", False)
+    on_cpu = cpu_is_set or not torch.accelerator.is_available()
+    num_gpus, num_machines = torch.accelerator.device_count(), given.num_machines or config.get("num_machines", 1)
     num_processes = given.num_processes or config.get("num_processes", -1)
-    if num_processes == -1:  # where nothing says how many, as many as there are devices
+    if num_processes == -1:  # by default one for each device
         num_processes = given.num_processes = 1 if on_cpu else num_gpus
     start = f"{named} is to start {num_processes} process(es)"
-    if on_cpu:
-        is_set = os.environ.get("DS_ACCELERATOR") == "cpu" and ddp_backend == "gloo" and not told
-        starts_one = engine != "DEEPSPEED" and num_processes > 1 and given.mpirun_hostfile is None
-        if engine == "FSDP" or (engine == "DEEPSPEED" and not is_set) or starts_one:
-            raise ValueError(
-                f"{start}, and on the CPU accelerate starts one, without DeepSpeed and FSDP. Use GPUs, or leave the "
-                f"options out. {ON_THE_CPU}"
-            )
-        return given
-    num_machines = given.num_machines or config.get("num_machines", 1)
-    if num_processes > num_machines * num_gpus:
+    if not on_cpu and num_processes > num_machines * num_gpus:
         raise ValueError(
             f"{start} on {num_machines} machine(s), and this one has {num_gpus} GPU(s). Pass --num_processes "
             f"{num_machines * num_gpus}."
+        )
+    deepspeed_on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" and ddp_backend == "gloo" and not cpu_is_set
+    several = engine != "DEEPSPEED" and num_processes > 1 and given.mpirun_hostfile is None
+    if on_cpu and (engine == "FSDP" or (engine == "DEEPSPEED" and not deepspeed_on_cpu) or several):
+        raise ValueError(
+            f"{start}, and on the CPU accelerate starts one, without DeepSpeed and FSDP. Use GPUs, or leave the "
+            f"options out. {ON_THE_CPU}"
         )
     return given
 
 
 def configs() -> Path:
-    """Return the folder of the package's configurations: beside it in a clone, inside it once installed."""
+    """Return the folder of the package's configurations: next to the package in a clone, inside it if installed."""
     package = Path(prefopt_trl.__file__).parent
     return next(folder for folder in (package.parent / "ds_configs", package / "ds_configs") if folder.is_dir())
 
@@ -116,7 +112,7 @@ def _config_file(name: str) -> Path:
 
 
 def _deepspeed_file(config_file: Path) -> LaunchOptions:
-    """Return the option with the absolute path of the DeepSpeed file that a configuration names by a relative one."""
+    """Return the option for the DeepSpeed file that a configuration names, with the file's absolute path."""
     named = (_read(config_file).get("deepspeed_config") or {}).get("deepspeed_config_file")
     if named is None:
         return {}
@@ -136,14 +132,9 @@ def _read(config_file: str | Path | None) -> dict[str, Any]:
 
 
 def _leave_to_children(number: int, frame: FrameType | None) -> None:
-    """Wait for the processes, which say what is saved. The terminal sends them Ctrl-C, and SIGTERM is passed on."""
+    """Wait for the processes, which print what is saved. They receive Ctrl-C from the terminal, and SIGTERM here."""
     children = psutil.Process().children()
     if not children:
         raise SystemExit(128 + number)
     for child in children if number == signal.SIGTERM else []:
         child.send_signal(number)
-
-
-def _exit_code(returncode: int) -> int:
-    """Return the exit code that a shell has where a signal ended the process."""
-    return returncode if returncode >= 0 else 128 - returncode

@@ -15,15 +15,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words and words[0] in COMMANDS:
-            _run(*words)
+            _run_command(*words)
         else:
             _run_study_or_env(words)
-    except KeyboardInterrupt as stopped:  # before a command has begun, or in the quickstart
+    except KeyboardInterrupt as stopped:  # before a command starts, or in the quickstart
         print(f"prefopt-trl: {str(stopped) or 'Interrupted.'}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def _run(name: str, *arguments: str) -> None:
+def _run_command(name: str, *arguments: str) -> None:
     if {"--help", "-h"} & set(arguments):
         from prefopt_trl.cli.help import first_screen
 

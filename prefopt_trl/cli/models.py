@@ -1,4 +1,4 @@
-"""Models, adapters and rankers as the command line names them."""
+"""Load models, adapters, tokenizers and rankers by the names given on the command line."""
 
 import importlib
 import os
@@ -17,10 +17,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import find_adapter_config_file
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import DPOConfig, ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from prefopt_trl.cli.arguments import RankerArguments
 from prefopt_trl.rankers.base import Ranker
@@ -31,7 +32,7 @@ from prefopt_trl.rankers.pointwise import RewardModelRanker
 
 
 def check_model(model: ModelConfig, trains: bool = True) -> None:
-    """Refuse a model's arguments of which one is missing or has no effect, before anything is loaded."""
+    """Check, before anything is loaded, that no argument of the model is missing or has no effect."""
     if model.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is missing. Give the folder or Hub id of a model.")
     if model.use_peft and not trains:
@@ -54,16 +55,15 @@ def check_bitsandbytes(argument: str) -> None:
         raise ValueError(f"`{argument}` needs bitsandbytes. Run `pip install 'prefopt-trl[bitsandbytes]'`.")
 
 
-def model_to_train(model: ModelConfig, args: Any) -> dict[str, Any]:
-    """Return the arguments of a trainer that say which model it trains.
+def model_to_train(model: ModelConfig, args: SFTConfig | DPOConfig) -> dict[str, object]:
+    """Return the trainer's arguments that define its model.
 
-    A path to an adapter gives its base with the adapter on top, to be trained further; TRL keeps a frozen copy of it
-    as the reference model. For another path `args.model_init_kwargs` get what the model's arguments say.
+    The path of an adapter gives its base model with the adapter on top, to be trained further; TRL keeps a frozen copy
+    of the adapter as the reference model. For other paths, `args.model_init_kwargs` is completed with the arguments of
+    `model`.
     """
-    check_model(model)
     path = str(model.model_name_or_path)
-    init = {**_init_kwargs(model), **(args.model_init_kwargs or {})}
-    tokenizer = load_tokenizer(path, model.model_revision, args.trust_remote_code)
+    init = {**_init_kwargs(model), **(args.model_init_kwargs or {})}  # type: ignore[dict-item]  # no text any more
     if find_adapter_config_file(path, revision=model.model_revision) is not None:
         if model.use_peft:
             raise ValueError(
@@ -71,19 +71,17 @@ def model_to_train(model: ModelConfig, args: Any) -> dict[str, Any]:
                 "train this one further, or merge it into its base first (`merge_and_unload` of PEFT)."
             )
         args.model_init_kwargs = None
-        adapted = load_adapter(path, model, {**init, "trust_remote_code": args.trust_remote_code}, is_trainable=True)
-        return {"model": adapted, "processing_class": tokenizer}
+        init["trust_remote_code"] = args.trust_remote_code
+        return {"model": load_adapter(path, model, init, is_trainable=True)}
     args.model_init_kwargs = init
-    return {
-        "model": path,
-        "processing_class": tokenizer,
-        "peft_config": get_peft_config(model),
-        "quantization_config": get_quantization_config(model),
-    }
+    quantization = get_quantization_config(model)
+    return {"model": path, "peft_config": get_peft_config(model), "quantization_config": quantization}
 
 
-def model_to_run(path: str, model: ModelConfig, device: torch.device | str, trust_remote_code: bool) -> Any:
-    """Load a policy to sample from, with its adapter if it is one, onto a device."""
+def model_to_run(
+    path: str, model: ModelConfig, device: torch.device | str, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Load a policy to sample from, or an adapter with its base model, onto a device."""
     init = {**_init_kwargs(model), "trust_remote_code": trust_remote_code}
     argument = "model_name_or_path" if path == model.model_name_or_path else "reference"
     with named(f"`{argument}`={path!r}"):
@@ -97,8 +95,8 @@ def model_to_run(path: str, model: ModelConfig, device: torch.device | str, trus
     return (loaded if getattr(loaded, "is_quantized", False) else loaded.to(device)).eval()
 
 
-def load_adapter(path: str, model: ModelConfig, init: dict[str, object], is_trainable: bool) -> PeftModel:
-    """Load the base model that an adapter names, quantized as `model` says, and the adapter on top."""
+def load_adapter(path: str, model: ModelConfig, init: dict[str, object], is_trainable: bool) -> Any:
+    """Load an adapter on its base model, quantized as `model` says: a PeftModel, with a PreTrainedModel's methods."""
     config = PeftConfig.from_pretrained(path, revision=model.model_revision)
     base = config.base_model_name_or_path
     if not base:
@@ -111,7 +109,7 @@ def load_adapter(path: str, model: ModelConfig, init: dict[str, object], is_trai
 
 
 def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of `model_name_or_path`, or of its base if it is an adapter that has none."""
+    """Load the tokenizer of `model_name_or_path`, or of its base model if it is an adapter without a tokenizer."""
     source, options = path, {"revision": revision, "trust_remote_code": trust_remote_code}
     has_tokenizer = not Path(path).is_dir() or Path(path, "tokenizer_config.json").is_file()
     if not has_tokenizer and find_adapter_config_file(path) is not None:
@@ -126,13 +124,10 @@ def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> 
         ) from error
 
 
-def load_ranker(arguments: RankerArguments) -> Ranker | None:
-    """Load the ranker that is named: a model by the class its configuration names, or a function by its path."""
-    name = arguments.ranker
-    if name is None:
-        return None
-    file, _, _ = name.partition(":")
-    if file.endswith(".py"):
+def load_ranker(arguments: RankerArguments) -> Ranker:
+    """Load the model or import the function that `ranker` names. The model's configuration decides its class."""
+    name = str(arguments.ranker)
+    if name.partition(":")[0].endswith(".py"):
         raise ValueError(f"`ranker`={name!r} is a file. Name a function in it as `package.module.function`.")
     if not os.path.exists(name) and "/" not in name and "." in name:
         return _function_ranker(name)
@@ -143,7 +138,7 @@ def load_ranker(arguments: RankerArguments) -> Ranker | None:
 
 
 def _function_ranker(path: str) -> FunctionRanker:
-    if os.getcwd() not in sys.path:  # as TRL's GRPO command, for a file in the current folder
+    if os.getcwd() not in sys.path:  # for a file in the current folder, as TRL's GRPO command does
         sys.path.insert(0, os.getcwd())
     module, _, name = path.rpartition(".")
     try:
@@ -157,7 +152,7 @@ def _function_ranker(path: str) -> FunctionRanker:
 
 @contextmanager
 def named(argument: str) -> Iterator[None]:
-    """Re-raise an error of loading a model with the argument that names it."""
+    """Re-raise errors of loading a model with the argument that names it."""
     try:
         yield
     except (OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""The arguments of a command, from the command line and from `--config`, and how they are written for `--config`."""
+"""Read the arguments of a command from the command line and from `--config`, and write them for `--config`."""
 
 import json
 import os
@@ -8,10 +8,11 @@ from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Union, get_args, get_origin, get_type_hints
 
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from transformers.hf_argparser import DataClass, DataClassType
 from trl import ModelConfig, SFTConfig, TrlParser
 
 import prefopt_trl
@@ -19,37 +20,37 @@ from prefopt_trl.cli.arguments import TrainingData
 from prefopt_trl.cli.commands import COMMANDS
 from prefopt_trl.trainers import METHODS
 
-LaunchOptions = dict[str, object]  # of `accelerate launch`, by name; that of a flag is True
-SECRETS = {"token", "hub_token", "push_to_hub_token", "use_auth_token"}  # `pad_token` and `eos_token` are none
+LaunchOptions = dict[str, object]  # options of `accelerate launch` by name; a flag is True
+SECRETS = {"token", "hub_token", "push_to_hub_token", "use_auth_token"}
 
 
-def parse(name: str, arguments: Sequence[str]) -> tuple[list[Any], LaunchOptions]:
+def parse(name: str, arguments: Sequence[str]) -> tuple[tuple[DataClass, ...], LaunchOptions]:
     """Return an instance of each of the command's dataclasses, and the options of `accelerate launch`.
 
     Raises:
-        ValueError: as [`read`], and for values that a dataclass refuses.
+        ValueError: as [`read`], and for values that a dataclass rejects.
     """
     parser, given, launch = read(name, arguments)
-    return list(parser.parse_dict(vars(given), allow_extra_keys=True)), launch
+    return parser.parse_dict(vars(given), allow_extra_keys=True), launch
 
 
 def read(name: str, arguments: Sequence[str]) -> tuple[TrlParser, Namespace, LaunchOptions]:
-    """Return the command's parser, the arguments before its dataclasses check them, and those of `accelerate launch`.
+    """Return the command's parser, its arguments before the dataclasses check them, and those of `accelerate launch`.
 
     The command line wins over the file of `--config`. Environment variables in the file are set.
 
     Raises:
         ValueError: for an unknown argument, or a value in the file that does not fit its argument.
-        SystemExit: with exit code 2 for what argparse refuses.
+        SystemExit: with exit code 2 for errors of argparse.
     """
     parser = make_parser(name)
     hints = {field: hint for part in parser.dataclass_types for field, hint in get_type_hints(part).items()}
     hints["resume_from_checkpoint"] = str | bool | None
     actions = {action.dest: action for action in parser._actions}
     config, words = _read_config(parser.prog, arguments)
-    if "activation_checkpointing" in config.keys() - hints.keys():  # its name in files, and since transformers 5.23
+    if "activation_checkpointing" in config.keys() - hints.keys():  # its name since transformers 5.23
         config["gradient_checkpointing"] = config.pop("activation_checkpointing")
-    lists, scalars = [], []  # as words, so that argparse converts and checks them
+    lists, scalars = [], []  # words for argparse, which converts and checks them
     for field, value in config.items():
         if field not in hints:
             continue
@@ -72,15 +73,15 @@ def read(name: str, arguments: Sequence[str]) -> tuple[TrlParser, Namespace, Lau
 
 
 def make_parser(name: str) -> TrlParser:
-    """Return the parser of a command's own arguments."""
-    dataclasses: list[Any] = [COMMANDS[name].own, ModelConfig]
+    """Return the parser of a command, without the options of `accelerate launch`."""
+    own = COMMANDS[name].own
+    configs = [SFTConfig] if issubclass(own, TrainingData) else []
     if name in METHODS:
-        dataclasses.insert(1, getattr(prefopt_trl, f"{METHODS[name].name}Config"))
-    elif issubclass(dataclasses[0], TrainingData):
-        dataclasses.insert(1, SFTConfig)
+        configs = [getattr(prefopt_trl, f"{METHODS[name].name}Config")]
+    dataclasses = map(DataClassType, [own, *configs, ModelConfig])
     usage = f"prefopt-trl {name} [--config FILE.yaml] [--OPTION VALUE ...], or --help for the options"
-    parser = TrlParser(dataclasses, prog=f"prefopt-trl {name}", usage=usage, allow_abbrev=False)
-    for action in parser._actions:  # TRL's parser wants a value for these, and users write a flag
+    parser = TrlParser(list(dataclasses), prog=f"prefopt-trl {name}", usage=usage, allow_abbrev=False)
+    for action in parser._actions:  # TRL's parser requires a value for these, and users write a flag
         if action.dest == "resume_from_checkpoint":
             action.nargs, action.const, action.type = "?", True, _checkpoint
         elif getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
@@ -92,14 +93,14 @@ def write_config(output_dir: str | Path, text: str) -> None:
     """Write [`config_text`] into the folder of a run."""
     file = Path(output_dir, "config.yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
-    if not (file.is_file() and file.read_text(encoding="utf-8") == text):  # it may be on a read-only disk
+    if not (file.is_file() and file.read_text(encoding="utf-8") == text):  # the disk may be read-only
         file.write_text(text, encoding="utf-8")
 
 
-def config_text(parsed: Sequence[Any], launch: LaunchOptions) -> str:
-    """Return every argument of a run as YAML, so that `--config` gives the same run again.
+def config_text(parsed: Sequence[DataClass], launch: LaunchOptions) -> str:
+    """Return every argument of a run as YAML, so that `--config` repeats the run.
 
-    Access tokens are left out, and so is the checkpoint that this run alone resumes.
+    Access tokens and the checkpoint that the run resumes are left out.
     """
     values = {field.name: getattr(part, field.name) for part in parsed for field in fields(part) if field.init}
     values.pop("resume_from_checkpoint", None)
@@ -113,12 +114,12 @@ def _without_secrets(values: dict[str, object]) -> dict[str, object]:
 
 
 def _checkpoint(word: str) -> str | bool:
-    """Read a path, or whether to resume the latest checkpoint."""
+    """Read a path, or `true` to resume the latest checkpoint."""
     return {"true": True, "false": False}.get(word.lower(), word)
 
 
 def _read_config(prog: str, arguments: Sequence[str]) -> tuple[dict[str, object], list[str]]:
-    """Return the mapping in the file of `--config`, whose environment variables are set, and the other words."""
+    """Return the mapping in the file of `--config` and the other words. Set the environment variables in the file."""
     parser = ArgumentParser(prog, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", default=[], metavar="FILE.yaml")
     given, words = parser.parse_known_args(arguments)
@@ -127,21 +128,19 @@ def _read_config(prog: str, arguments: Sequence[str]) -> tuple[dict[str, object]
     if len(given.config) > 1:
         raise ValueError("--config is given twice. Give one file; arguments on the command line win over it.")
     path = Path(given.config[0])
-    if not path.is_file():
-        raise ValueError(f"--config needs a YAML file, and {path} is none. Check the path.")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} is not a readable YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a YAML mapping, `name: value` on each line, and holds {config!r:.80}.")
-    if isinstance(config.get("env"), dict):  # otherwise it is an unknown argument
+        raise ValueError(f"--config {path} must hold a YAML mapping, `name: value` on each line.")
+    if isinstance(config.get("env"), dict):  # anything else is reported as an unknown argument
         os.environ.update({name: str(value) for name, value in config.pop("env").items()})
     return config, words
 
 
-def _check_kind(name: str, value: object, hint: Any) -> None:
-    """Refuse a value of the file that cannot be written as a word of the command line. Text can, whatever it is."""
+def _check_kind(name: str, value: object, hint: object) -> None:
+    """Raise for a value of the file that the command line could not give. argparse checks text and numbers."""
     alternatives = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
     kinds = {get_origin(part) or part for part in alternatives}
     if isinstance(value, bool | list | dict | None):

@@ -1,9 +1,8 @@
-"""`prefopt-trl ranker`: a pairwise ranker, trained by TRL's SFTTrainer to answer which completion was chosen."""
+"""`prefopt-trl ranker`: train a pairwise ranker with TRL's SFTTrainer to answer which completion was chosen."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 from accelerate.utils import gather_object
@@ -18,12 +17,12 @@ from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
 from prefopt_trl.rankers.publishing import ranker_card
 from prefopt_trl.runtime.processes import gathered
 
-# What the card says of the training
+# Settings of the training that the card lists
 HYPERPARAMETERS = ["learning_rate", "lr_scheduler_type", "max_length", "num_train_epochs", "optim", "seed"]
 
 
 class RankerTrainer(SupervisedTrainer):
-    """Writes the card of a ranker."""
+    """An SFT trainer that writes the card of a ranker."""
 
     template: str
     accuracy = "not measured"  # on held-out comparisons
@@ -31,7 +30,7 @@ class RankerTrainer(SupervisedTrainer):
     def create_model_card(  # type: ignore[override]  # TRL's
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Say how to make the ranker of the model. All arguments are TRL's, and not needed."""
+        """Write a card that shows how to load the ranker. The arguments are TRL's and have no effect."""
         if not self.is_world_process_zero():
             return
         model, args = self.accelerator.unwrap_model(self.model), self.args
@@ -50,26 +49,26 @@ class RankerTrainer(SupervisedTrainer):
 
 
 def run(own: RankerData, args: SFTConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
-    """Train a ranker on preference pairs, and measure it on those of the evaluation split."""
-    trained, splits = prepare(own, args, model)
+    """Train a ranker on preference pairs, and measure its accuracy on the evaluation split."""
+    tokenizer, trained, splits = prepare(own, args, model)
     pairs = {}
     for name, rows in splits.items():
         if rows is not None:
             answers = pairwise_ranker_dataset(rows, own.ranker_template, args.seed)
             fitting = list(range(len(answers)))
-            if args.max_length is not None:  # a row that is cut has no answer left to learn
+            if args.max_length is not None:  # a truncated row loses its answer
                 texts = [row["prompt"] + row["completion"] for row in answers]
-                lengths = [len(ids) + 1 for ids in trained["processing_class"](texts)["input_ids"]]  # and EOS
+                lengths = [len(ids) + 1 for ids in tokenizer(texts)["input_ids"]]  # and EOS
                 fitting = rows_that_fit(lengths, args.max_length, "comparisons", "they exceed")
             splits[name], pairs[name] = answers.select(fitting), rows.select(fitting)
-    trainer = RankerTrainer(own.dataset_name, args=args, **splits, **trained)
+    trainer = RankerTrainer(own.dataset_name, args=args, processing_class=tokenizer, **trained, **splits)
     trainer.template = own.ranker_template
-    train_and_save(trainer, own, save_config, once_saved=lambda: measure(trainer, **pairs))
+    train_and_save(trainer, own, save_config, measure=lambda: measure(trainer, **pairs))
     trainer.create_model_card()
 
 
 def measure(trainer: RankerTrainer, train_dataset: Dataset, eval_dataset: Dataset | None = None) -> None:
-    """Print the accuracy on the comparisons whose prompts are not trained on, and keep it for the card."""
+    """Print the accuracy on comparisons of held-out prompts, and keep it for the card."""
     trained_on = set(map(json.dumps, train_dataset["prompt"]))
     prompts = [] if eval_dataset is None else map(json.dumps, eval_dataset["prompt"])
     held_out = [row for row, prompt in enumerate(prompts) if prompt not in trained_on]
@@ -80,13 +79,11 @@ def measure(trainer: RankerTrainer, train_dataset: Dataset, eval_dataset: Datase
             "--dataset_test_split 'train[95%:]'`."
         )
         return
-    state, tokenizer = trainer.accelerator, cast(Any, trainer.processing_class)
-    model: Any = state.unwrap_model(trainer.model)
+    state, model = trainer.accelerator, trainer.accelerator.unwrap_model(trainer.model)
     own_part = eval_dataset.select(held_out[state.process_index :: state.num_processes])
     with gathered(model):
-        ranker = PairwiseRanker(
-            model, tokenizer, template=trainer.template, batch_size=trainer.args.per_device_eval_batch_size
-        )
+        batch_size = trainer.args.per_device_eval_batch_size
+        ranker = PairwiseRanker(model, trainer.processing_class, template=trainer.template, batch_size=batch_size)
         probabilities = ranker.compare(own_part["prompt"][:], own_part["chosen"][:], own_part["rejected"][:])
     correct = [0.5 * (1 + np.sign(probability - 0.5)) for probability in probabilities]  # a tie counts half
     accuracy = Estimate.of(np.array(gather_object(correct)))

@@ -1,7 +1,7 @@
-"""What each process of a command runs: `python -m prefopt_trl.cli.run COMMAND ...`, started by `accelerate launch`.
+"""The module that `accelerate launch` starts in each process: `python -m prefopt_trl.cli.run COMMAND ...`.
 
-A `ValueError`, `OSError` or `ImportError` ends a command with one line and exit code 2, unless sampling or training
-has begun: then, and for every other type, there is a traceback.
+A `ValueError`, `OSError` or `ImportError` ends a command with one line and exit code 2. Once sampling or training has
+begun, and for every other type, the traceback is shown.
 """
 
 import ctypes
@@ -12,14 +12,17 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tqdm.auto import tqdm
 
 from prefopt_trl.cli.commands import load
 from prefopt_trl.runtime.quiet import quiet_libraries
 
-USER_ERRORS = (ValueError, OSError, ImportError)  # what a user can mend
+if TYPE_CHECKING:
+    from transformers.hf_argparser import DataClass
+
+USER_ERRORS = (ValueError, OSError, ImportError)  # errors that a user can correct
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 SECONDS_FOR_OTHERS = 10
 
@@ -28,8 +31,8 @@ def main(name: str, arguments: Sequence[str]) -> None:
     """Run a command in this process.
 
     Raises:
-        SystemExit: after one line on the main process, with exit code 2 for a user's mistake, 1 for a push that failed
-            and 130 for Ctrl-C. With `log_level=debug` a mistake has its traceback.
+        SystemExit: after one line on the main process, with exit code 2 for a user error, 1 for a push that failed
+            and 130 for Ctrl-C. With `log_level=debug` a user error keeps its traceback.
     """
     quiet_libraries()
     from prefopt_trl.cli.parsing import parse  # it imports torch
@@ -44,8 +47,8 @@ def main(name: str, arguments: Sequence[str]) -> None:
         run(name, parsed, launch)
     except KeyboardInterrupt as interrupt:
         if is_main_process():
-            said = str(interrupt) or "Interrupted before anything was saved."
-            tqdm.write(f"prefopt-trl {name}: {said}", file=sys.stderr)  # not behind a bar
+            message = str(interrupt) or "Interrupted before anything was saved."
+            tqdm.write(f"prefopt-trl {name}: {message}", file=sys.stderr)  # below a progress bar
         raise SystemExit(128 + signal.SIGINT) from None
     except PushError as error:
         fail(name, error, code=1)
@@ -56,20 +59,20 @@ def main(name: str, arguments: Sequence[str]) -> None:
         fail(name, " ".join([str(error), *notes]))
 
 
-def run(name: str, parsed: Sequence[Any], launch: dict[str, object]) -> None:
-    """Run a command with instances of its dataclasses, after which it can write its configuration."""
+def run(name: str, parsed: Sequence["DataClass"], launch: dict[str, object]) -> None:
+    """Run a command with instances of its dataclasses and a function that writes its configuration."""
     from prefopt_trl.cli.parsing import config_text, write_config
 
     folder = next(part.output_dir for part in parsed if hasattr(part, "output_dir"))
-    text = config_text(parsed, launch)  # as given: a command changes its arguments
+    text = config_text(parsed, launch)  # before the command changes its arguments
     load(name).run(*parsed, partial(write_config, folder, text))
 
 
 def fail(name: str, message: object, code: int = 2) -> NoReturn:
-    """End with one line of the main process.
+    """Print one line on the main process and exit.
 
-    torchrun ends all processes once the first has ended, so the others wait for the main one to print its line. They
-    print theirs only if it has not failed.
+    torchrun ends all processes once the first has ended, so the others wait for the main process to print its line.
+    They print theirs only if the main process did not fail.
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(SECONDS_FOR_OTHERS)
@@ -78,15 +81,15 @@ def fail(name: str, message: object, code: int = 2) -> NoReturn:
 
 
 def _interrupt(owner: int, number: int, frame: FrameType | None) -> None:
-    if os.getpid() != owner:  # a forked child, such as one of a pool, has the handler too
+    if os.getpid() != owner:  # a forked child, such as a pool worker, inherits the handler
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
-    signal.signal(number, signal.SIG_IGN)  # torchrun sends its processes once more what the terminal has sent them
+    signal.signal(number, signal.SIG_IGN)  # torchrun sends the terminal's signal to its processes again
     raise KeyboardInterrupt
 
 
 def end_with_parent() -> None:
-    """Have Linux end this process when the one that started it is gone, as it cannot pass `kill -9` on."""
+    """Have Linux end this process with its parent, which cannot forward `kill -9`."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

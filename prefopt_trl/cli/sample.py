@@ -1,4 +1,4 @@
-"""`prefopt-trl sample`: preference pairs, or rankings, sampled from a policy and labeled by a ranker."""
+"""`prefopt-trl sample`: sample completions from a policy, and make preference pairs or rankings with a ranker."""
 
 from collections.abc import Callable
 
@@ -15,20 +15,19 @@ from prefopt_trl.sampling.statistics import push_preference_dataset
 
 
 def run(own: SampleConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
-    """Build the dataset; candidates that the data already has are not sampled again."""
+    """Build the dataset. Rows that have candidates already are not sampled again."""
     check_model(model, trains=False)
     state = PartialState(cpu=True) if own.use_cpu else process_state()
     path = str(model.model_name_or_path)
     rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_split, own.num_rows)
     tokenizer = load_tokenizer(path, model.model_revision, own.trust_remote_code)
     ranker = load_ranker(own)
-    assert ranker is not None  # the arguments need one
     require_columns(rows, own.dataset_name, {"prompt"})
     rows = keep_given(rows)
     given = "completions" in rows.column_names
     if not given:
         rows = prompts_that_fit(rows, tokenizer, own.max_length, own.max_new_tokens)
-    policy = None  # candidates that are given need it for their log-probabilities only
+    policy = None  # not needed for given candidates, unless their log-probabilities are kept
     if own.keep_logps or not given:
         policy = model_to_run(path, model, state.device, own.trust_remote_code)
     build_preference_dataset(

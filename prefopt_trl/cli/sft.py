@@ -10,8 +10,8 @@ from prefopt_trl.cli.training import SupervisedTrainer, prepare, train_and_save
 
 
 def run(own: TrainingData, args: SFTConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
-    """Fine-tune a model; of preference pairs, on the chosen completions."""
-    trained, splits = prepare(own, args, model)
+    """Fine-tune a model on completions; for preference pairs, on the chosen ones."""
+    tokenizer, trained, splits = prepare(own, args, model)
     for name, rows in splits.items():
         if rows is None:
             continue
@@ -19,6 +19,6 @@ def run(own: TrainingData, args: SFTConfig, model: ModelConfig, save_config: Cal
         require_columns(rows, own.dataset_name, {"prompt", "completion"}, {"prompt", "chosen"}, *alone)
         if {"prompt", "chosen"} <= set(rows.column_names):
             splits[name] = rows.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
-    trainer = SupervisedTrainer(own.dataset_name, args=args, **splits, **trained)
+    trainer = SupervisedTrainer(own.dataset_name, args=args, processing_class=tokenizer, **trained, **splits)
     train_and_save(trainer, own, save_config)
     trainer.create_model_card()

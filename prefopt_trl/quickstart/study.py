@@ -1,14 +1,14 @@
 """`prefopt-trl quickstart`: test RSO's claim on a task with known true reward (RSO sections 3 and 5) in six minutes.
 
 Train one SFT policy and one pairwise ranker, then the same loss on four sources of pairs, and SLiC and PRO. Evaluate
-each policy at the checkpoint with the highest ranker reward. The command imports this module only when it runs, so
-that `prefopt-trl --help` does not wait for torch.
+each policy at the checkpoint with the highest ranker reward.
 """
 
 import json
 import shutil
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ from prefopt_trl.trainers.rso_trainer import RSOTrainer
 from prefopt_trl.trainers.slic_trainer import SLiCTrainer
 
 Arguments = dict[str, Any]
+Measured = dict[str, Estimate]  # what `evaluate_policy` returns
+Measure = Callable[[PreTrainedModel, Dataset], Measured]  # on the prompts of a dataset
 
 TASK = {"num_prompts": 400, "num_eval_prompts": 512}
 SFT: Arguments = {"max_steps": 500, "per_device_train_batch_size": 64, "learning_rate": 3e-3}
@@ -105,7 +107,7 @@ def run_quickstart(output_dir: str, seed: int) -> None:
     _quiet()
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in SAMPLED:  # left by an earlier run, perhaps with another seed
+    for name in SAMPLED:  # an earlier run may have had another seed
         shutil.rmtree(folder / name, ignore_errors=True)
     started = time.perf_counter()
 
@@ -115,7 +117,7 @@ def run_quickstart(output_dir: str, seed: int) -> None:
     say(f"The controlled task, seed {seed}; everything is saved in {folder}")
     task = ControlledTask(seed=seed, **TASK)
     tokenizer = task.tokenizer()
-    # Only the ranker's tokenizer has the words of its template: a policy that could write them would confuse it
+    # Only the ranker's tokenizer has the words of its template, as a policy that writes them would confuse the ranker
     ranker_tokenizer = task.tokenizer(extra_words=[*dialogue("|", "|", "|").split("|"), *ANSWERS])
     example = task.comparisons[0]
     say(f"A comparison: {example['prompt']!r}, chosen {example['chosen']!r}, rejected {example['rejected']!r}")
@@ -128,7 +130,7 @@ def run_quickstart(output_dir: str, seed: int) -> None:
     judge = task.policy_model(ranker_tokenizer, seed + 1)
     _sft(judge, ranker_tokenizer, answers, RANKER, folder / "ranker", seed)
     ranker = PairwiseRanker(judge, ranker_tokenizer, batch_size=512, seed=seed)
-    accuracy = ranker_accuracy(ranker, sft, tokenizer, task.eval_dataset["prompt"], seed)
+    accuracy = _ranker_accuracy(ranker, sft, tokenizer, task.eval_dataset["prompt"][:], seed)
     say(f"Ranker accuracy on pairs of SFT samples, against the true reward: {accuracy:.3f}")
 
     say(f"Sampling {NUM_CANDIDATES} completions for each of {len(task.prompts)} prompts, and ranking them")
@@ -150,26 +152,59 @@ def run_quickstart(output_dir: str, seed: int) -> None:
         candidates = candidates or load_from_disk(str(folder / name / "candidates"))
     statistics = {name: json.loads((folder / name / "statistics.json").read_text()) for name in SAMPLED}
 
+    def measure(policy: PreTrainedModel, examples: Dataset) -> Measured:
+        return evaluate_policy(
+            policy,
+            sft,
+            tokenizer,
+            ranker,
+            examples["prompt"][:],
+            examples["completion"][:],
+            max_new_tokens=MAX_NEW_TOKENS,
+            seed=seed,
+            true_reward=true_reward,
+        )
+
     # Checkpoints are chosen on one half of the evaluation prompts and reported on the other
     halves = task.eval_dataset.train_test_split(test_size=0.5, seed=seed)
-    measure = _Measure(sft, tokenizer, ranker, seed)
-    results: dict[str, dict[str, Estimate]] = {"SFT policy": measure(sft, halves["test"])}
-    curves: dict[str, list[dict[str, Estimate]]] = {}
-    chosen: dict[str, int] = {}
+    measured = {"SFT policy": measure(sft, halves["test"])}
+    trained: dict[str, _Checkpoints] = {}
     for name, method in METHODS.items():
         say(f"{name}: {POLICY['max_steps']} steps on {method.source}")
-        dataset = made[method.dataset]
-        policy, checkpoints = _train(method, tokenizer, dataset, measure, halves["train"], folder, seed)
-        curves[name] = checkpoints.measured
-        chosen[name] = checkpoints.best
-        policy.load_state_dict(checkpoints.best_weights)
+        trained[name] = _Checkpoints(measure, halves["train"])
+        policy = AutoModelForCausalLM.from_pretrained(folder / "sft")
+        _train(policy, method, tokenizer, made[method.dataset], trained[name], folder / "policy_trainer", seed)
+        policy.load_state_dict(trained[name].best_weights)
         if name == "rso":
             policy.save_pretrained(str(folder / "rso"))
             tokenizer.save_pretrained(str(folder / "rso"))
             say(f"The trained RSO model is saved in {folder / 'rso'}")
-        results[name] = measure(policy, halves["test"])
+        measured[name] = measure(policy, halves["test"])
 
-    report = _write_report(folder, results, curves, chosen, statistics, accuracy, seed, len(halves["test"]))
+    curves = {name: checkpoints.measured for name, checkpoints in trained.items()}
+    best_step = {name: CHECKPOINT_EVERY * (checkpoints.best + 1) for name, checkpoints in trained.items()}
+    results = {
+        "seed": seed,
+        "ranker_accuracy": accuracy,
+        "results": measured,
+        "best_step": best_step,
+        "curves": curves,
+        "sampling": statistics,
+        "settings": {
+            "task": TASK,
+            "sft": SFT,
+            "ranker": RANKER,
+            "policy": POLICY,
+            "methods": {name: method.arguments for name, method in METHODS.items()},
+            "sampling": {"num_candidates": NUM_CANDIDATES, **SAMPLED},
+        },
+        "versions": versions(),
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=2, default=asdict) + "\n")
+    best = {name: checkpoints.best for name, checkpoints in trained.items()}
+    plot_reward_against_kl(curves, best, folder / "reward_against_kl.png")
+    report = _report(measured, best_step, accuracy, statistics["pairs-rso"], seed, len(halves["test"]))
+    (folder / "report.md").write_text(report)
     print("\n" + report.split("\n", 2)[2], flush=True)
     say(f"Written: report.md, results.json, reward_against_kl.png and the RSO model, in {folder}")
 
@@ -193,11 +228,26 @@ def _sft(
     """Train a model on prompts and completions with TRL's SFTTrainer, and save it."""
     args = SFTConfig(f"{folder}_trainer", warmup_steps=0.1, seed=seed, **_COMMON, **hyperparameters)
     trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
-    _bar_without_logs(trainer)
-    trainer.train()
+    _train_without_logs(trainer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model.eval()
+
+
+def _train(
+    policy: PreTrainedModel,
+    method: Method,
+    tokenizer: PreTrainedTokenizerFast,
+    dataset: Dataset,
+    checkpoints: "_Checkpoints",
+    folder: Path,
+    seed: int,
+) -> None:
+    """Train the SFT policy with one method, and evaluate its checkpoints."""
+    config = method.trainer.config_class
+    args = config(str(folder), seed=seed, lr_scheduler_type="constant", **_COMMON, **POLICY, **method.arguments)
+    data: Arguments = {"train_dataset": dataset, "processing_class": tokenizer}
+    _train_without_logs(method.trainer(policy, args=args, callbacks=[checkpoints], **data))
 
 
 class _Bar(ProgressCallback):
@@ -207,9 +257,10 @@ class _Bar(ProgressCallback):
         pass
 
 
-def _bar_without_logs(trainer: Trainer) -> None:
+def _train_without_logs(trainer: Trainer) -> None:
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar)
+    trainer.train()
 
 
 _COMMON: Arguments = {
@@ -224,45 +275,25 @@ _COMMON: Arguments = {
 }
 
 
-def ranker_accuracy(
+def _ranker_accuracy(
     ranker: PairwiseRanker, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], seed: int
 ) -> float:
     """Return how often ranker and true reward agree on pairs of the policy's samples with different true rewards."""
     samples = sample_completions(
-        policy, tokenizer, list(prompts), 2, max_new_tokens=MAX_NEW_TOKENS, seed=seed, generation_batch_size=512
+        policy, tokenizer, prompts, 2, max_new_tokens=MAX_NEW_TOKENS, seed=seed, generation_batch_size=512
     )
     first, second = ([pair[index] for pair in samples] for index in (0, 1))
-    truth = np.subtract(true_reward(list(prompts), first), true_reward(list(prompts), second))
-    preferred = ranker.compare(list(prompts), first, second) > 0.5
+    truth = np.subtract(true_reward(prompts, first), true_reward(prompts, second))
+    preferred = ranker.compare(prompts, first, second) > 0.5
     return float((preferred == (truth > 0))[truth != 0].mean())
-
-
-class _Measure:
-    """Evaluate policies on some of the evaluation prompts, always with the same seed."""
-
-    def __init__(self, sft: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ranker: PairwiseRanker, seed: int):
-        self.sft, self.tokenizer, self.ranker, self.seed = sft, tokenizer, ranker, seed
-
-    def __call__(self, policy: PreTrainedModel, examples: Dataset) -> dict[str, Estimate]:
-        return evaluate_policy(
-            policy,
-            self.sft,
-            self.tokenizer,
-            self.ranker,
-            list(examples["prompt"]),
-            list(examples["completion"]),
-            max_new_tokens=MAX_NEW_TOKENS,
-            seed=self.seed,
-            true_reward=true_reward,
-        )
 
 
 class _Checkpoints(TrainerCallback):
     """Evaluate the policy every [`CHECKPOINT_EVERY`] steps and keep the weights with the highest ranker reward."""
 
-    def __init__(self, measure: _Measure, examples: Dataset):
+    def __init__(self, measure: Measure, examples: Dataset):
         self.measure, self.examples = measure, examples
-        self.measured: list[dict[str, Estimate]] = []
+        self.measured: list[Measured] = []
         self.best_weights: dict[str, torch.Tensor] = {}
 
     @property
@@ -272,100 +303,34 @@ class _Checkpoints(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model = kwargs["model"]
         if state.global_step % CHECKPOINT_EVERY:
             return
+        model = kwargs["model"]
         self.measured.append(self.measure(model, self.examples))
         if self.best == len(self.measured) - 1:
             self.best_weights = {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def _train(
-    method: Method,
-    tokenizer: PreTrainedTokenizerFast,
-    dataset: Dataset,
-    measure: _Measure,
-    examples: Dataset,
-    folder: Path,
-    seed: int,
-) -> tuple[PreTrainedModel, _Checkpoints]:
-    """Train the SFT policy by one method, and return it with its evaluated checkpoints."""
-    checkpoints = _Checkpoints(measure, examples)
-    policy = AutoModelForCausalLM.from_pretrained(folder / "sft")
-    config = method.trainer.config_class
-    trainer = method.trainer(
-        policy,
-        args=config(
-            str(folder / "policy_trainer"),
-            seed=seed,
-            lr_scheduler_type="constant",
-            **_COMMON,
-            **POLICY,
-            **method.arguments,
-        ),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        callbacks=[checkpoints],
-    )
-    _bar_without_logs(trainer)
-    trainer.train()
-    return policy, checkpoints
-
-
-def _write_report(
-    folder: Path,
-    results: dict[str, dict[str, Estimate]],
-    curves: dict[str, list[dict[str, Estimate]]],
-    chosen: dict[str, int],
-    statistics: dict[str, Arguments],
+def _report(
+    measured: dict[str, Measured],
+    best_step: dict[str, int],
     accuracy: float,
+    statistics: Arguments,
     seed: int,
     num_prompts: int,
 ) -> str:
-    """Write results.json, the plot and report.md; return the report."""
-    steps = {method: CHECKPOINT_EVERY * (index + 1) for method, index in chosen.items()}
-    lines = table(
-        ["policy", "true reward", "wins by truth", "wins by ranker", "KL, nats", "best step"],
+    header = ["policy", "true reward", "wins by truth", "wins by ranker", "KL, nats", "best step"]
+    rows = [
         [
-            [
-                method,
-                with_error(result["true_reward"]),
-                as_percentage(result["true_win_rate"]),
-                as_percentage(result["ranker_win_rate"]),
-                with_error(result["kl"]),
-                str(steps.get(method, "")),
-            ]
-            for method, result in results.items()
-        ],
-    )
-    content = {
-        "seed": seed,
-        "ranker_accuracy": accuracy,
-        "results": {method: {name: asdict(value) for name, value in row.items()} for method, row in results.items()},
-        "best_step": steps,
-        "curves": {
-            method: [{name: asdict(value) for name, value in point.items()} for point in points]
-            for method, points in curves.items()
-        },
-        "sampling": statistics,
-        "settings": {
-            "task": TASK,
-            "sft": SFT,
-            "ranker": RANKER,
-            "policy": POLICY,
-            "methods": {name: method.arguments for name, method in METHODS.items()},
-            "sampling": {"num_candidates": NUM_CANDIDATES, **SAMPLED},
-        },
-        "versions": versions(),
-    }
-    (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n")
-    plot_reward_against_kl(curves, chosen, folder / "reward_against_kl.png")
-    report = _report(lines, accuracy, statistics["pairs-rso"], seed, num_prompts)
-    (folder / "report.md").write_text(report)
-    return report
-
-
-def _report(lines: str, accuracy: float, statistics: Arguments, seed: int, num_prompts: int) -> str:
+            method,
+            with_error(result["true_reward"]),
+            as_percentage(result["true_win_rate"]),
+            as_percentage(result["ranker_win_rate"]),
+            with_error(result["kl"]),
+            str(best_step.get(method, "")),
+        ]
+        for method, result in measured.items()
+    ]
     sources = "\n".join(f"- **{name}** ({method.loss}): {method.source}" for name, method in METHODS.items())
     warning = f"\n\n> {statistics['warning']}" if statistics["warning"] else ""
     before, after = statistics["label_probability_before"], statistics["label_probability_after"]
@@ -376,7 +341,7 @@ RSO eq. 10 (the DPO loss) with gamma {GAMMA:g}, and only their pairs differ; SLi
 
 {sources}
 
-{lines}
+{table(header, rows)}
 
 Means over {num_prompts} evaluation prompts, one sample each, with standard errors over prompts. Wins are
 against the SFT targets. Each policy is at the checkpoint with the highest reward by the ranker on other

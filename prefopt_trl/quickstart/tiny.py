@@ -91,11 +91,7 @@ def tiny_llama(
             f"`hidden_size` ({hidden_size}) must be a multiple of `num_heads` ({num_heads}), and that a multiple of "
             f"`num_kv_heads` ({num_kv_heads}). Change one of them."
         )
-    token_ids = {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
+    token_ids = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in SPECIAL_TOKENS}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,

@@ -126,7 +126,9 @@ def interruptible(what_is_saved: Callable[[], str]) -> Iterator[None]:
         interrupt.args = interrupt.args or (what_is_saved(),)
         raise
     except Exception as error:
-        error.add_note(SavedNote(what_is_saved()))
+        note = SavedNote(what_is_saved())
+        if note not in getattr(error, "__notes__", []):  # a command and its trainer say the same
+            error.add_note(note)
         raise
     finally:
         if handles:

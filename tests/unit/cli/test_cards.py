@@ -55,8 +55,8 @@ def test_a_ranker_has_a_card_that_makes_it(options, training, run_in_process, ti
 
 
 def test_a_ranker_is_pushed_with_its_card(hub, training, run_in_process):
-    steps = [word if word != "no" else "steps" for word in training]  # a checkpoint has the card too
-    run_in_process("ranker", [*steps, "--output_dir", "ranker", "--push_to_hub", "--hub_model_id", REPO])
+    own = ["--save_strategy", "steps", "--output_dir", "ranker"]  # a checkpoint has the card too
+    run_in_process("ranker", [*training, *own, "--push_to_hub", "--hub_model_id", REPO])
     assert f"ranker = PairwiseRanker(\"{REPO}\", template='dialogue')" in pushed(hub)["README.md"].decode()
     assert Path("ranker/README.md").read_bytes() == pushed(hub)["README.md"]
 

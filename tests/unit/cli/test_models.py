@@ -19,7 +19,7 @@ from transformers import (
 from trl import ModelConfig
 
 from prefopt_trl.cli.arguments import RankerArguments
-from prefopt_trl.cli.models import load_ranker, model_to_run, model_to_train
+from prefopt_trl.cli.models import load_ranker, load_tokenizer, model_to_run, model_to_train
 from prefopt_trl.rankers import FunctionRanker, PairwiseRanker, RewardModelRanker
 from prefopt_trl.rankers.templates import resolve_template
 
@@ -60,7 +60,7 @@ def test_an_adapter_comes_on_its_base_ready_to_be_trained(adapter, tiny_llama_di
     trainable = [name for name, value in trained["model"].named_parameters() if value.requires_grad]
     assert trainable and all("lora_" in name for name in trainable)
     assert "peft_config" not in trained
-    assert len(trained["processing_class"]) == len(AutoTokenizer.from_pretrained(tiny_llama_dir))
+    assert len(load_tokenizer(adapter, "main", False)) == len(AutoTokenizer.from_pretrained(tiny_llama_dir))
 
     ids = torch.tensor([[1, 5, 9]])
     base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
@@ -71,8 +71,8 @@ def test_an_adapter_comes_on_its_base_ready_to_be_trained(adapter, tiny_llama_di
 
 
 def test_a_frozen_copy_of_a_pretrained_adapter_is_the_reference(adapter, training, run_in_process):
-    own = [word if i == 0 or training[i - 1] != "--model_name_or_path" else adapter for i, word in enumerate(training)]
-    run_in_process("rso", [*own, "--output_dir", "out", "--save_strategy", "steps", "--logging_steps", "1"])
+    own = ["--model_name_or_path", adapter, "--output_dir", "out", "--save_strategy", "steps", "--logging_steps", "1"]
+    run_in_process("rso", [*training, *own])
     history = json.loads(Path("out/checkpoint-1/trainer_state.json").read_text())["log_history"]
     # Against the base model the adapter would have rewards, and another loss than log 2
     assert history[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
@@ -112,14 +112,14 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(name, tin
 def test_a_folder_without_a_tokenizer_is_named(tiny_llama_dir):
     AutoModelForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained("bare")
     with pytest.raises(ValueError, match="'bare' has no tokenizer that can be loaded from bare .* save the model's"):
-        model_to_train(ModelConfig("bare"), arguments())
+        load_tokenizer("bare", "main", False)
 
 
 def test_a_base_that_cannot_be_read_is_named_with_its_adapter(adapter):
     settings = json.loads(Path(adapter, "adapter_config.json").read_text())
     Path(adapter, "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "no/base"}))
     with pytest.raises(ValueError, match="`model_name_or_path`='adapter' has no tokenizer .* loaded from no/base"):
-        model_to_train(ModelConfig(adapter), arguments())
+        load_tokenizer(adapter, "main", False)
     message = "`base_model_name_or_path`='no/base' in adapter/adapter_config.json cannot be loaded"
     with pytest.raises(ValueError, match=message):
         model_to_run(adapter, ModelConfig(adapter), "cpu", False)
@@ -139,7 +139,6 @@ def test_rankers_by_name(tiny_llama_dir, adapter):
     def ranker(name):
         return load_ranker(RankerArguments(ranker=name, ranker_batch_size=3, ranker_template="summary"))
 
-    assert load_ranker(RankerArguments()) is None
     pairwise = ranker(tiny_llama_dir)
     assert isinstance(pairwise, PairwiseRanker)
     assert pairwise.ranking_model.batch_size == 3

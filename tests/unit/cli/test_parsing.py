@@ -8,17 +8,7 @@ from prefopt_trl import RSOConfig
 from prefopt_trl.cli import run
 from prefopt_trl.cli.parsing import parse, read
 
-BASE = [
-    "--dataset_name",
-    "pairs.jsonl",
-    "--model_name_or_path",
-    "m",
-    "--output_dir",
-    "out",
-    "--use_cpu",
-    "--bf16",
-    "no",
-]
+BASE = ["--dataset_name=pairs.jsonl", "--model_name_or_path=m", "--output_dir=out", "--use_cpu", "--bf16=no"]
 
 
 def write(tmp_path, text):
@@ -27,8 +17,8 @@ def write(tmp_path, text):
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
-    file = write(tmp_path, "gamma: 0.2\nnum_samples: 4\nlearning_rate: 5e-6\nonly_prompts: true\nranker: r\n")
-    (own, args, model), launching = parse("rso", [*BASE, *file, "--num_samples", "6"])
+    write(tmp_path, "gamma: 0.2\nnum_samples: 4\nlearning_rate: 5e-6\nonly_prompts: true\nranker: r\n")
+    (own, args, model), launching = parse("rso", [*BASE, "--config=config.yaml", "--num_samples", "6"])
     assert (own.dataset_name, model.model_name_or_path) == ("pairs.jsonl", "m")
     assert (own.only_prompts, own.ranker) == (True, "r")
     assert isinstance(args, RSOConfig)
@@ -41,12 +31,6 @@ def test_launch_options_of_file_and_command_line_are_kept_apart(tmp_path):
     file = write(tmp_path, text)
     _, launching = parse("rso", [*BASE, *file, "--num_processes", "2", "--accelerate_config=ddp"])
     assert launching == {"accelerate_config": "ddp", "num_processes": "2", "multi_gpu": True, "use_fsdp": False}
-
-
-def test_config_may_be_written_with_an_equals_sign(tmp_path):
-    write(tmp_path, "gamma: 0.2\n")
-    (_, args, _), _ = parse("rso", [*BASE, "--config=config.yaml"])
-    assert args.gamma == 0.2
 
 
 @pytest.mark.parametrize("read", [parse, read])
@@ -70,13 +54,12 @@ def test_environment_variables_of_the_file_are_set(read, tmp_path, monkeypatch):
         (["--only_prompts"], "`only_prompts` needs a `ranker`"),
         (["--config"], "argument --config: expected one argument"),
         (["--config", "a.yaml", "--config=b.yaml"], "--config is given twice. Give one file"),
-        (["--config", "missing.yaml"], "--config needs a YAML file, and missing.yaml is none"),
+        (["--config", "missing.yaml"], "--config missing.yaml is not a readable YAML file: [Errno 2]"),
     ],
 )
 def test_bad_arguments_end_with_one_line_and_exit_code_2(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="^2$"):
         run.main("rso", [*BASE, *arguments])
-    assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("prefopt-trl rso: error: ")
     assert message in last
@@ -94,7 +77,7 @@ def test_bad_arguments_end_with_one_line_and_exit_code_2(arguments, message, cap
         (["--resume_from_checkpoint", "out/checkpoint-4"], "out/checkpoint-4"),
     ],
 )
-def test_a_run_goes_on_from_the_latest_checkpoint_or_from_one(words, expected):
+def test_a_run_resumes_from_the_latest_checkpoint_or_a_given_one(words, expected):
     (_, args, _), _ = parse("rso", [*BASE, *words])
     assert args.resume_from_checkpoint == expected
 
@@ -111,7 +94,7 @@ def test_the_latest_checkpoint_in_a_file(text, tmp_path):
         ("lerning_rate: 1\n", "unknown argument 'lerning_rate'. Did you mean 'learning_rate'?"),
         ("- gamma\n- 1\n", "config.yaml must hold a YAML mapping"),
         ("", "config.yaml must hold a YAML mapping"),
-        ("gamma: [1\n", "config.yaml is not YAML"),
+        ("gamma: [1\n", "--config config.yaml is not a readable YAML file: while parsing"),
         ("gamma: -1.0\n", "`gamma` (or `beta`) must be greater than 0"),
         ("num_samples: eight\n", "argument --num_samples/--num-samples: invalid int value: 'eight'"),
         ("num_rows: 3.0\n", "argument --num_rows/--num-rows: invalid int value: '3.0'"),
@@ -129,9 +112,8 @@ def test_the_latest_checkpoint_in_a_file(text, tmp_path):
     ],
 )
 def test_bad_files_end_with_one_line_and_exit_code_2(text, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="^2$"):
         run.main("rso", [*BASE, *write(tmp_path, text)])
-    assert stop.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -143,28 +125,18 @@ def test_values_of_a_file_that_fit_pass(tmp_path):
     assert (args.save_strategy, args.loss_weights, args.lr_scheduler_kwargs) == ("no", [1, 0.5], {"num_cycles": 2})
 
 
-def test_what_is_required_is_asked_for(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse("rso", ["--use_cpu", "--bf16", "no"])
-    assert stop.value.code == 2
-    assert "the following arguments are required: --dataset_name" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "`ranker` is missing"),
-        (["--ranker", "r", "--strategy", "best"], "invalid choice: 'best'"),
-        (["--ranker", "r", "--num_samples", "65"], "`num_samples`=65 completions cannot be kept"),
-        (["--ranker", "r", "--rejection_beta", "-1"], "`rejection_beta` must be at least 0"),
-        (["--ranker", "r", "--temperature", "0"], "`temperature` must be greater than 0"),
-        (["--ranker", "r", "--seed", "-3"], "`seed` must be a whole number, at least 0, got -3"),
+        ("--output_dir o --ranker r", "the following arguments are required: --dataset_name"),
+        ("--dataset_name d --output_dir o", "the following arguments are required: --ranker"),
+        ("--dataset_name d --output_dir o --ranker r --num_samples 65", "`num_samples`=65 completions cannot be kept"),
+        ("--dataset_name d --output_dir o --ranker r --seed -3", "`seed` must be a whole number, at least 0, got -3"),
     ],
 )
 def test_bad_arguments_of_sample(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run.main("sample", ["--dataset_name", "d", "--model_name_or_path", "m", "--output_dir", "o", *arguments])
-    assert stop.value.code == 2
+    with pytest.raises(SystemExit, match="^2$"):
+        run.main("sample", arguments.split())
     assert message in capsys.readouterr().err
 
 
