@@ -26,13 +26,13 @@ from prefopt_trl.runtime.processes import process_state
 from prefopt_trl.runtime.settings import Settings, model_fingerprint, tokenizer_fingerprint
 from prefopt_trl.shared_prefix.continuation import (
     RowsAfterPrefix,
-    WholeRows,
     last_of_row,
+    probe_segments,
     reason_not_to_share_head,
-    reason_not_to_share_prefix,
     split_rows,
 )
-from prefopt_trl.shared_prefix.support import evaluating
+from prefopt_trl.shared_prefix.packing import WholeRows
+from prefopt_trl.shared_prefix.support import evaluating, reason_not_to_share_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ class RankingModel:
             num_tokens = sum(map(len, prefixes)) + sum(len(row) for part in following for row in part)
             if (
                 num_tokens <= WORTH_SHARING * sum(map(len, token_ids))
-                and reason_not_to_share_prefix(model, max(map(len, token_ids))) is None
+                and reason_not_to_share_prefix(model, max(map(len, token_ids)), probe_segments) is None
                 and not (reads_head and reason_not_to_share_head(model, pad_token_id))
             ):
                 return RowsAfterPrefix(model, token_ids, groups, pad_token_id)

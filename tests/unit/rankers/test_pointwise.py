@@ -31,7 +31,8 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from trl import RewardConfig, RewardTrainer
 
 from prefopt_trl.rankers import RewardModelRanker
-from prefopt_trl.shared_prefix.continuation import RowsAfterPrefix, WholeRows
+from prefopt_trl.shared_prefix.continuation import RowsAfterPrefix
+from prefopt_trl.shared_prefix.packing import WholeRows
 
 PROMPTS = ["What is the capital of France?", "Bake bread."]
 COMPLETIONS = [
