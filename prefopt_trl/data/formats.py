@@ -57,9 +57,11 @@ def completion_text(completion: Completion) -> str:
     return text.removeprefix(ASSISTANT_TURN)
 
 
-def wrap_completion(prompt: Prompt, text: str) -> str | list[Message]:
-    """Return a generated text in the format of its prompt: text, or a list with one assistant message."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+def wrap_completion(prompt: Prompt, completion: Completion) -> Completion:
+    """Return a completion with its text as one assistant message if the prompt is a list of messages."""
+    if isinstance(prompt, str) or not isinstance(completion, str):
+        return completion
+    return [{"role": "assistant", "content": completion}]
 
 
 def check_format(value: Prompt | Completion, where: str) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from prefopt_trl.data.formats import Completion, Message, Prompt, Row, check_prompts
-from prefopt_trl.shared_prefix.continuation import common_length
+from prefopt_trl.shared_prefix.packing import common_length
 
 logger = logging.get_logger(__name__)
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence, Sized
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import nn
@@ -11,13 +11,15 @@ from prefopt_trl.data.formats import Completion, Prompt, check_completions, chec
 from prefopt_trl.runtime.processes import gathered, process_state
 from prefopt_trl.runtime.settings import Settings
 
+Rewards: TypeAlias = Sequence[Sequence[float] | np.ndarray]  # of each prompt, in the order of its completions
+
 
 class Ranker(ABC):
-    """Something that prefers one completion of a prompt to another.
+    """A judge that prefers one completion of a prompt to another.
 
-    Derive from it to use a judge of your own, or from [`PointwiseRanker`] if it gives each completion a reward by
-    itself. A prompt or a completion is a text or a list of messages. What `compare` and `score` return is checked
-    where it is used, by [`check_probabilities`] and [`check_rewards`].
+    Subclass it to use your own judge, or subclass [`PointwiseRanker`] if the judge rewards each completion separately.
+    A prompt or completion is text or a list of messages. The results of `compare` and `score` are checked where they
+    are used, by [`check_probabilities`] and [`check_rewards`].
 
     Attributes:
         model ([`~torch.nn.Module`] or `None`):
@@ -37,17 +39,8 @@ class Ranker(ABC):
     ) -> np.ndarray:
         """Return the probability that the first completion is preferred to the second.
 
-        Args:
-            prompts (`Sequence` of length `n`):
-                Prompts.
-            first (`Sequence` of length `n`):
-                One completion per prompt.
-            second (`Sequence` of length `n`):
-                Another completion per prompt.
-
-        Returns:
-            `np.ndarray` of shape `(n,)`, float64 in [0, 1]: P(first preferred). It does not depend on the order:
-            `compare(p, a, b) + compare(p, b, a)` is 1 up to rounding.
+        The arguments have length `n`, one entry per prompt. The result is an `np.ndarray` of shape `(n,)`, float64 in
+        [0, 1]. It does not depend on the order: `compare(p, a, b) + compare(p, b, a)` is 1 up to rounding.
         """
 
     @abstractmethod
@@ -60,8 +53,6 @@ class Ranker(ABC):
         """Return a reward for each completion, comparable to the others of its prompt.
 
         Args:
-            prompts (`Sequence` of length `n`):
-                Prompts.
             completions (`Sequence` of length `n`):
                 For each prompt, any number of completions.
             baselines (`Sequence` of length `n`, *optional*):
@@ -74,14 +65,13 @@ class Ranker(ABC):
 
     @abstractmethod
     def settings(self) -> Settings:
-        """Describe the ranker: a dataset that it has labeled may be reused by a ranker of the same settings.
+        """Return a JSON-serializable description of the ranker, which differs whenever its results may differ.
 
-        Returns:
-            `dict`: serializable as JSON, and different whenever the results may be. It is saved and published with the
-            dataset, so it must hold no secrets.
+        A ranker with equal settings may reuse a dataset that this ranker has labeled. The settings are saved and
+        published with the dataset, so they must not contain secrets.
         """
 
-    def as_reward_func(self, baseline_column: str | None = None) -> Callable[..., list[Any]]:
+    def as_reward_func(self, baseline_column: str | None = None) -> Callable[..., list[float | None]]:
         """Return the ranker as a reward function, for `reward_funcs` of TRL's online trainers.
 
         TRL repeats a prompt for each of its completions. The ranker gets the prompt once, with all of them.
@@ -96,8 +86,8 @@ class Ranker(ABC):
             class. It returns the rewards of [`score`] in the order of `completions`.
 
         Raises:
-            ValueError: if several processes, which may share the completions of a prompt, would each choose a
-                baseline; and from the function, if the dataset has no such column.
+            ValueError: if the ranker would choose a baseline in each of several processes, and by the function if the
+                dataset has no such column.
 
         Example:
 
@@ -109,47 +99,48 @@ class Ranker(ABC):
         """
         if baseline_column is None and self.draws_baselines and process_state().num_processes > 1:
             raise ValueError(
-                f"A {type(self).__name__} chooses a baseline among the completions of a prompt. These may be spread "
-                "over processes, each of which would choose another. Name a column of the dataset that has one, with "
+                f"A {type(self).__name__} chooses a baseline among the completions of a prompt, and each process "
+                "would choose a different one. Name a dataset column that holds the baseline, with "
                 "`as_reward_func(baseline_column=...)`."
             )
 
-        def reward_func(prompts: list[Prompt], completions: list[Completion], **columns: Any) -> list[float]:
+        def reward_func(prompts: list[Prompt], completions: list[Completion], **columns: Any) -> list[float | None]:
             if baseline_column is not None and baseline_column not in columns:
                 raise ValueError(
-                    f"`baseline_column` is {baseline_column!r}, and the dataset has no such column: the reward "
+                    f"`baseline_column` is {baseline_column!r}, but the dataset has no such column: the reward "
                     f"function was given {', '.join(columns)}. Name one of its columns."
                 )
             check_list(prompts, "prompts", "a list of prompts")
             check_list(completions, "completions", "a list with one completion per prompt")
-            baselines: list[Any] = [None] * len(prompts) if baseline_column is None else columns[baseline_column]
-            rows_of: dict[str, list[int]] = {}  # by prompt, which not all of TRL's trainers repeat in adjacent rows
-            for row, prompt_and_baseline in enumerate(zip(prompts, baselines, strict=True)):
-                rows_of.setdefault(repr(prompt_and_baseline), []).append(row)
+            baselines: list[Completion] | None = None if baseline_column is None else columns[baseline_column]
+            rows_of: dict[str, list[int]] = {}  # by prompt: not all of TRL's trainers repeat it in adjacent rows
+            for row, given in enumerate(zip(prompts, baselines or prompts, strict=True)):
+                rows_of.setdefault(repr(given), []).append(row)
             groups = list(rows_of.values())
             grouped = [prompts[rows[0]] for rows in groups], [[completions[row] for row in rows] for rows in groups]
-            given = None if baseline_column is None else [baselines[rows[0]] for rows in groups]
+            group_baselines = None if baselines is None else [baselines[rows[0]] for rows in groups]
             with gathered(self.model):  # on all processes, which call this together
-                scored = check_rewards(self.score(*grouped, given), *grouped, type(self).__name__)
-            rewards = np.empty(len(prompts))
+                scored = check_rewards(self.score(*grouped, group_baselines), *grouped, type(self).__name__)
+            rewards: list[float | None] = [None] * len(prompts)
             for rows, of_prompt in zip(groups, scored, strict=True):
-                rewards[rows] = of_prompt
-            return rewards.tolist()
+                for row, reward in zip(rows, of_prompt.tolist(), strict=True):
+                    rewards[row] = reward
+            return rewards
 
         reward_func.__name__ = type(self).__name__  # TRL's name of the metric
         return reward_func
 
 
 class PointwiseRanker(Ranker):
-    """A ranker that gives each completion a reward by itself and compares by Bradley-Terry (RSO eq. 6, g = sigmoid).
+    """A ranker that rewards each completion separately and compares by Bradley-Terry (RSO eq. 6, g = sigmoid).
 
-    A subclass implements `rewards` and `settings`.
+    Subclasses implement `rewards` and `settings`.
     """
 
     draws_baselines = False
 
     @abstractmethod
-    def rewards(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[Any]:
+    def rewards(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> Rewards:
         """Return one sequence of rewards in nats per prompt, in the order of its completions."""
 
     def compare(
@@ -187,7 +178,7 @@ def logit(probabilities: np.ndarray) -> np.ndarray:
 
 
 def check_ranker(ranker: object) -> None:
-    """Raise `TypeError` for anything but a ranker, naming the classes to wrap it in."""
+    """Raise `TypeError` unless `ranker` is a [`Ranker`], naming the classes to wrap it in."""
     if not isinstance(ranker, Ranker):
         raise TypeError(
             f"`ranker` is a {type(ranker).__name__}, not a ranker. Wrap a function in `FunctionRanker`, a reward "
@@ -195,40 +186,41 @@ def check_ranker(ranker: object) -> None:
         )
 
 
-def check_inputs(prompts: Any, **columns: Any) -> None:
-    """Require a list of prompts, and for each of them a list of `completions`, or one completion in another column.
+def check_inputs(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Completion]] | None = None,
+    **columns: Sequence[Completion] | None,
+) -> None:
+    """Require a list of prompts, with a list of `completions` and one completion of each other column per prompt.
 
-    Raises:
-        TypeError: naming the argument that is a single text or conversation, and the shape that is required.
-        ValueError: naming the argument with another number of entries, or the row that is neither text nor messages.
+    Raise `TypeError` for a single text or conversation in place of a list, and `ValueError` for another number of
+    entries or for a row that is neither text nor messages.
     """
     check_list(prompts, "prompts", "a list of prompts")
     for row, prompt in enumerate(prompts):
         check_format(prompt, f"Prompt row {row}")
+    given: dict[str, Sequence[Sequence[Completion]]] = {}
+    if completions is not None:
+        check_list(completions, "completions", "a list with one list of completions per prompt")
+        for row, several in enumerate(completions):
+            check_list(several, f"completions[{row}]", "a list of completions")
+        given["completions"] = completions
     for name, column in columns.items():
-        if name == "baselines" and column is None:
-            continue
-        nested = name == "completions"
-        check_list(column, name, f"a list with one {'list of completions' if nested else 'completion'} per prompt")
-        if len(column) != len(prompts):
-            raise ValueError(f"`{name}` has {len(column)} entries for {len(prompts)} prompts. Give one per prompt.")
-        for row, (prompt, given) in enumerate(zip(prompts, column, strict=True)):
-            if nested:
-                check_list(given, f"{name}[{row}]", "a list of completions")
-            texts = [
-                wrap_completion(prompt, completion) if isinstance(completion, str) else completion
-                for completion in (given if nested else [given])
-            ]
-            check_completions(prompt, texts, f"prompt row {row} in `{name}`")
+        if column is not None:
+            check_list(column, name, "a list with one completion per prompt")
+            given[name] = [[completion] for completion in column]
+    for name, rows in given.items():
+        if len(rows) != len(prompts):
+            raise ValueError(f"`{name}` has {len(rows)} entries for {len(prompts)} prompts. Give one per prompt.")
+        for row, (prompt, several) in enumerate(zip(prompts, rows, strict=True)):
+            wrapped = [wrap_completion(prompt, completion) for completion in several]
+            check_completions(prompt, wrapped, f"prompt row {row} in `{name}`")
 
 
-def check_rewards(rewards: Any, prompts: Sized, completions: Sequence[Sized], source: str) -> list[np.ndarray]:
-    """Return what a ranker's `score` returned in float64, if it is a finite reward for each completion of each prompt.
+def check_rewards(rewards: Rewards, prompts: Sized, completions: Sequence[Sized], source: str) -> list[np.ndarray]:
+    """Return a ranker's rewards in float64, one for each completion of each prompt.
 
-    `source` names the ranker in errors.
-
-    Raises:
-        ValueError: naming the prompt's row, what was expected and what was found.
+    Raise `ValueError`, with the `source` of the rewards and the row, unless there is a finite reward for each.
 
     >>> check_rewards([[1, 2], [3]], ["a", "b"], [["c", "d"], ["e"]], "MyRanker")
     [array([1., 2.]), array([3.])]
@@ -236,7 +228,7 @@ def check_rewards(rewards: Any, prompts: Sized, completions: Sequence[Sized], so
     if len(rewards) != len(prompts):
         raise ValueError(
             f"{source} returned rewards for {len(rewards)} prompts, {len(prompts)} were expected. Return one array "
-            "per prompt, in their order."
+            "per prompt, in the same order."
         )
     checked = []
     for row, (row_rewards, row_completions) in enumerate(zip(rewards, completions, strict=True)):
@@ -244,7 +236,7 @@ def check_rewards(rewards: Any, prompts: Sized, completions: Sequence[Sized], so
         if len(values) != len(row_completions):
             raise ValueError(
                 f"{source} returned {len(values)} rewards for prompt row {row}, {len(row_completions)} were expected. "
-                "Return one per completion, in their order."
+                "Return one per completion, in the same order."
             )
         if not np.isfinite(values).all():
             index = np.isfinite(values).argmin()
@@ -256,19 +248,16 @@ def check_rewards(rewards: Any, prompts: Sized, completions: Sequence[Sized], so
     return checked
 
 
-def check_probabilities(probabilities: Any, prompts: Sized, source: str) -> np.ndarray:
-    """Return what a ranker's `compare` returned in float64, if it is a probability for each prompt.
+def check_probabilities(probabilities: Sequence[float] | np.ndarray, prompts: Sized, source: str) -> np.ndarray:
+    """Return a ranker's probabilities in float64, one for each prompt.
 
-    `source` names the ranker in errors.
-
-    Raises:
-        ValueError: naming the prompt's row, what was expected and what was found.
+    Raise `ValueError`, with the `source` of the probabilities and the row, unless each is in [0, 1].
     """
     values = _numbers(probabilities, source)
     if len(values) != len(prompts):
         raise ValueError(
             f"{source} returned {len(values)} probabilities, {len(prompts)} were expected. Return one per prompt, in "
-            "their order."
+            "the same order."
         )
     in_range = (values >= 0) & (values <= 1)  # NaN is not
     if not in_range.all():
@@ -280,7 +269,7 @@ def check_probabilities(probabilities: Any, prompts: Sized, source: str) -> np.n
     return values
 
 
-def _numbers(values: Any, source: str) -> np.ndarray:
+def _numbers(values: Sequence[float | None] | np.ndarray, source: str) -> np.ndarray:
     try:
         return np.array([np.nan if value is None else float(value) for value in values])
     except (TypeError, ValueError) as error:

@@ -16,14 +16,13 @@ class FunctionRanker(PointwiseRanker):
 
     Args:
         function (`Callable`):
-            Called as `function(prompts=[...], completions=[...])`, the prompt repeated for each of its completions, it
-            returns a list with one number per completion. Both come in the format of the prompt: text for text; a list
-            of messages for a list of messages. Other columns of a dataset are not passed.
+            Called as `function(prompts=[...], completions=[...])`, with the prompt repeated for each of its
+            completions. It returns a list with one number per completion. Completions have the format of their prompt:
+            text, or a list of messages. Other columns of a dataset are not passed.
         version (`str`, *optional*):
-            Name of what the function computes. A sampled dataset may be used again by a ranker with the same
-            [`settings`]; by default these are the function's source and what it holds. Globals and other functions
-            that it reads are not seen, and a model that it holds differs in every process: give a version then, and
-            change it whenever the rewards change.
+            Name of what the function computes, by which sampled datasets are reused (see [`settings`]). By default
+            the function is identified by its source and closure. Set a version if the function reads globals, calls
+            other functions or holds a model, and change it whenever the rewards change.
 
     Raises:
         TypeError: if the function cannot be called with these two arguments, or is a coroutine function.
@@ -49,45 +48,37 @@ class FunctionRanker(PointwiseRanker):
 
     def __init__(self, function: Callable[..., Sequence[float]], version: str | None = None) -> None:
         if inspect.iscoroutinefunction(function):
-            raise TypeError("`function` is a coroutine function. Wrap it in a plain one that runs it to its end.")
+            raise TypeError("`function` is a coroutine function. Wrap it in a plain one that runs it to completion.")
         try:
             inspect.signature(function).bind(prompts=[], completions=[])
         except TypeError as error:
             raise TypeError(
-                f"`function` cannot be called as function(prompts=..., completions=...): {error}. Nothing else is "
-                "passed: give the other arguments it needs beforehand, for example with `functools.partial`."
+                f"`function` cannot be called as function(prompts=..., completions=...): {error}. No other "
+                "arguments are passed: bind them, for example with `functools.partial`."
             ) from error
         self.function, self.version = function, version
 
     def rewards(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[float]]:
-        """Return what the function, called once for all completions, gives to those of each prompt.
+        """Call the function once for all completions, and return the rewards of each prompt.
 
-        Raises:
-            ValueError: if the function does not return one number per completion.
+        Raise `ValueError` if the function does not return one number per completion.
         """
         rows = list(zip(prompts, completions, strict=True))
         pairs = [(prompt, completion) for prompt, row_completions in rows for completion in row_completions]
         rewards = self.function(
             prompts=[prompt for prompt, _ in pairs],
-            completions=[
-                wrap_completion(prompt, completion) if isinstance(completion, str) else completion
-                for prompt, completion in pairs
-            ],
+            completions=[wrap_completion(prompt, completion) for prompt, completion in pairs],
         )
         if not isinstance(rewards, Sized) or len(rewards) != len(pairs):
             found = f"{len(rewards)} rewards" if isinstance(rewards, Sized) else repr(rewards)
             raise ValueError(
                 f"The function of FunctionRanker returned {found}, {len(pairs)} rewards were expected. Return a list "
-                "with one per completion, in their order."
+                "with one per completion, in the same order."
             )
         in_order = iter(rewards)
         return [list(islice(in_order, len(row_completions))) for row_completions in completions]
 
     def settings(self) -> Settings:
-        """Describe the ranker: its version, or the function's name and source code.
-
-        Returns:
-            `dict`: serialisable as JSON.
-        """
+        """Return the ranker's version, or the function's name and a fingerprint of its source."""
         function = function_fingerprint(self.function) if self.version is None else self.version
         return {"class": type(self).__name__, "function": function}

@@ -1,9 +1,9 @@
-"""Run many texts through a ranker's model: what they share once, with little padding."""
+"""Run many texts through a ranker's model, with common prefixes computed once and little padding."""
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import peft
@@ -26,20 +26,22 @@ from prefopt_trl.runtime.processes import process_state
 from prefopt_trl.runtime.settings import Settings, model_fingerprint, tokenizer_fingerprint
 from prefopt_trl.shared_prefix.continuation import (
     RowsAfterPrefix,
-    WholeRows,
     last_of_row,
+    probe_segments,
     reason_not_to_share_head,
-    reason_not_to_share_prefix,
     split_rows,
 )
-from prefopt_trl.shared_prefix.support import evaluating
+from prefopt_trl.shared_prefix.packing import WholeRows
+from prefopt_trl.shared_prefix.support import evaluating, reason_not_to_share_prefix
 
 logger = logging.getLogger(__name__)
 
-# Texts share a beginning if that leaves at most this part of their tokens: attention in one piece is faster per token
+# Share prefixes only if at most this part of the tokens is left, because attention in one piece is faster per token
 WORTH_SHARING = 0.8
 
 TOKENIZER = "tokenizer_config.json"
+
+AutoClass: TypeAlias = type[AutoModelForCausalLM | AutoModelForSeq2SeqLM | AutoModelForSequenceClassification]
 
 
 def is_reward_model(path: str) -> bool:
@@ -50,13 +52,11 @@ def is_reward_model(path: str) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in architectures)
 
 
-def load_model(path: str, auto_class: Any) -> Any:
+def load_model(path: str, auto_class: AutoClass | None) -> PreTrainedModel:
     """Load the model, or the adapter on its base model, of a folder or Hub id.
 
-    `auto_class` None loads a language model, causal or encoder-decoder as its config says.
-
-    Raises:
-        ValueError: if there is nothing to load, or a reward model in place of a language model.
+    If `auto_class` is None, load a language model, causal or encoder-decoder according to its config. Raise
+    `ValueError` if there is no model, or a reward model in place of a language model.
     """
     try:
         is_adapter = find_adapter_config_file(path) is not None
@@ -72,15 +72,15 @@ def load_model(path: str, auto_class: Any) -> Any:
         return getattr(peft, auto_class.__name__.replace("Auto", "AutoPeft")).from_pretrained(path, **options)
     except OSError as error:
         raise ValueError(
-            f"`model`={path!r} is no local folder with a model in it, and no model of the Hub that can be read now "
+            f"`model`={path!r} is neither a local folder that contains a model nor a readable model on the Hub "
             f"({error})."
         ) from error
 
 
 def num_positions(model: PreTrainedModel | PeftModel) -> int | None:
-    """Return the most tokens that a model has positions for, or None if it has no limit."""
+    """Return the number of tokens that a model has positions for, or None if it has no limit."""
     for name, module in model.named_modules():
-        # RoBERTa and its relatives count positions from the one behind their padding's
+        # RoBERTa and its relatives count positions from `padding_idx + 1`
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return module.num_embeddings - module.padding_idx - 1
     number = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -93,12 +93,12 @@ class RankingModel:
     `auto_class` is that of [`load_model`]; the other arguments are those of [`PairwiseRanker`].
 
     Raises:
-        ValueError: if `batch_size` or `max_length` is below 1, no tokenizer can be found, or it is not the model's.
+        ValueError: if an argument is out of range, or the tokenizer is missing or does not fit the model.
     """
 
     def __init__(
         self,
-        auto_class: Any,
+        auto_class: AutoClass | None,
         model: str | Path | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
         batch_size: int,
@@ -111,19 +111,20 @@ class RankingModel:
             raise ValueError(f"`share_prefix` is {share_prefix!r}. Give True or False.")
         if max_length is not None and max_length < 1:
             raise ValueError(f"`max_length` is {max_length}. Give 1 or more, or None for the model's own limit.")
-        source: Any = str(model) if isinstance(model, str | Path) else model.config.name_or_path
+        source = str(model) if isinstance(model, str | Path) else model.config.name_or_path or ""
         if tokenizer is None and not source:
-            raise ValueError("`tokenizer` is missing, and the model was not loaded from anywhere. Pass its tokenizer.")
-        is_path = isinstance(model, str | Path)
-        self.model: Any = load_model(source, auto_class).to(process_state().device) if is_path else model
+            raise ValueError("`tokenizer` is missing, and the model has no `name_or_path`. Pass its tokenizer.")
+        self.model: PreTrainedModel = (
+            load_model(source, auto_class).to(process_state().device) if isinstance(model, str | Path) else model
+        )
         if isinstance(self.model, PeftModel) and Path(source).is_dir() and not Path(source, TOKENIZER).is_file():
-            source = self.model.config.name_or_path  # an adapter without a tokenizer has its base's
+            source = self.model.config.name_or_path  # without its own tokenizer, an adapter uses that of its base
         self.tokenizer = AutoTokenizer.from_pretrained(source) if tokenizer is None else tokenizer
         check_vocabulary(self.tokenizer, self.model)
         limits = [self.tokenizer.model_max_length, num_positions(self.model)]
         self.max_length: int = min(filter(None, limits)) if max_length is None else max_length
         self.batch_size, self.share_prefix = batch_size, share_prefix
-        self.num_cut = 0  # texts that `run` has seen whose prompts were shortened; their ranker counts them
+        self.num_cut = 0  # prompts shortened during `run`, counted by the ranker
 
     def token_ids(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Tokenize as TRL's trainers do, without truncation."""
@@ -140,12 +141,11 @@ class RankingModel:
     ) -> np.ndarray:
         """Evaluate texts in batches, and return one number for each in float64.
 
-        `lengths` are about right, in any unit. Texts of the same group begin alike and share a batch. `evaluate` takes
-        the indices of at most `batch_size` texts, those of a group next to each other. `description` is what the
-        progress bar says; it shows in a terminal, after two seconds.
+        `lengths` are approximate, in any unit. Texts of a group have a common prefix and are adjacent in the order of
+        evaluation. `evaluate` takes the indices of at most `batch_size` texts. `description` labels the progress bar,
+        which a terminal shows after two seconds.
         """
-        # Texts of similar length share a batch, so that little is padding. The longest come first, so that a batch too
-        # large for the memory fails at once.
+        # Batch texts of similar length to save padding, longest first, so that a lack of memory shows at once
         self.num_cut = 0
         if not self.share_prefix:
             groups = [None] * len(lengths)
@@ -164,38 +164,37 @@ class RankingModel:
         if self.num_cut:
             logger.warning(
                 f"{self.num_cut} of {len(lengths)} texts exceeded max_length={self.max_length} tokens: their prompts "
-                "lost their beginning."
+                "were truncated at the beginning."
             )
         return values
 
     def rows(
         self, token_ids: list[list[int]], groups: list[Hashable], pad_token_id: int, reads_head: bool = False
     ) -> WholeRows | RowsAfterPrefix:
-        """Prepare a batch for the model, and compute what each group begins with once if that is exact and pays.
+        """Prepare a batch for the model. The prefix of each group is computed once if that is exact and worthwhile.
 
-        Texts of the same group are next to each other. `reads_head` says that `head_logits` will be read rather than
-        `last_logits`.
+        Texts of a group are adjacent. Set `reads_head` to read `head_logits` rather than `last_logits`.
         """
         model = self.model
-        # A token has to be read after the first one of each text, which may be all it shares
+        # The token that is read must follow the prefix, which has at least one token
         if self.share_prefix and all(last_of_row(ids, pad_token_id) > 0 for ids in token_ids):
             prefixes, following = split_rows(token_ids, groups, pad_token_id)
             num_tokens = sum(map(len, prefixes)) + sum(len(row) for part in following for row in part)
             if (
                 num_tokens <= WORTH_SHARING * sum(map(len, token_ids))
-                and reason_not_to_share_prefix(model, max(map(len, token_ids))) is None
+                and reason_not_to_share_prefix(model, max(map(len, token_ids)), probe_segments) is None
                 and not (reads_head and reason_not_to_share_head(model, pad_token_id))
             ):
                 return RowsAfterPrefix(model, token_ids, groups, pad_token_id)
         return WholeRows(token_ids, pad_token_id, model.device)
 
     def settings(self) -> Settings:
-        """Return what the results depend on: the weights, but not where they were loaded from."""
+        """Return everything the results depend on: the weights, but not the path they were loaded from."""
         return {
             "model": type(self.model).__name__,
             "weights": model_fingerprint(self.model),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "max_length": self.max_length,
-            "batch_size": self.batch_size,  # rounding differs with what shares a batch
+            "batch_size": self.batch_size,  # rounding depends on the other rows of a batch
             "share_prefix": self.share_prefix,
         }

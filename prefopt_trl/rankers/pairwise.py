@@ -29,7 +29,7 @@ from prefopt_trl.rankers.templates import (
     split_answers,
 )
 from prefopt_trl.runtime.settings import Settings, function_fingerprint
-from prefopt_trl.shared_prefix.continuation import WholeRows
+from prefopt_trl.shared_prefix.packing import WholeRows
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,25 +21,25 @@ SENSITIVE_TO_PADDING = {"nystromformer", "xlnet", "yoso"}  # a row's reward woul
 class RewardModelRanker(PublishedModel, PointwiseRanker):
     """A sequence classification model with one label, whose output is the reward of a completion.
 
-    Text is written as TRL's `RewardTrainer` does: a plain prompt, completion and EOS one after the other, or messages
-    through the chat template. It ends in one EOS, also where the tokenizer appends one by itself (`RewardTrainer` then
-    trains on two). `compare` and `score` are those of [`PointwiseRanker`].
+    Texts are formatted like those of TRL's `RewardTrainer`: a plain prompt, its completion and EOS are concatenated,
+    and messages go through the chat template. A text ends in one EOS even if the tokenizer appends one itself
+    (`RewardTrainer` then trains on two). `compare` and `score` are those of [`PointwiseRanker`].
 
     Args:
         model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
-            Sequence classification model, or the folder or Hub id of one or of an adapter: then it is loaded, onto the
-            accelerator if there is one. The model finds the last token of a row by its config's `pad_token_id`; where
-            that is missing it is set to the tokenizer's padding token or EOS, as `RewardTrainer` does.
+            Sequence classification model, or the folder or Hub id of a model or adapter, which is loaded onto the
+            accelerator if there is one. The model finds the last token of a row by its config's `pad_token_id`. If
+            that is missing, it is set to the tokenizer's padding token or EOS, as `RewardTrainer` does.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            By default it is loaded from where the model came from.
+            By default it is loaded from the folder or Hub id of the model.
         batch_size (`int`, *optional*, defaults to `32`):
             Number of completions in one forward pass.
         max_length (`int`, *optional*):
-            Most tokens of prompt and completion. The prompts of longer texts lose their beginning (a special token at
-            the start stays), and one logged line counts them. By default the limit of the tokenizer or of the model's
-            positions, whichever is lower.
+            Maximum number of tokens of prompt and completion. Longer prompts are truncated at the beginning, after a
+            leading special token, and one warning counts them. By default the lower of the limits of the tokenizer and
+            of the model's positions.
         share_prefix (`bool`, *optional*, defaults to `True`):
-            Compute each prompt once for all its completions if that is exact; otherwise one logged line says why not.
+            Compute each prompt once for all its completions if that is exact. Otherwise log the reason once.
 
     Raises:
         ValueError: if the model does not have one label, if the tokenizer has neither a padding token nor EOS, if a
@@ -71,9 +71,9 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
         if config.num_labels != 1:
             raise ValueError(
                 f"`model` has {config.num_labels} labels, a reward model has one. Load it with `num_labels=1` and "
-                "train it with TRL's `RewardTrainer`, or make one number of them in a function for `FunctionRanker`."
+                "train it with TRL's `RewardTrainer`, or combine the labels in a function for `FunctionRanker`."
             )
-        # To the model, a row ends with the last token that is not this one: nothing else may be used as padding
+        # The model reads the last token that is not this one, so rows must be padded with it
         text_config = config.get_text_config()
         if text_config.pad_token_id is None:
             text_config.pad_token_id = _padding_token_id(self.tokenizer)
@@ -82,9 +82,7 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
     def rewards(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[np.ndarray]:
         """Return the rewards of each prompt's completions in float64, running the model once on each distinct text.
 
-        Raises:
-            ValueError: naming the row of a completion that exceeds `max_length` by itself, or of a conversational
-                prompt for which the tokenizer has no chat template.
+        Raise `ValueError` for a completion that exceeds `max_length`, or for messages without a chat template.
         """
         written = [
             [self._write(row, prompt, completion) for completion in row_completions]
@@ -104,7 +102,7 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
     def _head(self, token_ids: list[list[int]], groups: Sequence[Hashable]) -> torch.Tensor:
         """Run the model on a batch and return its rewards, shape `(batch_size,)`."""
         model = self.ranking_model.model
-        parts: list[Any] = [None] * len(token_ids)  # rows of one part share a forward pass
+        parts = [0] * len(token_ids)  # rows of one part share a forward pass
         if model.config.is_encoder_decoder:  # T5 and BART refuse rows with different numbers of EOS
             parts = [ids.count(model.config.eos_token_id) for ids in token_ids]
         elif model.config.model_type in SENSITIVE_TO_PADDING:
@@ -119,7 +117,7 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
         return rewards
 
     def settings(self) -> Settings:
-        """Return fingerprints of the weights and the tokenizer, and the numbers of the ranker."""
+        """Return fingerprints of the weights and the tokenizer, and the ranker's options."""
         return {
             "class": type(self).__name__,
             **self.ranking_model.settings(),
@@ -139,8 +137,8 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
                 f"Prompt row {row} is a list of messages, but the tokenizer has no chat template. Set "
                 "`tokenizer.chat_template` to the one the model was trained with, or give plain text."
             )
-        messages = wrap_completion(prompt, completion) if isinstance(completion, str) else completion
-        return cast(str, self.tokenizer.apply_chat_template([*prompt, *messages], tokenize=False))
+        messages = [*prompt, *wrap_completion(prompt, completion)]
+        return cast(str, self.tokenizer.apply_chat_template(messages, tokenize=False))
 
     def _tokenize(self, text: str, row: int, prompt: Prompt) -> list[int]:
         """Tokenize a text, and remove the beginning of its prompt if it exceeds `max_length`."""

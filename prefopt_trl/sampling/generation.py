@@ -23,15 +23,14 @@ from prefopt_trl.data.formats import Prompt
 from prefopt_trl.data.tokenization import check_positions, check_vocabulary, decoder_start_token_id, tokenize_prompts
 from prefopt_trl.runtime.processes import is_main_process
 from prefopt_trl.sampling.options import GenerationOptions
-from prefopt_trl.shared_prefix.attention import left_pad
-from prefopt_trl.shared_prefix.continuation import WholeRows, partition_reason, reason_not_to_share_prefix
 from prefopt_trl.shared_prefix.decoding import (
     CountTokens,
     StopStringsInCompletion,
     decode_shared_prefix,
     reason_not_to_decode,
 )
-from prefopt_trl.shared_prefix.support import evaluating, log_reason
+from prefopt_trl.shared_prefix.packing import WholeRows, left_pad
+from prefopt_trl.shared_prefix.support import evaluating, log_reason, partition_reason, reason_not_to_share_prefix
 
 logger = logging.get_logger(__name__)
 

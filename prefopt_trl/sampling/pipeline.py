@@ -29,7 +29,7 @@ from prefopt_trl.sampling.options import RANKING, SamplingOptions
 from prefopt_trl.sampling.shards import Shards
 from prefopt_trl.sampling.statistics import dataset_card, plot_statistics, summarize
 from prefopt_trl.sampling.store import POLL_SECONDS, SampleStore
-from prefopt_trl.shared_prefix.continuation import partition_reason
+from prefopt_trl.shared_prefix.support import partition_reason
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from prefopt_trl.sampling.logps import pair_logps, sampled_logps
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
 from prefopt_trl.sampling.selection import SelectedPrompt, carried, preference_rows, select_and_pair
 from prefopt_trl.sampling.store import SampleStore
-from prefopt_trl.shared_prefix.continuation import reason_not_to_share_prefix
+from prefopt_trl.shared_prefix.support import reason_not_to_share_prefix
 
 SELECTING = ("strategy", "num_samples", "pairing", "rejection_beta")  # options that given candidates depend on, too
 

@@ -193,6 +193,18 @@ class PrefixLayer(SharedKeysLayer):
         return attended.to(query.dtype).view(num_rows, num_heads, num_queries, -1).transpose(1, 2)
 
 
+def keys_and_values(prompts: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the keys and values of each layer of a cache that a forward pass has filled."""
+    layers: list[Any] = prompts.layers
+    return [(layer.keys, layer.values) for layer in layers]
+
+
+def check_attended(cache: Cache) -> None:
+    """Raise `RuntimeError` unless all layers have called [`shared_prefix_attention`] with their keys of the cache."""
+    if not all(isinstance(layer, SharedKeysLayer) and layer.was_attended for layer in cache.layers):
+        raise RuntimeError("a layer does not use transformers' `AttentionInterface`")
+
+
 class PrefixCache(Cache):
     """Cache of prompts, stored once, and of the rows that continue them.
 
@@ -208,8 +220,7 @@ class PrefixCache(Cache):
         hidden = None
         if attention_mask is not None and not attention_mask.all():
             hidden = attention_mask[:, None, None] == 0
-        of_prompts: list[Any] = prompts.layers
-        super().__init__(layers=[PrefixLayer(layer.keys, layer.values, hidden, longest) for layer in of_prompts])
+        super().__init__(layers=[PrefixLayer(*prompt, hidden, longest) for prompt in keys_and_values(prompts)])
         self._set_rows(counts)
 
     def _set_rows(self, counts: Sequence[int]) -> None:
@@ -283,12 +294,3 @@ def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Cache | bool]:
     """
     named_cache = "cache" in inspect.signature(without_head(model).forward).parameters
     return {"cache" if named_cache else "past_key_values": cache, "use_cache": True}
-
-
-def left_pad(ids: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Pad rows of ids on the left; return `input_ids`, `attention_mask` and `position_ids` (0 at padding)."""
-    length = max(map(len, ids))
-    input_ids = torch.tensor([[pad_token_id] * (length - len(row)) + list(row) for row in ids], device=device)
-    attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=device)
-    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}

@@ -4,58 +4,38 @@ Unlike in a packed row ([`pack_rows`]), which supports training, attention is co
 does not grow with the square of all tokens that follow a prompt.
 """
 
-import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 
 import torch
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from prefopt_trl.shared_prefix.attention import (
-    PrefixCache,
+    Scores,
     SharedKeysLayer,
+    SoftmaxPart,
     attend_to_prefix,
-    left_pad,
+    check_attended,
+    keys_and_values,
     with_cache,
     without_head,
 )
-from prefopt_trl.shared_prefix.segments import Segments
-from prefopt_trl.shared_prefix.support import PROBE_TOLERANCE, architecture_reason, evaluating, log_reason
+from prefopt_trl.shared_prefix.packing import WholeRows, common_length, left_pad
+from prefopt_trl.shared_prefix.support import (
+    States,
+    evaluating,
+    hidden_states_reason,
+    log_reason,
+    probe_rows,
+    run_probe,
+)
+
+SCORES_AT_ONCE = 2**24  # 64 MiB in float32, so that memory does not grow with the square of a segment
 
 # Largest relative difference of a head's logits that counts as rounding; a wrong one differs by tens of percent
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}
-
-_probed: weakref.WeakKeyDictionary[torch.nn.Module, str | None] = weakref.WeakKeyDictionary()
-_probed_heads: weakref.WeakKeyDictionary[torch.nn.Module, str | None] = weakref.WeakKeyDictionary()
-
-
-class WholeRows:
-    """Rows of token ids without sharing, padded on the right; `inputs` are the model's keyword arguments."""
-
-    def __init__(self, rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> None:
-        self.lengths = torch.tensor([len(row) for row in rows], device=device)
-        input_ids = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_token_id
-        ).to(device)
-        mask = (torch.arange(input_ids.shape[1], device=device) < self.lengths[:, None]).long()
-        self.inputs = {"input_ids": input_ids, "attention_mask": mask}
-
-    def last_logits(self, model: PreTrainedModel) -> torch.Tensor:
-        """Return the LM logits after the last token of each row, shape `(num_rows, vocab_size)`."""
-        # The LM head runs only at positions where some row ends
-        positions, position_of_row = torch.unique(self.lengths - 1, return_inverse=True)
-        logits = model(**self.inputs, logits_to_keep=positions, use_cache=False).logits
-        if logits.shape[1] != len(positions):  # the model ignores `logits_to_keep`
-            logits = logits[:, positions]
-        return logits[torch.arange(len(logits), device=logits.device), position_of_row.to(logits.device)]
-
-    def head_logits(self, model: PreTrainedModel) -> torch.Tensor:
-        """Return the logits of a classification head, shape `(num_rows, num_labels)`."""
-        return model(**self.inputs).logits
 
 
 class RowsAfterPrefix:
@@ -145,69 +125,101 @@ def last_of_row(row: Sequence[int], pad_token_id: int) -> int:
     return next((place for place in range(len(row) - 1, 0, -1) if row[place] != pad_token_id), 0)
 
 
-def common_length(rows: Sequence[Sequence[int]]) -> int:
-    """Return the length of the common prefix of all rows."""
-    columns = enumerate(zip(*rows, strict=False))
-    return next((place for place, tokens in columns if len(set(tokens)) > 1), min(map(len, rows)))
+class SegmentLayer(SharedKeysLayer):
+    """Cache layer for segments that run in one forward pass, side by side in a batch of one row.
 
-
-def reason_not_to_share_prefix(model: PreTrainedModel, row_length: int) -> str | None:
-    """Say why rows of this model must not share the keys of a prompt, or return None if sharing is exact.
-
-    The model may have any head; `row_length` is that of the longest row in tokens, prompt included. The reason is
-    logged once per model.
+    `keys` and `values` are those of the left-padded prompts, `(num_prompts, num_kv_heads, prompt_length, size)`.
     """
-    reason = architecture_reason(model, row_length) or partition_reason(model)
-    if reason is None and getattr(model.config.get_text_config(), "attn_temperature_tuning", False):
-        reason = "its attention temperature depends on a token's index in the cache (`attn_temperature_tuning`)"
-    if reason is None:
-        if model not in _probed:
-            _probed[model] = probe_prefix_reason(model)
-        reason = _probed[model]
-    if reason is not None:
-        log_reason(model, reason)
-    return reason
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, segments: "Segments") -> None:
+        super().__init__(keys, values)
+        self.segments = segments
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.bound(key_states), value_states
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Scores) -> torch.Tensor:
+        num_heads, num_tokens, size = query.shape[1:]
+        num_kv_heads = key.shape[1]
+        # Heads that share keys are further queries: (num_kv_heads, heads of each, num_tokens, size)
+        queries = query[0].reshape(num_kv_heads, -1, num_tokens, size)
+        own, shared = self._own_part(queries, key[0], value[0], score), self._shared_part(queries, score)
+        return own.mean_with(shared).to(query.dtype).reshape(1, num_tokens, num_heads, -1)
+
+    def _own_part(self, queries: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Scores) -> SoftmaxPart:
+        """Attend within each segment; return `(num_tokens, num_kv_heads, heads of each, ...)`.
+
+        Segments are padded on the right, where the causal mask hides the padding.
+        """
+        all_places, all_exist = (part.to(key.device) for part in (self.segments.places, self.segments.exists))
+        num_heads, longest = queries.shape[:2], all_places.shape[1]
+        later = torch.ones(longest, longest, dtype=torch.bool, device=key.device).triu(1)
+        at_once = max(SCORES_AT_ONCE // (num_heads.numel() * longest**2), 1)
+        parts = []
+        for places, exists in zip(all_places.split(at_once), all_exist.split(at_once), strict=True):
+            padded_queries = queries[:, :, places].permute(2, 0, 1, 3, 4).flatten(2, 3)
+            padded_keys, padded_values = (part[:, places].transpose(0, 1) for part in (key, value))
+            scores = score.of(padded_queries, padded_keys).view(len(places), *num_heads, longest, longest)
+            part = SoftmaxPart.over(scores.masked_fill_(later, -torch.inf), padded_values[:, :, None])
+            parts.append([values.permute(0, 3, 1, 2, 4)[exists] for values in part])
+        return SoftmaxPart(*(torch.cat(one) for one in zip(*parts, strict=True)))
+
+    def _shared_part(self, queries: torch.Tensor, score: Scores) -> SoftmaxPart:
+        """Attend to the prompts: all segments of a prompt are adjacent and form one matrix product."""
+        num_heads = queries.shape[:2].numel()
+        parts = []
+        of_prompts = queries.split([num_tokens for num_tokens, _ in self.segments.prompts], dim=2)
+        for prompt, (_, length) in enumerate(self.segments.prompts):
+            keys, values = (
+                part[prompt, :, part.shape[2] - length :] for part in (self.prompt_keys, self.prompt_values)
+            )
+            for some in of_prompts[prompt].split(max(SCORES_AT_ONCE // (num_heads * length), 1), dim=2):
+                part = SoftmaxPart.over(score.of(some.flatten(1, 2), keys), values)
+                parts.append([one.unflatten(1, some.shape[1:3]).permute(2, 0, 1, 3) for one in part])
+        return SoftmaxPart(*(torch.cat(one) for one in zip(*parts, strict=True)))
 
 
-def partition_reason(model: torch.nn.Module) -> str | None:
-    """Say why all processes must take part in each forward pass of this model, or return None."""
-    is_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
-    if is_fsdp1 or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return "its weights are sharded by FSDP"
-    if any(hasattr(parameter, "ds_id") and parameter.numel() == 0 for parameter in model.parameters()):
-        return "its weights are partitioned by ZeRO-3, and not gathered"
-    return None
+class Segments(Cache):
+    """Cache of prompts, stored once, for the segments that continue them.
+
+    `prompts` is the cache after a forward pass over the left-padded prompts; lengths are in tokens. `ends`, of shape
+    `(num_segments,)`, is the index of the last token of each segment, and `position_ids`, of shape `(1, num_tokens)`,
+    the position of each token in its own row, prompt included.
+    """
+
+    def __init__(
+        self,
+        prompts: DynamicCache,
+        prompt_lengths: Sequence[int],
+        segment_lengths: Sequence[Sequence[int]],
+        device: torch.device,
+    ) -> None:
+        self.prompts = [(sum(own), length) for own, length in zip(segment_lengths, prompt_lengths, strict=True)]
+        lengths = torch.tensor([length for own in segment_lengths for length in own], device=device)
+        place = torch.arange(int(lengths.max()), device=device)
+        self.exists = place < lengths[:, None]  # (num_segments, longest)
+        self.ends = lengths.cumsum(dim=0) - 1
+        starts = self.ends - lengths + 1
+        self.places = torch.where(self.exists, starts[:, None] + place, 0)
+        before = [length for own, length in zip(segment_lengths, prompt_lengths, strict=True) for _ in own]
+        self.position_ids = (torch.tensor(before, device=device)[:, None] + place)[self.exists][None]
+        super().__init__(layers=[SegmentLayer(keys, values, self) for keys, values in keys_and_values(prompts)])
 
 
-def probe_prefix_reason(model: PreTrainedModel) -> str | None:
-    """Run a few random tokens with and without a shared prefix, and report a difference in the last hidden states."""
-    name, rows = model.config.get_text_config().model_type, _probe_rows(model)
-    inner = without_head(model)
-    with evaluating(model), torch.no_grad():  # dropout would differ between the two runs
-        try:
-            plain = inner(**WholeRows(rows, 0, model.device).inputs).last_hidden_state
-            pairs = [*_probe_segments(model, rows, plain), *_probe_steps(model, rows, plain)]
-        except torch.OutOfMemoryError:  # not a property of the model
-            raise
-        except NotAttended:
-            return f"{name} does not use transformers' `AttentionInterface`"
-        except Exception as error:  # any: a later transformers may break assumptions made here
-            return f"{name} cannot share a prompt's keys ({type(error).__name__}: {error})"
-    difference = sum((one.float() - other.float()).abs().sum().item() for one, other in pairs)
-    size = sum(one.float().abs().sum().item() for one, _ in pairs)
-    if not difference <= PROBE_TOLERANCE[plain.dtype] * size:
-        return (
-            f"hidden states of {name} with a shared prompt differ by {difference / size:.1e} of their size in a probe"
-        )
-    return None
+def probe_segments(model: PreTrainedModel) -> str | None:
+    """Compare hidden states of segments with those of whole rows; pass this to [`reason_not_to_share_prefix`]."""
+    return hidden_states_reason(model, _run_segments)
 
 
-def _probe_rows(model: PreTrainedModel) -> list[list[int]]:
-    """Return two groups of random rows with prefixes of different lengths, the same for each vocabulary size."""
-    vocab_size = model.config.get_text_config().vocab_size
-    tokens = torch.randint(1, vocab_size, (4, 12), generator=torch.Generator().manual_seed(0))
-    tokens[1, :7], tokens[3, :4] = tokens[0, :7], tokens[2, :4]
-    return [tokens[0, :12].tolist(), tokens[1, :10].tolist(), tokens[2, :9].tolist(), tokens[3, :11].tolist()]
+def _run_segments(model: PreTrainedModel, rows: list[list[int]]) -> list[States]:
+    following = RowsAfterPrefix(model, rows, [0, 0, 1, 1], pad_token_id=0)
+    with attend_to_prefix(model):
+        states = without_head(model)(**following.inputs).last_hidden_state[0]
+    check_attended(following.segments)
+    parts = states.split(following.segments.exists.sum(dim=1).tolist())
+    return [(len(row) - len(part), part) for row, part in zip(rows, parts, strict=True)]
 
 
 def reason_not_to_share_head(model: PreTrainedModel, pad_token_id: int) -> str | None:
@@ -216,72 +228,19 @@ def reason_not_to_share_head(model: PreTrainedModel, pad_token_id: int) -> str |
     A head that reads only the last token before padding can. A probe detects one that averages over the row or looks
     for a special token.
     """
-    if model not in _probed_heads:
-        _probed_heads[model] = _probe_head_reason(model, pad_token_id)
-    if (reason := _probed_heads[model]) is not None:
+    reason = run_probe(_probe_head, model, pad_token_id)
+    if reason is not None:
         log_reason(model, reason)
     return reason
 
 
-def _probe_head_reason(model: PreTrainedModel, pad_token_id: int) -> str | None:
-    name = type(model).__name__
-    rows = [[*row, *[pad_token_id] * (number % 2)] for number, row in enumerate(_probe_rows(model))]
+def _probe_head(model: PreTrainedModel, pad_token_id: int) -> str | None:
+    rows = [[*row, *[pad_token_id] * (number % 2)] for number, row in enumerate(probe_rows(model))]
     with evaluating(model), torch.no_grad():
         whole = WholeRows(rows, pad_token_id, model.device).head_logits(model).float()
-        try:
-            after = RowsAfterPrefix(model, rows, [0, 0, 1, 1], pad_token_id).head_logits(model).float()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            return f"the head of {name} does not take one token of a row ({type(error).__name__}: {error})"
+        after = RowsAfterPrefix(model, rows, [0, 0, 1, 1], pad_token_id).head_logits(model).float()
     if whole.shape == after.shape:
         difference, size = (whole - after).abs().max().item(), whole.abs().max().item()
         if difference <= HEAD_TOLERANCE[model.dtype] * size:
             return None
-    return f"the head of {name} reads more of a row than its last token"
-
-
-class NotAttended(Exception):
-    """Raised if a layer did not call [`shared_prefix_attention`]."""
-
-
-def _probe_segments(
-    model: PreTrainedModel, rows: list[list[int]], plain: torch.Tensor
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return hidden states from whole rows, and of the same tokens run as segments in two groups of two."""
-    following = RowsAfterPrefix(model, rows, [0, 0, 1, 1], pad_token_id=0)
-    with attend_to_prefix(model):
-        shared = without_head(model)(**following.inputs).last_hidden_state[0]
-    _check_attended(following.segments)
-    lengths = following.segments.exists.sum(dim=1).tolist()
-    return [
-        (plain[row, len(tokens) - length : len(tokens)], part)
-        for row, (tokens, length, part) in enumerate(zip(rows, lengths, shared.split(lengths), strict=True))
-    ]
-
-
-def _probe_steps(
-    model: PreTrainedModel, rows: list[list[int]], plain: torch.Tensor
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return hidden states from whole rows, and of the same tokens decoded one by one after two prompts."""
-    prompts = left_pad([rows[0][:7], rows[2][:4]], 0, model.device)
-    cache, inner = DynamicCache(), without_head(model)
-    inner(**prompts, **with_cache(model, cache))
-    steps = PrefixCache(cache, prompts["attention_mask"], [2, 2], longest=3)
-    before = torch.tensor([7, 7, 4, 4], device=model.device)
-    pairs = []
-    with attend_to_prefix(model):
-        for step in range(3):
-            tokens = torch.tensor([[row[start + step]] for row, start in zip(rows, before.tolist(), strict=True)])
-            positions = before[:, None] + step
-            hidden = inner(
-                input_ids=tokens.to(model.device), position_ids=positions, **with_cache(model, steps)
-            ).last_hidden_state
-            pairs.append((plain[torch.arange(4, device=plain.device), positions[:, 0]], hidden[:, 0]))
-    _check_attended(steps)
-    return pairs
-
-
-def _check_attended(cache: Cache) -> None:
-    if not all(isinstance(layer, SharedKeysLayer) and layer.was_attended for layer in cache.layers):
-        raise NotAttended
+    return f"the head of {type(model).__name__} reads more of a row than its last token"

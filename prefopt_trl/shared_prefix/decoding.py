@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,7 +20,7 @@ from transformers.generation import stopping_criteria as stopping
 from transformers.utils import ModelOutput
 
 from prefopt_trl.shared_prefix.attention import PrefixCache, attend_to_prefix, with_cache
-from prefopt_trl.shared_prefix.support import architecture_reason, evaluating, log_reason
+from prefopt_trl.shared_prefix.support import architecture_reason, evaluating, log_reason, run_probe
 
 # Finished rows stay in the batch, as padding, until they are this share of it: removing them copies all other rows
 DEAD_SHARE = 0.125
@@ -73,9 +72,6 @@ STATELESS: set[type] = {
         if name in vars(module)
     ),
 }
-
-
-_probed: weakref.WeakKeyDictionary[torch.nn.Module, str | None] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -169,20 +165,17 @@ def reason_not_to_decode(model: PreTrainedModel) -> str | None:
     Decode two tokens, so that an incompatible release disables sharing instead of failing the run. The reason is
     logged once per model. The model's own generation config must not request anything that is refused.
     """
-    if model not in _probed:
-        ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
-        inputs = {"input_ids": ids, "attention_mask": ids, "generation_config": GenerationConfig(max_new_tokens=2)}
-        generate: Any = model.generate
-        try:
-            generate(**inputs, custom_generate=decode_shared_prefix)
-            _probed[model] = None
-        except torch.OutOfMemoryError:  # not a property of the model
-            raise
-        except Exception as error:
-            _probed[model] = f"`generate` of this transformers cannot share prompts ({type(error).__name__}: {error})"
-    if (reason := _probed[model]) is not None:
+    reason = run_probe(_probe_generate, model)
+    if reason is not None:
         log_reason(model, reason)
     return reason
+
+
+def _probe_generate(model: PreTrainedModel) -> None:
+    ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
+    config = GenerationConfig(max_new_tokens=2)
+    generate: Any = model.generate
+    generate(ids, attention_mask=ids, generation_config=config, custom_generate=decode_shared_prefix)
 
 
 class _Rows:

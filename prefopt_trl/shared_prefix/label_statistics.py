@@ -4,8 +4,6 @@ The head is applied to all labeled positions and one chunk of the vocabulary at 
 the vocabulary. Sums over the vocabulary are in float32, and the backward pass recomputes each chunk.
 """
 
-import logging
-import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,14 +14,10 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from prefopt_trl.shared_prefix.packing import IGNORE_INDEX
-from prefopt_trl.shared_prefix.support import PROBE_TOLERANCE, Forward, evaluating
-
-logger = logging.getLogger(__name__)
+from prefopt_trl.shared_prefix.support import PROBE_TOLERANCE, Forward, evaluating, log_once, run_probe
 
 LOGITS_AT_ONCE = 2**25  # 128 MiB in float32
 SAME_PRODUCTS = 5e-3  # tolerance in nats if both runs compute the same half-precision products
-
-_exact: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -66,9 +60,10 @@ def label_statistics(
     the label that each position predicts; both ignore `-100`. `inputs` are arguments of `forward`, the model's own.
     The result has length `sequence_length - 1`, or `sequence_length` with `shift_labels`.
     """
-    if model not in _exact:
-        _exact[model] = _head_is_exact(model, forward)
-    return _statistics(model, None if _exact[model] else forward, labels, shift_labels, inputs)
+    reason = run_probe(_probe_head, model, forward)
+    if reason is not None:
+        log_once(model, f"All logits of {model.config.model_type} are computed, which takes more memory: {reason}.")
+    return _statistics(model, None if reason is None else forward, labels, shift_labels, inputs)
 
 
 def _statistics(
@@ -116,8 +111,8 @@ def _of_logits(logits: torch.Tensor, labels: torch.Tensor, asked: torch.Tensor) 
     return of_label, -(others.exp() * others).sum(dim=1), mean_logits, of_label >= others.amax(dim=1)
 
 
-def _head_is_exact(model: PreTrainedModel, forward: Forward) -> bool:
-    """Return whether log-probabilities of a few random tokens match the model's own logits, up to rounding."""
+def _probe_head(model: PreTrainedModel, forward: Forward) -> str | None:
+    """Compare log-probabilities of a few random tokens with those of the model's own logits."""
     vocab_size = model.config.get_text_config().vocab_size
     ids = torch.randint(vocab_size, (2, 8), generator=torch.Generator().manual_seed(0)).to(model.device)
     with evaluating(model), torch.no_grad():
@@ -130,14 +125,10 @@ def _head_is_exact(model: PreTrainedModel, forward: Forward) -> bool:
         tolerance = min(tolerance, SAME_PRODUCTS)
     # PEFT's `trainable_token_indices` wraps a tied head, and the weight of the wrapped head lacks the trained tokens
     if difference <= tolerance and not hasattr(model.get_output_embeddings(), "token_adapter"):
-        return True
-    logger.warning(
-        "All logits of %s are computed for its log-probabilities, which takes more memory, because its head alone "
-        "does not reproduce them (a difference of %.1e nats in a probe).",
-        model.config.model_type,
-        difference,
+        return None
+    return (
+        f"its head alone does not reproduce the log-probabilities (a difference of {difference:.1e} nats in a probe)"
     )
-    return False
 
 
 def _scaling(model: PreTrainedModel) -> tuple[float, float | None]:

@@ -1,4 +1,4 @@
-"""Pack sequences with a common prefix into one row per prompt that stores the prefix once.
+"""Lay out rows of tokens as tensors: padded, or packed into one row per prompt that stores their common prefix once.
 
 A batch of right-padded rows, several of which begin with the same prompt, becomes one packed row per group::
 
@@ -13,9 +13,11 @@ is dropped. The shared part is the longest common prefix of the group's rows, so
 more than the prompt.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 IGNORE_INDEX = -100
 
@@ -153,3 +155,43 @@ def pack_rows(
         row_index=row_index,
         row_labels=exists & (labels[:, 1:] != IGNORE_INDEX),
     )
+
+
+class WholeRows:
+    """Rows of token ids without sharing, padded on the right; `inputs` are the model's keyword arguments."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> None:
+        self.lengths = torch.tensor([len(row) for row in rows], device=device)
+        input_ids = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_token_id
+        ).to(device)
+        mask = (torch.arange(input_ids.shape[1], device=device) < self.lengths[:, None]).long()
+        self.inputs = {"input_ids": input_ids, "attention_mask": mask}
+
+    def last_logits(self, model: PreTrainedModel) -> torch.Tensor:
+        """Return the LM logits after the last token of each row, shape `(num_rows, vocab_size)`."""
+        # The LM head runs only at positions where some row ends
+        positions, position_of_row = torch.unique(self.lengths - 1, return_inverse=True)
+        logits = model(**self.inputs, logits_to_keep=positions, use_cache=False).logits
+        if logits.shape[1] != len(positions):  # the model ignores `logits_to_keep`
+            logits = logits[:, positions]
+        return logits[torch.arange(len(logits), device=logits.device), position_of_row.to(logits.device)]
+
+    def head_logits(self, model: PreTrainedModel) -> torch.Tensor:
+        """Return the logits of a classification head, shape `(num_rows, num_labels)`."""
+        return model(**self.inputs).logits
+
+
+def left_pad(ids: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Pad rows of ids on the left; return `input_ids`, `attention_mask` and `position_ids` (0 at padding)."""
+    length = max(map(len, ids))
+    input_ids = torch.tensor([[pad_token_id] * (length - len(row)) + list(row) for row in ids], device=device)
+    attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=device)
+    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+
+
+def common_length(rows: Sequence[Sequence[int]]) -> int:
+    """Return the length of the common prefix of all rows."""
+    columns = enumerate(zip(*rows, strict=False))
+    return next((place for place, tokens in columns if len(set(tokens)) > 1), min(map(len, rows)))

@@ -9,9 +9,25 @@ from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from transformers import DynamicCache, PreTrainedModel
 
-from prefopt_trl.shared_prefix.packing import IGNORE_INDEX, PackedBatch, pack_rows, pair_groups
+from prefopt_trl.shared_prefix.attention import (
+    PrefixCache,
+    attend_to_prefix,
+    check_attended,
+    with_cache,
+    without_head,
+)
+from prefopt_trl.shared_prefix.packing import (
+    IGNORE_INDEX,
+    PackedBatch,
+    WholeRows,
+    left_pad,
+    pack_rows,
+    pair_groups,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +40,12 @@ PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-
 
 PROBE_LENGTH = 12  # tokens in the longest row
 
-_probed: weakref.WeakKeyDictionary[torch.nn.Module, str | None] = weakref.WeakKeyDictionary()
+# Hidden states of the tokens of a row from an index on: the index, and states of shape (num_tokens, size)
+States: TypeAlias = tuple[int, torch.Tensor]
+
+Reasons: TypeAlias = dict[Callable[..., str | None], str | None]  # by probe
+
+_probed: weakref.WeakKeyDictionary[torch.nn.Module, Reasons] = weakref.WeakKeyDictionary()
 _logged: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
@@ -36,9 +57,7 @@ def reason_not_to_share(model: PreTrainedModel, forward: Forward, row_length: in
     reason = config_reason(model, PROBE_LENGTH)
     if reason is None:
         # Probe before checking the length: processes that share a model's weights must probe it together
-        if model not in _probed:
-            _probed[model] = probe_reason(model, forward)
-        reason = _probed[model] or config_reason(model, row_length)
+        reason = run_probe(probe_reason, model, forward) or config_reason(model, row_length)
     if reason is not None:
         log_reason(model, reason)
     return reason
@@ -54,10 +73,32 @@ def reason_not_to_pack(model: PreTrainedModel, packed: PackedBatch) -> str | Non
 
 def log_reason(model: PreTrainedModel, reason: str) -> None:
     """Log why a model's prompts are not shared, once per model and reason."""
+    log_once(model, f"Prompts are not shared, each completion is run as a separate row: {reason}.")
+
+
+def log_once(model: PreTrainedModel, message: str) -> None:
+    """Log a warning once per model."""
     logged = _logged.setdefault(model, set())
-    if reason not in logged:
-        logged.add(reason)
-        logger.warning("Prompts are not shared, each completion is run as a separate row: %s.", reason)
+    if message not in logged:
+        logged.add(message)
+        logger.warning(message)
+
+
+def run_probe(probe: Callable[..., str | None], model: PreTrainedModel, *arguments: object) -> str | None:
+    """Return the reason that a probe of the model gives, or None if it finds no fault. It runs once per model.
+
+    An error in the probe is a reason too: a later transformers may break assumptions made here. Running out of memory
+    is not, as it says nothing about the model.
+    """
+    reasons = _probed.setdefault(model, {})
+    if probe not in reasons:
+        try:
+            reasons[probe] = probe(model, *arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reasons[probe] = f"{model.config.model_type} fails in a probe ({type(error).__name__}: {error})"
+    return reasons[probe]
 
 
 def config_reason(model: PreTrainedModel, row_length: int) -> str | None:
@@ -153,12 +194,7 @@ def probe_reason(model: PreTrainedModel, forward: Forward) -> str | None:
     try:
         with evaluating(model), torch.no_grad():  # dropout would differ between the two runs
             plain = forward(input_ids=rows, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
-            try:
-                shared = forward(**packed_inputs(model, packed)).logits
-            except torch.OutOfMemoryError:  # not a property of the model
-                raise
-            except Exception as error:  # any: a later transformers may break assumptions made here
-                return f"{model.config.model_type} does not take a packed row ({type(error).__name__}: {error})"
+            shared = forward(**packed_inputs(model, packed)).logits
     finally:
         hook.remove()
     plain_logps = plain[packed.row_labels].float().log_softmax(-1)
@@ -170,6 +206,89 @@ def probe_reason(model: PreTrainedModel, forward: Forward) -> str | None:
             "probe"
         )
     return None
+
+
+def reason_not_to_share_prefix(
+    model: PreTrainedModel, row_length: int, probe: Callable[[PreTrainedModel], str | None] | None = None
+) -> str | None:
+    """Say why rows of this model must not share the keys of a prompt, or return None if sharing is exact.
+
+    The model may have any head; `row_length` is that of the longest row in tokens, prompt included. `probe` is the one
+    of the way in which the rows run, by default [`probe_steps`]. The reason is logged once per model.
+    """
+    reason = architecture_reason(model, row_length) or partition_reason(model)
+    if reason is None and getattr(model.config.get_text_config(), "attn_temperature_tuning", False):
+        reason = "its attention temperature depends on a token's index in the cache (`attn_temperature_tuning`)"
+    reason = reason or run_probe(probe or probe_steps, model)
+    if reason is not None:
+        log_reason(model, reason)
+    return reason
+
+
+def partition_reason(model: torch.nn.Module) -> str | None:
+    """Say why all processes must take part in each forward pass of this model, or return None."""
+    is_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    if is_fsdp1 or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return "its weights are sharded by FSDP"
+    if any(hasattr(parameter, "ds_id") and parameter.numel() == 0 for parameter in model.parameters()):
+        return "its weights are partitioned by ZeRO-3, and not gathered"
+    return None
+
+
+def hidden_states_reason(
+    model: PreTrainedModel, run_shared: Callable[[PreTrainedModel, list[list[int]]], list[States]]
+) -> str | None:
+    """Run a few random tokens with and without a shared prefix, and report a difference in the last hidden states.
+
+    `run_shared` gets the model and four rows, two for each of two prefixes, and returns states of each row.
+    """
+    rows = probe_rows(model)
+    with evaluating(model), torch.no_grad():  # dropout would differ between the two runs
+        plain = without_head(model)(**WholeRows(rows, 0, model.device).inputs).last_hidden_state
+        shared = run_shared(model, rows)
+    difference = size = 0.0
+    for row, (start, states) in zip(plain, shared, strict=True):
+        expected = row[start : start + len(states)].float()
+        difference += (expected - states.float()).abs().sum().item()
+        size += expected.abs().sum().item()
+    if not difference <= PROBE_TOLERANCE[plain.dtype] * size:
+        name = model.config.get_text_config().model_type
+        return (
+            f"hidden states of {name} with a shared prompt differ by {difference / size:.1e} of their size in a probe"
+        )
+    return None
+
+
+def probe_rows(model: PreTrainedModel) -> list[list[int]]:
+    """Return two groups of random rows with prefixes of 7 and 4 tokens, the same for each vocabulary size."""
+    vocab_size = model.config.get_text_config().vocab_size
+    tokens = torch.randint(1, vocab_size, (4, 12), generator=torch.Generator().manual_seed(0))
+    tokens[1, :7], tokens[3, :4] = tokens[0, :7], tokens[2, :4]
+    return [tokens[0, :12].tolist(), tokens[1, :10].tolist(), tokens[2, :9].tolist(), tokens[3, :11].tolist()]
+
+
+def probe_steps(model: PreTrainedModel) -> str | None:
+    """Compare hidden states of tokens that are decoded one by one after two prompts with those of whole rows."""
+    return hidden_states_reason(model, _run_steps)
+
+
+def _run_steps(model: PreTrainedModel, rows: list[list[int]]) -> list[States]:
+    prompts = left_pad([rows[0][:7], rows[2][:4]], 0, model.device)
+    cache, inner = DynamicCache(), without_head(model)
+    inner(**prompts, **with_cache(model, cache))
+    steps = PrefixCache(cache, prompts["attention_mask"], [2, 2], longest=3)
+    starts = [7, 7, 4, 4]
+    states = []
+    with attend_to_prefix(model):
+        for step in range(3):
+            tokens = [[row[start + step]] for row, start in zip(rows, starts, strict=True)]
+            inputs = {
+                "input_ids": torch.tensor(tokens, device=model.device),
+                "position_ids": torch.tensor(starts, device=model.device)[:, None] + step,
+            }
+            states.append(inner(**inputs, **with_cache(model, steps)).last_hidden_state)
+    check_attended(steps)
+    return list(zip(starts, torch.cat(states, dim=1), strict=True))
 
 
 def packed_inputs(model: PreTrainedModel, packed: PackedBatch) -> dict[str, torch.Tensor | bool]:

@@ -139,7 +139,9 @@ def test_sharing_changes_no_score(model, tokenizer, caplog, batch_size, own_base
     assert [len(row) for row in shared] == [1, 2, 9, 5]
     assert np.concatenate(shared) == pytest.approx(np.concatenate(plain), abs=1e-5)
     assert np.ptp(shared[2]) > 0.1
-    assert sum("lost their beginning" in message for message in logged(caplog)) == (0 if max_length is None else 2)
+    assert sum("were truncated at the beginning" in message for message in logged(caplog)) == (
+        0 if max_length is None else 2
+    )
     assert not any("not shared" in message for message in logged(caplog))
 
 
@@ -284,7 +286,10 @@ def test_an_encoder_decoder_cuts_a_long_prompt_and_keeps_its_eos(tokenizer, capl
     rows = record_inputs(model.encoder)
     PairwiseRanker(model, tokenizer, max_length=whole - 10).compare([prompt], ["yes"], ["no"])
     (message,) = logged(caplog)
-    assert message == f"2 of 2 texts exceeded max_length={whole - 10} tokens: their prompts lost their beginning."
+    assert (
+        message
+        == f"2 of 2 texts exceeded max_length={whole - 10} tokens: their prompts were truncated at the beginning."
+    )
     for row, texts in zip(sorted(rows), (("no", "yes"), ("yes", "no")), strict=True):
         text = tokenizer.decode(row)
         kept = text.removeprefix("[CONTEXT] ").split(" ")[0]
@@ -382,7 +387,10 @@ def test_a_long_prompt_loses_its_beginning_and_nothing_else(model, tokenizer, ca
     ranker.compare([prompt, "p"], ["yes"] * 2, ["no"] * 2)
     seen = [tokenizer.decode(row) for row in rows]
     (message,) = logged(caplog)
-    assert message == f"2 of 4 texts exceeded max_length={whole - 10} tokens: their prompts lost their beginning."
+    assert (
+        message
+        == f"2 of 4 texts exceeded max_length={whole - 10} tokens: their prompts were truncated at the beginning."
+    )
     longest = max(seen, key=len)
     assert longest.startswith("<s>[CONTEXT] ")
     context = longest.removeprefix("<s>[CONTEXT] ").split(" ")[0]
@@ -558,7 +566,7 @@ def test_a_model_trained_by_trl_on_a_simple_rule_ranks_by_it(tiny_llama_dir, tmp
 
 
 def test_a_model_that_is_not_there_or_a_reward_model_is_refused(tiny_llama_dir, tmp_path):
-    with pytest.raises(ValueError, match="`model`='no/model' is no local folder with a model in it, and no model of"):
+    with pytest.raises(ValueError, match="`model`='no/model' is neither a local folder that contains a model nor"):
         PairwiseRanker("no/model")
     reward_model = AutoModelForSequenceClassification.from_pretrained(tiny_llama_dir, num_labels=1)
     reward_model.save_pretrained(tmp_path)

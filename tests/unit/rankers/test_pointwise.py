@@ -31,7 +31,8 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from trl import RewardConfig, RewardTrainer
 
 from prefopt_trl.rankers import RewardModelRanker
-from prefopt_trl.shared_prefix.continuation import RowsAfterPrefix, WholeRows
+from prefopt_trl.shared_prefix.continuation import RowsAfterPrefix
+from prefopt_trl.shared_prefix.packing import WholeRows
 
 PROMPTS = ["What is the capital of France?", "Bake bread."]
 COMPLETIONS = [
@@ -184,7 +185,7 @@ def test_sharing_changes_no_reward(tokenizer, caplog, config, adapted, batch_siz
         assert np.concatenate(shared) == pytest.approx(np.concatenate(plain), abs=1e-5)
         assert np.ptp(shared[2]) > 0.1
     assert not any("not shared" in record.message for record in caplog.records)
-    assert any("lost their beginning" in record.message for record in caplog.records)
+    assert any("were truncated at the beginning" in record.message for record in caplog.records)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
@@ -294,7 +295,7 @@ def test_a_long_prompt_loses_its_beginning_but_no_bos(model, tokenizer, caplog):
     rewards = RewardModelRanker(model, tokenizer, max_length=20).score([prompt, "Hi"], [[completion], [completion]])
     assert rewards[0] == pytest.approx(reward_of_last_token(model, token_ids[:1] + token_ids[-19:]), abs=1e-5)
     messages = [record.message for record in caplog.records if record.name.startswith("prefopt_trl")]
-    assert messages == ["1 of 2 texts exceeded max_length=20 tokens: their prompts lost their beginning."]
+    assert messages == ["1 of 2 texts exceeded max_length=20 tokens: their prompts were truncated at the beginning."]
 
     # The whole prompt may go, but no token of the completion
     num_tokens = len(tokenizer(" Bread.</s>").input_ids)  # with BOS

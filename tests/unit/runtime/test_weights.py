@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from prefopt_trl import FunctionRanker
 from prefopt_trl.rankers import PointwiseRanker
 from prefopt_trl.runtime.processes import gathered
-from prefopt_trl.shared_prefix.continuation import partition_reason
+from prefopt_trl.shared_prefix.support import partition_reason
 from prefopt_trl.trainers.prepare import TrainingData
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
 
-from prefopt_trl.shared_prefix import segments
+from prefopt_trl.shared_prefix import continuation
 from prefopt_trl.shared_prefix.attention import (
     SHARED_PREFIX,
     PrefixCache,
@@ -14,7 +14,7 @@ from prefopt_trl.shared_prefix.attention import (
     attend_to_prefix,
     shared_prefix_attention,
 )
-from prefopt_trl.shared_prefix.segments import Segments
+from prefopt_trl.shared_prefix.continuation import Segments
 from tests.unit.shared_prefix.families import SHARING, build
 
 LENGTHS = [7, 4, 6]  # of the prompts, padded on the left to 7
@@ -222,7 +222,7 @@ def test_segments_equal_naive_attention(num_heads, num_kv_heads, softcap, length
 @pytest.mark.parametrize("most", [1, 150, 300])
 def test_segments_in_parts_equal_naive_attention(monkeypatch, num_heads, num_kv_heads, most):
     numbers, of = [], Scores.of
-    monkeypatch.setattr(segments, "SCORES_AT_ONCE", most)
+    monkeypatch.setattr(continuation, "SCORES_AT_ONCE", most)
     monkeypatch.setattr(Scores, "of", lambda *given: numbers.append((scores := of(*given)).numel()) or scores)
     cases = [SEGMENTS, [[1, 1, 1], [4, 1], [2]], [[5, 5], [1] * 9, [3, 2, 1]]]
     for segment_lengths in cases:

@@ -5,15 +5,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, MistralConfig
 
-from prefopt_trl.shared_prefix import attention, continuation
+from prefopt_trl.shared_prefix import attention, continuation, support
 from prefopt_trl.shared_prefix.attention import SHARED_PREFIX, PrefixLayer
 from prefopt_trl.shared_prefix.continuation import (
     RowsAfterPrefix,
-    WholeRows,
+    SegmentLayer,
+    probe_segments,
     reason_not_to_share_head,
-    reason_not_to_share_prefix,
 )
-from prefopt_trl.shared_prefix.segments import SegmentLayer
+from prefopt_trl.shared_prefix.packing import WholeRows
+from prefopt_trl.shared_prefix.support import probe_steps, reason_not_to_share_prefix
 from tests.unit.shared_prefix.families import LLAMA_LIKE, SHARING, build
 
 PAD = 0
@@ -179,29 +180,33 @@ def test_an_adapter_of_a_classifier_counts():
     plain = check_logits(base, *WITH_PADDING, "head_logits")
     torch.manual_seed(1)
     model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)).eval()
-    assert reason_not_to_share_prefix(model, 20) is None
+    assert reason_not_to_share_prefix(model, 20, probe_segments) is None
     assert (check_logits(model, *WITH_PADDING, "head_logits") - plain).abs().max() > 0.01
 
 
-# The probe
+# The probes
+
+PROBE_OF = {SegmentLayer: probe_segments, PrefixLayer: probe_steps}
+probes = pytest.mark.parametrize("probe", PROBE_OF.values())
 
 
-def test_the_probe_runs_once_and_leaves_the_model_as_it_was(monkeypatch):
-    model, probes = build(SHARING["llama"]), []
-    probe = continuation.probe_prefix_reason
-    monkeypatch.setattr(continuation, "probe_prefix_reason", lambda model: probes.append(model) or probe(model))
+@probes
+def test_a_probe_runs_once_and_leaves_the_model_unchanged(probe, monkeypatch):
+    model, probed, compare = build(SHARING["llama"]), [], support.hidden_states_reason
+    for module in (support, continuation):
+        monkeypatch.setattr(module, "hidden_states_reason", lambda *args: probed.append(args) or compare(*args))
     model.train()
     model.model.layers[0].eval()
     model.config.attention_dropout = 0.9
     training = [module.training for module in model.modules()]
     state, implementation = torch.get_rng_state(), model.config._attn_implementation
-    assert [reason_not_to_share_prefix(model, length) for length in (10, 20, 1000)] == [None] * 3
-    assert len(probes) == 1
+    assert [reason_not_to_share_prefix(model, length, probe) for length in (10, 20, 1000)] == [None] * 3
+    assert len(probed) == 1
     assert [module.training for module in model.modules()] == training
     assert torch.equal(torch.get_rng_state(), state)
     assert model.config._attn_implementation == implementation != SHARED_PREFIX
-    assert reason_not_to_share_prefix(build(SHARING["llama"]), 10) is None
-    assert len(probes) == 2  # another model, another probe
+    assert reason_not_to_share_prefix(build(SHARING["llama"]), 10, probe) is None
+    assert len(probed) == 2  # each model is probed
 
 
 def out_of_memory(*args, **kwargs):
@@ -211,16 +216,16 @@ def out_of_memory(*args, **kwargs):
 @pytest.mark.parametrize(
     ("owner", "method"), [(SegmentLayer, "attend"), (PrefixLayer, "attend"), (RowsAfterPrefix, "head_logits")]
 )
-def test_a_probe_that_runs_out_of_memory_says_nothing_of_the_model_or_its_head(monkeypatch, owner, method):
-    model, reason, argument = build(SHARING["llama"]), reason_not_to_share_prefix, 20
-    if method == "head_logits":
-        model, reason, argument = with_head("llama"), reason_not_to_share_head, PAD
+def test_a_probe_that_runs_out_of_memory_is_repeated(monkeypatch, owner, method):
+    model, reason, arguments = with_head("llama"), reason_not_to_share_head, [PAD]
+    if method == "attend":
+        model, reason, arguments = build(SHARING["llama"]), reason_not_to_share_prefix, [20, PROBE_OF[owner]]
     with monkeypatch.context() as patch:
         patch.setattr(owner, method, out_of_memory)
         for _ in range(2):
             with pytest.raises(torch.OutOfMemoryError):
-                reason(model, argument)
-    assert reason(model, argument) is None
+                reason(model, *arguments)
+    assert reason(model, *arguments) is None
 
 
 def test_rows_as_long_as_the_window_share_and_longer_ones_do_not(caplog):
@@ -271,43 +276,43 @@ OF_BOTH = with_another_scale, with_prompts(torch.zeros_like), with_prompts(lambd
         (PrefixLayer, with_another_row),
     ],
 )
-def test_an_attention_that_is_wrong_in_segments_or_in_steps_alone_is_caught(monkeypatch, layer, wrong):
+def test_a_wrong_attention_in_segments_or_in_steps_is_caught(monkeypatch, layer, wrong):
     attend = layer.attend
     monkeypatch.setattr(layer, "attend", lambda layer, *arguments: attend(layer, *wrong(layer, *arguments)))
-    reason = reason_not_to_share_prefix(build(SHARING["llama"]), 20)
+    reason = reason_not_to_share_prefix(build(SHARING["llama"]), 20, PROBE_OF[layer])
     assert reason is not None and "hidden states of llama with a shared prompt differ by" in reason
 
 
-@pytest.mark.parametrize(
-    ("owner", "name"), [(SegmentLayer, "attend"), (PrefixLayer, "attend"), (attention, "shared_prefix_attention")]
-)
-def test_an_attention_that_fails_also_in_segments_or_in_steps_alone_is_told(monkeypatch, owner, name):
+@probes
+def test_an_attention_that_fails_is_a_reason(monkeypatch, probe):
     def failing(*args, **kwargs):
         raise RuntimeError("no kernel for this")
 
-    monkeypatch.setattr(owner, name, failing)
+    monkeypatch.setattr(attention, "shared_prefix_attention", failing)
     model = build(SHARING["llama"])
-    assert reason_not_to_share_prefix(model, 20) == (
-        "llama cannot share a prompt's keys (RuntimeError: no kernel for this)"
+    assert reason_not_to_share_prefix(model, 20, probe) == (
+        "llama fails in a probe (RuntimeError: no kernel for this)"
     )
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_layer_with_an_attention_of_its_own_is_told():
+@probes
+def test_a_layer_with_another_attention_is_a_reason(probe):
     model = build(SHARING["llama"])
 
-    def of_its_own(hidden_states, cache=None, past_key_values=None, **kwargs):
+    def another(hidden_states, cache=None, past_key_values=None, **kwargs):
         cache = cache if past_key_values is None else past_key_values  # its name before transformers 5.24
         if cache is not None:
             cache.update(hidden_states[:, None], hidden_states[:, None], 1)
         return hidden_states, None
 
-    model.model.layers[1].self_attn.forward = of_its_own
-    reason = reason_not_to_share_prefix(model, 20)
-    assert reason == "llama does not use transformers' `AttentionInterface`"
+    model.model.layers[1].self_attn.forward = another
+    reason = reason_not_to_share_prefix(model, 20, probe)
+    assert reason is not None and "a layer does not use transformers' `AttentionInterface`" in reason
 
 
-def test_positions_that_are_not_used_are_caught():
+@probes
+def test_positions_that_are_not_used_are_caught(probe):
     model = build(SHARING["gpt2"])
     forward = model.transformer.forward
 
@@ -315,7 +320,7 @@ def test_positions_that_are_not_used_are_caught():
         return forward(input_ids=input_ids, position_ids=torch.arange(input_ids.shape[1])[None], **kwargs)
 
     model.transformer.forward = from_zero
-    assert "gpt2 with a shared prompt differ by" in reason_not_to_share_prefix(model, 20)
+    assert "gpt2 with a shared prompt differ by" in reason_not_to_share_prefix(model, 20, probe)
 
 
 def test_weights_that_zero3_holds_elsewhere_are_a_reason():

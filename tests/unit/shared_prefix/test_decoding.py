@@ -30,9 +30,9 @@ from transformers import (
 )
 
 from prefopt_trl.shared_prefix import decoding
-from prefopt_trl.shared_prefix.attention import left_pad
-from prefopt_trl.shared_prefix.continuation import reason_not_to_share_prefix
 from prefopt_trl.shared_prefix.decoding import SharedPrefixOutput, decode_shared_prefix, draw, reason_not_to_decode
+from prefopt_trl.shared_prefix.packing import left_pad
+from prefopt_trl.shared_prefix.support import reason_not_to_share_prefix
 from tests.unit.laws import CHANCE, p_value
 from tests.unit.shared_prefix.families import (
     DYNAMIC_ROPE,
@@ -521,13 +521,10 @@ def test_a_transformers_with_other_names_costs_the_sharing_alone(model, breaks, 
 
     if breaks == "attention":
         monkeypatch.setattr(AttentionInterface, "register", None)
-        message, reason = (
-            "llama cannot share a prompt's keys (TypeError",
-            lambda: reason_not_to_share_prefix(model, 20),
-        )
+        message, reason = "llama fails in a probe (TypeError", lambda: reason_not_to_share_prefix(model, 20)
     else:
         monkeypatch.setattr(LlamaForCausalLM, "generate", passing_more)
-        message = "`generate` of this transformers cannot share prompts (ValueError: novel"
+        message = "llama fails in a probe (ValueError: novel"
         reason = functools.partial(reason_not_to_decode, model)
     with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
         assert [message in reason() for _ in range(2)] == [True, True]

@@ -108,7 +108,7 @@ def test_no_more_tokens_are_packed_than_a_model_has_places_for(config, reason, c
 @pytest.mark.parametrize("family", [family for family in NOT_SHARING if family != "falcon, ALiBi"])
 def test_the_probe_alone_would_notice(family):
     model = build(NOT_SHARING[family][0])
-    assert support.probe_reason(model, model) is not None
+    assert support.run_probe(support.probe_reason, model, model) is not None
 
 
 def test_probe_leaves_the_model_as_it_was():

@@ -26,8 +26,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import prefopt_trl
 from prefopt_trl.shared_prefix.attention import PrefixLayer
+from prefopt_trl.shared_prefix.continuation import SegmentLayer
 from prefopt_trl.shared_prefix.decoding import STATELESS, STATELESS_NAMES
-from prefopt_trl.shared_prefix.segments import SegmentLayer
 from prefopt_trl.trainers.base import ATTRIBUTES, METHODS, PreferenceTrainer
 from prefopt_trl.trainers.base import require as require_names
 from prefopt_trl.trainers.base_config import REFERENCE_ARGUMENTS, TRL_LOSS_ARGUMENTS, PreferenceConfig
