@@ -164,7 +164,7 @@ class RankingModel:
         if self.num_cut:
             logger.warning(
                 f"{self.num_cut} of {len(lengths)} texts exceeded max_length={self.max_length} tokens: their prompts "
-                "were truncated at the beginning."
+                "were cut on the left."
             )
         return values
 
@@ -185,7 +185,7 @@ class RankingModel:
                 and reason_not_to_share_prefix(model, max(map(len, token_ids)), probe_segments) is None
                 and not (reads_head and reason_not_to_share_head(model, pad_token_id))
             ):
-                return RowsAfterPrefix(model, token_ids, groups, pad_token_id)
+                return RowsAfterPrefix(model, prefixes, following, pad_token_id)
         return WholeRows(token_ids, pad_token_id, model.device)
 
     def settings(self) -> Settings:

@@ -33,7 +33,7 @@ from prefopt_trl.shared_prefix.packing import WholeRows
 
 logger = logging.getLogger(__name__)
 
-# A probability of 0 or 1 would be an infinite reward. None is taken as closer than this: rewards stay within 13.8 nats
+# Probabilities are clamped to this distance from 0 and 1, as their logits are infinite: rewards are within 13.8 nats
 SMALLEST_PROBABILITY = 1e-6
 
 
@@ -43,28 +43,28 @@ class PairwiseRanker(PublishedModel):
     The probability that the first is preferred is the softmax over the logits of the answers "A" and "B", averaged
     over both orders of the two completions. Train one with TRL's `SFTTrainer` on [`pairwise_ranker_dataset`].
 
-    What the comparisons of a prompt begin with is computed once: the prompt, and in `score` also the baseline, in the
-    order in which it comes first. An encoder-decoder, such as the paper's T5, reads the comparison without the
-    template's answer cue and answers in its decoder. It shares nothing: each token of an encoder sees all others.
+    The common prefix of the comparisons of a prompt is computed once: the prompt, and in `score` also the baseline if
+    it comes first. An encoder-decoder, such as the paper's T5, reads the comparison without the template's answer cue
+    and answers in its decoder. It shares no prefix, as each token of an encoder attends to all others.
 
     Args:
         model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
-            Causal language model or encoder-decoder, or the folder or Hub id of one or of an adapter: then it is
-            loaded, onto the accelerator if there is one.
+            Causal language model or encoder-decoder, or the folder or Hub id of a model or adapter, which is loaded
+            onto the accelerator if there is one.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            By default it is loaded from where the model came from.
+            By default it is loaded from the folder or Hub id of the model.
         template (`str` or `Callable`, *optional*, defaults to `"dialogue"`):
-            How a comparison is written: `"dialogue"` or `"summary"` (the paper's formats), or a function
+            Format of a comparison: `"dialogue"` or `"summary"` (the paper's formats), or a function
             `(prompt_text, first_text, second_text) -> str`. Use the one the model was trained with.
         batch_size (`int`, *optional*, defaults to `32`):
             Number of comparisons in one forward pass.
         max_length (`int`, *optional*):
-            Most tokens of one comparison. The prompts of longer ones lose their beginning, and one logged line counts
-            them. By default the limit of the tokenizer or of the model's positions, whichever is lower.
+            Maximum number of tokens of one comparison. Longer prompts are truncated at the beginning, and one warning
+            counts them. By default the lower of the limits of the tokenizer and of the model's positions.
         share_prefix (`bool`, *optional*, defaults to `True`):
-            Compute what comparisons begin with once if that is exact; otherwise one logged line says why not.
+            Compute common prefixes once if that is exact. Otherwise log the reason once.
         seed (`int`, *optional*, defaults to `0`):
-            Chooses the baselines of `score`, together with the prompt and its completions and nothing else.
+            Seed of the baselines of `score`, which otherwise depend only on the prompt and its completions.
 
     Raises:
         ValueError: if the template's name is unknown, a number is out of range, no model or tokenizer can be found,
@@ -111,8 +111,8 @@ class PairwiseRanker(PublishedModel):
 
         Raises:
             TypeError: for a single text or conversation in place of a list of them.
-            ValueError: naming the row whose completions exceed `max_length` by themselves, or whose template does not
-                end where an answer is a token of its own.
+            ValueError: if the completions of a row exceed `max_length`, or the tokenizer merges the answer with the
+                end of the template.
         """
         check_inputs(prompts, first=first, second=second)
         return self._compare(prompts, first, second, range(len(prompts)))
@@ -123,11 +123,11 @@ class PairwiseRanker(PublishedModel):
         completions: Sequence[Sequence[Completion]],
         baselines: Sequence[Completion] | None = None,
     ) -> list[np.ndarray]:
-        """Return the logit of each completion's probability to be preferred to a baseline (RSO eq. 9).
+        """Return the logit of the probability that each completion is preferred to a baseline (RSO eq. 9).
 
         Arguments and shapes are those of [`Ranker.score`]. The default baseline is one of the prompt's completions,
         drawn at random. Rewards are in nats and within 13.8 of 0: probabilities are clamped to [1e-6, 1 - 1e-6], and
-        one logged line counts those.
+        one warning counts the clamped ones.
 
         Raises:
             TypeError, ValueError: as `compare`, and for a prompt without completions to draw a baseline from.
@@ -151,7 +151,7 @@ class PairwiseRanker(PublishedModel):
         return np.split(rewards, np.cumsum([len(candidates) for candidates in completions], dtype=int))[:-1]
 
     def settings(self) -> Settings:
-        """Return fingerprints of the weights, the tokenizer and the template, and the numbers of the ranker."""
+        """Return fingerprints of the weights, the tokenizer and the template, and the ranker's options."""
         return {
             "class": type(self).__name__,
             **self.ranking_model.settings(),
@@ -178,22 +178,17 @@ class PairwiseRanker(PublishedModel):
         second: Sequence[Completion],
         rows: Sequence[int],
     ) -> np.ndarray:
-        """Compare, and name the prompts by the numbers in `rows` in errors."""
+        """Compare the completions. Errors name the prompts by `rows`."""
         comparisons = [Texts.of(*texts) for texts in zip(prompts, first, second, strict=True)]
-        inputs: dict[Texts, int] = {}  # each distinct one once, with the first row that needs it
+        inputs: dict[Texts, int] = {}  # the first row of each distinct comparison
         for comparison, row in zip(comparisons, rows, strict=True):
             if comparison.first != comparison.second:
                 inputs.setdefault(comparison, row)
                 inputs.setdefault(comparison.swapped(), row)
         answers_a = dict(zip(inputs, self._probabilities_of_a(inputs), strict=True))
-        return np.array(
-            [
-                0.5
-                if comparison.first == comparison.second
-                else (answers_a[comparison] + 1 - answers_a[comparison.swapped()]) / 2
-                for comparison in comparisons
-            ]
-        )
+        # Equal completions are not run: 0.5 in both orders
+        both_orders = [[answers_a.get(one, 0.5), answers_a.get(one.swapped(), 0.5)] for one in comparisons]
+        return np.array([(a_first + 1 - b_first) / 2 for a_first, b_first in both_orders])
 
     def _probabilities_of_a(self, inputs: dict[Texts, int]) -> np.ndarray:
         """Return P("A") of each input, shape `(len(inputs),)`."""
@@ -209,7 +204,7 @@ class PairwiseRanker(PublishedModel):
             return logits.gather(1, answers).float().softmax(dim=1)[:, 0]
 
         lengths = [sum(map(len, comparison)) for comparison in comparisons]
-        # A baseline that comes first is shared with the prompt by all that are compared to it
+        # Comparisons that begin with the same baseline share it as well as the prompt
         firsts = Counter((comparison.prompt, comparison.first) for comparison in comparisons)
         groups = [
             comparison[:2] if firsts[comparison.prompt, comparison.first] > 1 else comparison[:1]
@@ -221,7 +216,7 @@ class PairwiseRanker(PublishedModel):
         """Return the logits of the token that answers, shape `(batch_size, vocabulary_size)`."""
         model = self.ranking_model.model
         if not self.answers_in_decoder:
-            # The padding token does not matter here: no text attends behind its own end
+            # The padding token is arbitrary, as no token attends to the padding after it
             return self.ranking_model.rows(contexts, groups, pad_token_id=0).last_logits(model)
         rows = WholeRows(contexts, 0, model.device)
         start = [decoder_start_token_id(model), *self.decoder_answers.context]
@@ -229,7 +224,7 @@ class PairwiseRanker(PublishedModel):
         return model(**rows.inputs, decoder_input_ids=decoder_input_ids, use_cache=False).logits[:, -1]
 
     def _tokenize(self, comparisons: list[Texts], rows: list[int]) -> list[Tokens]:
-        """Write comparisons with the template and tokenize them, with each answer as part of the text."""
+        """Format comparisons with the template and tokenize them, with each answer as part of the text."""
         texts = [self.template(*comparison) for comparison in comparisons]
         if self.answers_in_decoder:
             asked = [text.removesuffix(ANSWER_CUE) for text in texts]
@@ -241,7 +236,7 @@ class PairwiseRanker(PublishedModel):
         ]
 
     def _cut_prompt(self, comparison: Texts, row: int) -> Tokens:
-        """Keep as much of the prompt's end as leaves room for the rest."""
+        """Truncate the beginning of the prompt so that the comparison fits into `max_length`."""
         self.ranking_model.num_cut += 1
         prompt, max_length = comparison.prompt, self.ranking_model.max_length
 
@@ -252,8 +247,8 @@ class PairwiseRanker(PublishedModel):
         num_characters = bisect_right(range(len(prompt)), max_length, key=lambda size: len(keep(size).context)) - 1
         if num_characters < 0:
             raise ValueError(
-                f"Prompt row {row}: without any of the prompt, its two completions exceed `max_length` ({max_length} "
-                f"tokens) when compared. Raise `max_length`, or drop the row or its long completions."
+                f"Prompt row {row}: even without the prompt, its two completions exceed `max_length` ({max_length} "
+                f"tokens). Raise `max_length`, or drop the row or its long completions."
             )
         return keep(num_characters)
 

@@ -154,7 +154,7 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
         num_kept = 1 if token_ids[0] in self.tokenizer.all_special_ids else 0
         if num_kept + num_dropped > len(prompt_token_ids(self.tokenizer, prompt)):
             raise ValueError(
-                f"Prompt row {row}: without any of the prompt, a completion exceeds `max_length` ({max_length} "
+                f"Prompt row {row}: even without the prompt, a completion exceeds `max_length` ({max_length} "
                 "tokens). Raise `max_length`, or drop the row or the completion."
             )
         return token_ids[:num_kept] + token_ids[num_kept + num_dropped :]

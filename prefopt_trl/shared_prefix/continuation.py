@@ -41,18 +41,17 @@ HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 1e-1
 class RowsAfterPrefix:
     """Rows of token ids whose common prefix runs once per group, and then the rest of each row without padding.
 
-    [`reason_not_to_share_prefix`] must be None for the model, which may have any head. Rows with the same `group_ids`
-    must be adjacent, and each row needs a token after its first that is not padding. Rows may end in padding.
+    [`reason_not_to_share_prefix`] must be None for the model, which may have any head. `prefixes` and `following` are
+    those of [`split_rows`].
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        rows: Sequence[Sequence[int]],
-        group_ids: Sequence[Hashable],
+        prefixes: list[Sequence[int]],
+        following: list[list[Sequence[int]]],
         pad_token_id: int,
     ) -> None:
-        prefixes, following = split_rows(rows, group_ids, pad_token_id)
         prompts, device = DynamicCache(), model.device
         with torch.no_grad():
             without_head(model)(**left_pad(prefixes, pad_token_id, device), **with_cache(model, prompts))
@@ -90,9 +89,13 @@ class RowsAfterPrefix:
 def split_rows(
     rows: Sequence[Sequence[int]], group_ids: Sequence[Hashable], pad_token_id: int
 ) -> tuple[list[Sequence[int]], list[list[Sequence[int]]]]:
-    """Return the common prefix of each group of rows, and the rest of each row; rows without one become groups."""
+    """Return the common prefix of each group of rows, and the rest of each row. Rows without one become groups.
 
-    def shared_length(group: list[Sequence[int]]) -> int:  # leaves each row its last token that is not padding
+    Rows with the same `group_ids` must be adjacent. They may end in padding, but need a token other than padding after
+    their first.
+    """
+
+    def shared_length(group: list[Sequence[int]]) -> int:  # excludes each row's last token that is not padding
         return min(common_length(group), *(last_of_row(row, pad_token_id) for row in group))
 
     prefixes: list[Sequence[int]] = []
@@ -214,7 +217,7 @@ def probe_segments(model: PreTrainedModel) -> str | None:
 
 
 def _run_segments(model: PreTrainedModel, rows: list[list[int]]) -> list[States]:
-    following = RowsAfterPrefix(model, rows, [0, 0, 1, 1], pad_token_id=0)
+    following = RowsAfterPrefix(model, *split_rows(rows, [0, 0, 1, 1], 0), 0)
     with attend_to_prefix(model):
         states = without_head(model)(**following.inputs).last_hidden_state[0]
     check_attended(following.segments)
@@ -228,19 +231,17 @@ def reason_not_to_share_head(model: PreTrainedModel, pad_token_id: int) -> str |
     A head that reads only the last token before padding can. A probe detects one that averages over the row or looks
     for a special token.
     """
-    reason = run_probe(_probe_head, model, pad_token_id)
-    if reason is not None:
-        log_reason(model, reason)
-    return reason
+    return log_reason(model, run_probe(_probe_head, model, pad_token_id))
 
 
 def _probe_head(model: PreTrainedModel, pad_token_id: int) -> str | None:
     rows = [[*row, *[pad_token_id] * (number % 2)] for number, row in enumerate(probe_rows(model))]
     with evaluating(model), torch.no_grad():
         whole = WholeRows(rows, pad_token_id, model.device).head_logits(model).float()
-        after = RowsAfterPrefix(model, rows, [0, 0, 1, 1], pad_token_id).head_logits(model).float()
-    if whole.shape == after.shape:
-        difference, size = (whole - after).abs().max().item(), whole.abs().max().item()
+        after = RowsAfterPrefix(model, *split_rows(rows, [0, 0, 1, 1], pad_token_id), pad_token_id)
+        found = after.head_logits(model).float()
+    if whole.shape == found.shape:
+        difference, size = (whole - found).abs().max().item(), whole.abs().max().item()
         if difference <= HEAD_TOLERANCE[model.dtype] * size:
             return None
     return f"the head of {type(model).__name__} reads more of a row than its last token"

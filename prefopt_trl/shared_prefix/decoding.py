@@ -137,7 +137,15 @@ def decode_shared_prefix(
     settings = _check(model, model_kwargs, logits_processor, generation_config, num_completions)
     with evaluating(model), torch.no_grad():
         rows = _Rows(input_ids, num_completions, generation_config, logits_processor, stopping_criteria)
-        logits, cache, positions = _prefill(model, input_ids, num_completions, rows.room, model_kwargs, settings)
+        logits, cache, positions = _prefill(
+            model,
+            input_ids,
+            model_kwargs.get("attention_mask"),
+            model_kwargs.get("position_ids"),
+            num_completions,
+            rows.room,
+            settings,
+        )
         settings |= with_cache(model, cache)
         rows.append(logits)
         while rows.unfinished.any():
@@ -165,10 +173,7 @@ def reason_not_to_decode(model: PreTrainedModel) -> str | None:
     Decode two tokens, so that an incompatible release disables sharing instead of failing the run. The reason is
     logged once per model. The model's own generation config must not request anything that is refused.
     """
-    reason = run_probe(_probe_generate, model)
-    if reason is not None:
-        log_reason(model, reason)
-    return reason
+    return log_reason(model, run_probe(_probe_generate, model))
 
 
 def _probe_generate(model: PreTrainedModel) -> None:
@@ -277,15 +282,14 @@ def draw(scores: torch.Tensor) -> torch.Tensor:
 def _prefill(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # None if `generate` saw no padding
+    position_ids: torch.Tensor | None,
     num_completions: int,
     room: int,
-    model_kwargs: dict[str, Any],
     settings: dict[str, object],
 ) -> tuple[torch.Tensor, PrefixCache, torch.Tensor]:
     """Run the prompts once; return the next-token logits of each row, the cache, and each row's next position."""
-    attention_mask = model_kwargs.get("attention_mask")  # None if `generate` saw no padding
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
-    position_ids = model_kwargs.get("position_ids")
     if position_ids is None:
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
     prompts = DynamicCache()

@@ -181,12 +181,12 @@ class _ChunkedHead(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         device = hidden.device.type
         mixed = torch.is_autocast_enabled(device)
-        ctx.dtype = torch.get_autocast_dtype(device) if mixed else hidden.dtype  # dtype of the matrix products
-        ctx.scale, ctx.softcap = scale, softcap
+        dtype = torch.get_autocast_dtype(device) if mixed else hidden.dtype  # of the matrix products
+        ctx.dtype, ctx.scale, ctx.softcap = dtype, scale, softcap
         greatest = hidden.new_full((len(hidden),), -torch.inf, dtype=_at_least_float32(hidden.dtype))
         total, weighted, summed, of_label = (torch.zeros_like(greatest) for _ in range(4))
         for part in _parts(len(hidden), len(weight)):
-            logits = _logits(ctx, hidden, weight, bias, part)
+            logits = _logits(hidden, weight, bias, part, dtype, scale, softcap)
             before, greatest = greatest, torch.maximum(greatest, logits.amax(dim=1))
             here, place = _labels_in(part, labels)
             of_label = torch.where(here, logits.gather(1, place).squeeze(1), of_label)
@@ -210,7 +210,7 @@ class _ChunkedHead(torch.autograd.Function):
             of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
             of_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
             for part in _parts(len(hidden), len(weight)):
-                logits = _logits(ctx, hidden, weight, bias, part)
+                logits = _logits(hidden, weight, bias, part, ctx.dtype, ctx.scale, ctx.softcap)
                 bend = ctx.scale if ctx.softcap is None else ctx.scale * (1 - (logits / ctx.softcap).square_())
                 # d log p(label) / d logits = 1 at the label, minus the probabilities
                 of_logits = logits.sub_(log_total[:, None]).exp_().neg_()
@@ -238,16 +238,22 @@ def _parts(num_positions: int, vocab_size: int) -> list[slice]:
 
 
 def _logits(
-    ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, part: slice
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    part: slice,
+    dtype: torch.dtype,
+    scale: float,
+    softcap: float | None,
 ) -> torch.Tensor:
-    with torch.autocast(hidden.device.type, enabled=False):  # `ctx.dtype` is already the autocast dtype
-        logits = hidden.to(ctx.dtype) @ weight[part].to(ctx.dtype).T
+    with torch.autocast(hidden.device.type, enabled=False):  # `dtype` is already the autocast dtype
+        logits = hidden.to(dtype) @ weight[part].to(dtype).T
         if bias is not None:
-            logits += bias[part].to(ctx.dtype)
-    logits = logits.to(_at_least_float32(ctx.dtype))
-    if ctx.scale != 1:
-        logits *= ctx.scale
-    return logits if ctx.softcap is None else logits.div_(ctx.softcap).tanh_().mul_(ctx.softcap)
+            logits += bias[part].to(dtype)
+    logits = logits.to(_at_least_float32(dtype))
+    if scale != 1:
+        logits *= scale
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def _labels_in(part: slice, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,28 +52,25 @@ _logged: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyD
 def reason_not_to_share(model: PreTrainedModel, forward: Forward, row_length: int) -> str | None:
     """Say why this model's prompts must not be shared, or return None if sharing is exact. Logged once per model.
 
-    `row_length` is that of the longest unpacked row in tokens, which decides whether a sliding window matters.
+    `row_length` is the number of tokens of the longest unpacked row, which decides whether a sliding window matters.
     """
     reason = config_reason(model, PROBE_LENGTH)
     if reason is None:
         # Probe before checking the length: processes that share a model's weights must probe it together
         reason = run_probe(probe_reason, model, forward) or config_reason(model, row_length)
-    if reason is not None:
-        log_reason(model, reason)
-    return reason
+    return log_reason(model, reason)
 
 
 def reason_not_to_pack(model: PreTrainedModel, packed: PackedBatch) -> str | None:
     """Say why this batch must not run packed on a model that may share, or return None. Logged once per reason."""
-    reason = place_reason(model, packed.input_ids.shape[1])
+    return log_reason(model, place_reason(model, packed.input_ids.shape[1]))
+
+
+def log_reason(model: PreTrainedModel, reason: str | None) -> str | None:
+    """Return the reason why a model's prompts are not shared, if there is one, and log it once per model."""
     if reason is not None:
-        log_reason(model, reason)
+        log_once(model, f"Prompts are not shared, each completion is run as a separate row: {reason}.")
     return reason
-
-
-def log_reason(model: PreTrainedModel, reason: str) -> None:
-    """Log why a model's prompts are not shared, once per model and reason."""
-    log_once(model, f"Prompts are not shared, each completion is run as a separate row: {reason}.")
 
 
 def log_once(model: PreTrainedModel, message: str) -> None:
@@ -213,16 +210,14 @@ def reason_not_to_share_prefix(
 ) -> str | None:
     """Say why rows of this model must not share the keys of a prompt, or return None if sharing is exact.
 
-    The model may have any head; `row_length` is that of the longest row in tokens, prompt included. `probe` is the one
-    of the way in which the rows run, by default [`probe_steps`]. The reason is logged once per model.
+    The model may have any head. `row_length` is the number of tokens of the longest row, prompt included. `probe`
+    tests how the rows will run: [`probe_steps`] (the default) or [`probe_segments`]. The reason is logged once per
+    model.
     """
     reason = architecture_reason(model, row_length) or partition_reason(model)
     if reason is None and getattr(model.config.get_text_config(), "attn_temperature_tuning", False):
         reason = "its attention temperature depends on a token's index in the cache (`attn_temperature_tuning`)"
-    reason = reason or run_probe(probe or probe_steps, model)
-    if reason is not None:
-        log_reason(model, reason)
-    return reason
+    return log_reason(model, reason or run_probe(probe or probe_steps, model))
 
 
 def partition_reason(model: torch.nn.Module) -> str | None:

@@ -7,16 +7,9 @@ from prefopt_trl.rankers.templates import ANSWERS, dialogue, resolve_template, s
 LLAMA_3_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def test_dialogue_is_the_papers_input_and_a_cue():
-    assert dialogue("Human: Hi", "Hello.", "Go.") == (
-        "[CONTEXT] Human: Hi [RESPONSE A] Hello. [RESPONSE B] Go. [ANSWER]\n"
-    )
-
-
-def test_summary_is_the_papers_input_and_a_cue():
-    assert summary("A long text.", "Text.", "Long.") == (
-        "[CONTEXT] A long text. [SUMMARY A] Text. [SUMMARY B] Long. [ANSWER]\n"
-    )
+def test_templates_are_the_papers_inputs_and_a_cue():
+    assert dialogue("Hi", "Hello.", "Go.") == "[CONTEXT] Hi [RESPONSE A] Hello. [RESPONSE B] Go. [ANSWER]\n"
+    assert summary("A text.", "Text.", "A.") == "[CONTEXT] A text. [SUMMARY A] Text. [SUMMARY B] A. [ANSWER]\n"
 
 
 def test_a_name_or_a_function_resolves_to_a_function():
@@ -26,9 +19,6 @@ def test_a_name_or_a_function_resolves_to_a_function():
     assert resolve_template("dialogue") is dialogue
     assert resolve_template("summary") is summary
     assert resolve_template(mine) is mine
-
-
-def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"`template` is 'chat'. Give one of 'dialogue', 'summary', or a function"):
         resolve_template("chat")
 

@@ -12,6 +12,7 @@ from prefopt_trl.shared_prefix.continuation import (
     SegmentLayer,
     probe_segments,
     reason_not_to_share_head,
+    split_rows,
 )
 from prefopt_trl.shared_prefix.packing import WholeRows
 from prefopt_trl.shared_prefix.support import probe_steps, reason_not_to_share_prefix
@@ -51,7 +52,7 @@ def check_logits(model, rows, group_ids, method: str = "last_logits") -> torch.T
     """Compare the logits after shared beginnings, and of rows in a batch, with those of one row at a time."""
     expected = logits_of_single_rows(model, rows)
     with torch.no_grad():
-        found = getattr(RowsAfterPrefix(model, rows, group_ids, PAD), method)(model)
+        found = getattr(RowsAfterPrefix(model, *split_rows(rows, group_ids, PAD), PAD), method)(model)
         whole = getattr(WholeRows(rows, PAD, model.device), method)(model)
     torch.testing.assert_close(found, expected, **CLOSE)
     torch.testing.assert_close(whole, expected, **CLOSE)
@@ -94,7 +95,7 @@ def test_beginnings_and_what_follows_them_are_run_once_without_padding_and_the_h
     rows = [[*range(20, 50), *range(5, 6 + length)] for length in range(10)]
     rows += [[*A, 20, 21], [*A, 22], [*B, 23]]
     with torch.no_grad():
-        RowsAfterPrefix(model, rows, [0] * 10 + [1, 1, 2], PAD).last_logits(model)
+        RowsAfterPrefix(model, *split_rows(rows, [0] * 10 + [1, 1, 2], PAD), PAD).last_logits(model)
     prefixes, tokens = calls
     # All ten rows go on with 5, of which the first has nothing else: it stays with them
     assert [row[row != PAD].tolist() for row in prefixes] == [[*range(20, 50)], A, B]
@@ -132,7 +133,7 @@ def test_a_head_runs_the_body_once_and_reads_one_token_of_each_row():
     model.score.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].shape))
     rows, group_ids = WITH_PADDING
     with torch.no_grad():
-        RowsAfterPrefix(model, rows, group_ids, PAD).head_logits(model)
+        RowsAfterPrefix(model, *split_rows(rows, group_ids, PAD), PAD).head_logits(model)
     assert [call.shape for call in calls] == [(2, 4), (1, 13)]
     assert calls[1].tolist() == [[9, PAD, 9, 20, PAD, 9, PAD, PAD, 9, 20, 21, 22, PAD]]
     assert read == [(5, 1, 32)]
@@ -149,7 +150,7 @@ def test_the_body_is_as_before_also_after_an_error(fails, wrapped):
         body.forward = lambda *args, **kwargs: inner(*args, **kwargs)
     before, implementation = vars(body).get("forward"), model.config._attn_implementation
     with torch.no_grad():
-        following = RowsAfterPrefix(model, rows, group_ids, PAD)
+        following = RowsAfterPrefix(model, *split_rows(rows, group_ids, PAD), PAD)
         if fails:
             with pytest.raises(TypeError):
                 model.score, score = torch.nn.Bilinear(32, 32, 2), model.score
