@@ -50,9 +50,9 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
 
     Examples with `"prompt_ids"` are only collated.
 
-    A batch depends only on `seed`, `epoch`, its prompts and the policy, so it is the same after a restart. The global
-    random state does not change. In your own training loop, call the collator at the beginning of a step: a
-    `DataLoader` makes batches ahead, with a policy that has not learned from the latest one.
+    A batch depends only on `seed`, `epoch`, its prompts, the policy, the ranker and the options below, so it is the
+    same after a restart. The global random state does not change. In your own training loop, call the collator at the
+    beginning of a step: a `DataLoader` makes batches ahead, with a policy that has not learned from the latest one.
 
     With `"rso"` and `"top-k"`, a prompt with fewer distinct candidates than `num_samples` repeats their pairs, so that
     all prompts make the same number of pairs. A warning counts such prompts. A single candidate is paired with itself,

@@ -50,9 +50,10 @@ _logged: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyD
 
 
 def reason_not_to_share(model: PreTrainedModel, forward: Forward, row_length: int) -> str | None:
-    """Say why this model's prompts must not be shared, or return None if sharing is exact. Logged once per model.
+    """Say why this model's prompts must not be shared, or return None if sharing is exact.
 
-    `row_length` is the number of tokens of the longest unpacked row, which decides whether a sliding window matters.
+    Each reason is logged once per model. `row_length` is the number of tokens of the longest unpacked row, which
+    decides whether a sliding window matters.
     """
     reason = config_reason(model, PROBE_LENGTH)
     if reason is None:
@@ -67,7 +68,7 @@ def reason_not_to_pack(model: PreTrainedModel, packed: PackedBatch) -> str | Non
 
 
 def log_reason(model: PreTrainedModel, reason: str | None) -> str | None:
-    """Return the reason why a model's prompts are not shared, if there is one, and log it once per model."""
+    """Return the reason why a model's prompts are not shared, if there is one, and log each once per model."""
     if reason is not None:
         log_once(model, f"Prompts are not shared, each completion is run as a separate row: {reason}.")
     return reason

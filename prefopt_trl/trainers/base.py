@@ -232,8 +232,8 @@ class PreferenceTrainer(Published, DPOTrainer):
         """Train as [`~transformers.Trainer`] does. With True, resume from the last checkpoint that is complete.
 
         Raises:
-            ValueError: for a checkpoint that was trained with other settings, another adapter or other data, or longer
-                than this run, naming what differs; if no checkpoint is complete.
+            ValueError: for a checkpoint that was trained with other settings, another adapter or other data (64 rows
+                are compared), or longer than this run, naming what differs; if no checkpoint is complete.
         """
         output_dir = self.args.output_dir
         checkpoint = last_checkpoint(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
@@ -255,7 +255,7 @@ class PreferenceTrainer(Published, DPOTrainer):
         dataset = self.train_dataset
         if isinstance(dataset, Dataset):
             dataset = self._remove_unused_columns(dataset)
-        return training_settings(self._name, self.args, self.model, dataset)
+        return training_settings(self._name, self.args, self.model, dataset, self.training_data.ranker)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         # transformers truncates what it gathers to the number of examples, but an example has several rows of logits.

@@ -33,7 +33,7 @@ class ListwiseDPOConfig(RankingConfig):
         default_factory=lambda: ["plackett-luce"],
         metadata={
             "help": "Loss: 'plackett-luce' (DPO eq. 20), for the order of the rewards, or 'lambda' (LiPO, arXiv "
-            "2402.01878), for their differences. One of them."
+            "2402.01878), for their differences, with gains 2^reward - 1. One of them."
         },
     )
 

@@ -16,7 +16,8 @@ class ListwiseDPOTrainer(CompletionTrainer):
     model, so there is one copy of the weights; otherwise two, as in TRL. Equal rewards keep the order of the data: the
     model has no ties.
 
-    With `loss_type="lambda"` the loss is LiPO's (arXiv 2402.01878), which weights each pair by its rewards.
+    With `loss_type="lambda"` the loss is LiPO's (arXiv 2402.01878), which weights each pair by its rewards. The gain
+    of a completion is `2^reward - 1`, so rewards should be of the order of 1: far below 0 they hardly count.
 
     The data, the arguments and the errors are those of [`PROTrainer`], without bootstrapping; `ref_model` is allowed.
 

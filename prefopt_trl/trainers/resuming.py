@@ -43,12 +43,17 @@ NUM_ROWS = 64  # of the training data, in their fingerprint
 
 
 def training_settings(
-    method: str, args: PreferenceConfig, model: PreTrainedModel | PeftModel, dataset: Dataset | IterableDataset
+    method: str,
+    args: PreferenceConfig,
+    model: PreTrainedModel | PeftModel,
+    dataset: Dataset | IterableDataset,
+    ranker: Settings | None,
 ) -> Settings:
     """Return the settings that determine what is trained, as JSON: all except [`MAY_CHANGE`].
 
     The batch size is that of a step of the optimizer on all processes. The adapter's settings are
-    `"peft_config.<name>"`; without an adapter `"peft_config.peft_type"`, which is None, is the only one.
+    `"peft_config.<name>"`; without an adapter `"peft_config.peft_type"`, which is None, is the only one. `ranker` are
+    the ranker's settings, which count with `sampling="online"`.
     """
     settings = args.to_dict()
     if args.sampling == "offline":  # they determine the data, which are compared below
@@ -62,6 +67,9 @@ def training_settings(
         **{f"peft_config.{name}": value for name, value in adapter.items()},
     }
     may_change = {name for name in settings if any(fnmatch(name, pattern) for pattern in MAY_CHANGE.split())}
+    if args.sampling == "online":  # what is sampled also depends on the batches of `generate`
+        settings["ranker"] = ranker
+        may_change -= {option.name for option in fields(SamplingOptions)}
     kept = {name: settings[name] for name in sorted(settings.keys() - may_change)}
     return as_json(kept, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
 

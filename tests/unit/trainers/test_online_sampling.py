@@ -259,6 +259,14 @@ def test_a_resumed_run_draws_what_the_uninterrupted_one_drew(how, checkpoint, ma
         assert (epoch, prompts) == (other_epoch, other_prompts) and same(batch, other)
 
 
+def test_a_run_with_another_ranker_does_not_resume(make, tmp_path):
+    given = {"output_dir": tmp_path, "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    train(make, RSOTrainer, **given)
+    trainer = make(RSOTrainer, PROMPTS, ranker=FunctionRanker(lambda prompts, completions: [0.0]), **SAMPLING, **given)
+    with pytest.raises(ValueError, match="`ranker.function` was .*checksum"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_each_epoch_and_seed_draws_anew(make):
     first, batches = train(make, RSOTrainer, num_train_epochs=2, per_device_train_batch_size=6)
     assert len(batches) == 2 and not same(batches[0][2], batches[1][2])

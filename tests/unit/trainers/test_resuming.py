@@ -47,7 +47,7 @@ class Model(torch.nn.Module):
 
 
 def settings_of(method, args, dataset=PAIRS):
-    return training_settings(method, args, Model(), dataset)
+    return training_settings(method, args, Model(), dataset, {"name": "brevity"})
 
 
 def test_the_settings_are_those_that_decide_what_is_trained(config):
@@ -139,7 +139,8 @@ def test_another_length_is_said(longer, tmp_path, caplog):
 
 
 def test_options_of_sampling_are_settings_where_it_is_online(config):
-    options = {"max_new_tokens", "num_candidates", "top_p", "temperature", "pairing", "rejection_beta"}
+    options = {"max_new_tokens", "num_candidates", "top_p", "temperature", "pairing", "rejection_beta", "ranker"}
+    options |= {"generation_batch_size", "generation_memory_budget", "share_prefix"}  # other batches, other samples
     assert not options & settings_of("RSO", config(RSOConfig)).keys()  # of offline sampling the data are compared
     assert options <= settings_of("RSO", config(RSOConfig, sampling="online")).keys()
 
