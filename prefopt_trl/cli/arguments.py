@@ -7,7 +7,7 @@ from prefopt_trl.sampling.options import MAX_NEW_TOKENS, SamplingOptions, is_who
 RANKER = {
     "help": "Ranker: folder or Hub id of a causal language model or encoder-decoder (a pairwise ranker, such as "
     "`prefopt-trl ranker` trains), of its adapter, or of a sequence classification model (a reward model); or "
-    "`package.module.function`, a reward function with the signature of TRL's `reward_funcs`."
+    "`module.function`, a reward function with the signature of TRL's `reward_funcs`."
 }
 
 

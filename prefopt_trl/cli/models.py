@@ -24,6 +24,7 @@ from transformers.utils import find_adapter_config_file
 from trl import DPOConfig, ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from prefopt_trl.cli.arguments import RankerArguments
+from prefopt_trl.data.formats import is_lost
 from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.rankers.function import FunctionRanker
 from prefopt_trl.rankers.inference import is_reward_model
@@ -110,6 +111,8 @@ def load_adapter(path: str, model: ModelConfig, init: dict[str, object], is_trai
 
 def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """Load the tokenizer of `model_name_or_path`, or of its base model if it is an adapter without a tokenizer."""
+    if is_lost(path):
+        raise FileNotFoundError(f"`model_name_or_path`: there is no folder {path}. Check the path.")
     source, options = path, {"revision": revision, "trust_remote_code": trust_remote_code}
     has_tokenizer = not Path(path).is_dir() or Path(path, "tokenizer_config.json").is_file()
     if not has_tokenizer and find_adapter_config_file(path) is not None:
@@ -128,7 +131,7 @@ def load_ranker(arguments: RankerArguments) -> Ranker:
     """Load the model or import the function that `ranker` names. The model's configuration decides its class."""
     name = str(arguments.ranker)
     if name.partition(":")[0].endswith(".py"):
-        raise ValueError(f"`ranker`={name!r} is a file. Name a function in it as `package.module.function`.")
+        raise ValueError(f"`ranker`={name!r} is a file. Name a function in it as `module.function`.")
     if not os.path.exists(name) and "/" not in name and "." in name:
         return _function_ranker(name)
     with named(f"`ranker`={name!r}"):
@@ -145,8 +148,8 @@ def _function_ranker(path: str) -> FunctionRanker:
         return FunctionRanker(getattr(importlib.import_module(module), name))
     except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"`ranker`={path!r} is no folder, and no function that can be imported and called ({_in_short(error)}). "
-            "Give a folder, a Hub id with its organization, or `package.module.function`."
+            f"`ranker`={path!r} is not a folder, and cannot be imported as a function ({_in_short(error)}). Give a "
+            "folder, a Hub id with its organization, or `module.function`."
         ) from error
 
 

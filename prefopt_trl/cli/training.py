@@ -40,8 +40,13 @@ def prepare(
     _check_resumed(args)
     tokenizer = load_tokenizer(str(model.model_name_or_path), model.model_revision, args.trust_remote_code)
     trained = model_to_train(model, args)
-    evaluated = None
+    evaluated, path = None, Path(own.dataset_name)
     if args.eval_strategy != "no":
+        if (path.is_file() or (path / "state.json").is_file()) and "[" not in own.dataset_test_split:
+            raise ValueError(
+                f"{path} has no splits, so evaluation would be on the training data. Hold out a part of it: "
+                "--dataset_train_split 'train[:90%]' --dataset_test_split 'train[90%:]'."
+            )
         evaluated = load_rows(own.dataset_name, own.dataset_config, own.dataset_test_split)
     rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_train_split, own.num_rows)
     return tokenizer, trained, {"train_dataset": rows, "eval_dataset": evaluated}

@@ -233,6 +233,11 @@ def check_tokens(dataset: Dataset, columns: list[str], name: str) -> None:
     """Raise `ValueError` for a row without a prompt and warn about equal completions, in the first 10,000 rows."""
     rows = dataset.select(range(min(len(dataset), 10_000)))
     for row, (ids, prompt) in enumerate(zip(rows["prompt_ids"], rows["prompt"], strict=True)):
+        if "prompt" in columns and prompt and not ids:
+            raise ValueError(
+                f"The prompt of row {row} of the {name} dataset, {prompt!r}, is left without a token: the tokenizer "
+                "merges it with the completion. Begin the completion with a space, or leave the row out."
+            )
         if not ids or ("prompt" not in columns and not prompt):
             raise no_prompt(row, name, columns)
     if "completion_ids" in rows.column_names:

@@ -310,7 +310,7 @@ def _assemble(shards: Shards, settings: Settings) -> None:
     tqdm.write(f"{statistics.made.capitalize()} saved in {store.folder}\n{statistics}")
     if statistics.num_unfinished and statistics.num_unfinished > MANY_UNFINISHED * statistics.num_candidates:
         logger.warning(
-            "%d of %d candidates were cut at `max_new_tokens`, yet training ends them with EOS too. Raise it.",
+            "%d of %d candidates were cut at `max_new_tokens`. Training adds EOS to them all the same: raise it.",
             statistics.num_unfinished,
             statistics.num_candidates,
         )

@@ -68,7 +68,7 @@ class SamplingStatistics:
             f"{self.num_pairs} {self.made} from {self.num_prompts - self.num_skipped} of {self.num_prompts} prompts",
             f"candidates: {self.num_candidates}, of which {self.num_duplicates} repeat another"
             + ("" if self.num_unfinished is None else f" and {self.num_unfinished} were cut at max_new_tokens"),
-            f"skipped prompts, whose candidates do not differ: {self.num_skipped}",
+            f"prompts skipped because all candidates are equal: {self.num_skipped}",
             f"prompts with fewer distinct candidates than num_samples: {self.num_short}",
         ]
         if self.acceptance_rate is not None:

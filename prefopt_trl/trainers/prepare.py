@@ -110,7 +110,7 @@ def with_completions(
         if learns_from == "rankings" and name not in to_sample:
             made[name] = score_completions(datasets[name], name, columns[name], ranker, str(args.output_dir))
     is_used = args.samples_while_training or any(made[name] is not datasets[name] for name in made)
-    if ranker is not None and not is_used:
+    if ranker is not None and not is_used and {"rejected", "rewards"} & set(columns["train"]):
         logger.warning(
             "`ranker` is not used: the datasets already have ranked completions. To have them scored, remove the "
             "column `rewards`, or give pairs to a trainer on rankings."

@@ -163,13 +163,13 @@ def test_a_function_is_found_beside_the_data(tmp_path):
 
 @pytest.mark.parametrize("name", ["own.py", "./own.py:brevity"])
 def test_a_file_is_not_a_function(name):
-    with pytest.raises(ValueError, match=f"`ranker`='{name}' is a file. Name a function in it as `package.module"):
+    with pytest.raises(ValueError, match=f"`ranker`='{name}' is a file. Name a function in it as `module"):
         load_ranker(RankerArguments(ranker=name))
 
 
 @pytest.mark.parametrize("name", ["no_such_module.reward", "json.no_such_function", "json.dumps"])
 def test_a_function_that_is_not_there_is_refused(name):
-    with pytest.raises(ValueError, match="is no folder, and no function that can be imported and called"):
+    with pytest.raises(ValueError, match="is not a folder, and cannot be imported as a function"):
         load_ranker(RankerArguments(ranker=name))
 
 

@@ -89,7 +89,7 @@ def test_what_is_resumed_must_be_there(arguments, message, checkpoint_folders, r
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--model_name_or_path out/sfft", "`model_name_or_path`='out/sfft' has no tokenizer that can be loaded"),
+        ("--model_name_or_path ./sfft", "`model_name_or_path`: there is no folder ./sfft. Check"),
         ("--ranker out/rankr", "`ranker`='out/rankr' cannot be loaded .* Check the path"),
         ("--dataset_name gone.jsonl", "There is no file gone.jsonl"),
         ("--dataset_name out/pairs", "There is no file out/pairs, and no folder|'out/pairs' is neither a local file"),
@@ -97,3 +97,8 @@ def test_what_is_resumed_must_be_there(arguments, message, checkpoint_folders, r
 )
 def test_paths_with_nothing_at_them(arguments, message, training, refused):
     refused(arguments, message, base=[*training, "--output_dir", "out"], error=(ValueError, FileNotFoundError))
+
+
+def test_a_file_is_not_evaluated_on_the_rows_that_are_trained_on(training, refused):
+    message = "pairs.jsonl has no splits, so evaluation would be on the training data. Hold out a part"
+    refused("--eval_strategy epoch", message, base=[*training, "--output_dir", "out"])

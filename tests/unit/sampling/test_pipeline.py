@@ -520,7 +520,7 @@ def test_many_candidates_cut_short_are_warned_of(
     warned = [message for message in caplog.messages if "were cut at `max_new_tokens`" in message]
     # 1 of 10 is not many
     assert warned == (
-        ["2 of 10 candidates were cut at `max_new_tokens`, yet training ends them with EOS too. Raise it."]
+        ["2 of 10 candidates were cut at `max_new_tokens`. Training adds EOS to them all the same: raise it."]
         if num_cut == 2
         else []
     )

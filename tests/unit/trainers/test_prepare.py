@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, T5Config
 
 from prefopt_trl import FunctionRanker, SamplingOptions, sample_completions
+from prefopt_trl.data.tokenization import check_tokens
 from prefopt_trl.sampling.shards import shard_seed
 from prefopt_trl.trainers import base
 from prefopt_trl.trainers.listwise_dpo_trainer import ListwiseDPOTrainer
@@ -612,6 +613,12 @@ def test_pairs_without_a_prompt_are_refused_and_equal_tokens_counted(
     question = {"question": ["What?"], "chosen": ["Yes."], "rejected": ["No."]}  # a misspelled `prompt`
     with pytest.raises(ValueError, match="Row 0 of the train dataset has no prompt; its columns are .*question"):
         make(trainer_class, dataset(question))
+    merged = Dataset.from_dict({"prompt": ["a"], "prompt_ids": [[]]})  # where "ab" is one token
+    with pytest.raises(ValueError, match="The prompt of row 0 of the train dataset, 'a', is left without a token"):
+        check_tokens(merged, ["prompt", "chosen", "rejected"], "train")
+    with pytest.raises(ValueError):
+        make(trainer_class, dataset({"question": ["What?"]}), ranker=FunctionRanker(lambda prompts, completions: []))
+    assert "`ranker` is not used" not in caplog.text
     thinking = AutoTokenizer.from_pretrained(policy_dir)
     thinking.chat_template = thinking.chat_template.replace("['content']", "['content'].split('</think>')[-1]")
     says = [[{"role": "assistant", "content": f"{thought}</think>Yes"}] for thought in ("good", "bad")]
