@@ -111,6 +111,7 @@ class PreferenceTrainer(Published, DPOTrainer):
     has_own_loss: bool = False  # in place of TRL's losses on pairs
     rows_per_example: int = 2  # of logits, for pairs
     train_sampler: Sampler | None = None  # by default transformers chooses
+    _reference_is_copied: bool = False
     args: Any  # an instance of `config_class`
     model: Any
     data_collator: Any
@@ -384,7 +385,7 @@ class PreferenceTrainer(Published, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if self.args.keep_logps:
             return with_sampled_logps(dataset, name, self.args.max_length)
-        self._set_up_models()  # `DPOTrainer.__init__` calls this method before it is done here
+        self._set_up_models()  # `DPOTrainer.__init__` precomputes before it is done in ours
         if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset) and not dataset.cache_files:
             # TRL's main process writes the values beside the dataset's file, and a dataset in memory has none. Remove
             # once `DPOTrainer` broadcasts the path. https://github.com/huggingface/trl/issues/6291
@@ -409,8 +410,10 @@ class PreferenceTrainer(Published, DPOTrainer):
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def _set_up_models(self) -> None:
-        """Complete TRL's copy of a trained adapter, and have the models compute each prompt once. Idempotent."""
-        if self.has_reference and isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
+        """Complete TRL's copy of a trained adapter, once, and have the models compute each prompt once."""
+        has_copy = isinstance(self.model, PeftModel) and "ref" in self.model.peft_config
+        if self.has_reference and has_copy and not self._reference_is_copied:
+            self._reference_is_copied = True  # `evaluate` of other data comes here too, when the adapter is trained
             copy_adapter(self.model)
             self.model.set_adapter("default")  # PEFT before 0.20 freezes it when a frozen adapter is added
         for wrapped in (self.model, self.ref_model):

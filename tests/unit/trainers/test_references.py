@@ -261,6 +261,16 @@ def test_an_adapter_that_is_trained_twice_has_a_new_reference(make, policy_dir):
     assert_starts_at_its_reference(make, RSOTrainer, rel=1e-4, model=model)
 
 
+def test_the_copy_of_an_adapter_stays_when_new_data_are_evaluated(make, policy_dir):
+    given = {"precompute_ref_log_probs": True, "learning_rate": 1e-2, "max_steps": 3, "eval_dataset": DATA[RSOTrainer]}
+    trainer = make(RSOTrainer, DATA[RSOTrainer], model=with_adapter(policy_dir), **given)
+    trainer.train()
+    before = trainer.evaluate()["eval_loss"]
+    assert abs(before - math.log(2)) > 1e-3
+    other = Dataset.from_dict({name: rows[::-1] for name, rows in PAIRS.items()})  # not in the cache of TRL
+    assert trainer.evaluate(other)["eval_loss"] == pytest.approx(before, rel=1e-5)
+
+
 def test_an_adapter_may_be_the_reference_model(make, policy_dir, adapter_dir):
     def load() -> PeftModel:
         return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy_dir), str(adapter_dir))
