@@ -10,12 +10,12 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers
     from prefopt_trl import losses as losses
     from prefopt_trl.data.collators import DataCollatorForRanking as DataCollatorForRanking
     from prefopt_trl.data.hh_rlhf import load_hh_rlhf as load_hh_rlhf
+    from prefopt_trl.generation.options import GenerationOptions as GenerationOptions
+    from prefopt_trl.generation.sampler import sample_completions as sample_completions
     from prefopt_trl.rankers.function import FunctionRanker as FunctionRanker
     from prefopt_trl.rankers.pairwise import PairwiseRanker as PairwiseRanker
     from prefopt_trl.rankers.pointwise import RewardModelRanker as RewardModelRanker
     from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling as DataCollatorForRejectionSampling
-    from prefopt_trl.sampling.generation import sample_completions as sample_completions
-    from prefopt_trl.sampling.options import GenerationOptions as GenerationOptions
     from prefopt_trl.sampling.options import SamplingOptions as SamplingOptions
     from prefopt_trl.sampling.pairing import all_pairs as all_pairs
     from prefopt_trl.sampling.pairing import first_round_pairs as first_round_pairs
@@ -42,7 +42,7 @@ _HOME = {
     "DataCollatorForRanking": "data.collators",
     "DataCollatorForRejectionSampling": "sampling.collator",
     "FunctionRanker": "rankers.function",
-    "GenerationOptions": "sampling.options",
+    "GenerationOptions": "generation.options",
     "PairwiseRanker": "rankers.pairwise",
     "RewardModelRanker": "rankers.pointwise",
     "SamplingOptions": "sampling.options",
@@ -52,7 +52,7 @@ _HOME = {
     "first_round_pairs": "sampling.pairing",
     "load_hh_rlhf": "data.hh_rlhf",
     "push_preference_dataset": "sampling.statistics",
-    "sample_completions": "sampling.generation",
+    "sample_completions": "generation.sampler",
     "statistical_rejection_sampling": "sampling.rejection",
     "tournament_pairs": "sampling.pairing",
     **{

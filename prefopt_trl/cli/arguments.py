@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from prefopt_trl.sampling.options import MAX_NEW_TOKENS, SamplingOptions, is_whole
+from prefopt_trl.generation.options import MAX_NEW_TOKENS, is_whole
+from prefopt_trl.sampling.options import SamplingOptions
 
 RANKER = {
     "help": "Ranker: folder or Hub id of a causal language model or encoder-decoder (a pairwise ranker, such as "

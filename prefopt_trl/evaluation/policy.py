@@ -8,10 +8,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
 from prefopt_trl.data.tokenization import ChatOptions, tokenize_prompts
+from prefopt_trl.generation.options import GenerationOptions
+from prefopt_trl.generation.sampler import sample_candidates
 from prefopt_trl.rankers.base import Ranker, check_rewards
-from prefopt_trl.sampling.generation import sample_candidates
 from prefopt_trl.sampling.logps import row_logps
-from prefopt_trl.sampling.options import GenerationOptions
 
 BATCH_SIZE = 32  # samples whose log-probabilities are computed at a time
 

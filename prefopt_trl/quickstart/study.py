@@ -33,11 +33,11 @@ from trl import SFTConfig, SFTTrainer
 
 from prefopt_trl.evaluation.policy import Estimate, evaluate_policy
 from prefopt_trl.evaluation.report import as_percentage, plot_reward_against_kl, table, with_error
+from prefopt_trl.generation.sampler import sample_completions
 from prefopt_trl.quickstart.kitchen import MAX_NEW_TOKENS, ControlledTask, true_reward
 from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
 from prefopt_trl.rankers.templates import ANSWERS, dialogue
 from prefopt_trl.runtime.settings import versions
-from prefopt_trl.sampling.generation import sample_completions
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.trainers.base import PreferenceTrainer
 from prefopt_trl.trainers.pro_trainer import PROTrainer

@@ -25,10 +25,11 @@ from prefopt_trl.data.tokenization import (
     tokenize_completions,
     tokenize_prompts,
 )
+from prefopt_trl.generation.options import GenerationOptions
+from prefopt_trl.generation.sampler import eos_token_ids, sample_candidates
 from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
 from prefopt_trl.runtime.processes import gathered
-from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
-from prefopt_trl.sampling.options import RANKING, GenerationOptions, SamplingOptions
+from prefopt_trl.sampling.options import RANKING, SamplingOptions
 from prefopt_trl.sampling.selection import first_occurrences, keep, label_pairs, rank
 
 logger = logging.getLogger(__name__)

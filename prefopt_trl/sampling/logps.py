@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Completion, Prompt
 from prefopt_trl.data.tokenization import tokenize_completions
-from prefopt_trl.sampling.generation import Candidates
+from prefopt_trl.generation.sampler import Candidates
 from prefopt_trl.shared_prefix.packing import WholeRows
 from prefopt_trl.shared_prefix.scoring import completion_logps
 from prefopt_trl.shared_prefix.support import evaluating

@@ -21,10 +21,10 @@ from prefopt_trl.data.tokenization import (
     check_vocabulary,
     tokenize_prompts,
 )
+from prefopt_trl.generation.sampler import check_generation_kwargs, sizes_of_batch
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.runtime.processes import gathered, interruptible, process_state
 from prefopt_trl.runtime.settings import Settings, write_json, write_text, writing
-from prefopt_trl.sampling.generation import check_generation_kwargs, sizes_of_batch
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
 from prefopt_trl.sampling.shards import Shards
 from prefopt_trl.sampling.statistics import dataset_card, plot_statistics, summarize

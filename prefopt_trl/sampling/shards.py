@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Row, wrap_completion
 from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training, tokenize_prompts
+from prefopt_trl.generation.sampler import eos_token_ids, sample_candidates
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.runtime.settings import (
     Settings,
@@ -17,7 +18,6 @@ from prefopt_trl.runtime.settings import (
     template_date,
     tokenizer_fingerprint,
 )
-from prefopt_trl.sampling.generation import eos_token_ids, sample_candidates
 from prefopt_trl.sampling.logps import pair_logps, sampled_logps
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
 from prefopt_trl.sampling.selection import SelectedPrompt, carried, preference_rows, select_and_pair

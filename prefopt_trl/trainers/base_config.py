@@ -6,7 +6,8 @@ from typing import Any
 
 from trl import DPOConfig
 
-from prefopt_trl.sampling.options import NUM_SAMPLES, PAIRING, PAIRINGS, RANKING, STRATEGY, SamplingOptions, is_one_of
+from prefopt_trl.generation.options import is_one_of
+from prefopt_trl.sampling.options import NUM_SAMPLES, PAIRING, PAIRINGS, RANKING, STRATEGY, SamplingOptions
 from prefopt_trl.trainers.callbacks import TABLE_TRACKERS
 
 # Arguments of `DPOConfig` that belong to TRL's own losses, and those that need a reference model

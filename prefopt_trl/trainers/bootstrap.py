@@ -22,11 +22,11 @@ from transformers import (
 
 from prefopt_trl.data.formats import Completion, Row
 from prefopt_trl.data.tokenization import chat_options, tokenize_completions
+from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.rankers.base import Ranker, check_rewards
 from prefopt_trl.runtime.processes import gathered
 from prefopt_trl.runtime.settings import as_json, differences, read_json, write_json
 from prefopt_trl.sampling.collator import sample_for
-from prefopt_trl.sampling.options import GenerationOptions
 from prefopt_trl.trainers.callbacks import epoch_of
 
 logger = logging.getLogger(__name__)

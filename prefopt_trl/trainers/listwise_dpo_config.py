@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from prefopt_trl.sampling.options import STRATEGY, is_number
+from prefopt_trl.generation.options import is_number
+from prefopt_trl.sampling.options import STRATEGY
 from prefopt_trl.trainers.base_config import RankingConfig, refuse
 
 LOSSES = ["plackett-luce", "lambda"]

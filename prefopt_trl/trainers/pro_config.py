@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefopt_trl.sampling.options import is_number, is_one_of
+from prefopt_trl.generation.options import is_number, is_one_of
 from prefopt_trl.trainers.base_config import REFERENCE_ARGUMENTS, RankingConfig, refuse
 
 REWARD_TEMPERATURES = ["dynamic", "none"]

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt_trl import losses
 from prefopt_trl.data.formats import Row, number_rows
+from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.rankers.base import Ranker
-from prefopt_trl.sampling.options import GenerationOptions
 from prefopt_trl.trainers.bootstrap import Bootstrap, PartSampler
 from prefopt_trl.trainers.completions import CompletionTrainer, ScoredCompletions
 from prefopt_trl.trainers.prepare import Datasets

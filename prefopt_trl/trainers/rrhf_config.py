@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from prefopt_trl.sampling.options import is_number
+from prefopt_trl.generation.options import is_number
 from prefopt_trl.trainers.base_config import REFERENCE_ARGUMENTS, RankingConfig, refuse
 
 

@@ -4,7 +4,7 @@ import logging
 import math
 from dataclasses import dataclass, field
 
-from prefopt_trl.sampling.options import is_one_of
+from prefopt_trl.generation.options import is_one_of
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
 logger = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ REPO_ROOT = Path(__file__).parents[2]
 FLOORS = [
     {"losses", "runtime", "shared_prefix"},
     {"data"},
+    {"generation"},
     {"rankers"},
     {"sampling"},
     {"trainers", "evaluation"},
@@ -36,6 +37,7 @@ LIGHT = {
     "prefopt_trl.cli.commands",
     "prefopt_trl.cli.help",
     "prefopt_trl.cli.main",
+    "prefopt_trl.generation.options",
     "prefopt_trl.runtime.quiet",
     "prefopt_trl.sampling.options",
     "prefopt_trl.trainers",

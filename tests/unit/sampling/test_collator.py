@@ -11,10 +11,10 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from prefopt_trl.data.collators import DataCollatorForRanking
 from prefopt_trl.data.tokenization import tokenize_completions
+from prefopt_trl.generation.sampler import Candidates
 from prefopt_trl.rankers import FunctionRanker
 from prefopt_trl.sampling import collator as module
 from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
-from prefopt_trl.sampling.generation import Candidates
 
 EXAMPLES = [{"prompt": "The dog"}, {"prompt": "Bread:"}, {"prompt": "What is the capital of France?"}]
 

@@ -13,7 +13,7 @@ from trl import DPOConfig, DPOTrainer
 from prefopt_trl import GenerationOptions
 from prefopt_trl.data.formats import wrap_completion
 from prefopt_trl.data.tokenization import tokenize_completions
-from prefopt_trl.sampling.generation import Candidates, Sampled, sample_candidates, tokenize_prompts
+from prefopt_trl.generation.sampler import Candidates, Sampled, sample_candidates, tokenize_prompts
 from prefopt_trl.sampling.logps import pair_logps, sampled_logps
 
 PROMPTS = ["What is the capital of France?", "Bake", "Tell me how to bake bread.", "Why?", "The dog sleeps", "A fox."]

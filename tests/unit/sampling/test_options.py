@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from prefopt_trl.sampling.options import GenerationOptions, SamplingOptions, is_number
+from prefopt_trl.generation.options import GenerationOptions, is_number
+from prefopt_trl.sampling.options import SamplingOptions
 
 
 def test_they_are_read_without_torch_and_trl() -> None:

@@ -26,10 +26,10 @@ from transformers import (
 )
 
 from prefopt_trl import SamplingOptions
+from prefopt_trl.generation.sampler import sample_completions
 from prefopt_trl.rankers import FunctionRanker
 from prefopt_trl.rankers.base import PointwiseRanker, sigmoid
 from prefopt_trl.sampling import pipeline, shards, store
-from prefopt_trl.sampling.generation import sample_completions
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.sampling.selection import preference_rows, select_and_pair
 from prefopt_trl.sampling.shards import shard_seed

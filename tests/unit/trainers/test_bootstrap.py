@@ -15,8 +15,8 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from prefopt_trl import FunctionRanker, GenerationOptions, PROConfig, PROTrainer
+from prefopt_trl.generation.sampler import sample_candidates
 from prefopt_trl.sampling import collator
-from prefopt_trl.sampling.generation import sample_candidates
 from prefopt_trl.trainers.bootstrap import Bootstrap, PartSampler, re_rank
 from prefopt_trl.trainers.resuming import SETTINGS_FILE
 

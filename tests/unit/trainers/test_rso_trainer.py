@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from prefopt_trl import SamplingOptions, losses
+from prefopt_trl.generation.sampler import sample_completions
 from prefopt_trl.rankers import FunctionRanker
-from prefopt_trl.sampling.generation import sample_completions
 from prefopt_trl.sampling.shards import shard_seed
 from prefopt_trl.shared_prefix.scoring import completion_logps
 from prefopt_trl.trainers.rso_config import RSOConfig

@@ -27,14 +27,14 @@ from transformers import (
 )
 
 from prefopt_trl import GenerationOptions
-from prefopt_trl.sampling import generation
-from prefopt_trl.sampling.generation import (
+from prefopt_trl.generation.sampler import (
     Candidates,
     sample_candidates,
     sample_completions,
     sizes_of_batch,
     tokenize_prompts,
 )
+from prefopt_trl.sampling import generation
 from tests.unit.laws import CHANCE, p_value
 
 PAD, EOS, TURN = 0, 1, 2

@@ -21,8 +21,8 @@ from transformers.utils import logging
 
 from prefopt_trl.data.formats import Prompt
 from prefopt_trl.data.tokenization import check_positions, check_vocabulary, decoder_start_token_id, tokenize_prompts
+from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.runtime.processes import is_main_process
-from prefopt_trl.sampling.options import GenerationOptions
 from prefopt_trl.shared_prefix.decoding import (
     CountTokens,
     StopStringsInCompletion,
