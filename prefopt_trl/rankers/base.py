@@ -1,7 +1,7 @@
 """The interface of rankers, and the checks of what they are given and return."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,7 +11,8 @@ from prefopt_trl.data.formats import Completion, Prompt, check_completions, chec
 from prefopt_trl.runtime.processes import gathered, process_state
 from prefopt_trl.runtime.settings import Settings
 
-Rewards: TypeAlias = Sequence[Sequence[float] | np.ndarray]  # of each prompt, in the order of its completions
+Rewards: TypeAlias = Sequence[Sequence[float | None] | np.ndarray]  # of each prompt, in the order of its completions
+Columns: TypeAlias = Mapping[str, Sequence[Any]]  # of a dataset, by name, with one value per prompt
 
 
 class Ranker(ABC):
@@ -28,19 +29,39 @@ class Ranker(ABC):
         draws_baselines (`bool`):
             Whether `score` without `baselines` compares the completions of a prompt to one of them, so that a reward
             depends on the others.
+        reads_columns (`bool`):
+            Whether `compare` and `score` take `columns`, the other columns of the prompts' dataset. They are not
+            passed otherwise.
+        required_columns (`Collection[str]`):
+            Those without which it cannot be asked.
+        may_abstain (`bool`):
+            Whether NaN in a result means "no opinion": the completion or comparison is left out. Otherwise NaN is an
+            error.
+        score_columns (`tuple[str, ...]`):
+            Names of the numbers that [`score_with_columns`] returns for each completion beside its reward. Sampled
+            candidates have them as columns.
     """
 
     model: nn.Module | None = None
     draws_baselines: bool = True
+    reads_columns: bool = False
+    required_columns: Collection[str] = ()
+    may_abstain: bool = False
+    score_columns: tuple[str, ...] = ()
 
     @abstractmethod
     def compare(
-        self, prompts: Sequence[Prompt], first: Sequence[Completion], second: Sequence[Completion]
+        self,
+        prompts: Sequence[Prompt],
+        first: Sequence[Completion],
+        second: Sequence[Completion],
+        columns: Columns | None = None,
     ) -> np.ndarray:
         """Return the probability that the first completion is preferred to the second.
 
         The arguments have length `n`, one entry per prompt. The result is an `np.ndarray` of shape `(n,)`, float64 in
-        [0, 1]. It does not depend on the order: `compare(p, a, b) + compare(p, b, a)` is 1 up to rounding.
+        [0, 1]. It does not depend on the order: `compare(p, a, b) + compare(p, b, a)` is 1 up to rounding. A ranker
+        without `reads_columns` may leave `columns` out of its signature.
         """
 
     @abstractmethod
@@ -49,6 +70,7 @@ class Ranker(ABC):
         prompts: Sequence[Prompt],
         completions: Sequence[Sequence[Completion]],
         baselines: Sequence[Completion] | None = None,
+        columns: Columns | None = None,
     ) -> list[np.ndarray]:
         """Return a reward for each completion, comparable to the others of its prompt.
 
@@ -57,11 +79,31 @@ class Ranker(ABC):
                 For each prompt, any number of completions.
             baselines (`Sequence` of length `n`, *optional*):
                 For each prompt, the completion whose reward is 0 (RSO eq. 9). By default the ranker chooses.
+            columns (`Mapping[str, Sequence]`, *optional*):
+                Other columns of the prompts' dataset, each of length `n`.
 
         Returns:
             `list[np.ndarray]` of length `n`: for each prompt, the rewards of its completions in nats, float64 and
             finite. They are logits: by Bradley-Terry, P(a preferred to b) = sigmoid(reward of a - reward of b).
         """
+
+    def check_columns(self, names: Collection[str]) -> None:
+        """Raise `ValueError` unless the columns that the ranker requires are among these."""
+        if missing := sorted(set(self.required_columns) - set(names)):
+            raise ValueError(
+                f"The {type(self).__name__} needs the column `{missing[0]}`, and the prompts' dataset has "
+                f"{', '.join(names) or 'no other columns'}. Add it to the dataset; an argument of a function can be "
+                "bound with `functools.partial`."
+            )
+
+    def score_with_columns(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], **others: Any
+    ) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
+        """Return what `score` returns, and for each of `score_columns` a number of each completion.
+
+        `others` are `baselines` and `columns`.
+        """
+        return self.score(prompts, completions, **others), {}
 
     @abstractmethod
     def settings(self) -> Settings:
@@ -119,12 +161,18 @@ class Ranker(ABC):
             groups = list(rows_of.values())
             grouped = [prompts[rows[0]] for rows in groups], [[completions[row] for row in rows] for rows in groups]
             group_baselines = None if baselines is None else [baselines[rows[0]] for rows in groups]
+            # Beside the columns, TRL passes objects of its own
+            read = {
+                name: [column[rows[0]] for rows in groups]
+                for name, column in columns.items()
+                if isinstance(column, list) and len(column) == len(prompts)
+            }
             with gathered(self.model):  # on all processes, which call this together
-                scored = check_rewards(self.score(*grouped, group_baselines), *grouped, type(self).__name__)
+                scored = ask_rewards(self, *grouped, baselines=group_baselines, columns=read, may_abstain=True)
             rewards: list[float | None] = [None] * len(prompts)
             for rows, of_prompt in zip(groups, scored, strict=True):
                 for row, reward in zip(rows, of_prompt.tolist(), strict=True):
-                    rewards[row] = reward
+                    rewards[row] = None if np.isnan(reward) else reward
             return rewards
 
         reward_func.__name__ = type(self).__name__  # TRL's name of the metric
@@ -135,19 +183,34 @@ class PointwiseRanker(Ranker):
     """A ranker that rewards each completion separately and compares by Bradley-Terry (RSO eq. 6, g = sigmoid).
 
     Subclasses implement `rewards` and `settings`.
+
+    Attributes:
+        temperature (`float`):
+            Rewards are divided by it, so that they are logits. [`calibrate`] fits it.
     """
 
     draws_baselines = False
+    temperature: float = 1.0
 
     @abstractmethod
-    def rewards(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> Rewards:
-        """Return one sequence of rewards in nats per prompt, in the order of its completions."""
+    def rewards(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], columns: Columns | None = None
+    ) -> Rewards:
+        """Return one sequence of rewards per prompt, in the order of its completions, before the temperature.
+
+        A ranker without `reads_columns` may leave `columns` out of its signature. None is a reward of a ranker with
+        `may_abstain` that has no opinion on a completion.
+        """
 
     def compare(
-        self, prompts: Sequence[Prompt], first: Sequence[Completion], second: Sequence[Completion]
+        self,
+        prompts: Sequence[Prompt],
+        first: Sequence[Completion],
+        second: Sequence[Completion],
+        columns: Columns | None = None,
     ) -> np.ndarray:
         check_inputs(prompts, first=first, second=second)
-        rewards = self._rewards(prompts, list(zip(first, second, strict=True)))
+        rewards = self._rewards(prompts, list(zip(first, second, strict=True)), columns)
         return sigmoid(np.array([of_first - of_second for of_first, of_second in rewards]))
 
     def score(
@@ -155,16 +218,58 @@ class PointwiseRanker(Ranker):
         prompts: Sequence[Prompt],
         completions: Sequence[Sequence[Completion]],
         baselines: Sequence[Completion] | None = None,
+        columns: Columns | None = None,
     ) -> list[np.ndarray]:
         check_inputs(prompts, completions=completions, baselines=baselines)
-        rewards = self._rewards(prompts, completions)
+        rewards = self._rewards(prompts, completions, columns)
         if baselines is None:
             return rewards
-        baseline_rewards = self._rewards(prompts, [[baseline] for baseline in baselines])
+        baseline_rewards = self._rewards(prompts, [[baseline] for baseline in baselines], columns)
         return [row - baseline for row, baseline in zip(rewards, baseline_rewards, strict=True)]
 
-    def _rewards(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[np.ndarray]:
-        return check_rewards(self.rewards(prompts, completions), prompts, completions, type(self).__name__)
+    def _rewards(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], columns: Columns | None
+    ) -> list[np.ndarray]:
+        read = {"columns": columns} if self.reads_columns else {}
+        rewards = self.rewards(prompts, completions, **read)
+        checked = check_rewards(rewards, prompts, completions, type(self).__name__, self.may_abstain)
+        return [row / self.temperature for row in checked]
+
+
+def ask_rewards(
+    ranker: Ranker,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Completion]],
+    *,
+    baselines: Sequence[Completion] | None = None,
+    columns: Columns | None = None,
+    may_abstain: bool = False,
+) -> list[np.ndarray]:
+    """Return the ranker's rewards of each prompt's completions, in float64, checked.
+
+    With `may_abstain`, NaN is the reward of a completion on which the ranker has no opinion. Raise the errors of
+    [`check_rewards`].
+    """
+    read = {"columns": columns or {}} if ranker.reads_columns else {}
+    scored = ranker.score(prompts, completions, baselines, **read)
+    return check_rewards(scored, prompts, completions, type(ranker).__name__, may_abstain and ranker.may_abstain)
+
+
+def ask_probabilities(
+    ranker: Ranker,
+    prompts: Sequence[Prompt],
+    first: Sequence[Completion],
+    second: Sequence[Completion],
+    columns: Columns | None = None,
+) -> np.ndarray:
+    """Return the ranker's probabilities that the first completions are preferred, in float64, checked.
+
+    NaN is the probability of a comparison on which the ranker has no opinion. Raise the errors of
+    [`check_probabilities`].
+    """
+    read = {"columns": columns or {}} if ranker.reads_columns else {}
+    probabilities = ranker.compare(prompts, first, second, **read)
+    return check_probabilities(probabilities, prompts, f"{type(ranker).__name__}.compare", ranker.may_abstain)
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -217,10 +322,13 @@ def check_inputs(
             check_completions(prompt, wrapped, f"prompt row {row} in `{name}`")
 
 
-def check_rewards(rewards: Rewards, prompts: Sized, completions: Sequence[Sized], source: str) -> list[np.ndarray]:
+def check_rewards(
+    rewards: Rewards, prompts: Sized, completions: Sequence[Sized], source: str, may_abstain: bool = False
+) -> list[np.ndarray]:
     """Return a ranker's rewards in float64, one for each completion of each prompt.
 
-    Raise `ValueError`, with the `source` of the rewards and the row, unless there is a finite reward for each.
+    With `may_abstain`, None and NaN mean no opinion, and are returned as NaN. Raise `ValueError`, with the `source` of
+    the rewards and the row, unless every other reward is finite.
 
     >>> check_rewards([[1, 2], [3]], ["a", "b"], [["c", "d"], ["e"]], "MyRanker")
     [array([1., 2.]), array([3.])]
@@ -238,8 +346,9 @@ def check_rewards(rewards: Rewards, prompts: Sized, completions: Sequence[Sized]
                 f"{source} returned {len(values)} rewards for prompt row {row}, {len(row_completions)} were expected. "
                 "Return one per completion, in the same order."
             )
-        if not np.isfinite(values).all():
-            index = np.isfinite(values).argmin()
+        valid = np.isfinite(values) | (np.isnan(values) & may_abstain)
+        if not valid.all():
+            index = valid.argmin()
             raise ValueError(
                 f"{source} returned {values[index]} for completion {index} of prompt row {row}, a finite reward was "
                 "expected. Return a number for every completion, or drop the row."
@@ -248,10 +357,13 @@ def check_rewards(rewards: Rewards, prompts: Sized, completions: Sequence[Sized]
     return checked
 
 
-def check_probabilities(probabilities: Sequence[float] | np.ndarray, prompts: Sized, source: str) -> np.ndarray:
+def check_probabilities(
+    probabilities: Sequence[float] | np.ndarray, prompts: Sized, source: str, may_abstain: bool = False
+) -> np.ndarray:
     """Return a ranker's probabilities in float64, one for each prompt.
 
-    Raise `ValueError`, with the `source` of the probabilities and the row, unless each is in [0, 1].
+    With `may_abstain`, NaN means no opinion. Raise `ValueError`, with the `source` of the probabilities and the row,
+    unless each other one is in [0, 1].
     """
     values = _numbers(probabilities, source)
     if len(values) != len(prompts):
@@ -259,7 +371,7 @@ def check_probabilities(probabilities: Sequence[float] | np.ndarray, prompts: Si
             f"{source} returned {len(values)} probabilities, {len(prompts)} were expected. Return one per prompt, in "
             "the same order."
         )
-    in_range = (values >= 0) & (values <= 1)  # NaN is not
+    in_range = ((values >= 0) & (values <= 1)) | (np.isnan(values) & may_abstain)
     if not in_range.all():
         row = in_range.argmin()
         raise ValueError(

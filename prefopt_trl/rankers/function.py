@@ -1,11 +1,15 @@
 """The function ranker: rewards from a Python function, in the signature of TRL's `reward_funcs`."""
 
+import asyncio
 import inspect
+import math
 from collections.abc import Callable, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import Any, cast
 
 from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
-from prefopt_trl.rankers.base import PointwiseRanker
+from prefopt_trl.rankers.base import Columns, PointwiseRanker
 from prefopt_trl.runtime.settings import Settings, function_fingerprint
 
 
@@ -16,16 +20,17 @@ class FunctionRanker(PointwiseRanker):
 
     Args:
         function (`Callable`):
-            Called as `function(prompts=[...], completions=[...])`, with the prompt repeated for each of its
-            completions. It returns a list with one number per completion. Completions have the format of their prompt:
-            text, or a list of messages. Other columns of a dataset are not passed.
+            Called as `function(prompts=[...], completions=[...], **columns)`, with the prompt and the other columns of
+            its row repeated for each of its completions. It returns a list with one number per completion, or None
+            for one on which it has no opinion, which is then left out. It may be `async`. Completions have the format
+            of their prompt: text, or a list of messages. A function without `**kwargs` gets the columns that it names.
         version (`str`, *optional*):
             Name of what the function computes, by which sampled datasets are reused (see [`settings`]). By default
             the function is identified by its source and closure. Set a version if the function reads globals, calls
             other functions or holds a model, and change it whenever the rewards change.
 
     Raises:
-        TypeError: if the function cannot be called with these two arguments, or is a coroutine function.
+        TypeError: if the function takes no `prompts` or no `completions`.
 
     Example:
 
@@ -46,39 +51,70 @@ class FunctionRanker(PointwiseRanker):
     ```
     """
 
-    def __init__(self, function: Callable[..., Sequence[float]], version: str | None = None) -> None:
-        if inspect.iscoroutinefunction(function):
-            raise TypeError("`function` is a coroutine function. Wrap it in a plain one that runs it to completion.")
-        try:
-            inspect.signature(function).bind(prompts=[], completions=[])
-        except TypeError as error:
+    reads_columns = True
+    may_abstain = True
+
+    def __init__(self, function: Callable[..., Any], version: str | None = None) -> None:
+        parameters = inspect.signature(function).parameters.values()
+        self.named = {one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+        required = {one.name for one in parameters if one.name in self.named and one.default is one.empty}
+        self.required_columns = required - {"prompts", "completions"}
+        self.takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
+        if not self.takes_all and not {"prompts", "completions"} <= self.named:
             raise TypeError(
-                f"`function` cannot be called as function(prompts=..., completions=...): {error}. No other "
-                "arguments are passed: bind them, for example with `functools.partial`."
-            ) from error
+                "`function` cannot be called as function(prompts=..., completions=...): it takes "
+                f"{', '.join(sorted(self.named)) or 'nothing by name'}. Name its arguments as TRL does."
+            )
         self.function, self.version = function, version
 
-    def rewards(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[float]]:
+    def rewards(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], columns: Columns | None = None
+    ) -> list[list[float | None]]:
         """Call the function once for all completions, and return the rewards of each prompt.
 
-        Raise `ValueError` if the function does not return one number per completion.
+        Raise `ValueError` if the function needs a column that is not given, or does not return None or a finite number
+        for each completion.
         """
-        rows = list(zip(prompts, completions, strict=True))
-        pairs = [(prompt, completion) for prompt, row_completions in rows for completion in row_completions]
+        columns = columns or {}
+        self.check_columns(columns)
+        rows = [row for row, several in enumerate(completions) for _ in several]
+        flat = [completion for several in completions for completion in several]
+        given = {name: column for name, column in columns.items() if self.takes_all or name in self.named}
         rewards = self.function(
-            prompts=[prompt for prompt, _ in pairs],
-            completions=[wrap_completion(prompt, completion) for prompt, completion in pairs],
+            prompts=[prompts[row] for row in rows],
+            completions=[wrap_completion(prompts[row], one) for row, one in zip(rows, flat, strict=True)],
+            **{name: [column[row] for row in rows] for name, column in given.items()},
         )
-        if not isinstance(rewards, Sized) or len(rewards) != len(pairs):
+        if inspect.isawaitable(rewards):
+            rewards = _awaited(rewards)
+        if not isinstance(rewards, Sized) or len(rewards) != len(flat):
             found = f"{len(rewards)} rewards" if isinstance(rewards, Sized) else repr(rewards)
             raise ValueError(
-                f"The function of FunctionRanker returned {found}, {len(pairs)} rewards were expected. Return a list "
+                f"The function of FunctionRanker returned {found}, {len(flat)} rewards were expected. Return a list "
                 "with one per completion, in the same order."
             )
-        in_order = iter(rewards)
-        return [list(islice(in_order, len(row_completions))) for row_completions in completions]
+        in_order = iter(cast(Sequence[float | None], rewards))
+        of_prompts = [list(islice(in_order, len(several))) for several in completions]
+        for row, of_prompt in enumerate(of_prompts):
+            for index, reward in enumerate(of_prompt):
+                if reward is not None and not math.isfinite(reward):
+                    raise ValueError(
+                        f"The function of FunctionRanker returned {reward} for completion {index} of prompt row "
+                        f"{row}. Return a finite number, or None to leave the completion out."
+                    )
+        return of_prompts
 
     def settings(self) -> Settings:
         """Return the ranker's version, or the function's name and a fingerprint of its source."""
         function = function_fingerprint(self.function) if self.version is None else self.version
-        return {"class": type(self).__name__, "function": function}
+        return {"class": type(self).__name__, "function": function, "temperature": self.temperature}
+
+
+def _awaited(rewards: Any) -> Any:
+    """Run a coroutine in a thread of its own, because a notebook runs an event loop in this one."""
+
+    async def wait() -> Any:
+        return await rewards
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(asyncio.run, wait()).result()

@@ -1,8 +1,5 @@
 """The pairwise ranker: a language model that reads two completions and answers "A" or "B" (RSO section 2)."""
 
-import hashlib
-import json
-import logging
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -13,9 +10,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt_trl.data.formats import Completion, Prompt, check_columns, completion_text, normalize_pairs, prompt_text
+from prefopt_trl.data.formats import Completion, Prompt, check_columns, normalize_pairs
 from prefopt_trl.data.tokenization import decoder_start_token_id
-from prefopt_trl.rankers.base import check_inputs, logit
+from prefopt_trl.rankers.comparative import ComparativeRanker
 from prefopt_trl.rankers.inference import RankingModel
 from prefopt_trl.rankers.publishing import PublishedModel
 from prefopt_trl.rankers.templates import (
@@ -31,13 +28,8 @@ from prefopt_trl.rankers.templates import (
 from prefopt_trl.runtime.settings import Settings, function_fingerprint
 from prefopt_trl.shared_prefix.packing import WholeRows
 
-logger = logging.getLogger(__name__)
 
-# Probabilities are clamped to this distance from 0 and 1, as their logits are infinite: rewards are within 13.8 nats
-SMALLEST_PROBABILITY = 1e-6
-
-
-class PairwiseRanker(PublishedModel):
+class PairwiseRanker(PublishedModel, ComparativeRanker):
     """A language model that compares two completions of a prompt (RSO section 2).
 
     The probability that the first is preferred is the softmax over the logits of the answers "A" and "B", averaged
@@ -102,53 +94,30 @@ class PairwiseRanker(PublishedModel):
             self.decoder_answers = split_answers(with_a, with_b, "The decoder")
         self.seed = seed
 
-    def compare(
-        self, prompts: Sequence[Prompt], first: Sequence[Completion], second: Sequence[Completion]
+    def both_orders(
+        self,
+        prompts: Sequence[Prompt],
+        first: Sequence[Completion],
+        second: Sequence[Completion],
+        rows: Sequence[int] | None = None,
     ) -> np.ndarray:
-        """Return P(first preferred), averaged over both orders, as [`Ranker.compare`] describes.
+        """Return P(first preferred) in both orders, as [`ComparativeRanker.both_orders`] describes.
 
         Equal texts give 0.5 without running the model.
 
         Raises:
-            TypeError: for a single text or conversation in place of a list of them.
             ValueError: if the completions of a row exceed `max_length`, or the tokenizer merges the answer with the
                 end of the template.
         """
-        check_inputs(prompts, first=first, second=second)
-        return self._compare(prompts, first, second, range(len(prompts)))
-
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[Sequence[Completion]],
-        baselines: Sequence[Completion] | None = None,
-    ) -> list[np.ndarray]:
-        """Return the logit of the probability that each completion is preferred to a baseline (RSO eq. 9).
-
-        Arguments and shapes are those of [`Ranker.score`]. The default baseline is one of the prompt's completions,
-        drawn at random. Rewards are in nats and within 13.8 of 0: probabilities are clamped to [1e-6, 1 - 1e-6], and
-        one warning counts the clamped ones.
-
-        Raises:
-            TypeError, ValueError: as `compare`, and for a prompt without completions to draw a baseline from.
-        """
-        check_inputs(prompts, completions=completions, baselines=baselines)
-        if baselines is None:
-            baselines = [self._draw_baseline(row, prompts[row], completions[row]) for row in range(len(prompts))]
-        rows = [row for row, candidates in enumerate(completions) for _ in candidates]
-        probabilities = self._compare(
-            [prompts[row] for row in rows],
-            [completion for candidates in completions for completion in candidates],
-            [baselines[row] for row in rows],
-            rows,
-        )
-        if num_clamped := int((np.abs(probabilities - 0.5) > 0.5 - SMALLEST_PROBABILITY).sum()):
-            logger.warning(
-                f"{num_clamped} of {len(probabilities)} probabilities were closer than {SMALLEST_PROBABILITY} to 0 or "
-                "1 and were clamped: these rewards are -13.8 or 13.8."
-            )
-        rewards = logit(probabilities.clip(SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY))
-        return np.split(rewards, np.cumsum([len(candidates) for candidates in completions], dtype=int))[:-1]
+        comparisons = [Texts.of(*texts) for texts in zip(prompts, first, second, strict=True)]
+        inputs: dict[Texts, int] = {}  # the first row of each distinct comparison
+        for comparison, row in zip(comparisons, rows or range(len(prompts)), strict=True):
+            if comparison.first != comparison.second:
+                inputs.setdefault(comparison, row)
+                inputs.setdefault(comparison.swapped(), row)
+        answers_a = dict(zip(inputs, self._probabilities_of_a(inputs), strict=True))
+        both = [[answers_a.get(one, 0.5), 1 - answers_a.get(one.swapped(), 0.5)] for one in comparisons]
+        return np.array(both).reshape(-1, 2)
 
     def settings(self) -> Settings:
         """Return fingerprints of the weights, the tokenizer and the template, and the ranker's options."""
@@ -157,38 +126,12 @@ class PairwiseRanker(PublishedModel):
             **self.ranking_model.settings(),
             "template": function_fingerprint(self.template),
             "seed": self.seed,
+            "temperature": self.temperature,
         }
 
     def arguments(self) -> dict[str, str]:
         names = [repr(name) for name, template in TEMPLATES.items() if template is self.template]
         return {"template": names[0] if names else "your_template", "max_length": str(self.ranking_model.max_length)}
-
-    def _draw_baseline(self, row: int, prompt: Prompt, candidates: Sequence[Completion]) -> Completion:
-        if len(candidates) == 0:
-            raise ValueError(f"Prompt row {row} has no completions to draw a baseline from. Drop the row.")
-        texts = [prompt_text(prompt), *map(completion_text, candidates)]
-        digest = hashlib.sha256(json.dumps(texts).encode()).digest()
-        rng = np.random.default_rng([self.seed, int.from_bytes(digest, "big")])
-        return candidates[int(rng.integers(len(candidates)))]
-
-    def _compare(
-        self,
-        prompts: Sequence[Prompt],
-        first: Sequence[Completion],
-        second: Sequence[Completion],
-        rows: Sequence[int],
-    ) -> np.ndarray:
-        """Compare the completions. Errors name the prompts by `rows`."""
-        comparisons = [Texts.of(*texts) for texts in zip(prompts, first, second, strict=True)]
-        inputs: dict[Texts, int] = {}  # the first row of each distinct comparison
-        for comparison, row in zip(comparisons, rows, strict=True):
-            if comparison.first != comparison.second:
-                inputs.setdefault(comparison, row)
-                inputs.setdefault(comparison.swapped(), row)
-        answers_a = dict(zip(inputs, self._probabilities_of_a(inputs), strict=True))
-        # Equal completions are not run: 0.5 in both orders
-        both_orders = [[answers_a.get(one, 0.5), answers_a.get(one.swapped(), 0.5)] for one in comparisons]
-        return np.array([(a_first + 1 - b_first) / 2 for a_first, b_first in both_orders])
 
     def _probabilities_of_a(self, inputs: dict[Texts, int]) -> np.ndarray:
         """Return P("A") of each input, shape `(len(inputs),)`."""

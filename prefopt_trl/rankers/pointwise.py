@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from prefopt_trl.data.formats import Completion, Prompt, completion_text, wrap_completion
 from prefopt_trl.data.tokenization import num_appended_tokens, prompt_token_ids
-from prefopt_trl.rankers.base import PointwiseRanker
+from prefopt_trl.rankers.base import Columns, PointwiseRanker
 from prefopt_trl.rankers.inference import RankingModel
 from prefopt_trl.rankers.publishing import PublishedModel
 from prefopt_trl.runtime.settings import Settings, template_date
@@ -79,7 +79,9 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
             text_config.pad_token_id = _padding_token_id(self.tokenizer)
         self.pad_token_id = text_config.pad_token_id
 
-    def rewards(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[np.ndarray]:
+    def rewards(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], columns: Columns | None = None
+    ) -> list[np.ndarray]:
         """Return the rewards of each prompt's completions in float64, running the model once on each distinct text.
 
         Raise `ValueError` for a completion that exceeds `max_length`, or for messages without a chat template.
@@ -123,6 +125,7 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
             **self.ranking_model.settings(),
             **template_date(self.tokenizer),
             "pad_token_id": self.pad_token_id,
+            "temperature": self.temperature,
         }
 
     def arguments(self) -> dict[str, str]:

@@ -1,7 +1,9 @@
+import asyncio
 import json
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,11 +45,57 @@ def test_tensors_are_numbers():
     assert ranker.score(["p"], [["a", "b"]])[0].tolist() == [1.5, 2.5]
 
 
-@pytest.mark.parametrize("missing", [None, math.nan])
-def test_a_missing_reward_names_the_row_and_the_completion(missing):
-    ranker = FunctionRanker(lambda prompts, completions: [missing if text == "bad" else 1.0 for text in completions])
-    with pytest.raises(ValueError, match="FunctionRanker returned nan for completion 2 of prompt row 1"):
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_a_reward_that_is_no_number_names_the_row_and_the_completion(bad):
+    ranker = FunctionRanker(lambda prompts, completions: [bad if text == "bad" else 1.0 for text in completions])
+    with pytest.raises(ValueError, match=f"FunctionRanker returned {bad} for completion 2 of prompt row 1"):
         ranker.score(["p", "q"], [["a"], ["b", "c", "bad"]])
+
+
+def test_none_is_no_opinion():
+    ranker = FunctionRanker(lambda prompts, completions: [None if text == "?" else 1.0 for text in completions])
+    assert np.array_equal(ranker.score(["p"], [["a", "?"]])[0], [1, np.nan], equal_nan=True)
+    assert np.array_equal(ranker.compare(["p", "q"], ["a", "a"], ["a", "?"]), [0.5, np.nan], equal_nan=True)
+    reward_func = ranker.as_reward_func()
+    assert reward_func(["p", "p"], ["?", "a"]) == [None, 1.0]  # as TRL expects it
+
+
+def test_columns_are_repeated_for_each_completion_as_trl_does():
+    seen = []
+
+    def correct(completions, solution, **others):
+        seen.append(others)
+        return [float(text == right) for text, right in zip(completions, solution, strict=True)]
+
+    ranker, columns = FunctionRanker(correct), {"solution": ["4", "5"], "level": [1, 2]}
+    assert [row.tolist() for row in ranker.score(["p", "q"], [["4", "5"], ["5"]], columns=columns)] == [[1, 0], [1]]
+    assert seen == [{"prompts": ["p", "p", "q"], "level": [1, 1, 2]}]
+    assert ranker.compare(["p", "q"], ["4", "4"], ["5", "4"], columns)[1] == 0.5
+    assert ranker.as_reward_func()(["p", "q"], ["4", "4"], **columns, trainer_state=object()) == [1.0, 0.0]
+    with pytest.raises(ValueError, match="needs the column `solution`, and the prompts' dataset has level"):
+        ranker.score(["p"], [["4"]], columns={"level": [1]})
+
+
+def test_a_function_gets_only_the_columns_that_it_names():
+    def correct(prompts, completions, solution):
+        return [float(text == right) for text, right in zip(completions, solution, strict=True)]
+
+    assert FunctionRanker(correct).score(["p"], [["4"]], columns={"solution": ["4"], "level": [1]})[0].tolist() == [1]
+
+
+async def judge(prompts, completions, **columns):
+    await asyncio.sleep(0)
+    return [len(completion) for completion in completions]
+
+
+def test_an_async_function_runs_beside_the_event_loop_of_a_notebook():
+    async def notebook():
+        return FunctionRanker(judge).score(["p"], [["a", "bc"]])
+
+    assert (
+        asyncio.run(notebook())[0].tolist() == FunctionRanker(partial(judge)).score(["p"], [["a", "bc"]])[0].tolist()
+    )
+    assert asyncio.run(notebook())[0].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(("returned", "found"), [([1.0], "1 rewards"), (None, "None")])
@@ -56,20 +104,9 @@ def test_a_wrong_number_of_rewards_is_refused(returned, found):
         FunctionRanker(lambda prompts, completions: returned).score(["p"], [["a", "b"]])
 
 
-async def judge(prompts, completions):
-    return []
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (lambda completions, solution, **kwargs: [], r"missing a required argument: 'solution'.*functools\.partial"),
-        (judge, "coroutine function. Wrap it in a plain one"),
-    ],
-)
-def test_a_function_that_cannot_be_called_is_refused_at_once(function, message):
-    with pytest.raises(TypeError, match=message):
-        FunctionRanker(function)
+def test_a_function_of_other_arguments_is_refused_at_once():
+    with pytest.raises(TypeError, match="it takes responses. Name its arguments as TRL does"):
+        FunctionRanker(lambda responses: [])
 
 
 def test_settings_are_json_and_tell_functions_apart():
@@ -96,7 +133,7 @@ def test_a_version_is_all_that_is_known_of_the_function():
     settings = FunctionRanker(Judge(1.0), version="lengths, 1").settings()
     assert settings == FunctionRanker(Judge(-1.0), version="lengths, 1").settings()
     assert settings == FunctionRanker(brevity, version="lengths, 1").settings()
-    assert settings == {"class": "FunctionRanker", "function": "lengths, 1"}
+    assert settings == {"class": "FunctionRanker", "function": "lengths, 1", "temperature": 1.0}
     assert settings != FunctionRanker(Judge(1.0), version="lengths, 2").settings()
     assert FunctionRanker(Judge(1.0), version="").settings()["function"] == ""
     assert FunctionRanker(Judge(2.0), version="v").score(["p"], [["a", "bc"]])[0].tolist() == [2.0, 4.0]
