@@ -31,4 +31,4 @@ COMMANDS = {
 
 def load(name: str) -> ModuleType:
     """Import the module of a command, whose `run` takes an instance of each dataclass and what saves them."""
-    return import_module("prefopt_trl.cli.train" if name in METHODS else f"prefopt_trl.cli.{name}")
+    return import_module("prefopt_trl.cli.train" if name in METHODS else f"prefopt_trl.cli.{name.replace('-', '_')}")
