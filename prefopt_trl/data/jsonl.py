@@ -21,7 +21,8 @@ def read_jsonl(path: str | Path) -> Dataset:
 
     - `prompt`: text, or a list of messages;
     - `completions` (optional): one or more candidates, in the format of the prompt;
-    - `rewards` and `logps` (optional): a number for each completion (`logps` may be null);
+    - `rewards` and `logps` (optional): a number for each completion (either may be null: no opinion of a ranker,
+      not known);
     - `finished` (optional): true or false for each completion;
     - any other columns, which are kept. All lines have the same columns.
 
@@ -97,7 +98,7 @@ def _check_row(row: Row, where: str) -> None:
                 valid, wanted = isinstance(value, bool), "true or false"
             else:
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
-                valid = (is_number and abs(value) < FLOAT32_MAX) or (name == "logps" and value is None)
+                valid = (is_number and abs(value) < FLOAT32_MAX) or (value is None and name != "finished")
                 wanted = "a finite number, or leave the completion out"
             if not valid:
                 raise ValueError(f"`{name}` of completion {index} of {where} is {value!r}. Give {wanted}.")

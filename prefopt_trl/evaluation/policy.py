@@ -10,7 +10,7 @@ from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
 from prefopt_trl.data.tokenization import ChatOptions, tokenize_prompts
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.generation.sampler import sample_candidates
-from prefopt_trl.rankers.base import Ranker, check_rewards
+from prefopt_trl.rankers.base import Ranker, ask_rewards
 from prefopt_trl.sampling.logps import row_logps
 
 BATCH_SIZE = 32  # samples whose log-probabilities are computed at a time
@@ -86,8 +86,7 @@ def evaluate_policy(
     )
     completions = [wrap_completion(prompt, one.texts[0]) for prompt, one in zip(prompts, sampled, strict=True)]
     candidates = [[completion] for completion in completions]
-    scored = ranker.score(prompts, candidates, baselines=targets)
-    rewards = np.concatenate(check_rewards(scored, prompts, candidates, type(ranker).__name__))
+    rewards = np.concatenate(ask_rewards(ranker, prompts, candidates, baselines=targets))
     drawn = [(ids, one.sampled[0].ids) for ids, one in zip(prompt_ids, sampled, strict=True)]  # with the EOS token
     measured = {
         "ranker_reward": rewards,

@@ -255,6 +255,15 @@ def ask_rewards(
     return check_rewards(scored, prompts, completions, type(ranker).__name__, may_abstain and ranker.may_abstain)
 
 
+def ask_rewards_and_columns(
+    ranker: Ranker, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], columns: Columns
+) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
+    """Return what `ask_rewards` returns with `may_abstain`, and the ranker's `score_columns` of each completion."""
+    read = {"columns": columns} if ranker.reads_columns else {}
+    rewards, scored = ranker.score_with_columns(prompts, completions, **read)
+    return check_rewards(rewards, prompts, completions, type(ranker).__name__, ranker.may_abstain), scored
+
+
 def ask_probabilities(
     ranker: Ranker,
     prompts: Sequence[Prompt],

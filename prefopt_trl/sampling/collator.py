@@ -27,10 +27,11 @@ from prefopt_trl.data.tokenization import (
 )
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.generation.sampler import eos_token_ids, sample_candidates
-from prefopt_trl.rankers.base import Ranker, check_ranker, check_rewards
+from prefopt_trl.rankers.base import Ranker, ask_rewards, check_ranker
 from prefopt_trl.runtime.processes import gathered
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
-from prefopt_trl.sampling.selection import first_occurrences, keep, label_pairs, rank
+from prefopt_trl.sampling.pairing import Pairs
+from prefopt_trl.sampling.selection import first_occurrences, keep, label_pairs, rank, user_columns
 
 logger = logging.getLogger(__name__)
 
@@ -150,9 +151,8 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
                 seed=seed,
                 progress=False,
             )
-        rewards = check_rewards(
-            self.ranker.score(prompts, completions), prompts, completions, type(self.ranker).__name__
-        )
+        columns = user_columns(examples)
+        rewards = ask_rewards(self.ranker, prompts, completions, columns=columns, may_abstain=True)
         completions = merge_equal_in_training(self.tokenizer, examples, completions)
         streams = [np.random.default_rng([seed, index]) for index in range(len(prompts))]
         kept = [
@@ -160,19 +160,22 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
             for row, row_rewards, stream in zip(completions, rewards, streams, strict=True)
         ]
         self._count_short(kept)
-        members = [np.repeat(row, 2) if len(row) == 1 else row for row in kept]  # a single one meets itself
+        # A single one meets itself, and so does the first of those on which the ranker has no opinion: its loss is
+        # constant
+        members = [np.resize(row if len(row) else [0], max(2, len(row))) for row in kept]
 
         if self.pairing == RANKING:
-            ranked = [rank(*scored) for scored in zip(completions, rewards, members, strict=True)]
+            known = map(np.nan_to_num, rewards)
+            ranked = [rank(*scored) for scored in zip(completions, known, members, strict=True)]
             return [self._tokenize(example, **ranking) for example, ranking in zip(examples, ranked, strict=True)]
-        labeled = label_pairs(self.ranker, prompts, completions, members, self.pairing, streams)
+        labeled = label_pairs(self.ranker, prompts, completions, columns, members, self.pairing, streams)
         n = self.num_samples
         num_pairs = {"first-round": n // 2, "tournament": n - 1, "all": n * (n - 1) // 2}[self.pairing]
         return [
             self._tokenize(example, [row[chosen], row[rejected]])
             for example, row, pairs in zip(examples, completions, labeled, strict=True)
             # Repeated where there are few: TRL gathers a value of each pair, as many from every process
-            for chosen, rejected in np.resize(np.stack([pairs.chosen, pairs.rejected], axis=1), (num_pairs, 2))
+            for chosen, rejected in np.resize(decided(pairs), (num_pairs, 2))
         ]
 
     def _count_short(self, kept: list[np.ndarray]) -> None:
@@ -196,6 +199,12 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
             chosen_ids, rejected_ids = completion_ids
             return {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
         return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "rewards": rewards}
+
+
+def decided(pairs: Pairs) -> np.ndarray:
+    """Return the pairs on which the ranker has an opinion, shape `(n, 2)`, or else one of a completion and itself."""
+    both = np.stack([pairs.chosen, pairs.rejected], axis=1)[np.isfinite(pairs.probability)]
+    return both if len(both) else np.full((1, 2), pairs.chosen[0])
 
 
 def sample_for(

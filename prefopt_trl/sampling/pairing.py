@@ -149,7 +149,8 @@ def _each_with_each(players: Indices) -> Indices:
 
 
 def _label(first: Indices, second: Indices, probability: Probabilities, rng: np.random.Generator) -> Pairs:
-    first_wins = np.where(probability == 0.5, rng.random(len(first)) < 0.5, probability > 0.5)
+    undecided = (probability == 0.5) | np.isnan(probability)  # NaN is no opinion
+    first_wins = np.where(undecided, rng.random(len(first)) < 0.5, probability > 0.5)
     return Pairs(
         chosen=np.where(first_wins, first, second),
         rejected=np.where(first_wins, second, first),

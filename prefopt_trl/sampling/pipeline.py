@@ -26,6 +26,7 @@ from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.runtime.processes import gathered, interruptible, process_state
 from prefopt_trl.runtime.settings import Settings, write_json, write_text, writing
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
+from prefopt_trl.sampling.selection import OWN_COLUMNS
 from prefopt_trl.sampling.shards import Shards
 from prefopt_trl.sampling.statistics import dataset_card, plot_statistics, summarize
 from prefopt_trl.sampling.store import POLL_SECONDS, SampleStore
@@ -132,6 +133,7 @@ def build_preference_dataset(
     options = SamplingOptions.of(options, **changes)
     dataset = _as_dataset(prompts)
     check_ranker(ranker)
+    ranker.check_columns(set(dataset.column_names) - OWN_COLUMNS)
     check_generation_kwargs(generation_kwargs)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"`seed` must be a whole number, at least 0, got {seed!r}.")

@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 
 from prefopt_trl.data.formats import Completion, Prompt, Row, completion_text
-from prefopt_trl.rankers.base import Ranker, check_probabilities
+from prefopt_trl.rankers.base import Columns, Ranker, ask_probabilities
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
 from prefopt_trl.sampling.pairing import Pairs, play
 from prefopt_trl.sampling.rejection import accept, acceptance_rate
@@ -17,7 +17,7 @@ from prefopt_trl.sampling.rejection import accept, acceptance_rate
 OWN_COLUMNS = {
     *("prompt", "completions", "rewards", "finished", "logps"),
     *("chosen", "rejected", "chosen_reward", "rejected_reward", "label_probability"),
-    *("ref_chosen_logps", "ref_rejected_logps", "ref_max_length"),
+    *("ref_chosen_logps", "ref_rejected_logps", "ref_max_length", "disagreement"),
 }
 
 
@@ -28,7 +28,7 @@ Value = TypeVar("Value")
 class SelectedPrompt:
     """What was selected of one prompt's candidates: numbers only, and candidates by their index."""
 
-    rewards: list[float]  # of each candidate
+    rewards: list[float | None]  # of each candidate, None if the ranker has no opinion on it
     num_distinct: int  # candidates
     accepted: list[int] = field(default_factory=list)  # none if the prompt is skipped
     acceptance_rate: float | None = None  # Theorem 1's, of distinct candidates; None if skipped
@@ -39,6 +39,7 @@ class SelectedPrompt:
     rejected: list[int] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
     ref_logps: list[tuple[float, float]] | None = None  # of the chosen and the rejected one of each pair, if kept
+    scored: dict[str, list[float]] = field(default_factory=dict)  # the ranker's `score_columns`, for each candidate
 
 
 def select_and_pair(
@@ -50,20 +51,23 @@ def select_and_pair(
     *,
     seed: int,
     first_row: int = 0,
+    columns: Columns | None = None,
 ) -> list[SelectedPrompt]:
     """Keep `num_samples` candidates of each prompt, and let the ranker label pairs of them.
 
     Every prompt has a random stream of its own, made from `seed` and its row among all prompts (`first_row` is that of
-    the first here), so that it does not matter which others it is selected with. A pair of two equal texts is not
-    made: no ranker prefers one of them, and every loss of a difference has gradient zero. A prompt is skipped if all
-    its candidates are equal, or all those kept that met.
+    the first here), so that it does not matter which others it is selected with. A candidate whose reward is NaN
+    leaves, and so does a pair on which the ranker has no opinion. A pair of two equal texts is not made: no ranker
+    prefers one of them, and every loss of a difference has gradient zero. A prompt is skipped if all its candidates
+    are equal, or all those kept that met. `columns` are the other columns of the prompts' dataset.
     """
     texts = [first_occurrences(row) for row in completions]
-    distinct = [np.unique(row) for row in texts]
-    selected = [SelectedPrompt(row.tolist(), len(first)) for row, first in zip(rewards, distinct, strict=True)]
+    distinct = [without_nan(np.unique(row), scores) for row, scores in zip(texts, rewards, strict=True)]
+    selected = [SelectedPrompt(as_numbers(row), len(first)) for row, first in zip(rewards, distinct, strict=True)]
     rows = [row for row in range(len(prompts)) if len(distinct[row]) > 1]
     streams = [np.random.default_rng([seed, first_row + row]) for row in rows]
-    label = partial(label_pairs, ranker, [prompts[row] for row in rows], [completions[row] for row in rows])
+    of_rows = {name: [column[row] for row in rows] for name, column in (columns or {}).items()}
+    label = partial(label_pairs, ranker, [prompts[row] for row in rows], [completions[row] for row in rows], of_rows)
 
     at_random = [
         stream.choice(distinct[row], min(options.num_samples, len(distinct[row])), replace=False)
@@ -75,15 +79,15 @@ def select_and_pair(
     after = label(accepted, "first-round" if is_ranking else options.pairing, streams)
 
     for row, kept, random_pairs, pairs in zip(rows, accepted, before, after, strict=True):
-        differ = texts[row][pairs.chosen] != texts[row][pairs.rejected]
+        differ = (texts[row][pairs.chosen] != texts[row][pairs.rejected]) & np.isfinite(pairs.probability)
         if not (len(np.unique(texts[row][kept])) > 1 if is_ranking else differ.any()):
             continue
         selected[row] = SelectedPrompt(
-            rewards=rewards[row].tolist(),
+            rewards=as_numbers(rewards[row]),
             num_distinct=len(distinct[row]),
             accepted=kept.tolist(),
             acceptance_rate=acceptance_rate(rewards[row][distinct[row]], options.effective_beta),
-            random_probabilities=random_pairs.probability.tolist(),
+            random_probabilities=random_pairs.probability[np.isfinite(random_pairs.probability)].tolist(),
             chosen=pairs.chosen[differ].tolist(),
             rejected=pairs.rejected[differ].tolist(),
             probabilities=pairs.probability[differ].tolist(),
@@ -99,7 +103,7 @@ def preference_rows(
     completions, rewards = candidates["completions"], selected.rewards
     if pairing == RANKING:
         if selected.accepted:
-            yield {**columns, **rank(completions, np.array(rewards), np.array(selected.accepted))}
+            yield {**columns, **rank(completions, np.array(rewards, dtype=float), np.array(selected.accepted))}
         return
     labeled = zip(selected.chosen, selected.rejected, selected.probabilities, strict=True)
     for pair, (chosen, rejected, probability) in enumerate(labeled):
@@ -117,6 +121,21 @@ def preference_rows(
         yield row
 
 
+def user_columns(rows: Sequence[Row]) -> Columns:
+    """Return the columns that a ranker may read: those of the user, by name, with one value per row."""
+    return {name: [row[name] for row in rows] for name in rows[0] if name not in OWN_COLUMNS} if rows else {}
+
+
+def as_numbers(rewards: np.ndarray) -> list[float | None]:
+    """Return rewards as JSON numbers, with None for NaN."""
+    return [None if np.isnan(reward) else reward for reward in rewards.tolist()]
+
+
+def without_nan(indices: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+    """Return the indices of the candidates that have a reward."""
+    return indices[~np.isnan(rewards[indices])]
+
+
 def carried(columns: Mapping[str, Value]) -> dict[str, Value]:
     """Return the columns that candidates and pairs take over from their prompt: `prompt` and those of the user."""
     return {name: value for name, value in columns.items() if name == "prompt" or name not in OWN_COLUMNS}
@@ -127,9 +146,9 @@ def keep(rewards: np.ndarray, texts: np.ndarray, options: SamplingOptions, strea
 
     `"rso"` and `"top-k"` keep distinct texts, as Algorithm 1 does. `"sft"` draws among all candidates, so that a text
     sampled twice is twice as likely: these are samples of the policy (RSO section 5, "sft-sample-rank"). `texts` are
-    what [`first_occurrences`] returns.
+    what [`first_occurrences`] returns. A candidate whose reward is NaN leaves.
     """
-    pool = np.arange(len(texts)) if options.strategy == "sft" else np.unique(texts)
+    pool = without_nan(np.arange(len(texts)) if options.strategy == "sft" else np.unique(texts), rewards)
     return pool[accept(rewards[pool], min(options.num_samples, len(pool)), options.effective_beta, stream)]
 
 
@@ -143,6 +162,7 @@ def label_pairs(
     ranker: Ranker,
     prompts: Sequence[Prompt],
     completions: Sequence[Sequence[Completion]],
+    columns: Columns,
     members: Sequence[np.ndarray],
     pairing: str,
     streams: Sequence[np.random.Generator],
@@ -153,8 +173,8 @@ def label_pairs(
         matched = [prompts[at] for at in position]
         firsts = [completions[at][members[at][one]] for at, one in zip(position, first, strict=True)]
         seconds = [completions[at][members[at][one]] for at, one in zip(position, second, strict=True)]
-        source = f"{type(ranker).__name__}.compare"
-        return check_probabilities(ranker.compare(matched, firsts, seconds), matched, source)
+        of_matches = {name: [column[at] for at in position] for name, column in columns.items()}
+        return ask_probabilities(ranker, matched, firsts, seconds, of_matches)
 
     played = play(pairing, [len(member) for member in members], compare, streams)
     return [

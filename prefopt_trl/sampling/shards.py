@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt_trl.data.formats import Row, wrap_completion
 from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training, tokenize_prompts
 from prefopt_trl.generation.sampler import eos_token_ids, sample_candidates
-from prefopt_trl.rankers.base import Ranker, check_rewards
+from prefopt_trl.rankers.base import Ranker, ask_rewards_and_columns
 from prefopt_trl.runtime.settings import (
     Settings,
     dataset_fingerprint,
@@ -20,7 +20,7 @@ from prefopt_trl.runtime.settings import (
 )
 from prefopt_trl.sampling.logps import pair_logps, sampled_logps
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
-from prefopt_trl.sampling.selection import SelectedPrompt, carried, preference_rows, select_and_pair
+from prefopt_trl.sampling.selection import SelectedPrompt, carried, preference_rows, select_and_pair, user_columns
 from prefopt_trl.sampling.store import SampleStore
 from prefopt_trl.shared_prefix.support import reason_not_to_share_prefix
 
@@ -46,6 +46,11 @@ class Shards:
     def are_given(self) -> bool:
         """Whether candidates are given."""
         return "completions" in self.prompts.column_names
+
+    @property
+    def has_rewards(self) -> bool:
+        """Whether candidates are given with rewards, so that they are not scored again."""
+        return self.are_given and "rewards" in self.prompts.column_names
 
     @property
     def sampler(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -126,16 +131,28 @@ class Shards:
 
     def _select(self, rows: list[Row], first_row: int) -> list[SelectedPrompt]:
         prompts, completions = [row["prompt"] for row in rows], [row["completions"] for row in rows]
-        if self.are_given and "rewards" in self.prompts.column_names:
+        columns = user_columns(rows)
+        scored: dict[str, list[np.ndarray]] = {}
+        if self.has_rewards:
             rewards = [np.array(row["rewards"], dtype=np.float64) for row in rows]
         else:
-            scores = self.ranker.score(prompts, completions)
-            rewards = check_rewards(scores, prompts, completions, type(self.ranker).__name__)
+            rewards, scored = ask_rewards_and_columns(self.ranker, prompts, completions, columns)
         if self.tokenizer is not None:
             completions = merge_equal_in_training(self.tokenizer, rows, completions)
-        return select_and_pair(
-            prompts, completions, rewards, self.ranker, self.options, seed=self.seed, first_row=first_row
+        selected = select_and_pair(
+            prompts,
+            completions,
+            rewards,
+            self.ranker,
+            self.options,
+            seed=self.seed,
+            first_row=first_row,
+            columns=columns,
         )
+        return [
+            replace(one, scored={name: values[row].tolist() for name, values in scored.items()})
+            for row, one in enumerate(selected)
+        ]
 
     def _with_logps(self, rows: list[Row], selected: list[SelectedPrompt], first_row: int) -> list[SelectedPrompt]:
         """Add the log-probabilities of each pair; if one candidate has none, compute both from the text."""
@@ -173,7 +190,7 @@ class Shards:
     def candidate_rows(self) -> Iterator[Row]:
         """Yield the rows of all candidates, with their rewards."""
         for row, selected in self._all():
-            yield {"rewards": selected.rewards} | row
+            yield {"rewards": selected.rewards, **selected.scored} | row
 
     def preference_rows(self) -> Iterator[Row]:
         """Yield the rows of all pairs or rankings."""
@@ -184,6 +201,8 @@ class Shards:
         """Return the features of `candidate_rows`."""
         given = self.prompts.features
         rewards = {"rewards": List(Value("float64"))}
+        if not self.has_rewards:
+            rewards |= dict.fromkeys(self.ranker.score_columns, List(Value("float64")))
         if self.are_given:
             return Features({**rewards, **given})
         message = {"role": Value("string"), "content": Value("string")}

@@ -59,6 +59,7 @@ class SamplingStatistics:
     warning: str | None = None  # where beta is too small for this ranker, or it cannot tell completions apart
     made: str = "pairs"  # or "rankings"
     num_short: int = 0  # prompts with fewer than `num_samples` distinct candidates
+    num_without_reward: int = 0  # candidates on which the ranker has no opinion
 
     def as_dict(self) -> Settings:
         return {**asdict(self), "quantiles": list(QUANTILES)}
@@ -68,6 +69,7 @@ class SamplingStatistics:
             f"{self.num_pairs} {self.made} from {self.num_prompts - self.num_skipped} of {self.num_prompts} prompts",
             f"candidates: {self.num_candidates}, of which {self.num_duplicates} repeat another"
             + ("" if self.num_unfinished is None else f" and {self.num_unfinished} were cut at max_new_tokens"),
+            *([f"candidates without a reward: {self.num_without_reward}"] if self.num_without_reward else []),
             f"prompts skipped because all candidates are equal: {self.num_skipped}",
             f"prompts with fewer distinct candidates than num_samples: {self.num_short}",
         ]
@@ -98,13 +100,15 @@ def summarize(
     certainty: dict[str, list[list[float]]] = {"random candidates": [], "pairs made": []}
     num_distinct: list[int] = []
     first_pass: list[float] = []
-    num_equal = num_short = 0
+    num_equal = num_short = num_candidates = 0
     is_ranking = options.pairing == RANKING
     for prompt in selected:
-        of_prompt = np.array(prompt.rewards)
+        of_prompt = np.array(prompt.rewards, dtype=float)
+        known = of_prompt[~np.isnan(of_prompt)]
         num_distinct.append(prompt.num_distinct)
-        num_equal += prompt.num_distinct > 1 and np.ptp(of_prompt) == 0
-        rewards["candidates"].append(of_prompt)
+        num_candidates += len(of_prompt)
+        num_equal += prompt.num_distinct > 1 and np.ptp(known) == 0
+        rewards["candidates"].append(known)
         if prompt.acceptance_rate is None:  # skipped
             continue
         first_pass.append(prompt.acceptance_rate)
@@ -135,7 +139,8 @@ def summarize(
     statistics = SamplingStatistics(
         num_prompts=len(num_distinct),
         num_skipped=len(num_distinct) - len(first_pass),
-        num_candidates=len(drawn["candidates"]),
+        num_candidates=num_candidates,
+        num_without_reward=num_candidates - len(drawn["candidates"]),
         num_duplicates=len(drawn["candidates"]) - sum(num_distinct),
         num_unfinished=num_unfinished,
         num_pairs=len(drawn["chosen"]),

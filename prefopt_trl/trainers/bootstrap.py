@@ -23,10 +23,11 @@ from transformers import (
 from prefopt_trl.data.formats import Completion, Row
 from prefopt_trl.data.tokenization import chat_options, tokenize_completions
 from prefopt_trl.generation.options import GenerationOptions
-from prefopt_trl.rankers.base import Ranker, check_rewards
+from prefopt_trl.rankers.base import Ranker, ask_rewards
 from prefopt_trl.runtime.processes import gathered
 from prefopt_trl.runtime.settings import as_json, differences, read_json, write_json
 from prefopt_trl.sampling.collator import sample_for
+from prefopt_trl.sampling.selection import user_columns
 from prefopt_trl.trainers.callbacks import epoch_of
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ class Bootstrap(TrainerCallback):
         sampled = sample_for(chosen, model, self.tokenizer, 1, self.options, seed=seed)
         prompts = [row["prompt"] for row in chosen]
         extended = [[*row["completions"], *samples] for row, samples in zip(chosen, sampled, strict=True)]
-        rewards = check_rewards(self.ranker.score(prompts, extended), prompts, extended, type(self.ranker).__name__)
+        rewards = ask_rewards(self.ranker, prompts, extended, columns=user_columns(chosen))
         return [
             {"row": row, "prompt": prompt, **re_rank(completions, row_rewards)}
             for row, prompt, completions, row_rewards in zip(rows.tolist(), prompts, extended, rewards, strict=True)

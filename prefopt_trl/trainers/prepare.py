@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt_trl.data.formats import columns_of, number_rows
+from prefopt_trl.data.formats import Row, columns_of, number_rows
 from prefopt_trl.data.rankings import pairs_to_rankings
 from prefopt_trl.data.tokenization import chat_options, check_prompts_fit, tokenize_prompts
-from prefopt_trl.rankers.base import Ranker, check_rewards
+from prefopt_trl.rankers.base import Ranker, ask_rewards
 from prefopt_trl.runtime.processes import gathered, process_state
 from prefopt_trl.runtime.settings import Settings, as_json, dataset_fingerprint, read_json, write_json
 from prefopt_trl.sampling.pipeline import build_preference_dataset
+from prefopt_trl.sampling.selection import user_columns
 from prefopt_trl.sampling.statistics import SamplingStatistics, read_sampled
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
@@ -196,11 +198,35 @@ def score_completions(
     others = set(columns) - {"prompt", "completions", "chosen", "rejected"}
     if others:
         logger.warning(
-            "The ranker scores the completions of the %s dataset, which has no column `rewards`; not used are: %s.",
+            "The ranker scores the completions of the %s dataset, which has no column `rewards`; %s are: %s.",
             name,
+            "passed to the ranker" if ranker.reads_columns else "not used",
             ", ".join(sorted(others)),
         )
-    return dataset.add_column("rewards", score_or_read(dataset, name, ranker, output_dir))
+    return _rankings_with(score_or_read(dataset, name, ranker, output_dir), dataset, name)
+
+
+def _rankings_with(rewards: list[list[float]], dataset: Dataset, name: str) -> Dataset:
+    """Add the rewards, without the completions whose reward is NaN and the rows that have fewer than two others."""
+    if not np.isnan(np.concatenate(rewards)).any():
+        return dataset.add_column("rewards", rewards)
+
+    def known(row: Row) -> Row:
+        kept = [index for index, reward in enumerate(row["rewards"]) if not np.isnan(reward)]
+        return {column: [row[column][index] for index in kept] for column in ("completions", "rewards")}
+
+    left = dataset.add_column("rewards", rewards).map(known).filter(lambda row: len(row["rewards"]) > 1)
+    logger.warning(
+        "The ranker has no opinion on %d completions of the %s dataset, which are left out; %d of %d rankings keep at "
+        "least two.",
+        sum(np.isnan(row).sum() for row in rewards),
+        name,
+        len(left),
+        len(dataset),
+    )
+    if len(left) == 0:
+        raise ValueError(f"The ranker has an opinion on two completions in no row of the {name} dataset.")
+    return left
 
 
 def check_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Dataset:
@@ -242,7 +268,8 @@ def score_or_read(dataset: Dataset, name: str, ranker: Ranker, output_dir: str |
     each returns the rewards of all rows, and raises the errors of [`check_rewards`] for its share.
     """
     process, file = process_state(), Path(output_dir) / "scored" / f"{name}.json"
-    rows = dataset.select_columns(["prompt", "completions"]).with_format(None)
+    rows = (dataset if ranker.reads_columns else dataset.select_columns(["prompt", "completions"])).with_format(None)
+    ranker.check_columns(rows.column_names)
     with gathered(ranker.model):  # by all processes
         settings = as_json({"rows": dataset_fingerprint(rows), "ranker": ranker.settings()})
         content = read_json(file) if process.is_main_process else None
@@ -263,7 +290,8 @@ def _score(share: Dataset, first_row: int, name: str, ranker: Ranker) -> list[li
         return []
     prompts, completions = list(share["prompt"]), list(share["completions"])
     try:
-        rewards = check_rewards(ranker.score(prompts, completions), prompts, completions, type(ranker).__name__)
+        columns = user_columns(share.to_list())
+        rewards = ask_rewards(ranker, prompts, completions, columns=columns, may_abstain=True)
     except Exception as error:
         error.add_note(f"Row 0 of these {len(share)} is row {first_row} of the {name} dataset.")
         raise

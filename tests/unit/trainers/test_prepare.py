@@ -550,7 +550,7 @@ def test_columns_beside_scored_completions_are_said(make, caplog):
     rows = dataset({**COMPLETIONS, "reward": [[1.0, 2.0, 3.0], [1.0, 2.0]]})
     with caplog.at_level(logging.WARNING, logger="prefopt_trl"):
         make(PROTrainer, rows, ranker=FunctionRanker(brevity))
-    assert any("has no column `rewards`; not used are: reward." in text for text in said(caplog))
+    assert any("has no column `rewards`; passed to the ranker are: reward." in text for text in said(caplog))
 
 
 def test_the_columns_there_are_stand_in_the_message(make):
