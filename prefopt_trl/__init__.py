@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers
     from prefopt_trl.data.hh_rlhf import load_hh_rlhf as load_hh_rlhf
     from prefopt_trl.generation.options import GenerationOptions as GenerationOptions
     from prefopt_trl.generation.sampler import sample_completions as sample_completions
+    from prefopt_trl.rankers.ensemble import EnsembleRanker as EnsembleRanker
     from prefopt_trl.rankers.function import FunctionRanker as FunctionRanker
     from prefopt_trl.rankers.pairwise import PairwiseRanker as PairwiseRanker
     from prefopt_trl.rankers.pointwise import RewardModelRanker as RewardModelRanker
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 _HOME = {
     "DataCollatorForRanking": "data.collators",
     "DataCollatorForRejectionSampling": "sampling.collator",
+    "EnsembleRanker": "rankers.ensemble",
     "FunctionRanker": "rankers.function",
     "GenerationOptions": "generation.options",
     "PairwiseRanker": "rankers.pairwise",

@@ -86,7 +86,8 @@ def evaluate_policy(
     )
     completions = [wrap_completion(prompt, one.texts[0]) for prompt, one in zip(prompts, sampled, strict=True)]
     candidates = [[completion] for completion in completions]
-    rewards = np.concatenate(ask_rewards(ranker, prompts, candidates, baselines=targets))
+    scored, _ = ask_rewards(ranker, prompts, candidates, baselines=targets)
+    rewards = np.concatenate(scored)
     drawn = [(ids, one.sampled[0].ids) for ids, one in zip(prompt_ids, sampled, strict=True)]  # with the EOS token
     measured = {
         "ranker_reward": rewards,

@@ -1,11 +1,13 @@
 """Rankers: what says which of two completions is preferred, and by how much."""
 
 from prefopt_trl.rankers.base import PointwiseRanker, Ranker, check_probabilities, check_rewards
+from prefopt_trl.rankers.ensemble import EnsembleRanker
 from prefopt_trl.rankers.function import FunctionRanker
 from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
 from prefopt_trl.rankers.pointwise import RewardModelRanker
 
 __all__ = [
+    "EnsembleRanker",
     "FunctionRanker",
     "PairwiseRanker",
     "PointwiseRanker",

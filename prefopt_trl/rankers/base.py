@@ -97,13 +97,15 @@ class Ranker(ABC):
             )
 
     def score_with_columns(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], **others: Any
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        baselines: Sequence[Completion] | None = None,
+        columns: Columns | None = None,
     ) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
-        """Return what `score` returns, and for each of `score_columns` a number of each completion.
-
-        `others` are `baselines` and `columns`.
-        """
-        return self.score(prompts, completions, **others), {}
+        """Return what `score` returns, and for each of `score_columns` a number of each completion."""
+        read = {"columns": columns or {}} if self.reads_columns else {}
+        return self.score(prompts, completions, baselines, **read), {}
 
     @abstractmethod
     def settings(self) -> Settings:
@@ -168,7 +170,7 @@ class Ranker(ABC):
                 if isinstance(column, list) and len(column) == len(prompts)
             }
             with gathered(self.model):  # on all processes, which call this together
-                scored = ask_rewards(self, *grouped, baselines=group_baselines, columns=read, may_abstain=True)
+                scored, _ = ask_rewards(self, *grouped, baselines=group_baselines, columns=read, may_abstain=True)
             rewards: list[float | None] = [None] * len(prompts)
             for rows, of_prompt in zip(groups, scored, strict=True):
                 for row, reward in zip(rows, of_prompt.tolist(), strict=True):
@@ -244,24 +246,15 @@ def ask_rewards(
     baselines: Sequence[Completion] | None = None,
     columns: Columns | None = None,
     may_abstain: bool = False,
-) -> list[np.ndarray]:
-    """Return the ranker's rewards of each prompt's completions, in float64, checked.
+) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
+    """Return the ranker's rewards of each prompt's completions, in float64, checked, and its `score_columns`.
 
     With `may_abstain`, NaN is the reward of a completion on which the ranker has no opinion. Raise the errors of
     [`check_rewards`].
     """
-    read = {"columns": columns or {}} if ranker.reads_columns else {}
-    scored = ranker.score(prompts, completions, baselines, **read)
-    return check_rewards(scored, prompts, completions, type(ranker).__name__, may_abstain and ranker.may_abstain)
-
-
-def ask_rewards_and_columns(
-    ranker: Ranker, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], columns: Columns
-) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
-    """Return what `ask_rewards` returns with `may_abstain`, and the ranker's `score_columns` of each completion."""
-    read = {"columns": columns} if ranker.reads_columns else {}
-    rewards, scored = ranker.score_with_columns(prompts, completions, **read)
-    return check_rewards(rewards, prompts, completions, type(ranker).__name__, ranker.may_abstain), scored
+    rewards, scored = ranker.score_with_columns(prompts, completions, baselines, columns)
+    may_abstain = may_abstain and ranker.may_abstain
+    return check_rewards(rewards, prompts, completions, type(ranker).__name__, may_abstain), scored
 
 
 def ask_probabilities(
@@ -283,7 +276,8 @@ def ask_probabilities(
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     """Turn log-odds in nats into probabilities, without overflow at either end."""
-    return np.exp(-np.logaddexp(0.0, -logits))
+    with np.errstate(invalid="ignore"):  # NaN, no opinion, stays NaN
+        return np.exp(-np.logaddexp(0.0, -logits))
 
 
 def logit(probabilities: np.ndarray) -> np.ndarray:

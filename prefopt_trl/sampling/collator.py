@@ -152,7 +152,7 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
                 progress=False,
             )
         columns = user_columns(examples)
-        rewards = ask_rewards(self.ranker, prompts, completions, columns=columns, may_abstain=True)
+        rewards, _ = ask_rewards(self.ranker, prompts, completions, columns=columns, may_abstain=True)
         completions = merge_equal_in_training(self.tokenizer, examples, completions)
         streams = [np.random.default_rng([seed, index]) for index in range(len(prompts))]
         kept = [

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt_trl.data.formats import Row, wrap_completion
 from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training, tokenize_prompts
 from prefopt_trl.generation.sampler import eos_token_ids, sample_candidates
-from prefopt_trl.rankers.base import Ranker, ask_rewards_and_columns
+from prefopt_trl.rankers.base import Ranker, ask_rewards
 from prefopt_trl.runtime.settings import (
     Settings,
     dataset_fingerprint,
@@ -136,7 +136,7 @@ class Shards:
         if self.has_rewards:
             rewards = [np.array(row["rewards"], dtype=np.float64) for row in rows]
         else:
-            rewards, scored = ask_rewards_and_columns(self.ranker, prompts, completions, columns)
+            rewards, scored = ask_rewards(self.ranker, prompts, completions, columns=columns, may_abstain=True)
         if self.tokenizer is not None:
             completions = merge_equal_in_training(self.tokenizer, rows, completions)
         selected = select_and_pair(

@@ -142,7 +142,7 @@ class Bootstrap(TrainerCallback):
         sampled = sample_for(chosen, model, self.tokenizer, 1, self.options, seed=seed)
         prompts = [row["prompt"] for row in chosen]
         extended = [[*row["completions"], *samples] for row, samples in zip(chosen, sampled, strict=True)]
-        rewards = ask_rewards(self.ranker, prompts, extended, columns=user_columns(chosen))
+        rewards, _ = ask_rewards(self.ranker, prompts, extended, columns=user_columns(chosen))
         return [
             {"row": row, "prompt": prompt, **re_rank(completions, row_rewards)}
             for row, prompt, completions, row_rewards in zip(rows.tolist(), prompts, extended, rewards, strict=True)

@@ -291,7 +291,7 @@ def _score(share: Dataset, first_row: int, name: str, ranker: Ranker) -> list[li
     prompts, completions = list(share["prompt"]), list(share["completions"])
     try:
         columns = user_columns(share.to_list())
-        rewards = ask_rewards(ranker, prompts, completions, columns=columns, may_abstain=True)
+        rewards, _ = ask_rewards(ranker, prompts, completions, columns=columns, may_abstain=True)
     except Exception as error:
         error.add_note(f"Row 0 of these {len(share)} is row {first_row} of the {name} dataset.")
         raise
