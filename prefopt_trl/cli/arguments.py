@@ -7,8 +7,9 @@ from prefopt_trl.sampling.options import SamplingOptions
 
 RANKER = {
     "help": "Ranker: folder or Hub id of a causal language model or encoder-decoder (a pairwise ranker, such as "
-    "`prefopt-trl ranker` trains), of its adapter, or of a sequence classification model (a reward model); or "
-    "`module.function`, a reward function with the signature of TRL's `reward_funcs`."
+    "`prefopt-trl ranker` trains), of its adapter, or of a sequence classification model (a reward model); a "
+    "reward function with the signature of TRL's `reward_funcs`, as `module:function` or `path/to/file.py:function`; "
+    "or a YAML file with the `class` of any ranker, such as JudgeRanker, and its arguments."
 }
 
 

@@ -9,7 +9,8 @@ from accelerate import PartialState
 from trl import ModelConfig
 
 from prefopt_trl.cli.arguments import EvaluateConfig
-from prefopt_trl.cli.models import check_model, load_ranker, load_tokenizer, model_to_run
+from prefopt_trl.cli.models import check_model, load_tokenizer, model_to_run
+from prefopt_trl.cli.rankers import load_ranker
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.data.tokenization import chat_options
 from prefopt_trl.evaluation.policy import evaluate_policy

@@ -1,8 +1,5 @@
-"""Load models, adapters, tokenizers and rankers by the names given on the command line."""
+"""Load models, adapters and tokenizers by the names given on the command line."""
 
-import importlib
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -23,13 +20,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 from trl import DPOConfig, ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
-from prefopt_trl.cli.arguments import RankerArguments
 from prefopt_trl.data.formats import is_lost
-from prefopt_trl.rankers.base import Ranker
-from prefopt_trl.rankers.function import FunctionRanker
-from prefopt_trl.rankers.inference import is_reward_model
-from prefopt_trl.rankers.pairwise import PairwiseRanker
-from prefopt_trl.rankers.pointwise import RewardModelRanker
 
 
 def check_model(model: ModelConfig, trains: bool = True) -> None:
@@ -122,34 +113,8 @@ def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> 
         return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`model_name_or_path`={path!r} has no tokenizer that can be loaded from {source} ({_in_short(error)}). "
+            f"`model_name_or_path`={path!r} has no tokenizer that can be loaded from {source} ({in_short(error)}). "
             "Check the path or id, or save the model's tokenizer there with `save_pretrained`."
-        ) from error
-
-
-def load_ranker(arguments: RankerArguments) -> Ranker:
-    """Load the model or import the function that `ranker` names. The model's configuration decides its class."""
-    name = str(arguments.ranker)
-    if name.partition(":")[0].endswith(".py"):
-        raise ValueError(f"`ranker`={name!r} is a file. Name a function in it as `module.function`.")
-    if not os.path.exists(name) and "/" not in name and "." in name:
-        return _function_ranker(name)
-    with named(f"`ranker`={name!r}"):
-        if is_reward_model(name):
-            return RewardModelRanker(name, batch_size=arguments.ranker_batch_size)
-        return PairwiseRanker(name, template=arguments.ranker_template, batch_size=arguments.ranker_batch_size)
-
-
-def _function_ranker(path: str) -> FunctionRanker:
-    if os.getcwd() not in sys.path:  # for a file in the current folder, as TRL's GRPO command does
-        sys.path.insert(0, os.getcwd())
-    module, _, name = path.rpartition(".")
-    try:
-        return FunctionRanker(getattr(importlib.import_module(module), name))
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"`ranker`={path!r} is not a folder, and cannot be imported as a function ({_in_short(error)}). Give a "
-            "folder, a Hub id with its organization, or `module.function`."
         ) from error
 
 
@@ -159,12 +124,11 @@ def named(argument: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"{argument} cannot be loaded ({_in_short(error)}). Check the path, or the Hub id."
-        ) from error
+        raise ValueError(f"{argument} cannot be loaded ({in_short(error)}). Check the path, or the Hub id.") from error
 
 
-def _in_short(error: Exception) -> str:
+def in_short(error: Exception) -> str:
+    """Return the beginning of an error's message, on one line."""
     return " ".join(str(error).split())[:200].rstrip(".")
 
 

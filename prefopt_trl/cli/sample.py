@@ -7,7 +7,8 @@ from trl import ModelConfig
 
 from prefopt_trl.cli.arguments import SampleConfig
 from prefopt_trl.cli.data import keep_given, prompts_that_fit, require_columns
-from prefopt_trl.cli.models import check_model, load_ranker, load_tokenizer, model_to_run
+from prefopt_trl.cli.models import check_model, load_tokenizer, model_to_run
+from prefopt_trl.cli.rankers import load_ranker
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.runtime.processes import process_state
 from prefopt_trl.sampling.pipeline import build_preference_dataset

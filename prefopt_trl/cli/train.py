@@ -7,7 +7,7 @@ from trl import ModelConfig
 import prefopt_trl
 from prefopt_trl.cli.arguments import PreferenceArguments
 from prefopt_trl.cli.data import GIVEN, completions_that_fit, keep_given, prompts_that_fit, require_columns
-from prefopt_trl.cli.models import load_ranker
+from prefopt_trl.cli.rankers import load_ranker
 from prefopt_trl.cli.training import prepare, train_and_save
 from prefopt_trl.trainers import METHODS
 from prefopt_trl.trainers.base_config import PreferenceConfig

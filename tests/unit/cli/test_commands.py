@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from prefopt_trl.cli.arguments import RankerArguments
-from prefopt_trl.cli.models import load_ranker
 from prefopt_trl.cli.parsing import config_text, parse
+from prefopt_trl.cli.rankers import load_ranker
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.rankers.pairwise import PairwiseRanker
 from prefopt_trl.trainers.rso_trainer import RSOTrainer

@@ -19,8 +19,9 @@ from transformers import (
 from trl import ModelConfig
 
 from prefopt_trl.cli.arguments import RankerArguments
-from prefopt_trl.cli.models import load_ranker, load_tokenizer, model_to_run, model_to_train
-from prefopt_trl.rankers import FunctionRanker, PairwiseRanker, RewardModelRanker
+from prefopt_trl.cli.models import load_tokenizer, model_to_run, model_to_train
+from prefopt_trl.cli.rankers import load_ranker
+from prefopt_trl.rankers import EnsembleRanker, FunctionRanker, PairwiseRanker, RewardModelRanker
 from prefopt_trl.rankers.templates import resolve_template
 
 
@@ -152,25 +153,77 @@ def test_rankers_by_name(tiny_llama_dir, adapter):
     assert isinstance(ranker("reward"), RewardModelRanker)
 
 
-def test_a_function_is_found_beside_the_data(tmp_path):
-    (tmp_path / "my_reward.py").write_text(
-        "def length(prompts, completions):\n    return [1.0 for _ in completions]\n"
-    )
-    ranker = load_ranker(RankerArguments(ranker="my_reward.length"))
+LENGTH = "def length(prompts, completions):\n    return [len(text) for text in completions]\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["my_reward:length", "my_reward.length", "my_reward.py:length", "./my_reward.py:length"]
+)
+def test_a_function_is_found_beside_the_data(name, tmp_path):
+    (tmp_path / "my_reward.py").write_text(LENGTH)
+    ranker = load_ranker(RankerArguments(ranker=name))
     assert isinstance(ranker, FunctionRanker)
-    assert ranker.rewards(["a"], [["b", "c"]]) == [[1.0, 1.0]]
+    assert ranker.rewards(["a"], [["b", "cd"]]) == [[1, 2]]
+    assert ranker.settings() == load_ranker(RankerArguments(ranker="my_reward:length")).settings()
 
 
-@pytest.mark.parametrize("name", ["own.py", "./own.py:brevity"])
-def test_a_file_is_not_a_function(name):
-    with pytest.raises(ValueError, match=f"`ranker`='{name}' is a file. Name a function in it as `module"):
-        load_ranker(RankerArguments(ranker=name))
+def test_a_file_is_not_a_function():
+    with pytest.raises(ValueError, match="`ranker`='own.py' is a file. Name a function in it as own.py:function"):
+        load_ranker(RankerArguments(ranker="own.py"))
 
 
-@pytest.mark.parametrize("name", ["no_such_module.reward", "json.no_such_function", "json.dumps"])
+@pytest.mark.parametrize(
+    "name", ["no_such_module.reward", "json.no_such_function", "math.sqrt", "no/such.py:reward", "own:reward"]
+)
 def test_a_function_that_is_not_there_is_refused(name):
     with pytest.raises(ValueError, match="is not a folder, and cannot be imported as a function"):
         load_ranker(RankerArguments(ranker=name))
+
+
+def test_a_file_describes_any_ranker(tiny_llama_dir, tmp_path):
+    (tmp_path / "my_reward.py").write_text(LENGTH)
+    (tmp_path / "ranker.yaml").write_text(
+        f"""
+        class: EnsembleRanker
+        combine: min
+        rankers:
+          - {{class: PairwiseRanker, model: {tiny_llama_dir}, template: summary, batch_size: 3}}
+          - {{class: FunctionRanker, function: "my_reward:length", temperature: 4}}
+        """
+    )
+    ranker = load_ranker(RankerArguments(ranker="ranker.yaml"))
+    assert isinstance(ranker, EnsembleRanker) and ranker.combine == "min"
+    pairwise, function = ranker.rankers
+    assert pairwise.ranking_model.batch_size == 3
+    assert function.score(["p"], [["ab"]])[0].tolist() == [0.5]
+    assert function.settings()["temperature"] == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("RewardModelRanker", "`class` is 'RewardModelRanker'. Name one of .*EnsembleRanker"),
+        ("class: os.system", "`class` is 'os.system'. Name one of"),
+        ("{class: EnsembleRanker, ranker: []}", "EnsembleRanker has no argument `ranker`. Did you mean `rankers`"),
+        ("{class: FunctionRanker, function: 'math:sqrt', temperature: 0}", "cannot be imported as a function"),
+        ("{class: FunctionRanker, function: 'my_reward:length', temperature: 0}", "`temperature` is 0. Give a number"),
+        ("{class: FunctionRanker}", "missing 1 required positional argument: 'function'"),
+        ("[", "while parsing"),
+        (None, "No such file"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(content, message, tmp_path):
+    (tmp_path / "my_reward.py").write_text(LENGTH)
+    if content is not None:
+        (tmp_path / "ranker.yaml").write_text(content)
+    with pytest.raises(ValueError, match=f"In `ranker`='ranker.yaml': .*{message}"):
+        load_ranker(RankerArguments(ranker="ranker.yaml"))
+
+
+def test_an_option_without_effect_on_the_ranker_is_refused(tmp_path):
+    (tmp_path / "my_reward.py").write_text(LENGTH)
+    with pytest.raises(ValueError, match="`ranker_batch_size` has no effect on `ranker`='my_reward:length'"):
+        load_ranker(RankerArguments(ranker="my_reward:length", ranker_batch_size=2))
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "SEQ_2_SEQ_LM"])

@@ -1,0 +1,102 @@
+"""Make the ranker that `--ranker` names: a model, a function, or a YAML file with a class and its arguments."""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import prefopt_trl
+from prefopt_trl.cli.arguments import RankerArguments
+from prefopt_trl.cli.models import in_short, named
+from prefopt_trl.rankers.base import Ranker
+from prefopt_trl.rankers.function import FunctionRanker
+from prefopt_trl.rankers.inference import is_reward_model
+from prefopt_trl.rankers.pairwise import PairwiseRanker
+from prefopt_trl.rankers.pointwise import RewardModelRanker
+
+CLASSES = [name for name in prefopt_trl.__all__ if name.endswith("Ranker")]
+
+
+def load_ranker(arguments: RankerArguments) -> Ranker:
+    """Make the ranker. A model's configuration decides its class.
+
+    Raises:
+        ValueError: naming `ranker`, if it cannot be loaded, or an option that has no effect on it.
+    """
+    name = str(arguments.ranker)
+    if name.endswith(".py"):
+        raise ValueError(f"`ranker`={name!r} is a file. Name a function in it as {name}:function.")
+    is_file = name.endswith((".yaml", ".yml"))
+    is_function = not os.path.exists(name) and (":" in Path(name).name or ("/" not in name and "." in name))
+    if is_file or is_function:
+        for option in ("ranker_template", "ranker_batch_size"):
+            if getattr(arguments, option) != getattr(RankerArguments(), option):
+                raise ValueError(f"`{option}` has no effect on `ranker`={name!r}. Leave it out.")
+        return _from_file(name) if is_file else FunctionRanker(_function(name))
+    with named(f"`ranker`={name!r}"):
+        if is_reward_model(name):
+            return RewardModelRanker(name, batch_size=arguments.ranker_batch_size)
+        return PairwiseRanker(name, template=arguments.ranker_template, batch_size=arguments.ranker_batch_size)
+
+
+def _function(path: str) -> Callable[..., Any]:
+    """Import `module:function`, `module.function` or `path/to/file.py:function`."""
+    if os.getcwd() not in sys.path:  # for a file in the current folder, as TRL's GRPO command does
+        sys.path.insert(0, os.getcwd())
+    source, _, name = path.rpartition(":" if ":" in path else ".")
+    try:
+        if not source.endswith(".py"):
+            found = getattr(importlib.import_module(source), name)
+        else:
+            spec = spec_from_file_location(Path(source).stem, source)
+            assert spec is not None and spec.loader is not None  # it ends with .py
+            sys.modules[spec.name] = module = module_from_spec(spec)
+            spec.loader.exec_module(module)
+            found = getattr(module, name)
+        FunctionRanker(found)  # raises for what does not take the arguments of a reward function
+        return found
+    except (OSError, ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`ranker`={path!r} is not a folder, and cannot be imported as a function ({in_short(error)}). Give a "
+            "folder, a Hub id with its organization, `module:function` or `path/to/file.py:function`."
+        ) from error
+
+
+def _from_file(path: str) -> Ranker:
+    try:
+        return _make(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"In `ranker`={path!r}: {' '.join(str(error).split())}") from error
+
+
+def _make(specification: Any) -> Ranker:
+    """Make a ranker from its class and arguments; a `function` is named as on the command line, and `rankers` are
+    specifications themselves."""
+    if not isinstance(specification, dict) or specification.get("class") not in CLASSES:
+        found = specification.get("class") if isinstance(specification, dict) else specification
+        raise ValueError(f"`class` is {found!r}. Name one of {', '.join(CLASSES)}.")
+    given = {name: value for name, value in specification.items() if name not in ("class", "temperature")}
+    ranker_class = getattr(prefopt_trl, specification["class"])
+    known = [*inspect.signature(ranker_class).parameters, "temperature"]
+    for name in given:
+        if name not in known:
+            nearest = get_close_matches(str(name), known, n=1, cutoff=0.4) or [", ".join(known)]
+            raise ValueError(f"{ranker_class.__name__} has no argument `{name}`. Did you mean `{nearest[0]}`?")
+    if "function" in given:
+        given["function"] = _function(str(given["function"]))
+    if "rankers" in given:  # made one after the other
+        given["rankers"] = [partial(_make, member) for member in given["rankers"]]
+    ranker = ranker_class(**given)
+    temperature = specification.get("temperature", 1.0)
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
+        raise ValueError(f"`temperature` is {temperature!r}. Give a number above 0, such as `calibrate` finds.")
+    ranker.temperature = temperature
+    return ranker
