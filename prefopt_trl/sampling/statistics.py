@@ -127,7 +127,7 @@ def summarize(
         )
     drawn = {name: np.concatenate(values) for name, values in rewards.items()}
     probabilities = {name: np.concatenate(values) for name, values in certainty.items()}
-    means = {name: float(values.mean()) for name, values in probabilities.items()}
+    means = {name: float(values.mean()) if len(values) else 0.5 for name, values in probabilities.items()}
     warnings = []
     if num_equal:
         warnings.append(
@@ -200,7 +200,8 @@ def plot_statistics(rewards: Numbers, probabilities: Numbers, path: str | Path) 
     left.set(xlabel="reward", ylabel="density", title="Rewards given by the ranker")
     left.legend(frameon=False)
     for name, values in probabilities.items():
-        step(right, values, bins=np.linspace(0.5, 1, 26).tolist(), label=f"{name}: mean {values.mean():.2f}")
+        if len(values):  # otherwise the ranker has no opinion on any of these pairs
+            step(right, values, bins=np.linspace(0.5, 1, 26).tolist(), label=f"{name}: mean {values.mean():.2f}")
     right.set(xlabel="probability", ylabel="density", title="Probability the ranker gives to its own labels")
     right.set(xlim=(0.5, 1))
     right.legend(frameon=False, loc="upper center")
