@@ -1,9 +1,11 @@
 """64 candidates of each of 8 HH-RLHF prompts scored with shared prompts, against one row per comparison or completion.
 
 - `PairwiseRanker.score` (RSO eq. 9): each candidate against a baseline, in both orders;
-- `RewardModelRanker.score`: each candidate by itself.
+- `RewardModelRanker.score`: each candidate by itself;
+- `EnsembleRanker.score` of three such reward models, against the three one after the other: the ratio is 1 if an
+  ensemble of k costs k times one.
 
-The other side is the same ranker with `share_prefix=False`. The candidates are completions of other prompts of the
+The other side of the first two is the same ranker with `share_prefix=False`. The candidates are completions of other prompts of the
 same data, all different. What counts is the ratio. Run from the project's root:
 
     .venv/bin/python benchmarks/ranking.py --data path/to/hh_rlhf/harmless-base/test.jsonl.gz
@@ -21,7 +23,7 @@ import numpy as np
 from common import DEVICE, SHAPES, alternate, llama_config, random_model, vocabulary_size, write_results
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from prefopt_trl import PairwiseRanker, RewardModelRanker, load_hh_rlhf
+from prefopt_trl import EnsembleRanker, PairwiseRanker, RewardModelRanker, load_hh_rlhf
 from prefopt_trl.quickstart.tiny import train_tokenizer
 
 
@@ -69,6 +71,15 @@ def main() -> None:
         sharing, unshared = (ranker_class(model, tokenizer, share_prefix=share) for share in (True, False))
         results[ranker_class.__name__] = measure(sharing, unshared, prompts, candidates, args.rounds)
         print(f"{ranker_class.__name__}:", json.dumps(results[ranker_class.__name__], indent=2), flush=True)
+
+    ensemble = EnsembleRanker([sharing] * 3)
+    cost = alternate(
+        lambda: ensemble.score(prompts, candidates),
+        lambda: [sharing.score(prompts, candidates) for _ in range(3)],
+        args.rounds,
+    )
+    results["EnsembleRanker"] = cost
+    print("EnsembleRanker:", json.dumps(cost, indent=2), flush=True)
 
     def mean_tokens(texts: list[str]) -> float:
         return round(float(np.mean([len(ids) for ids in tokenizer(texts)["input_ids"]])), 1)

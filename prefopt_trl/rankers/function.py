@@ -3,7 +3,7 @@
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Set, Sized
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, cast
@@ -87,8 +87,9 @@ class FunctionRanker(PointwiseRanker):
         )
         if inspect.isawaitable(rewards):
             rewards = _awaited(rewards)
-        if not isinstance(rewards, Sized) or len(rewards) != len(flat):
-            found = f"{len(rewards)} rewards" if isinstance(rewards, Sized) else repr(rewards)
+        is_list = isinstance(rewards, Sized) and not isinstance(rewards, Mapping | Set | str)  # or array, or tensor
+        if not is_list or len(rewards) != len(flat):
+            found = f"{len(rewards)} rewards" if is_list else f"{rewards!r:.60}"
             raise ValueError(
                 f"The function of FunctionRanker returned {found}, {len(flat)} rewards were expected. Return a list "
                 "with one per completion, in the same order."

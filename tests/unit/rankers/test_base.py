@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 
+from prefopt_trl import EnsembleRanker
 from prefopt_trl.rankers import PairwiseRanker
 from prefopt_trl.rankers.base import PointwiseRanker, check_probabilities, check_rewards, logit, sigmoid
 
@@ -121,7 +122,7 @@ def test_an_argument_of_another_length_is_named(call, name):
 ASKED, REPLY = [{"role": "user", "content": "p"}], [{"role": "assistant", "content": "a"}]
 
 
-@pytest.mark.parametrize("kind", ["pointwise", "pairwise"])
+@pytest.mark.parametrize("kind", ["pointwise", "pairwise", "ensemble"])
 @pytest.mark.parametrize(
     ("method", "given", "name", "found"),
     [
@@ -138,7 +139,8 @@ ASKED, REPLY = [{"role": "user", "content": "p"}], [{"role": "assistant", "conte
     ],
 )
 def test_a_single_text_or_conversation_is_no_list_of_them(kind, method, given, name, found, tiny_llama_dir):
-    ranker = TableRanker({}) if kind == "pointwise" else PairwiseRanker(tiny_llama_dir)
+    ranker = TableRanker({}) if kind != "pairwise" else PairwiseRanker(tiny_llama_dir)
+    ranker = EnsembleRanker([ranker, ranker]) if kind == "ensemble" else ranker
     call = ranker.as_reward_func() if method == "reward" else getattr(ranker, method)
     with pytest.raises(TypeError, match=re.escape(f"`{name}` is a single {found}. Give a list ")):
         call(*given)

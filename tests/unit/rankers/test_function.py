@@ -1,6 +1,7 @@
 import asyncio
 import json
 import math
+import re
 from functools import partial
 
 import numpy as np
@@ -40,8 +41,11 @@ def test_completions_of_a_conversation_come_as_messages():
     assert seen == [(QUESTION, answer), (QUESTION, answer), ("plain", "text")]
 
 
-def test_tensors_are_numbers():
-    ranker = FunctionRanker(lambda prompts, completions: torch.tensor([1.5, 2.5], dtype=torch.bfloat16))
+@pytest.mark.parametrize(
+    "rewards", [torch.tensor([1.5, 2.5], dtype=torch.bfloat16), np.array([1.5, 2.5], dtype=np.float32), (1.5, 2.5)]
+)
+def test_tensors_arrays_and_tuples_are_taken(rewards):
+    ranker = FunctionRanker(lambda prompts, completions: rewards)
     assert ranker.score(["p"], [["a", "b"]])[0].tolist() == [1.5, 2.5]
 
 
@@ -98,9 +102,19 @@ def test_an_async_function_runs_beside_the_event_loop_of_a_notebook():
     assert asyncio.run(notebook())[0].tolist() == [1, 2]
 
 
-@pytest.mark.parametrize(("returned", "found"), [([1.0], "1 rewards"), (None, "None")])
+@pytest.mark.parametrize(
+    ("returned", "found"),
+    [
+        ([1.0], "1 rewards"),
+        (None, "None"),
+        ({0: 1.0, 1: 2.0}, "{0: 1"),
+        ({1.0, 2.0}, "{1"),
+        ("12", "'12'"),
+        (1.0, "1.0"),
+    ],
+)
 def test_a_wrong_number_of_rewards_is_refused(returned, found):
-    with pytest.raises(ValueError, match=f"FunctionRanker returned {found}, 2 rewards were expected. Return a list"):
+    with pytest.raises(ValueError, match=f"returned {re.escape(found)}.*, 2 rewards were expected. Return a list"):
         FunctionRanker(lambda prompts, completions: returned).score(["p"], [["a", "b"]])
 
 
