@@ -5,7 +5,8 @@
 - `EnsembleRanker.score` of three such reward models, against the three one after the other: the ratio is 1 if an
   ensemble of k costs k times one.
 
-The other side of the first two is the same ranker with `share_prefix=False`. The candidates are completions of other prompts of the
+The other side of the first two is the same ranker with `share_prefix=False`. The candidates are completions of other
+prompts of the
 same data, all different. What counts is the ratio. Run from the project's root:
 
     .venv/bin/python benchmarks/ranking.py --data path/to/hh_rlhf/harmless-base/test.jsonl.gz
