@@ -1,9 +1,10 @@
 """Run many texts through a ranker's model, with common prefixes computed once and little padding."""
 
 import logging
+import math
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import peft
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -41,40 +43,65 @@ WORTH_SHARING = 0.8
 
 TOKENIZER = "tokenizer_config.json"
 
-AutoClass: TypeAlias = type[AutoModelForCausalLM | AutoModelForSeq2SeqLM | AutoModelForSequenceClassification]
+# Of `model_init_kwargs`, what finds a file of the model's repository; the rest is for the model alone
+FINDS_FILES = ("cache_dir", "local_files_only", "revision", "token")
+
+AutoClass: TypeAlias = type[
+    AutoModelForCausalLM | AutoModelForSeq2SeqLM | AutoModelForSequenceClassification | AutoModelForTokenClassification
+]
 
 
-def is_reward_model(path: str) -> bool:
+def is_reward_model(path: str, **model_init_kwargs: Any) -> bool:
     """Return whether a folder or Hub id is a sequence classification model, or an adapter for one."""
-    if find_adapter_config_file(path) is not None:
-        return PeftConfig.from_pretrained(path).task_type == "SEQ_CLS"
-    architectures = AutoConfig.from_pretrained(path).architectures or []
-    return any(name.endswith("ForSequenceClassification") for name in architectures)
+    adapter = _adapter_config(path, model_init_kwargs)
+    if adapter is not None:
+        return adapter.task_type == "SEQ_CLS"
+    config = AutoConfig.from_pretrained(path, **_options_of_files(model_init_kwargs))
+    own_class = (getattr(config, "auto_map", None) or {}).get("AutoModelForSequenceClassification", "").split(".")[-1]
+    return any(name.endswith("ForSequenceClassification") or name == own_class for name in config.architectures or [])
 
 
-def load_model(path: str, auto_class: AutoClass | None) -> PreTrainedModel:
+def load_model(path: str, auto_class: AutoClass | None, init: dict[str, Any]) -> PreTrainedModel:
     """Load the model, or the adapter on its base model, of a folder or Hub id.
 
-    If `auto_class` is None, load a language model, causal or encoder-decoder according to its config. Raise
+    If `auto_class` is None, load a language model, causal or encoder-decoder according to its config. `init` are
+    arguments of `from_pretrained`. Without a quantization or a device map, the model goes to the accelerator. Raise
     `ValueError` if there is no model, or a reward model in place of a language model.
     """
+    device = process_state().device  # set before a quantized model is loaded onto it
+    base, options = path, _options_of_files(init)
     try:
-        is_adapter = find_adapter_config_file(path) is not None
+        adapter = _adapter_config(path, init)
         if auto_class is None:
-            if is_reward_model(path):
+            if is_reward_model(path, **init):
                 raise ValueError(f"`model`={path!r} is a reward model. Give it to `RewardModelRanker`.")
-            base = PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter else path
-            is_encoder_decoder = AutoConfig.from_pretrained(base).is_encoder_decoder
+            if adapter is not None:
+                base, options = str(adapter.base_model_name_or_path), {**options, "revision": adapter.revision}
+            is_encoder_decoder = AutoConfig.from_pretrained(base, **options).is_encoder_decoder
             auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
-        if not is_adapter:
-            return auto_class.from_pretrained(path)
-        options = {"num_labels": 1} if auto_class is AutoModelForSequenceClassification else {}
-        return getattr(peft, auto_class.__name__.replace("Auto", "AutoPeft")).from_pretrained(path, **options)
+        if adapter is None:
+            model = auto_class.from_pretrained(path, **init)
+        else:
+            labels = {"num_labels": 1} if auto_class is AutoModelForSequenceClassification else {}
+            auto_class = getattr(peft, auto_class.__name__.replace("Auto", "AutoPeft"))
+            model = auto_class.from_pretrained(path, **labels | init)
     except OSError as error:
         raise ValueError(
             f"`model`={path!r} is neither a local folder that contains a model nor a readable model on the Hub "
             f"({error})."
         ) from error
+    is_placed = init.get("device_map") is not None or getattr(model, "is_quantized", False)
+    return model if is_placed else model.to(device)
+
+
+def _options_of_files(init: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with which the config and the tokenizer of a model are loaded."""
+    return {name: init[name] for name in (*FINDS_FILES, "trust_remote_code") if name in init}
+
+
+def _adapter_config(path: str, init: dict[str, Any]) -> PeftConfig | None:
+    options = {name: init[name] for name in FINDS_FILES if name in init}
+    return None if find_adapter_config_file(path, **options) is None else PeftConfig.from_pretrained(path, **options)
 
 
 def num_positions(model: PreTrainedModel | PeftModel) -> int | None:
@@ -85,6 +112,13 @@ def num_positions(model: PreTrainedModel | PeftModel) -> int | None:
             return module.num_embeddings - module.padding_idx - 1
     number = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return number if number and number > 0 else None  # XLNet has -1
+
+
+def check_temperature(temperature: float) -> float:
+    """Return the temperature of a ranker. Raise `ValueError` unless it is positive and finite."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"`temperature` is {temperature}. Give a positive, finite number.")
+    return temperature
 
 
 class RankingModel:
@@ -103,7 +137,8 @@ class RankingModel:
         tokenizer: PreTrainedTokenizerBase | None,
         batch_size: int,
         max_length: int | None,
-        share_prefix: bool,
+        share_prefix: bool = False,
+        model_init_kwargs: dict[str, Any] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}. Give 1 or more.")
@@ -111,15 +146,27 @@ class RankingModel:
             raise ValueError(f"`share_prefix` is {share_prefix!r}. Give True or False.")
         if max_length is not None and max_length < 1:
             raise ValueError(f"`max_length` is {max_length}. Give 1 or more, or None for the model's own limit.")
+        init = model_init_kwargs or {}
+        if init and not isinstance(model, str | Path):
+            raise ValueError(
+                "`model_init_kwargs` has no effect on a model that is already loaded. Give the path of the model, or "
+                "leave `model_init_kwargs` out."
+            )
         source = str(model) if isinstance(model, str | Path) else model.config.name_or_path or ""
         if tokenizer is None and not source:
             raise ValueError("`tokenizer` is missing, and the model has no `name_or_path`. Pass its tokenizer.")
-        self.model: PreTrainedModel = (
-            load_model(source, auto_class).to(process_state().device) if isinstance(model, str | Path) else model
-        )
+        self.model: PreTrainedModel = load_model(source, auto_class, init) if isinstance(model, str | Path) else model
+        # What loads the model again after `save_pretrained`: an adapter is saved without its quantized base
+        again = ["trust_remote_code", *["quantization_config"] * isinstance(self.model, PeftModel)]
+        self.init_again = {name: init[name] for name in again if name in init}
+        options = _options_of_files(init)
         if isinstance(self.model, PeftModel) and Path(source).is_dir() and not Path(source, TOKENIZER).is_file():
-            source = self.model.config.name_or_path  # without its own tokenizer, an adapter uses that of its base
-        self.tokenizer = AutoTokenizer.from_pretrained(source) if tokenizer is None else tokenizer
+            # Without its own tokenizer, an adapter uses that of its base
+            source, options = (
+                self.model.config.name_or_path,
+                {**options, "revision": self.model.active_peft_config.revision},
+            )
+        self.tokenizer = AutoTokenizer.from_pretrained(source, **options) if tokenizer is None else tokenizer
         check_vocabulary(self.tokenizer, self.model)
         limits = [self.tokenizer.model_max_length, num_positions(self.model)]
         self.max_length: int = min(filter(None, limits)) if max_length is None else max_length

@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt_trl.data.formats import Completion, Prompt, check_columns, normalize_pairs
 from prefopt_trl.data.tokenization import decoder_start_token_id
 from prefopt_trl.rankers.comparative import ComparativeRanker
-from prefopt_trl.rankers.inference import RankingModel
+from prefopt_trl.rankers.inference import RankingModel, check_temperature
 from prefopt_trl.rankers.publishing import PublishedModel
 from prefopt_trl.rankers.templates import (
     ANSWER_CUE,
@@ -57,6 +58,11 @@ class PairwiseRanker(PublishedModel, ComparativeRanker):
             Compute common prefixes once if that is exact. Otherwise log the reason once.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the baselines of `score`, which otherwise depend only on the prompt and its completions.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Log-odds are divided by it. [`calibrate`] fits it.
+        model_init_kwargs (`dict`, *optional*):
+            Arguments of `from_pretrained` for a model given by its path, such as `dtype`, `device_map`,
+            `quantization_config`, `trust_remote_code` or `revision`.
 
     Raises:
         ValueError: if the template's name is unknown, a number is out of range, no model or tokenizer can be found,
@@ -83,9 +89,13 @@ class PairwiseRanker(PublishedModel, ComparativeRanker):
         max_length: int | None = None,
         share_prefix: bool = True,
         seed: int = 0,
+        temperature: float = 1.0,
+        model_init_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        self.template = resolve_template(template)
-        self.ranking_model = RankingModel(None, model, tokenizer, batch_size, max_length, share_prefix)
+        self.template, self.temperature = resolve_template(template), check_temperature(temperature)
+        self.ranking_model = RankingModel(
+            None, model, tokenizer, batch_size, max_length, share_prefix, model_init_kwargs
+        )
         self.model = self.ranking_model.model
         self.answers_in_decoder = self.ranking_model.model.config.is_encoder_decoder
         if self.answers_in_decoder:
@@ -131,7 +141,7 @@ class PairwiseRanker(PublishedModel, ComparativeRanker):
 
     def arguments(self) -> dict[str, str]:
         names = [repr(name) for name, template in TEMPLATES.items() if template is self.template]
-        return {"template": names[0] if names else "your_template", "max_length": str(self.ranking_model.max_length)}
+        return {"template": names[0] if names else "your_template", **super().arguments()}
 
     def _probabilities_of_a(self, inputs: dict[Texts, int]) -> np.ndarray:
         """Return P("A") of each input, shape `(len(inputs),)`."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from prefopt_trl.data.formats import Completion, Prompt, completion_text, wrap_completion
 from prefopt_trl.data.tokenization import num_appended_tokens, prompt_token_ids
 from prefopt_trl.rankers.base import Columns, PointwiseRanker
-from prefopt_trl.rankers.inference import RankingModel
+from prefopt_trl.rankers.inference import RankingModel, check_temperature
 from prefopt_trl.rankers.publishing import PublishedModel
 from prefopt_trl.runtime.settings import Settings, template_date
 
@@ -40,6 +40,11 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
             of the model's positions.
         share_prefix (`bool`, *optional*, defaults to `True`):
             Compute each prompt once for all its completions if that is exact. Otherwise log the reason once.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Rewards are divided by it. [`calibrate`] fits it.
+        model_init_kwargs (`dict`, *optional*):
+            Arguments of `from_pretrained` for a model given by its path, such as `dtype`, `device_map`,
+            `quantization_config`, `trust_remote_code` or `revision`.
 
     Raises:
         ValueError: if the model does not have one label, if the tokenizer has neither a padding token nor EOS, if a
@@ -62,9 +67,18 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
         batch_size: int = 32,
         max_length: int | None = None,
         share_prefix: bool = True,
+        temperature: float = 1.0,
+        model_init_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        self.temperature = check_temperature(temperature)
         self.ranking_model = RankingModel(
-            AutoModelForSequenceClassification, model, tokenizer, batch_size, max_length, share_prefix
+            AutoModelForSequenceClassification,
+            model,
+            tokenizer,
+            batch_size,
+            max_length,
+            share_prefix,
+            model_init_kwargs,
         )
         self.model, self.tokenizer = self.ranking_model.model, self.ranking_model.tokenizer
         config = self.ranking_model.model.config
@@ -127,9 +141,6 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
             "pad_token_id": self.pad_token_id,
             "temperature": self.temperature,
         }
-
-    def arguments(self) -> dict[str, str]:
-        return {"max_length": str(self.ranking_model.max_length)}
 
     def _write(self, row: int, prompt: Prompt, completion: Completion) -> str:
         if isinstance(prompt, str):

@@ -1,6 +1,6 @@
 """A ranker's model as a folder with a card, and its push to the Hub."""
 
-from abc import abstractmethod
+import json
 from pathlib import Path
 
 from huggingface_hub import ModelCardData, RepoCard
@@ -18,10 +18,17 @@ class PublishedModel(Ranker):
     """The `save_pretrained` and `push_to_hub` of rankers that hold a model."""
 
     ranking_model: RankingModel
+    temperature: float
 
-    @abstractmethod
     def arguments(self) -> dict[str, str]:
         """Return the arguments that make this ranker from its model, as Python writes them."""
+        arguments = {"max_length": str(self.ranking_model.max_length)}
+        if self.temperature != 1:
+            arguments["temperature"] = repr(float(self.temperature))
+        if init := self.ranking_model.init_again:
+            plain = json.loads(json.dumps(init, default=lambda config: config.to_dict()))  # configs are objects
+            arguments["model_init_kwargs"] = repr(plain)
+        return arguments
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Save the model (or its adapter), its tokenizer, and a card that shows how to make the ranker from them.

@@ -30,8 +30,8 @@ def make(kind: str, model_dir: str) -> PairwiseRanker | RewardModelRanker:
         if parameter.dim() > 1 and (parameter.requires_grad or not kind.endswith("adapter")):
             parameter.data.normal_(0, 0.5 if "lora" in name else 0.3)
     if reward_model:
-        return RewardModelRanker(model, tokenizer, max_length=100)
-    return PairwiseRanker(model, tokenizer, template="summary", max_length=100)
+        return RewardModelRanker(model, tokenizer, max_length=100, temperature=2)
+    return PairwiseRanker(model, tokenizer, template="summary", max_length=100, temperature=0.5)
 
 
 def made_by(card: str) -> Any:
@@ -55,7 +55,7 @@ def test_a_pushed_ranker_is_made_again_by_its_card(hub: Hub, tiny_llama_dir: str
     expected = ranker.compare(PROMPTS, FIRST, SECOND)
     np.testing.assert_allclose(again.compare(PROMPTS, FIRST, SECOND), expected, rtol=1e-6)
     assert abs(expected - 0.5).max() > 1e-3
-    assert again.ranking_model.max_length == 100
+    assert (again.ranking_model.max_length, again.temperature) == (100, ranker.temperature)
 
     card = ModelCard(pushed["README.md"].decode())
     assert card.data.library_name == ("peft" if "adapter" in kind else "transformers")
@@ -78,7 +78,7 @@ def test_a_push_that_fails_leaves_a_ranker_that_loads(hub: Hub, tiny_llama_dir: 
         ranker.push_to_hub("my-org/my-ranker")
     ranker.save_pretrained("saved")  # whose card names the folder
     by_card = made_by(Path("saved", "README.md").read_text(encoding="utf-8"))
-    for again in (PairwiseRanker("my-ranker", template="summary", max_length=100), by_card):
+    for again in (PairwiseRanker("my-ranker", template="summary", max_length=100, temperature=0.5), by_card):
         assert again.settings() == ranker.settings()
 
     hub.failures.clear()
