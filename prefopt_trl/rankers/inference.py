@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from prefopt_trl.data.tokenization import check_vocabulary
+from prefopt_trl.rankers.gpt_neox_reward import GPTNeoXRewardModel
 from prefopt_trl.runtime.processes import process_state
 from prefopt_trl.runtime.settings import Settings, model_fingerprint, tokenizer_fingerprint
 from prefopt_trl.shared_prefix.continuation import (
@@ -57,8 +58,9 @@ def is_reward_model(path: str, **model_init_kwargs: Any) -> bool:
     if adapter is not None:
         return adapter.task_type == "SEQ_CLS"
     config = AutoConfig.from_pretrained(path, **_options_of_files(model_init_kwargs))
-    own_class = (getattr(config, "auto_map", None) or {}).get("AutoModelForSequenceClassification", "").split(".")[-1]
-    return any(name.endswith("ForSequenceClassification") or name == own_class for name in config.architectures or [])
+    auto_map = getattr(config, "auto_map", None) or {}
+    others = {GPTNeoXRewardModel.__name__, auto_map.get("AutoModelForSequenceClassification", "").split(".")[-1]}
+    return any(name.endswith("ForSequenceClassification") or name in others for name in config.architectures or [])
 
 
 def load_model(path: str, auto_class: AutoClass | None, init: dict[str, Any]) -> PreTrainedModel:
@@ -112,6 +114,37 @@ def num_positions(model: PreTrainedModel | PeftModel) -> int | None:
             return module.num_embeddings - module.padding_idx - 1
     number = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return number if number and number > 0 else None  # XLNet has -1
+
+
+def label_index(model: PreTrainedModel, label: str | int | None) -> int | None:
+    """Return the index of a classifier's label, or None for a model with one output, which is the reward.
+
+    Raise `ValueError` if the label is unknown, or missing, or given for a model with one output.
+    """
+    names = [str(name) for _, name in sorted((model.config.id2label or {}).items())]
+    if len(names) == 1 and label is None:
+        return None
+    index = names.index(label) if label in names else label
+    if len(names) == 1 or not isinstance(index, int) or not 0 <= index < len(names):
+        raise ValueError(
+            f"`label` is {label!r}, and `model` has the labels {', '.join(names)}. Of a classifier, give the name or "
+            "index of the label whose log-odds are the reward. A reward model has one output and takes no `label`: "
+            "load it with `num_labels=1` and train it with TRL's `RewardTrainer`."
+        )
+    return index
+
+
+def log_odds(logits: torch.Tensor, label: int | None, problem_type: str | None = None) -> torch.Tensor:
+    """Return log p(label) - log(1 - p(label)) for logits of shape `(..., num_labels)`, shape `(...)`, in float32.
+
+    The result is the output itself where it is the reward (`label` is None), a regression, or the log-odds of a label
+    that does not exclude the others.
+    """
+    logits = logits.float()
+    if label is None or problem_type in ("regression", "multi_label_classification"):
+        return logits[..., label or 0]
+    is_label = torch.arange(logits.shape[-1], device=logits.device) == label
+    return logits[..., label] - logits.masked_fill(is_label, -torch.inf).logsumexp(dim=-1)
 
 
 def check_temperature(temperature: float) -> float:

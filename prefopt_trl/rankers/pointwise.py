@@ -1,29 +1,29 @@
-"""The pointwise ranker: a reward model, which is a sequence classification model with one label."""
+"""The pointwise ranker: a reward model, which is a sequence classification model."""
 
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt_trl.data.formats import Completion, Prompt, completion_text, wrap_completion
-from prefopt_trl.data.tokenization import num_appended_tokens, prompt_token_ids
+from prefopt_trl.data.formats import Completion, Prompt
 from prefopt_trl.rankers.base import Columns, PointwiseRanker
-from prefopt_trl.rankers.inference import RankingModel, check_temperature
+from prefopt_trl.rankers.inference import RankingModel, check_temperature, label_index, log_odds
 from prefopt_trl.rankers.publishing import PublishedModel
-from prefopt_trl.runtime.settings import Settings, template_date
+from prefopt_trl.rankers.templates import RewardTemplate, RewardText
+from prefopt_trl.runtime.settings import Settings
 
 SENSITIVE_TO_PADDING = {"nystromformer", "xlnet", "yoso"}  # a row's reward would depend on the length of the others
 
 
 class RewardModelRanker(PublishedModel, PointwiseRanker):
-    """A sequence classification model with one label, whose output is the reward of a completion.
+    """A sequence classification model, whose output is the reward of a completion.
 
-    Texts are formatted like those of TRL's `RewardTrainer`: a plain prompt, its completion and EOS are concatenated,
-    and messages go through the chat template. A text ends in one EOS even if the tokenizer appends one itself
-    (`RewardTrainer` then trains on two). `compare` and `score` are those of [`PointwiseRanker`].
+    Without a template, texts are formatted like those of TRL's `RewardTrainer`: a plain prompt, its completion and EOS
+    are concatenated, and messages go through the chat template. A text ends in one EOS even if the tokenizer appends
+    one itself (`RewardTrainer` then trains on two). `compare` and `score` are those of [`PointwiseRanker`].
 
     Args:
         model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
@@ -32,6 +32,13 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
             that is missing, it is set to the tokenizer's padding token or EOS, as `RewardTrainer` does.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             By default it is loaded from the folder or Hub id of the model.
+        template (`str`, `Path` or `Callable`, *optional*):
+            How a prompt and a completion are written, if not as above: `"oasst"` (OpenAssistant's turns), the path of
+            a Jinja chat template, or a function `(prompt, completion) -> str`. The first two split a plain HH-RLHF
+            transcript into its turns. A text longer than `max_length` is also written with an empty completion, to
+            find the end of its prompt. The tokenizer's special tokens are added to the text of a function.
+        label (`str` or `int`, *optional*):
+            Name or index of a classifier's label. The reward is its log-odds log(p / (1 - p)), in nats.
         batch_size (`int`, *optional*, defaults to `32`):
             Number of completions in one forward pass.
         max_length (`int`, *optional*):
@@ -47,8 +54,8 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
             `quantization_config`, `trust_remote_code` or `revision`.
 
     Raises:
-        ValueError: if the model does not have one label, if the tokenizer has neither a padding token nor EOS, if a
-            number is out of range, or if no tokenizer can be found.
+        ValueError: if the label or template is unknown, if the label of a classifier is missing, if the tokenizer has
+            neither a padding token nor EOS, if a number is out of range, or if no tokenizer can be found.
 
     Example:
 
@@ -64,6 +71,8 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
         model: str | Path | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
+        template: str | Path | RewardTemplate | None = None,
+        label: str | int | None = None,
         batch_size: int = 32,
         max_length: int | None = None,
         share_prefix: bool = True,
@@ -81,14 +90,9 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
             model_init_kwargs,
         )
         self.model, self.tokenizer = self.ranking_model.model, self.ranking_model.tokenizer
-        config = self.ranking_model.model.config
-        if config.num_labels != 1:
-            raise ValueError(
-                f"`model` has {config.num_labels} labels, a reward model has one. Load it with `num_labels=1` and "
-                "train it with TRL's `RewardTrainer`, or combine the labels in a function for `FunctionRanker`."
-            )
+        self.texts, self.label = RewardText(self.tokenizer, template), label_index(self.model, label)
         # The model reads the last token that is not this one, so rows must be padded with it
-        text_config = config.get_text_config()
+        text_config = self.model.config.get_text_config()
         if text_config.pad_token_id is None:
             text_config.pad_token_id = _padding_token_id(self.tokenizer)
         self.pad_token_id = text_config.pad_token_id
@@ -101,7 +105,7 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
         Raise `ValueError` for a completion that exceeds `max_length`, or for messages without a chat template.
         """
         written = [
-            [self._write(row, prompt, completion) for completion in row_completions]
+            [self.texts.write(row, prompt, completion) for completion in row_completions]
             for row, (prompt, row_completions) in enumerate(zip(prompts, completions, strict=True))
         ]
         row_of_text = {text: row for row, row_texts in enumerate(written) for text in row_texts}
@@ -129,49 +133,31 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
             prepared = self.ranking_model.rows(
                 [token_ids[row] for row in rows], [groups[row] for row in rows], self.pad_token_id, reads_head=True
             )
-            rewards[rows] = prepared.head_logits(model)[:, 0].to(rewards.dtype)
+            rewards[rows] = log_odds(prepared.head_logits(model), self.label, model.config.problem_type)
         return rewards
+
+    def arguments(self) -> dict[str, str]:
+        template = "your_template" if callable(self.texts.template) else repr(self.texts.template)
+        given = {"template": template, "label": repr(self.label)}
+        return {**{name: value for name, value in given.items() if value != "None"}, **super().arguments()}
 
     def settings(self) -> Settings:
         """Return fingerprints of the weights and the tokenizer, and the ranker's options."""
         return {
             "class": type(self).__name__,
             **self.ranking_model.settings(),
-            **template_date(self.tokenizer),
+            **self.texts.settings(),
+            "label": self.label,
             "pad_token_id": self.pad_token_id,
             "temperature": self.temperature,
         }
 
-    def _write(self, row: int, prompt: Prompt, completion: Completion) -> str:
-        if isinstance(prompt, str):
-            text, eos_token = completion_text(completion), self.tokenizer.eos_token or ""
-            return prompt + (text if text.endswith(eos_token) else text + eos_token)
-        if self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"Prompt row {row} is a list of messages, but the tokenizer has no chat template. Set "
-                "`tokenizer.chat_template` to the one the model was trained with, or give plain text."
-            )
-        messages = [*prompt, *wrap_completion(prompt, completion)]
-        return cast(str, self.tokenizer.apply_chat_template(messages, tokenize=False))
-
     def _tokenize(self, text: str, row: int, prompt: Prompt) -> list[int]:
-        """Tokenize a text, and remove the beginning of its prompt if it exceeds `max_length`."""
-        # A chat template writes the special tokens itself
-        is_plain, max_length = isinstance(prompt, str), self.ranking_model.max_length
-        token_ids = self.ranking_model.token_ids([text], add_special_tokens=is_plain)[0]
-        if is_plain and num_appended_tokens(self.tokenizer) and token_ids[-2:] == [self.tokenizer.eos_token_id] * 2:
-            token_ids = token_ids[:-1]
-        num_dropped = len(token_ids) - max_length
-        if num_dropped <= 0:
+        token_ids, max_length = self.texts.token_ids(text, prompt), self.ranking_model.max_length
+        if len(token_ids) <= max_length:
             return token_ids
         self.ranking_model.num_cut += 1
-        num_kept = 1 if token_ids[0] in self.tokenizer.all_special_ids else 0
-        if num_kept + num_dropped > len(prompt_token_ids(self.tokenizer, prompt)):
-            raise ValueError(
-                f"Prompt row {row}: even without the prompt, a completion exceeds `max_length` ({max_length} "
-                "tokens). Raise `max_length`, or drop the row or the completion."
-            )
-        return token_ids[:num_kept] + token_ids[num_kept + num_dropped :]
+        return self.texts.cut(token_ids, row, prompt, max_length)
 
 
 def _padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,11 +1,29 @@
-"""The inputs of a pairwise ranker (RSO section 2): one text that holds a prompt and two completions."""
+"""What rankers read: a comparison (RSO section 2), or a prompt and one completion."""
 
+import hashlib
+import re
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
-from prefopt_trl.data.formats import Completion, Prompt, completion_text, prompt_text
+from transformers import PreTrainedTokenizerBase
+
+from prefopt_trl.data.formats import (
+    ASSISTANT_TURN,
+    Completion,
+    Message,
+    Prompt,
+    completion_text,
+    prompt_text,
+    wrap_completion,
+)
+from prefopt_trl.data.hh_rlhf import ROLES
+from prefopt_trl.data.tokenization import num_appended_tokens
+from prefopt_trl.runtime.settings import Settings, function_fingerprint, template_date
+from prefopt_trl.shared_prefix.packing import common_length
 
 Template = Callable[[str, str, str], str]
+RewardTemplate = Callable[[Prompt, Completion], str]
 
 ANSWERS = ("A", "B")
 
@@ -84,3 +102,104 @@ def split_answers(with_a: list[int], with_b: list[int], where: str) -> Tokens:
             "the `template` where a letter starts a new token, as after a line break, or use another tokenizer."
         )
     return Tokens(with_a[:answer], (with_a[answer], with_b[answer]))
+
+
+OASST_TURNS = {"system": "<|system|>", "user": "<|prompter|>", "assistant": "<|assistant|>"}
+
+
+def conversation(prompt: Prompt, completion: Completion) -> list[Message]:
+    """Return a prompt and its completion as messages.
+
+    Plain text is split into the turns of an HH-RLHF transcript. If it is none, the prompt is one turn of the user.
+    """
+    if not isinstance(prompt, str):
+        return [*prompt, *cast(list[Message], wrap_completion(prompt, completion))]
+    end = "" if prompt.rstrip().endswith(ASSISTANT_TURN.strip()) else ASSISTANT_TURN
+    beginning, *turns = re.split(r"(?:^|\n\n)(Human|Assistant):", f"{prompt}{end}{completion}")
+    names, texts = ["Human", *turns[::2]], [beginning, *turns[1::2]]
+    messages = [{"role": ROLES[name], "content": text.strip()} for name, text in zip(names, texts, strict=True)]
+    return messages if messages[0]["content"] else messages[1:]
+
+
+def oasst(messages: list[Message], eos_token: str) -> str:
+    """Write messages as OpenAssistant's reward models read them (its message format v2): each turn ends with EOS.
+
+    >>> oasst([{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."}], "<|endoftext|>")
+    '<|prompter|>Hi!<|endoftext|><|assistant|>Hello.<|endoftext|>'
+    """
+    return "".join(f"{OASST_TURNS[message['role']]}{message['content']}{eos_token}" for message in messages)
+
+
+class RewardText:
+    """How a prompt and one completion are written for a reward model, and tokenized.
+
+    `template` is that of [`RewardModelRanker`]. Raise `ValueError` if it is neither known nor a file.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | Path | RewardTemplate | None) -> None:
+        self.tokenizer, self.template = tokenizer, template
+        self.chat_template: str | None = None
+        if isinstance(template, str | Path) and template != "oasst":
+            if not Path(template).is_file():
+                raise ValueError(
+                    f"`template` is {str(template)!r}, which is no file. Give 'oasst', the path of a Jinja chat "
+                    "template, or a function `(prompt, completion) -> str`."
+                )
+            self.chat_template = Path(template).read_text(encoding="utf-8")
+
+    def write(self, row: int, prompt: Prompt, completion: Completion) -> str:
+        """Return the text of a completion. Raise `ValueError` for messages without a chat template."""
+        eos_token = self.tokenizer.eos_token or ""
+        if callable(self.template):
+            return self.template(prompt, completion)
+        if self.template == "oasst":
+            messages = conversation(prompt, completion)
+            if unknown := {message["role"] for message in messages} - OASST_TURNS.keys():
+                raise ValueError(
+                    f"Prompt row {row} has a message of the role {unknown.pop()!r}, which `template='oasst'` cannot "
+                    f"write. Keep those of {', '.join(OASST_TURNS)}."
+                )
+            return oasst(messages, eos_token)
+        if self.template is None and isinstance(prompt, str):
+            text = completion_text(completion)
+            return prompt + (text if text.endswith(eos_token) else text + eos_token)
+        if not (self.chat_template or self.tokenizer.chat_template):
+            raise ValueError(
+                f"Prompt row {row} is a list of messages, but the tokenizer has no chat template. Set "
+                "`tokenizer.chat_template` to the one the model was trained with, or give plain text."
+            )
+        messages = conversation(prompt, completion)
+        write: Any = self.tokenizer.apply_chat_template  # its return annotation is a union of all its options
+        return cast(str, write(messages, chat_template=self.chat_template, tokenize=False))
+
+    def token_ids(self, text: str, prompt: Prompt) -> list[int]:
+        """Tokenize the text of a completion of the prompt."""
+        # A chat template writes the special tokens itself
+        is_chat = self.chat_template is not None or (self.template is None and not isinstance(prompt, str))
+        token_ids = self.tokenizer(text, add_special_tokens=not is_chat, verbose=False)["input_ids"]
+        twice = [self.tokenizer.eos_token_id] * 2
+        ends_twice = not is_chat and num_appended_tokens(self.tokenizer) and token_ids[-2:] == twice
+        return token_ids[:-1] if ends_twice else token_ids
+
+    def cut(self, token_ids: list[int], row: int, prompt: Prompt, max_length: int) -> list[int]:
+        """Remove as many tokens at the beginning of the prompt as are too many, but no special token before them.
+
+        Raise `ValueError` if the completion alone is too long.
+        """
+        num_dropped = len(token_ids) - max_length
+        num_kept = 1 if token_ids[0] in self.tokenizer.all_special_ids else 0
+        without_completion = self.token_ids(self.write(row, prompt, ""), prompt)
+        if num_kept + num_dropped > common_length([token_ids, without_completion]):
+            raise ValueError(
+                f"Prompt row {row}: even without the prompt, a completion exceeds `max_length` ({max_length} "
+                "tokens). Raise `max_length`, or drop the row or the completion."
+            )
+        return token_ids[:num_kept] + token_ids[num_kept + num_dropped :]
+
+    def settings(self) -> Settings:
+        """Return what tells this template from another."""
+        if callable(self.template):
+            return {"template": function_fingerprint(self.template)}
+        if self.chat_template is not None:
+            return {"template": hashlib.sha256(self.chat_template.encode()).hexdigest()}
+        return {"template": cast(str | None, self.template), **template_date(self.tokenizer)}

@@ -339,13 +339,6 @@ def test_settings_are_json_and_follow_the_weights(model, tokenizer):
     assert {key for key, value in ranker.settings().items() if value != before[key]} == {"weights"}
 
 
-def test_a_model_with_two_labels_is_refused(tiny_llama_dir):
-    with pytest.raises(
-        ValueError, match=r"`model` has 2 labels, a reward model has one\. Load it with `num_labels=1`"
-    ):
-        RewardModelRanker(tiny_llama_dir)
-
-
 def test_a_tokenizer_with_neither_padding_nor_eos_is_refused(model, tokenizer):
     model.config.pad_token_id = None
     tokenizer.pad_token = tokenizer.eos_token = None
