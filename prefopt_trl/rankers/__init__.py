@@ -5,12 +5,14 @@ from prefopt_trl.rankers.ensemble import EnsembleRanker
 from prefopt_trl.rankers.function import FunctionRanker
 from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
 from prefopt_trl.rankers.pointwise import RewardModelRanker
+from prefopt_trl.rankers.process import ProcessRewardRanker
 
 __all__ = [
     "EnsembleRanker",
     "FunctionRanker",
     "PairwiseRanker",
     "PointwiseRanker",
+    "ProcessRewardRanker",
     "Ranker",
     "RewardModelRanker",
     "check_probabilities",

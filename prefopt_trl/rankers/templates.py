@@ -130,6 +130,23 @@ def oasst(messages: list[Message], eos_token: str) -> str:
     return "".join(f"{OASST_TURNS[message['role']]}{message['content']}{eos_token}" for message in messages)
 
 
+def cut_prompt(
+    token_ids: list[int], prompt_length: int, tokenizer: PreTrainedTokenizerBase, max_length: int, row: int
+) -> list[int]:
+    """Remove the beginning of a prompt, after a leading special token, so that `max_length` tokens are left.
+
+    Raise `ValueError` if the completion alone is too long.
+    """
+    num_dropped = len(token_ids) - max_length
+    num_kept = 1 if token_ids[0] in tokenizer.all_special_ids else 0
+    if num_kept + num_dropped > prompt_length:
+        raise ValueError(
+            f"Prompt row {row}: even without the prompt, a completion exceeds `max_length` ({max_length} tokens). "
+            "Raise `max_length`, or drop the row or the completion."
+        )
+    return token_ids[:num_kept] + token_ids[num_kept + num_dropped :]
+
+
 class RewardText:
     """How a prompt and one completion are written for a reward model, and tokenized.
 
@@ -182,19 +199,9 @@ class RewardText:
         return token_ids[:-1] if ends_twice else token_ids
 
     def cut(self, token_ids: list[int], row: int, prompt: Prompt, max_length: int) -> list[int]:
-        """Remove as many tokens at the beginning of the prompt as are too many, but no special token before them.
-
-        Raise `ValueError` if the completion alone is too long.
-        """
-        num_dropped = len(token_ids) - max_length
-        num_kept = 1 if token_ids[0] in self.tokenizer.all_special_ids else 0
+        """Return what [`cut_prompt`] returns for the tokens of a completion's text."""
         without_completion = self.token_ids(self.write(row, prompt, ""), prompt)
-        if num_kept + num_dropped > common_length([token_ids, without_completion]):
-            raise ValueError(
-                f"Prompt row {row}: even without the prompt, a completion exceeds `max_length` ({max_length} "
-                "tokens). Raise `max_length`, or drop the row or the completion."
-            )
-        return token_ids[:num_kept] + token_ids[num_kept + num_dropped :]
+        return cut_prompt(token_ids, common_length([token_ids, without_completion]), self.tokenizer, max_length, row)
 
     def settings(self) -> Settings:
         """Return what tells this template from another."""
