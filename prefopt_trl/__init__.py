@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers
     from prefopt_trl.rankers.pairwise import PairwiseRanker as PairwiseRanker
     from prefopt_trl.rankers.pointwise import RewardModelRanker as RewardModelRanker
     from prefopt_trl.rankers.process import ProcessRewardRanker as ProcessRewardRanker
+    from prefopt_trl.rankers.remote import RemoteRewardRanker as RemoteRewardRanker
     from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling as DataCollatorForRejectionSampling
     from prefopt_trl.sampling.options import SamplingOptions as SamplingOptions
     from prefopt_trl.sampling.pairing import all_pairs as all_pairs
@@ -48,6 +49,7 @@ _HOME = {
     "GenerationOptions": "generation.options",
     "PairwiseRanker": "rankers.pairwise",
     "ProcessRewardRanker": "rankers.process",
+    "RemoteRewardRanker": "rankers.remote",
     "RewardModelRanker": "rankers.pointwise",
     "SamplingOptions": "sampling.options",
     "all_pairs": "sampling.pairing",

@@ -6,6 +6,7 @@ from prefopt_trl.rankers.function import FunctionRanker
 from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
 from prefopt_trl.rankers.pointwise import RewardModelRanker
 from prefopt_trl.rankers.process import ProcessRewardRanker
+from prefopt_trl.rankers.remote import RemoteRewardRanker
 
 __all__ = [
     "EnsembleRanker",
@@ -14,6 +15,7 @@ __all__ = [
     "PointwiseRanker",
     "ProcessRewardRanker",
     "Ranker",
+    "RemoteRewardRanker",
     "RewardModelRanker",
     "check_probabilities",
     "check_rewards",
