@@ -53,9 +53,9 @@ class RankerTemplate:
     ranker_template: str = field(
         default="dialogue",
         metadata={
-            "help": "Format of a comparison for a pairwise ranker, as in the paper. Use the one that it was trained "
-            "with.",
-            "choices": ["dialogue", "summary"],
+            "help": "Format of a comparison for a pairwise ranker: the paper's 'dialogue' or 'summary', or 'rlhflow' "
+            "for the pair-preference models of RLHFlow. Use the one that it was trained with.",
+            "choices": ["dialogue", "summary", "rlhflow"],
         },
     )
 

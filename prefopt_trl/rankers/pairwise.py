@@ -24,9 +24,10 @@ from prefopt_trl.rankers.templates import (
     Texts,
     Tokens,
     resolve_template,
+    rlhflow,
     split_answers,
 )
-from prefopt_trl.runtime.settings import Settings, function_fingerprint
+from prefopt_trl.runtime.settings import Settings, function_fingerprint, template_date
 from prefopt_trl.shared_prefix.packing import WholeRows
 
 
@@ -46,9 +47,11 @@ class PairwiseRanker(PublishedModel, ComparativeRanker):
             onto the accelerator if there is one.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             By default it is loaded from the folder or Hub id of the model.
-        template (`str` or `Callable`, *optional*, defaults to `"dialogue"`):
-            Format of a comparison: `"dialogue"` or `"summary"` (the paper's formats), or a function
-            `(prompt_text, first_text, second_text) -> str`. Use the one the model was trained with.
+        template (`str`, `Path` or `Callable`, *optional*, defaults to `"dialogue"`):
+            Format of a comparison: `"dialogue"` or `"summary"` (the paper's formats), `"rlhflow"` (that of RLHFlow's
+            pair-preference models, in the tokenizer's chat template), the path of a text file in which `{prompt}`,
+            `{first}` and `{second}` are replaced, or a function `(prompt_text, first_text, second_text) -> str`. Use
+            the one the model was trained with.
         batch_size (`int`, *optional*, defaults to `32`):
             Number of comparisons in one forward pass.
         max_length (`int`, *optional*):
@@ -84,7 +87,7 @@ class PairwiseRanker(PublishedModel, ComparativeRanker):
         model: str | Path | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        template: str | Template = "dialogue",
+        template: str | Path | Template = "dialogue",
         batch_size: int = 32,
         max_length: int | None = None,
         share_prefix: bool = True,
@@ -93,10 +96,13 @@ class PairwiseRanker(PublishedModel, ComparativeRanker):
         model_init_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.template, self.temperature = resolve_template(template), check_temperature(temperature)
+        self.template_file = None if callable(template) or template in TEMPLATES else str(template)
         self.ranking_model = RankingModel(
             None, model, tokenizer, batch_size, max_length, share_prefix, model_init_kwargs
         )
         self.model = self.ranking_model.model
+        if self.template is rlhflow and self.ranking_model.tokenizer.chat_template is None:
+            raise ValueError("`template='rlhflow'` needs a chat template, and the tokenizer has none. Set its own.")
         self.answers_in_decoder = self.ranking_model.model.config.is_encoder_decoder
         if self.answers_in_decoder:
             self.ranking_model.share_prefix = False
@@ -135,13 +141,14 @@ class PairwiseRanker(PublishedModel, ComparativeRanker):
             "class": type(self).__name__,
             **self.ranking_model.settings(),
             "template": function_fingerprint(self.template),
+            **(template_date(self.ranking_model.tokenizer) if self.template is rlhflow else {}),
             "seed": self.seed,
             "temperature": self.temperature,
         }
 
     def arguments(self) -> dict[str, str]:
-        names = [repr(name) for name, template in TEMPLATES.items() if template is self.template]
-        return {"template": names[0] if names else "your_template", **super().arguments()}
+        name = next((name for name, template in TEMPLATES.items() if template is self.template), self.template_file)
+        return {"template": repr(name) if name else "your_template", **super().arguments()}
 
     def _probabilities_of_a(self, inputs: dict[Texts, int]) -> np.ndarray:
         """Return P("A") of each input, shape `(len(inputs),)`."""
@@ -182,11 +189,21 @@ class PairwiseRanker(PublishedModel, ComparativeRanker):
         if self.answers_in_decoder:
             asked = [text.removesuffix(ANSWER_CUE) for text in texts]
             return [Tokens(ids, self.decoder_answers.answers) for ids in self.ranking_model.token_ids(asked)]
-        token_ids = self.ranking_model.token_ids([text + answer for text in texts for answer in ANSWERS])
+        in_chat = self.template is rlhflow
+        if in_chat:  # without BOS, as in the models' own example
+            texts = [self._as_chat(text) for text in texts]
+        token_ids = self.ranking_model.token_ids(
+            [text + answer for text in texts for answer in ANSWERS], add_special_tokens=not in_chat
+        )
         return [
             split_answers(with_a, with_b, f"Prompt row {row}")
             for row, with_a, with_b in zip(rows, token_ids[::2], token_ids[1::2], strict=True)
         ]
+
+    def _as_chat(self, text: str) -> str:
+        tokenizer = self.ranking_model.tokenizer
+        chat = str(tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False))
+        return chat.replace(tokenizer.bos_token, "") if tokenizer.bos_token else chat
 
     def _cut_prompt(self, comparison: Texts, row: int) -> Tokens:
         """Truncate the beginning of the prompt so that the comparison fits into `max_length`."""
@@ -206,14 +223,14 @@ class PairwiseRanker(PublishedModel, ComparativeRanker):
         return keep(num_characters)
 
 
-def pairwise_ranker_dataset(pairs: Dataset, template: str | Template = "dialogue", seed: int = 0) -> Dataset:
+def pairwise_ranker_dataset(pairs: Dataset, template: str | Path | Template = "dialogue", seed: int = 0) -> Dataset:
     """Turn preference pairs into the training set of a pairwise ranker, for TRL's `SFTTrainer`.
 
     Args:
         pairs ([`~datasets.Dataset`]):
             Columns `prompt`, `chosen` and `rejected`, plain or conversational.
         template (`str` or `Callable`, *optional*, defaults to `"dialogue"`):
-            As in [`PairwiseRanker`].
+            As in [`PairwiseRanker`], except `"rlhflow"`.
         seed (`int`, *optional*, defaults to `0`):
             Decides which row has its chosen completion first.
 
@@ -224,7 +241,8 @@ def pairwise_ranker_dataset(pairs: Dataset, template: str | Template = "dialogue
 
     Raises:
         TypeError: if `pairs` is not a [`~datasets.Dataset`].
-        ValueError: if `pairs` is empty or lacks a column, or a cell is None (naming its row).
+        ValueError: if the template is unknown or `"rlhflow"`, if `pairs` is empty or lacks a column, or a cell is None
+            (naming its row).
 
     Example:
 
@@ -237,6 +255,8 @@ def pairwise_ranker_dataset(pairs: Dataset, template: str | Template = "dialogue
     check_columns(pairs, ["prompt", "chosen", "rejected"], "pairs")
     pairs = normalize_pairs(pairs, "`pairs`")
     write = resolve_template(template)
+    if write is rlhflow:
+        raise ValueError("`template='rlhflow'` is for models that exist. Train yours with 'dialogue' or 'summary'.")
     chosen_first = np.random.default_rng(seed).random(len(pairs)) < 0.5
     rows = []
     for pair, is_first in zip(pairs, chosen_first, strict=True):

@@ -49,19 +49,45 @@ def summary(prompt_text: str, first_text: str, second_text: str) -> str:
     return f"[CONTEXT] {prompt_text} [SUMMARY A] {first_text} [SUMMARY B] {second_text}{ANSWER_CUE}"
 
 
-TEMPLATES: dict[str, Template] = {"dialogue": dialogue, "summary": summary}
+def rlhflow(prompt_text: str, first_text: str, second_text: str) -> str:
+    r"""Write the message that RLHFlow's pair-preference models read (`pair-pm` of RLHF-Reward-Modeling).
+
+    [`PairwiseRanker`] puts it into the tokenizer's chat template, after which the next token is "A" or "B".
+
+    >>> rlhflow("Hi!", "Hello.", "Go away.")
+    '[CONTEXT] \n\n<turn> user\n Hi!\n [RESPONSE A] Hello. [RESPONSE B] Go away. \n'
+    """
+    turns = conversation(prompt_text, "")[:-1]
+    context = "".join(f"\n<turn> {turn['role']}\n {turn['content']}" for turn in turns)
+    return f"[CONTEXT] \n{context}\n [RESPONSE A] {first_text} [RESPONSE B] {second_text} \n"
 
 
-def resolve_template(template: str | Template) -> Template:
-    """Return the function of a template's name, or a function of the user's unchanged; refuse an unknown name."""
+TEMPLATES: dict[str, Template] = {"dialogue": dialogue, "summary": summary, "rlhflow": rlhflow}
+
+
+def resolve_template(template: str | Path | Template) -> Template:
+    """Return the function of a template's name or file, or a function of the user's unchanged.
+
+    Raise `ValueError` for an unknown name, or a file without one of `{prompt}`, `{first}` and `{second}`.
+    """
     if callable(template):
         return template
-    if template not in TEMPLATES:
+    if template in TEMPLATES:
+        return TEMPLATES[str(template)]
+    if not Path(template).is_file():
         raise ValueError(
-            f"`template` is {template!r}. Give one of {', '.join(map(repr, TEMPLATES))}, or a function "
-            "`(prompt_text, first_text, second_text) -> str`."
+            f"`template` is {str(template)!r}. Give one of {', '.join(map(repr, TEMPLATES))}, a text file with "
+            "{prompt}, {first} and {second}, or a function `(prompt_text, first_text, second_text) -> str`."
         )
-    return TEMPLATES[template]
+    written = Path(template).read_text(encoding="utf-8")
+    if missing := [name for name in ("{prompt}", "{first}", "{second}") if name not in written]:
+        raise ValueError(f"`template`: {template} has no {missing[0]}. Write it where that text belongs.")
+
+    def from_file(prompt_text: str, first_text: str, second_text: str) -> str:
+        texts = {"{prompt}": prompt_text, "{first}": first_text, "{second}": second_text}
+        return re.sub("|".join(map(re.escape, texts)), lambda name: texts[name[0]], written)
+
+    return from_file
 
 
 class Texts(NamedTuple):
@@ -115,7 +141,7 @@ def conversation(prompt: Prompt, completion: Completion) -> list[Message]:
     if not isinstance(prompt, str):
         return [*prompt, *cast(list[Message], wrap_completion(prompt, completion))]
     end = "" if prompt.rstrip().endswith(ASSISTANT_TURN.strip()) else ASSISTANT_TURN
-    beginning, *turns = re.split(r"(?:^|\n\n)(Human|Assistant):", f"{prompt}{end}{completion}")
+    beginning, *turns = re.split(r"(?:^|\n\n)(System|Human|Assistant):", f"{prompt}{end}{completion}")
     names, texts = ["Human", *turns[::2]], [beginning, *turns[1::2]]
     messages = [{"role": ROLES[name], "content": text.strip()} for name, text in zip(names, texts, strict=True)]
     return messages if messages[0]["content"] else messages[1:]
