@@ -8,12 +8,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Completion, Prompt, completion_text, prompt_text
 from prefopt_trl.rankers.base import Columns, PointwiseRanker
@@ -39,9 +40,9 @@ class RemoteRewardRanker(PointwiseRanker):
             texts, the other endpoints as one.
         model (`str`):
             Name of the served model, by which its rewards are recognized.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Writes and tokenizes texts as in [`RewardModelRanker`], and the server gets token ids. Without it, it gets
-            the text of a plain prompt and its completion.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], `str` or `Path`, *optional*):
+            Tokenizer of the model, or its folder or Hub id. It writes and tokenizes texts as in [`RewardModelRanker`],
+            and the server gets token ids. Without it, the server gets the text of a plain prompt and its completion.
         template, temperature:
             As in [`RewardModelRanker`]. A template needs a tokenizer.
         label (`int`, *optional*):
@@ -69,7 +70,7 @@ class RemoteRewardRanker(PointwiseRanker):
         self,
         url: str,
         model: str,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
         *,
         template: str | RewardTemplate | None = None,
         temperature: float = 1.0,
@@ -96,6 +97,8 @@ class RemoteRewardRanker(PointwiseRanker):
         if tokenizer is not None and self.endpoint == "score":
             raise ValueError("`tokenizer` has no effect at /score, which reads texts. Leave it out.")
         self.url, self.served_model, self.label, self.server = url, model, label, server
+        if isinstance(tokenizer, str | Path):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.texts = None if tokenizer is None else RewardText(tokenizer, template)
         self.batch_size, self.concurrency, self.temperature = batch_size, concurrency, check_temperature(temperature)
 

@@ -11,7 +11,13 @@ from pathlib import Path
 
 import datasets
 import pytest
-from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import prefopt_trl
 
@@ -141,7 +147,16 @@ def test_online_example_runs(run_page):
 
 def test_ranker_examples_run(run_page, tiny_llama_dir, tmp_path):
     save_tiny_t5(tmp_path / "path/to/my-t5-ranker", tiny_llama_dir)
+    for name, auto_class, labels in [
+        ("my-reward-model", AutoModelForSequenceClassification, ["REWARD"]),
+        ("my-classifier", AutoModelForSequenceClassification, ["NEGATIVE", "POSITIVE"]),
+        ("my-process-model", AutoModelForTokenClassification, ["WRONG", "RIGHT"]),
+    ]:
+        model = auto_class.from_pretrained(tiny_llama_dir, id2label=dict(enumerate(labels)))
+        model.save_pretrained(tmp_path / "path/to" / name)
+        AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(tmp_path / "path/to" / name)
     *_, namespace = run_page("rankers.md")
+    assert all(len(namespace[name][0]) == 2 for name in ("rewards", "sentiments", "of_steps"))
     assert "rewards/PairwiseRanker/mean" in namespace["trainer"].state.log_history[0]
     assert 0 < namespace["probability"].item() < 1
 

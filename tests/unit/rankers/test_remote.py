@@ -90,7 +90,8 @@ def test_with_a_tokenizer_the_server_gets_the_tokens_of_a_reward_model_ranker(se
         (None, "<|user|>Why?</s><|assistant|>So.</s>"),
         ("oasst", "<|prompter|>Why?</s><|assistant|>So.</s>"),
     ]:
-        ranker = RemoteRewardRanker(f"{served.url}/classify", "rm", tokenizer, template=template, server=kind)
+        given = tokenizer if template is None else tiny_llama_dir
+        ranker = RemoteRewardRanker(f"{served.url}/classify", "rm", given, template=template, server=kind)
         (found,) = ranker.score([[{"role": "user", "content": "Why?"}]], [["So."]])[0]
         ids = tokenizer("<s>" + text, add_special_tokens=False).input_ids
         assert found == pytest.approx(reward(ids), abs=1e-6)
