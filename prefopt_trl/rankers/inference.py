@@ -58,9 +58,8 @@ def is_reward_model(path: str, **model_init_kwargs: Any) -> bool:
     if adapter is not None:
         return adapter.task_type == "SEQ_CLS"
     config = AutoConfig.from_pretrained(path, **_options_of_files(model_init_kwargs))
-    auto_map = getattr(config, "auto_map", None) or {}
-    others = {GPTNeoXRewardModel.__name__, auto_map.get("AutoModelForSequenceClassification", "").split(".")[-1]}
-    return any(name.endswith("ForSequenceClassification") or name in others for name in config.architectures or [])
+    names = ("ForSequenceClassification", GPTNeoXRewardModel.__name__)
+    return any(name.endswith(names) for name in config.architectures or [])
 
 
 def load_model(path: str, auto_class: AutoClass | None, init: dict[str, Any]) -> PreTrainedModel:
@@ -189,9 +188,7 @@ class RankingModel:
         if tokenizer is None and not source:
             raise ValueError("`tokenizer` is missing, and the model has no `name_or_path`. Pass its tokenizer.")
         self.model: PreTrainedModel = load_model(source, auto_class, init) if isinstance(model, str | Path) else model
-        # What loads the model again after `save_pretrained`: an adapter is saved without its quantized base
-        again = ["trust_remote_code", *["quantization_config"] * isinstance(self.model, PeftModel)]
-        self.init_again = {name: init[name] for name in again if name in init}
+        self.trust_remote_code = bool(init.get("trust_remote_code"))
         options = _options_of_files(init)
         if isinstance(self.model, PeftModel) and Path(source).is_dir() and not Path(source, TOKENIZER).is_file():
             # Without its own tokenizer, an adapter uses that of its base

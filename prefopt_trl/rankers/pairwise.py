@@ -61,11 +61,8 @@ class PairwiseRanker(PublishedModel, ComparativeRanker):
             Compute common prefixes once if that is exact. Otherwise log the reason once.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the baselines of `score`, which otherwise depend only on the prompt and its completions.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Log-odds are divided by it. [`calibrate`] fits it.
-        model_init_kwargs (`dict`, *optional*):
-            Arguments of `from_pretrained` for a model given by its path, such as `dtype`, `device_map`,
-            `quantization_config`, `trust_remote_code` or `revision`.
+        temperature, model_init_kwargs:
+            As in [`RewardModelRanker`]. Log-odds are divided by the temperature.
 
     Raises:
         ValueError: if the template's name is unknown, a number is out of range, no model or tokenizer can be found,

@@ -1,6 +1,5 @@
 """A ranker's model as a folder with a card, and its push to the Hub."""
 
-import json
 from pathlib import Path
 
 from huggingface_hub import ModelCardData, RepoCard
@@ -25,9 +24,8 @@ class PublishedModel(Ranker):
         arguments = {"max_length": str(self.ranking_model.max_length)}
         if self.temperature != 1:
             arguments["temperature"] = repr(float(self.temperature))
-        if init := self.ranking_model.init_again:
-            plain = json.loads(json.dumps(init, default=lambda config: config.to_dict()))  # configs are objects
-            arguments["model_init_kwargs"] = repr(plain)
+        if self.ranking_model.trust_remote_code:
+            arguments["model_init_kwargs"] = repr({"trust_remote_code": True})
         return arguments
 
     def save_pretrained(self, save_directory: str | Path) -> None:

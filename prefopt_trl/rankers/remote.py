@@ -1,16 +1,16 @@
 """The remote reward ranker: a reward model that vLLM or SGLang serves at a URL."""
 
-import http.client
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -107,23 +107,22 @@ class RemoteRewardRanker(PointwiseRanker):
     ) -> list[np.ndarray]:
         """Return the rewards of each prompt's completions in float64.
 
-        Raise `ConnectionError` if the server does not answer, and `ValueError` if it refuses a request, or if
-        `label` does not fit its outputs.
+        Raise `ConnectionError` if the server does not answer, and `ValueError` if it refuses a request or `label` does
+        not fit its outputs.
         """
         rows = [(row, completion) for row, several in enumerate(completions) for completion in several]
         inputs = [self._input(row, prompts[row], completion) for row, completion in rows]
+        batches = [inputs[start : start + self.batch_size] for start in range(0, len(inputs), self.batch_size)]
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            batches = [inputs[start : start + self.batch_size] for start in range(0, len(inputs), self.batch_size)]
-            outputs = np.array([output for batch in pool.map(self._ask, batches) for output in batch])
+            outputs = torch.tensor([output for batch in pool.map(self._ask, batches) for output in batch])
         finally:
             pool.shutdown(cancel_futures=True)
         num_labels = outputs.shape[-1]
-        if rows and ((self.label is None) != (num_labels == 1) or not 0 <= (self.label or 0) < num_labels):
-            raise ValueError(
-                f"`label` is {self.label}, and {self.url} returns {num_labels} outputs. Give the index of one."
-            )
-        rewards = log_odds(torch.from_numpy(outputs), self.label).double().numpy() if rows else outputs
+        if rows and self.label not in ([None] if num_labels == 1 else range(num_labels)):
+            said = f"`label` is {self.label}, and {self.url} returns {num_labels} outputs."
+            raise ValueError(f"{said} Give the index of one of several, and none if there is one.")
+        rewards = log_odds(outputs, self.label).double().numpy() if rows else np.empty(0)
         return np.split(rewards, np.cumsum([len(several) for several in completions], dtype=int))[:-1]
 
     def settings(self) -> Settings:
@@ -141,50 +140,43 @@ class RemoteRewardRanker(PointwiseRanker):
         if self.texts is not None:
             return self.texts.token_ids(self.texts.write(row, prompt, completion), prompt)
         if not isinstance(prompt, str):
-            raise ValueError(
-                f"Prompt row {row} is a list of messages. Give the model's `tokenizer`, for its template."
-            )
+            raise ValueError(f"Prompt row {row} is a list of messages. Give the model's `tokenizer`.")
         return f"{prompt}{completion}"
 
-    def _ask(self, batch: list[Any]) -> list[np.ndarray]:
-        """Return the outputs of the model, shape `(num_labels,)` each."""
+    def _ask(self, batch: list[Any]) -> list[list[float]]:
+        """Return the outputs of the model for each text, shape `(len(batch), num_labels)`."""
         if self.server == "sglang":
-            payload: dict[str, Any] = {"text" if self.texts is None else "input_ids": batch}
+            asked: dict[str, Any] = {"text" if self.texts is None else "input_ids": batch}
         elif self.endpoint == "score":
-            queries, documents = zip(*batch, strict=True)
-            payload = {"queries": queries, "documents": documents, "use_activation": False}
+            asked = dict(zip(("queries", "documents"), zip(*batch, strict=True), strict=True), use_activation=False)
         else:
-            payload = {"input": batch, "use_activation": False}
-        body = json.dumps({"model": self.served_model, **payload}).encode()
-        headers = {"Content-Type": "application/json"}
+            asked = {"input": batch, "use_activation": False}
+        request = Request(self.url, json.dumps({"model": self.served_model, **asked}).encode())
+        request.add_header("Content-Type", "application/json")
         if key := os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {key}"
+            request.add_header("Authorization", f"Bearer {key}")
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(min(2 ** (attempt - 1), 30))
             try:
-                with urllib.request.urlopen(
-                    urllib.request.Request(self.url, body, headers), timeout=TIMEOUT
-                ) as answer:
+                with urlopen(request, timeout=TIMEOUT) as answer:
                     return self._read(json.load(answer), len(batch))
-            except urllib.error.HTTPError as error:
-                problem = f"status {error.code}"
+            except HTTPError as error:
+                problem = f"status {error.code} {error.reason}"
                 if error.code != 429 and error.code < 500:
-                    said = error.read(300).decode(errors="replace")
+                    said = " ".join(error.read(300).decode(errors="replace").split())
                     raise ValueError(f"{self.url} refused a request ({problem}): {said}") from error
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
                 problem = f"{type(error).__name__}: {error}"
-        raise ConnectionError(
-            f"{self.url} gave no rewards in {ATTEMPTS} attempts ({problem}). Check the server, then run this again."
-        )
+        raise ConnectionError(f"{self.url} gave no rewards in {ATTEMPTS} attempts ({problem}). Check the server.")
 
-    def _read(self, answer: Any, num_texts: int) -> list[np.ndarray]:
+    def _read(self, answer: Any, num_texts: int) -> list[list[float]]:
         """Return the outputs in an answer. A model that has some for each token gives those of the last."""
         if self.server == "sglang":
             found = [item["embedding"] for item in answer]
         else:
             found = [item[NUMBERS[self.endpoint]] for item in sorted(answer["data"], key=lambda item: item["index"])]
-        outputs = [np.atleast_2d(np.array(one, dtype=float))[-1] for one in found]
-        if len(outputs) != num_texts or not np.isfinite(np.array(outputs)).all():
+        outputs = np.array([np.atleast_2d(np.array(one, dtype=float))[-1] for one in found])
+        if len(outputs) != num_texts or not np.isfinite(outputs).all():
             raise ValueError("the answer has no number for each text")
-        return outputs
+        return outputs.tolist()

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -130,7 +130,11 @@ def split_answers(with_a: list[int], with_b: list[int], where: str) -> Tokens:
     return Tokens(with_a[:answer], (with_a[answer], with_b[answer]))
 
 
-OASST_TURNS = {"system": "<|system|>", "user": "<|prompter|>", "assistant": "<|assistant|>"}
+# OpenAssistant's message format v2, in which each turn ends with EOS
+OASST = (
+    "{% set turns = {'system': '<|system|>', 'user': '<|prompter|>', 'assistant': '<|assistant|>'} %}"
+    "{% for message in messages %}{{ turns[message['role']] + message['content'] + eos_token }}{% endfor %}"
+)
 
 
 def conversation(prompt: Prompt, completion: Completion) -> list[Message]:
@@ -145,15 +149,6 @@ def conversation(prompt: Prompt, completion: Completion) -> list[Message]:
     names, texts = ["Human", *turns[::2]], [beginning, *turns[1::2]]
     messages = [{"role": ROLES[name], "content": text.strip()} for name, text in zip(names, texts, strict=True)]
     return messages if messages[0]["content"] else messages[1:]
-
-
-def oasst(messages: list[Message], eos_token: str) -> str:
-    """Write messages as OpenAssistant's reward models read them (its message format v2): each turn ends with EOS.
-
-    >>> oasst([{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."}], "<|endoftext|>")
-    '<|prompter|>Hi!<|endoftext|><|assistant|>Hello.<|endoftext|>'
-    """
-    return "".join(f"{OASST_TURNS[message['role']]}{message['content']}{eos_token}" for message in messages)
 
 
 def cut_prompt(
@@ -181,7 +176,7 @@ class RewardText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | Path | RewardTemplate | None) -> None:
         self.tokenizer, self.template = tokenizer, template
-        self.chat_template: str | None = None
+        self.chat_template = OASST if template == "oasst" else None  # else the tokenizer's
         if isinstance(template, str | Path) and template != "oasst":
             if not Path(template).is_file():
                 raise ValueError(
@@ -192,19 +187,10 @@ class RewardText:
 
     def write(self, row: int, prompt: Prompt, completion: Completion) -> str:
         """Return the text of a completion. Raise `ValueError` for messages without a chat template."""
-        eos_token = self.tokenizer.eos_token or ""
         if callable(self.template):
             return self.template(prompt, completion)
-        if self.template == "oasst":
-            messages = conversation(prompt, completion)
-            if unknown := {message["role"] for message in messages} - OASST_TURNS.keys():
-                raise ValueError(
-                    f"Prompt row {row} has a message of the role {unknown.pop()!r}, which `template='oasst'` cannot "
-                    f"write. Keep those of {', '.join(OASST_TURNS)}."
-                )
-            return oasst(messages, eos_token)
         if self.template is None and isinstance(prompt, str):
-            text = completion_text(completion)
+            text, eos_token = completion_text(completion), self.tokenizer.eos_token or ""
             return prompt + (text if text.endswith(eos_token) else text + eos_token)
         if not (self.chat_template or self.tokenizer.chat_template):
             raise ValueError(
@@ -212,8 +198,7 @@ class RewardText:
                 "`tokenizer.chat_template` to the one the model was trained with, or give plain text."
             )
         messages = conversation(prompt, completion)
-        write: Any = self.tokenizer.apply_chat_template  # its return annotation is a union of all its options
-        return cast(str, write(messages, chat_template=self.chat_template, tokenize=False))
+        return str(self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, tokenize=False))
 
     def token_ids(self, text: str, prompt: Prompt) -> list[int]:
         """Tokenize the text of a completion of the prompt."""
@@ -235,4 +220,4 @@ class RewardText:
             return {"template": function_fingerprint(self.template)}
         if self.chat_template is not None:
             return {"template": hashlib.sha256(self.chat_template.encode()).hexdigest()}
-        return {"template": cast(str | None, self.template), **template_date(self.tokenizer)}
+        return {"template": None, **template_date(self.tokenizer)}

@@ -1,14 +1,12 @@
 """What the rankers that run a model have in common."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
@@ -19,7 +17,6 @@ from transformers import (
 )
 
 from prefopt_trl.rankers import PairwiseRanker, RewardModelRanker
-from prefopt_trl.rankers.inference import is_reward_model
 
 PROMPTS = ["What is the capital of France?", "Bake bread."]
 COMPLETIONS = [["Paris.", "The dog"], ["Mix the flour.", ""]]
@@ -147,13 +144,6 @@ def test_a_model_is_quantized_as_it_is_loaded(ranker_class, model, tokenizer, tm
     assert quantized == pytest.approx(one_by_one(ranker), abs=1e-5)
     assert np.abs(np.array(quantized) - exact).max() > 1e-3
 
-    ranker.save_pretrained(tmp_path / "saved")  # the card makes an adapter's ranker on a quantized base again
-    (code,) = re.findall(r"```python\n(.*?)```", ModelCard.load(tmp_path / "saved/README.md").text, flags=re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code.split("\nranker.compare")[0], names)
-    assert ("quantization_config" in code) == adapted
-    assert rewards_of(names["ranker"]) == pytest.approx(quantized, abs=1e-5)
-
 
 @pytest.mark.parametrize("given", [{"dtype": "bfloat16"}, {"device_map": {"": "cpu"}}, {"device_map": "auto"}])
 def test_arguments_of_from_pretrained_reach_the_model(ranker_class, model, tokenizer, tmp_path, monkeypatch, given):
@@ -224,6 +214,6 @@ def test_a_model_of_its_own_code_runs_if_it_is_trusted(tokenizer, tiny_llama_dir
         RewardModelRanker(folder)
     torch.manual_seed(0)  # of the head
     ranker = RewardModelRanker(folder, model_init_kwargs=trusted)
-    assert type(ranker.model).__name__ == "MyRewardModel" and is_reward_model(str(folder), **trusted)
+    assert type(ranker.model).__name__ == "MyRewardModel"
     assert rewards_of(ranker) == pytest.approx(one_by_one(ranker), abs=1e-5)
     assert ranker.arguments()["model_init_kwargs"] == repr(trusted)

@@ -87,13 +87,13 @@ def test_rewards_are_those_of_the_server_in_order(served, endpoint, kind, batch_
 def test_with_a_tokenizer_the_server_gets_the_tokens_of_a_reward_model_ranker(served, tiny_llama_dir, kind):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     for template, text in [
-        (None, "<|user|>Why?</s><|assistant|>So.</s>"),
+        (None, "<s><|user|>Why?</s><|assistant|>So.</s>"),
         ("oasst", "<|prompter|>Why?</s><|assistant|>So.</s>"),
     ]:
         given = tokenizer if template is None else tiny_llama_dir
         ranker = RemoteRewardRanker(f"{served.url}/classify", "rm", given, template=template, server=kind)
         (found,) = ranker.score([[{"role": "user", "content": "Why?"}]], [["So."]])[0]
-        ids = tokenizer("<s>" + text, add_special_tokens=False).input_ids
+        ids = tokenizer(text, add_special_tokens=False).input_ids
         assert found == pytest.approx(reward(ids), abs=1e-6)
 
 
@@ -104,7 +104,7 @@ def test_the_reward_of_a_label_is_its_log_odds(served):
     assert found == pytest.approx((reward("Why? So.") - math.log(2)) / 2, abs=1e-6)
     for label in (None, 3):
         with pytest.raises(
-            ValueError, match=f"`label` is {label}, and http.*classify returns 3 outputs. Give the index"
+            ValueError, match=f"`label` is {label}, and http.*classify returns 3 outputs. Give the index of one"
         ):
             RemoteRewardRanker(f"{served.url}/classify", "rm", label=label).score(["Why?"], [[" So."]])
 
@@ -150,7 +150,7 @@ def test_a_server_that_says_nothing_or_is_not_there_ends_in_one_sentence(monkeyp
 
 def test_a_refused_request_is_not_repeated(served):
     served.failures = [Response("the prompt is too long", status=400)]
-    with pytest.raises(ValueError, match=r"refused a request \(status 400\): the prompt is too long"):
+    with pytest.raises(ValueError, match=r"refused a request \(status 400 BAD REQUEST\): the prompt is too long"):
         RemoteRewardRanker(f"{served.url}/classify", "rm").score(["Why?"], [[" So."]])
     assert len(served.requests) == 1
 
