@@ -6,7 +6,7 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 NUM_ATTEMPTS = 8  # at a request, over some two minutes
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; doubled from attempt to attempt
-LONGEST_RETRY_AFTER = 3600.0
 TIMEOUT, TIMEOUT_OF_CONNECTION = 600.0, 10.0  # seconds
 PASSING = {408, 409, 429}  # statuses that are worth another attempt, beside those from 500
 EXCERPT = 300  # characters of a server's answer that an error shows
@@ -45,7 +44,7 @@ class ServerError(ConnectionError):
     status: int | None = None
 
 
-class SavedAnswers:
+class SavedAnswers(dict[str, Answer]):
     """Answers by the content of their request, in memory and, with a folder, in its files `answers-*.jsonl`.
 
     The content is the model's name, the messages, the sampling options and the seed. The address of the server is not
@@ -54,18 +53,17 @@ class SavedAnswers:
     """
 
     def __init__(self, folder: str | Path | None) -> None:
-        self.folder = None if folder is None else Path(folder)
-        self._answers: dict[str, Answer] = {}
-        self._lock = threading.Lock()
-        if self.folder is None:
+        super().__init__()
+        self.folder, self._lock = folder, threading.Lock()
+        if folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self.folder.glob("answers-*.jsonl")):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for path in sorted(Path(folder).glob("answers-*.jsonl")):
             for line in path.read_bytes().splitlines():
                 with suppress(ValueError, TypeError):
                     key, text, tokens = json.loads(line)
-                    self._answers[key] = Answer(text, [(token, among) for token, among in tokens])
-        own = self.folder / f"answers-{os.environ.get('RANK', '0')}.jsonl"
+                    self[key] = Answer(text, [(token, among) for token, among in tokens])
+        own = Path(folder, f"answers-{os.environ.get('RANK', '0')}.jsonl")
         self._file = own.open("ab", buffering=0)  # so that each line is one write
         if own.stat().st_size:
             self._file.write(b"\n")  # after an unfinished line
@@ -74,27 +72,19 @@ class SavedAnswers:
     def key(request: Request) -> str:
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._answers
-
-    def __getitem__(self, key: str) -> Answer:
-        return self._answers[key]
-
     def add(self, key: str, answer: Answer) -> None:
         with self._lock:
-            self._answers[key] = answer
+            self[key] = answer
             if self.folder is not None:
                 self._file.write(json.dumps([key, *answer]).encode() + b"\n")
 
     def __str__(self) -> str:
         if self.folder is None:
-            return f"without a `cache_dir`, the {len(self._answers)} answers so far end with this process"
-        return f"{len(self._answers)} answers are saved in {self.folder}, and the same call continues from them"
+            return f"without a `cache_dir`, the {len(self)} answers so far end with this process"
+        return f"{len(self)} answers are saved in {self.folder}, and the same call continues from them"
 
 
 class _Failure(NamedTuple):
-    """An attempt without an answer."""
-
     what: str
     is_passing: bool = True
     wait: float = 0.0  # seconds that the server asks for
@@ -196,13 +186,14 @@ class ChatServer:
             )
         except openai.APIStatusError as error:
             is_passing = error.status_code in PASSING or error.status_code >= 500
-            what = f"answered status {error.status_code}, {self._excerpt(error.response.text)},"
-            return _Failure(what, is_passing, _retry_after(error.response.headers), error.status_code)
+            what = f"answered status {error.status_code} ({self._excerpt(error.response.text)})"
+            wait = _retry_after(error.response.headers.get("retry-after", ""))
+            return _Failure(what, is_passing, wait, error.status_code)
         except openai.APITimeoutError:
             return _Failure("gave no answer in time")
         except openai.APIConnectionError as error:
-            return _Failure(f"was not reached or broke off, {self._excerpt(str(error.__cause__))},")
-        return _read(response.content) or _Failure(f"gave no chat completion but {self._excerpt(response.text)}")
+            return _Failure(f"was not reached or broke off ({self._excerpt(str(error.__cause__))})")
+        return _read(response.content) or _Failure(f"gave no chat completion ({self._excerpt(response.text)})")
 
     def _excerpt(self, text: str) -> str:
         """Quote the beginning of a server's answer, which may repeat the key, on one line."""
@@ -224,11 +215,10 @@ def _read(content: bytes) -> Answer | None:
     return Answer(text, tokens) if isinstance(text, str) else None
 
 
-def _retry_after(headers: Mapping[str, str]) -> float:
-    """Return the seconds, at most an hour, that a response asks to wait, as a number or a date; 0 if it does not."""
-    value, wait = headers.get("retry-after", ""), 0.0
+def _retry_after(value: str) -> float:
+    """Return the seconds, at most an hour, of a header `Retry-After`, which is a number or a date."""
     with suppress(ValueError):
-        wait = parsedate_to_datetime(value).timestamp() - time()
+        return min(float(value), 3600.0)
     with suppress(ValueError):
-        wait = float(value)
-    return min(wait, LONGEST_RETRY_AFTER)
+        return min(parsedate_to_datetime(value).timestamp() - time(), 3600.0)
+    return 0.0
