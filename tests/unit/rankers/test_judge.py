@@ -185,8 +185,9 @@ def test_answers_without_a_verdict_are_counted_and_left_out(caplog):
         assert warning.startswith("4 of 8 answers of the judge have no verdict")
         assert "1 of 4 questions have no other answer and give no opinion" in warning
         assert ranker.num_unparsed == 4
-        ((reward, *_), (none,)) = ask_rewards(
-            ranker, prompts[:2], [[BLUE], [BLUE]], baselines=[GREEN, GREEN], may_abstain=True
+        baselines = [GREEN, GREEN]
+        ((reward,), (none,)), _ = ask_rewards(
+            ranker, prompts[:2], [[BLUE], [BLUE]], baselines=baselines, may_abstain=True
         )
         assert (reward, np.isnan(none)) == (0, True)
 
@@ -316,7 +317,7 @@ def test_ratings_are_averaged_and_compared_by_their_difference():
 def test_a_completion_without_a_rating_is_no_opinion():
     with serving(lambda body: "Rating: 5" if BLUE in question(body) else "Good!") as chat:
         ranker = judge(chat, votes=3, prompt="rating")
-        (rewards,) = ask_rewards(ranker, [SKY], [[BLUE, GREEN]], may_abstain=True)
+        ((rewards,), _) = ask_rewards(ranker, [SKY], [[BLUE, GREEN]], may_abstain=True)
         np.testing.assert_array_equal(rewards, [5, np.nan])
         assert np.isnan(ask_probabilities(ranker, [SKY], [BLUE], [GREEN])).all()
 
@@ -464,6 +465,16 @@ def test_a_local_base_model_reads_the_plain_text_and_votes_are_read(tiny_llama_d
     assert not ranker.reads_log_probs
 
 
-def test_the_built_in_prompts_are_part_of_the_package():
-    pyproject = (Path(__file__).parents[3] / "pyproject.toml").read_text()
-    assert '"prefopt_trl.rankers" = ["prompts/*.md"]' in pyproject
+def test_the_examples_of_the_documentation_run(tiny_llama_dir, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[3] / "docs" / "judges.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    with serving(lambda body: says("A")) as chat:
+        for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+            block = block.replace("http://localhost:8000/v1", chat.url).replace("path/to/my-model", tiny_llama_dir)
+            exec(block, names)
+    assert (names["probability"].tolist(), len(names["rewards"][0])) == ([0.5], 3)
+    (example,) = re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "example.md").write_text(example)
+    prompt = JudgePrompt.load(tmp_path / "example.md")
+    assert [prompt.read(f"Well.\nBetter: {verdict}") for verdict in ("A", "b.", "Same", "A or B")] == [1, 0, 0.5, None]
