@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers
     from prefopt_trl.generation.sampler import sample_completions as sample_completions
     from prefopt_trl.rankers.ensemble import EnsembleRanker as EnsembleRanker
     from prefopt_trl.rankers.function import FunctionRanker as FunctionRanker
+    from prefopt_trl.rankers.judge import JudgeRanker as JudgeRanker
     from prefopt_trl.rankers.pairwise import PairwiseRanker as PairwiseRanker
     from prefopt_trl.rankers.pointwise import RewardModelRanker as RewardModelRanker
     from prefopt_trl.rankers.process import ProcessRewardRanker as ProcessRewardRanker
@@ -47,6 +48,7 @@ _HOME = {
     "EnsembleRanker": "rankers.ensemble",
     "FunctionRanker": "rankers.function",
     "GenerationOptions": "generation.options",
+    "JudgeRanker": "rankers.judge",
     "PairwiseRanker": "rankers.pairwise",
     "ProcessRewardRanker": "rankers.process",
     "RemoteRewardRanker": "rankers.remote",

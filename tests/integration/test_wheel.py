@@ -60,7 +60,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_holds_the_package_and_nothing_else(wheel):
     names = set(ZipFile(wheel).namelist())
     package = REPO_ROOT / "prefopt_trl"
-    files = [*package.rglob("*.py"), *package.rglob("templates/*.md")]
+    files = [*package.rglob("*.py"), *package.rglob("templates/*.md"), *package.rglob("prompts/*.md")]
     sources = {path.relative_to(REPO_ROOT).as_posix() for path in files}
     assert len(sources) > 50 and "prefopt_trl/runtime/templates/model.md" in sources
     configs = {

@@ -1,0 +1,311 @@
+"""The judge: a chat model that is asked in words which of two completions is better, or how good one is."""
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefopt_trl.data.formats import Completion, Prompt
+from prefopt_trl.generation.chat_server import Answer, ChatServer, Request, SavedAnswers, ServerError
+from prefopt_trl.generation.options import GenerationOptions
+from prefopt_trl.generation.sampler import sample_completions
+from prefopt_trl.rankers.base import Columns, check_inputs, sigmoid
+from prefopt_trl.rankers.comparative import ComparativeRanker
+from prefopt_trl.rankers.inference import RankingModel
+from prefopt_trl.rankers.judge_prompts import JudgePrompt
+from prefopt_trl.rankers.templates import Texts
+from prefopt_trl.runtime.cards import public_name
+from prefopt_trl.runtime.settings import Settings, model_fingerprint, template_date, tokenizer_fingerprint
+
+logger = logging.getLogger(__name__)
+
+VOTES = 8  # as RSO's AutoSxS
+LOG_PROBS = {"temperature": 0, "logprobs": True, "top_logprobs": 5}  # the most that every server takes
+REFUSED = (400, 422)  # statuses by which servers refuse an argument
+QUESTIONS_AT_ONCE = 32  # of a local model, whose answers are saved as often
+
+
+class JudgeRanker(ComparativeRanker):
+    """A chat model as a judge, behind a URL or in this process (RSO's AutoSxS, DPO appendix C.2).
+
+    With a prompt for pairs, the judge reads the two completions in both orders, and P(first preferred) is the mean.
+    With a prompt for ratings, the reward of a completion is its mean rating, and P is the sigmoid of the difference.
+
+    An answer without a verdict in the form that the prompt asks for is left out and counted in one warning. A
+    comparison without any verdict in one of its orders, and a completion without any rating, is NaN: no opinion.
+
+    Args:
+        model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
+            With `base_url`, the model's name at the server. Otherwise a causal chat model, or its folder or Hub id.
+        base_url (`str`, *optional*):
+            Address of an OpenAI-compatible server, such as `"http://localhost:8000/v1"`. The key is the environment's
+            `OPENAI_API_KEY`, if the server wants one. This needs `pip install 'prefopt-trl[judge]'`.
+        prompt (`str` or `Path`, *optional*, defaults to `"helpful"`):
+            A built-in prompt (see `docs/judges.md`) or the path of a file in their format.
+        votes (`int`, *optional*):
+            Answers sampled for a comparison, half of them in each order, or for a rating. By default a server that
+            gives the log-probabilities of tokens is asked once in each order, at temperature 0, and P is that of the
+            verdict's token. Other servers, local models and ratings have 8 votes.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            That of a local model. By default it is loaded from the model's folder or Hub id.
+        cache_dir (`str` or `Path`, *optional*):
+            Folder where each answer is saved as it comes. No saved question is asked again.
+        concurrency (`int`, *optional*, defaults to `8`):
+            Requests to the server under way at a time.
+        max_requests (`int`, *optional*):
+            How often this ranker may ask the server, retries counted.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Longest answer, in tokens. A judge that thinks before it answers needs more.
+        sampling_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of the votes.
+        request_options (`dict`, *optional*):
+            Further fields of each request to the server, such as `{"reasoning_effort": "low"}`. None removes a field.
+            They are part of the settings, so they must not contain secrets.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the votes and of the baselines of `score`.
+
+    Attributes:
+        first_share, first_share_error (`float`):
+            Order bias in the last call: the share of verdicts for the completion that was read first, with its
+            standard error over comparisons. Ties count as half, and 0.5 is no bias.
+        num_unparsed (`int`):
+            Answers of the last call without a verdict.
+
+    Raises:
+        ValueError: for an unknown prompt, a number out of range or an argument of the other kind of judge, and by
+            `compare` and `score` if `max_requests` is spent.
+        ImportError: if the package openai is missing.
+        ConnectionError: by `compare` and `score`, if the server refuses a request or fails several times in a row.
+
+    Example:
+
+    ```python
+    >>> judge = JudgeRanker("my-model", base_url="http://localhost:8000/v1", cache_dir="outputs/judge")
+    >>> judge.compare(["What is 2 + 2?"], ["It is 4."], ["It is 5."])
+    array([1.])
+    ```
+    """
+
+    may_abstain = True
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        *,
+        base_url: str | None = None,
+        prompt: str | Path = "helpful",
+        votes: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        cache_dir: str | Path | None = None,
+        concurrency: int = 8,
+        max_requests: int | None = None,
+        max_new_tokens: int = 256,
+        sampling_temperature: float = 1.0,
+        request_options: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.prompt = JudgePrompt.load(prompt)
+        self.options = GenerationOptions(max_new_tokens=max_new_tokens, temperature=sampling_temperature)
+        self.request_options, self.seed = dict(request_options or {}), seed
+        self.is_pair = self.draws_baselines = self.prompt.kind == "pair"
+        if votes is not None and (type(votes) is not int or votes < 1 or (self.is_pair and votes % 2)):
+            number = "an even number, as half of the votes are in each order" if self.is_pair else "a whole number"
+            raise ValueError(f"`votes` must be {number}, at least {1 + self.is_pair}, got {votes!r}.")
+        self.votes = votes
+        self.chat: ChatServer | LocalChat
+        if base_url is None:
+            if max_requests is not None or request_options is not None:
+                raise ValueError("`max_requests` and `request_options` are for a server. Give its `base_url`, too.")
+            self.chat = LocalChat(model, tokenizer, self.options, SavedAnswers(cache_dir))
+            self.model = self.chat.model
+        else:
+            if not isinstance(model, str) or tokenizer is not None:
+                raise ValueError("With `base_url`, `model` is a name at the server, and `tokenizer` is left out.")
+            self.chat = ChatServer(base_url, SavedAnswers(cache_dir), concurrency, max_requests)
+            self.name = model
+        self.first_share = self.first_share_error = np.nan
+        self.num_unparsed = 0
+
+    def both_orders(
+        self,
+        prompts: Sequence[Prompt],
+        first: Sequence[Completion],
+        second: Sequence[Completion],
+        rows: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        """Return P(first preferred) in both orders, as [`ComparativeRanker.both_orders`] describes.
+
+        Equal texts give 0.5 without a question. Ratings have no order, so their columns are equal.
+        """
+        comparisons = [Texts.of(*texts) for texts in zip(prompts, first, second, strict=True)]
+        differ = np.array([one.first != one.second for one in comparisons], dtype=bool)
+        asked = [order for one in comparisons if one.first != one.second for order in (one, one.swapped())]
+        of_first, of_second = self._ask_all(asked).reshape(-1, 2).T  # each where it is shown first
+        both = np.full((len(comparisons), 2), 0.5)
+        if self.is_pair:
+            self._report_order_bias((of_first + of_second) / 2)
+            both[differ] = np.stack([of_first, 1 - of_second], axis=1)
+        else:
+            both[differ] = sigmoid(of_first - of_second)[:, None]
+        return both
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        baselines: Sequence[Completion] | None = None,
+        columns: Columns | None = None,
+    ) -> list[np.ndarray]:
+        """Return the rewards of [`ComparativeRanker.score`], or mean ratings minus that of the baseline, if given."""
+        if self.is_pair:
+            return super().score(prompts, completions, baselines)
+        check_inputs(prompts, completions=completions, baselines=baselines)
+        more = [[] for _ in prompts] if baselines is None else [[baseline] for baseline in baselines]
+        rows = [[*several, *baseline] for several, baseline in zip(completions, more, strict=True)]
+        ratings = self._ask_all([Texts.of(prompts[row], one, "") for row, texts in enumerate(rows) for one in texts])
+        rewards = np.split(ratings / self.temperature, np.cumsum([len(texts) for texts in rows], dtype=int))[:-1]
+        return rewards if baselines is None else [row[:-1] - row[-1] for row in rewards]
+
+    def verdicts(self, probabilities: np.ndarray) -> np.ndarray:
+        """Return 1 for a win of the first completion, 0 for a loss and 0.5 for a tie; NaN stays NaN.
+
+        A probability of `compare` decides if it departs from 0.5 by more than the margin of the prompt, which is 0.35
+        for AutoSxS (RSO section 5) and 0 for the others.
+        """
+        departure = np.asarray(probabilities, dtype=float) - 0.5
+        return np.where(np.abs(departure) > self.prompt.margin, departure > 0, 0.5 + 0 * departure)
+
+    def settings(self) -> Settings:
+        """Return the model's name or fingerprints, a fingerprint of the prompt, and the ranker's options.
+
+        Neither the address of the server nor its key is among them. The first call may ask the server whether it
+        gives log-probabilities.
+        """
+        model = self.chat.fingerprints() if isinstance(self.chat, LocalChat) else public_name(self.name)
+        return {
+            "class": type(self).__name__,
+            "model": model,
+            "prompt": self.prompt.fingerprint,
+            "votes": "log-probabilities" if self.reads_log_probs else self.votes or VOTES,
+            "max_new_tokens": self.options.max_new_tokens,
+            "sampling_temperature": self.options.temperature,
+            "request_options": self.request_options,
+            "seed": self.seed,
+            "temperature": self.temperature,
+        }
+
+    @cached_property
+    def reads_log_probs(self) -> bool:
+        """Whether P is read from log-probabilities. The server is asked once, by a request of one token."""
+        if self.votes is not None or not self.is_pair or isinstance(self.chat, LocalChat):
+            return False
+        try:
+            answers = self._answers(["Answer with the letter A or B."], 1, LOG_PROBS | {"max_tokens": 1})
+            given = any(alternatives for _, alternatives in answers[0][0].tokens)
+        except ServerError as error:
+            if error.status not in REFUSED:
+                raise
+            given = False
+        read = "log-probabilities, one answer in each order" if given else f"{VOTES} votes, as it gives no log-probs"
+        logger.info(f"The verdicts of the server are read from {read}.")
+        return given
+
+    def _ask_all(self, questions: list[Texts]) -> np.ndarray:
+        """Return the mean verdict on each question, for the completion shown first; NaN without any verdict."""
+        texts = [
+            self.prompt.fill(prompt=one.prompt, first=one.first, second=one.second, completion=one.first)
+            for one in questions
+        ]
+        votes = self.votes or VOTES
+        if self.reads_log_probs:
+            answers = self._answers(texts, 1, LOG_PROBS)
+            values = [[self.prompt.read_tokens(answer.tokens) for answer in several] for several in answers]
+        else:
+            how = {"temperature": self.options.temperature}
+            answers = self._answers(texts, votes // 2 if self.is_pair else votes, how)
+            values = [[self.prompt.read(answer.text) for answer in several] for several in answers]
+            if self.is_pair:  # a unanimous vote is no certainty
+                self.smallest_probability = 0.5 / (votes + 1)
+        read = [[value for value in several if value is not None] for several in values]
+        means = np.array([np.mean(several) if several else np.nan for several in read])
+        num_answers = sum(map(len, values))
+        self.num_unparsed = num_answers - sum(map(len, read))
+        if self.num_unparsed:
+            logger.warning(
+                f"{self.num_unparsed} of {num_answers} answers of the judge have no verdict in the form that the "
+                f"prompt asks for and were left out; {np.isnan(means).sum()} of {len(texts)} questions have no other "
+                "answer and give no opinion. Raise `max_new_tokens` if answers are cut off, or take a larger judge."
+            )
+        return means
+
+    def _answers(self, texts: list[str], num_answers: int, how: dict[str, Any]) -> list[list[Answer]]:
+        """Return so many answers to each question."""
+        options: Request = {"max_tokens": self.options.max_new_tokens, **how, **self.request_options}
+        if isinstance(self.chat, ChatServer):
+            options["model"] = self.name
+        options = {name: value for name, value in options.items() if value is not None}
+        requests = [
+            {**options, "messages": [{"role": "user", "content": text}], "seed": self.seed + number}
+            for text in texts
+            for number in range(num_answers)
+        ]
+        answers = self.chat.answers(requests, "Judging")
+        return [answers[start : start + num_answers] for start in range(0, len(answers), num_answers)]
+
+    def _report_order_bias(self, shares: np.ndarray) -> None:
+        """Keep and log the mean of each comparison's share of verdicts for the completion shown first."""
+        shares = shares[~np.isnan(shares)]
+        if len(shares) > 1:
+            self.first_share, self.first_share_error = shares.mean(), shares.std(ddof=1) / len(shares) ** 0.5
+            share = f"{self.first_share:.3f} +- {self.first_share_error:.3f}"
+            logger.info(f"{share} of the judge's verdicts are for the completion that it read first (0.5 is no bias).")
+
+
+class LocalChat:
+    """A chat model in this process, which answers requests as [`ChatServer`] does, through our sampler.
+
+    A model without a chat template, such as a base model that continues few-shot examples, reads the plain text.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        options: GenerationOptions,
+        saved: SavedAnswers,
+    ) -> None:
+        loaded = RankingModel(None, model, tokenizer, batch_size=1, max_length=None, share_prefix=True)
+        self.model, self.tokenizer, self.options, self.saved = loaded.model, loaded.tokenizer, options, saved
+
+    def fingerprints(self) -> Settings:
+        weights, tokenizer = model_fingerprint(self.model), tokenizer_fingerprint(self.tokenizer)
+        return {"weights": weights, "tokenizer": tokenizer, **template_date(self.tokenizer)}
+
+    def answers(self, requests: Sequence[Request], description: str) -> list[Answer]:
+        """Return the answer to each request, in their order. The answers to a question are sampled together."""
+        model = self.fingerprints()
+        keys = [self.saved.key({**request, "model": model}) for request in requests]
+        missing: dict[str, list[str]] = {}  # keys by question
+        for key, request in dict(zip(keys, requests, strict=True)).items():
+            if key not in self.saved:
+                missing.setdefault(request["messages"][0]["content"], []).append(key)
+        questions = list(missing.items())
+        for start in tqdm(range(0, len(questions), QUESTIONS_AT_ONCE), desc=description, disable=None):
+            some = questions[start : start + QUESTIONS_AT_ONCE]
+            prompts: list[Prompt] = [text for text, _ in some]
+            if self.tokenizer.chat_template is not None:
+                prompts = [[{"role": "user", "content": text}] for text, _ in some]
+            # Seeded by what is missing, so that a later call does not repeat what is saved
+            seed = int(hashlib.sha256(repr(some).encode()).hexdigest()[:8], 16)
+            number = max(len(keys_of_question) for _, keys_of_question in some)
+            sampled = sample_completions(self.model, self.tokenizer, prompts, number, self.options, seed=seed)
+            for (_, keys_of_question), texts in zip(some, sampled, strict=True):
+                for key, text in zip(keys_of_question, texts, strict=False):
+                    self.saved.add(key, Answer(text, []))
+        return [self.saved[key] for key in keys]

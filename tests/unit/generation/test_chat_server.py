@@ -1,0 +1,281 @@
+"""The client of OpenAI-compatible servers: what it survives, what it saves, what it spends, what it never shows."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections import Counter
+from email.utils import formatdate
+from pathlib import Path
+from time import time
+
+import pytest
+
+from prefopt_trl.generation import chat_server
+from prefopt_trl.generation.chat_server import Answer, ChatServer, SavedAnswers, ServerError
+from tests.chat_server import question, response, serving
+
+REPO_ROOT = Path(__file__).parents[3]
+KEY = "sk-secret-of-the-tests"
+
+FAILURES = {
+    "too many": response(429, headers="Retry-After: 0.01\r\n"),
+    "conflict": response(409),
+    "broken": response(500, '{"error": "out of memory"}'),
+    "overloaded": response(503, "<html>"),
+    "no JSON": response(200, "<html>busy</html>"),
+    "no UTF-8": response(200, "").replace(b"Length: 0", b"Length: 2") + b"\xff\xfe",
+    "no object": response(200, "[1, 2]"),
+    "null": response(200, "null"),
+    "no choice": response(200, '{"choices": []}'),
+    "no message": response(200, '{"choices": [{"text": "A"}]}'),
+    "no text": response(200, '{"choices": [{"message": {"content": [1]}}]}'),
+    "bad log-probs": response(200, '{"choices": [{"message": {"content": "A"}, "logprobs": {"content": [1]}}]}'),
+    "half a body": response(200, '{"choices": [{"mess', length=200),
+    "half a head": b"HTTP/1.1 20",
+    "nothing": b"",
+}
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_server, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(chat_server, "NUM_ATTEMPTS", 3)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def asking(*texts, seed=0):
+    return [{"model": "m", "messages": [{"role": "user", "content": text}], "seed": seed} for text in texts]
+
+
+def client(url, folder=None, concurrency=4, max_requests=None):
+    return ChatServer(url, SavedAnswers(folder), concurrency, max_requests)
+
+
+def echo(body):
+    return "re: " + question(body)
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_a_failure_is_survived_and_a_lasting_one_ends_in_one_sentence(failure, tmp_path):
+    with serving(echo) as chat:
+        server = client(chat.url, tmp_path, concurrency=1)
+        chat.failures = [failure, failure]
+        assert server.answers(asking("one", "two"), "Asking") == [Answer("re: one", []), Answer("re: two", [])]
+        assert list(map(question, chat.requests)) == ["one", "one", "one", "two"]
+        chat.failures = [failure] * 9
+        with pytest.raises(ServerError) as error:
+            server.answers(asking("one", "three", "four"), "Asking")
+        assert len(chat.failures) == 6  # none was sent for the last question
+        assert error.value.__cause__ is error.value.__context__ is None
+    said = str(error.value)
+    assert said.startswith(f"The server at {chat.url} ") and "\n" not in said
+    assert said.endswith(
+        f" 3 times in a row; 2 answers are saved in {tmp_path}, and the same call continues from them."
+    )
+
+
+def test_a_server_that_does_not_answer_in_time_is_asked_again(monkeypatch):
+    monkeypatch.setattr(chat_server, "TIMEOUT", 0.2)
+    released = threading.Event()
+
+    def slow_at_first(body):
+        return echo(body) if len(chat.requests) > 1 else str(released.wait(10))
+
+    with serving(slow_at_first) as chat:
+        assert client(chat.url).answers(asking("one"), "Asking") == [Answer("re: one", [])]
+        released.set()
+    with pytest.raises(
+        ServerError, match=r"was not reached or broke off \(.*refused.*\) 3 times in a row; without a `cache"
+    ):
+        client(chat.url).answers(asking("one"), "Asking")
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+def test_a_refusal_ends_at_once(status):
+    with serving(lambda body: response(status, '{"error": {"message": "no such model"}}')) as chat:
+        with pytest.raises(
+            ServerError, match=f"answered status {status} .*no such model.*; without a `cache_dir`"
+        ) as error:
+            client(chat.url, concurrency=1).answers(asking("one", "two"), "Asking")
+        assert error.value.status == status
+        assert len(chat.requests) == 1
+
+
+def test_retry_after_is_obeyed(caplog):
+    caplog.set_level(logging.INFO, "prefopt_trl")
+    with serving(echo) as chat:
+        chat.failures = [response(429, headers="Retry-After: 0.3\r\n")]
+        client(chat.url).answers(asking("one"), "Asking")
+    assert "Asking again in 0.3 seconds." in caplog.text
+    seconds = chat_server._retry_after
+    assert [seconds(value) for value in ("7", "0.5", "1e9", "soon", "")] == [7, 0.5, 3600, 0, 0]
+    assert seconds(formatdate(time() + 60, usegmt=True)) == pytest.approx(60, abs=5)
+
+
+def test_the_budget_counts_each_attempt_and_what_is_answered_stays(tmp_path):
+    with serving(echo) as chat:
+        chat.failures = [FAILURES["broken"]]
+        server = client(chat.url, tmp_path, concurrency=1, max_requests=3)
+        with pytest.raises(
+            ValueError, match=r"`max_requests`=3 is spent; 2 answers are saved in .*continues from them"
+        ):
+            server.answers(asking("one", "two", "three"), "Asking")
+        assert list(map(question, chat.requests)) == ["one", "one", "two"]
+        assert server.answers(asking("two"), "Asking") == [Answer("re: two", [])]  # costs nothing
+        assert len(client(chat.url, tmp_path).answers(asking("one", "two", "three"), "Asking")) == 3
+        assert len(chat.requests) == 4
+
+
+def test_requests_are_under_way_together_and_equal_ones_are_sent_once():
+    together = threading.Barrier(4, timeout=30)
+
+    def wait(body):
+        together.wait()
+        return echo(body)
+
+    with serving(wait) as chat:
+        texts = ["a", "b", "c", "d"] * 3
+        answers = client(chat.url).answers(asking(*texts), "Asking")
+        assert [answer.text for answer in answers] == [f"re: {text}" for text in texts]
+        assert len(chat.requests) == 4
+
+
+def test_ctrl_c_leaves_what_is_not_sent_and_keeps_what_is_answered(monkeypatch, tmp_path):
+    def interrupt(self, n=1):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_server.tqdm, "update", interrupt)
+    with serving(echo) as chat:
+        with pytest.raises(KeyboardInterrupt):
+            client(chat.url, tmp_path, concurrency=2).answers(asking(*map(str, range(500))), "Asking")
+        assert len(chat.requests) < 250
+        saved = SavedAnswers(tmp_path)
+        assert sum(saved.key(request) in saved for request in chat_requests(chat)) == len(chat.requests)
+
+
+def chat_requests(chat):
+    return asking(*map(question, chat.requests))
+
+
+KILLED = """
+import sys
+from prefopt_trl.generation.chat_server import ChatServer, SavedAnswers
+
+requests = [{"model": "m", "messages": [{"role": "user", "content": str(i)}], "seed": 0} for i in range(40)]
+ChatServer(sys.argv[1], SavedAnswers(sys.argv[2]), 4, None).answers(requests, "Asking")
+"""
+
+
+def test_a_killed_process_is_answered_no_question_twice(tmp_path):
+    halfway, hanging = threading.Event(), threading.Semaphore(0)
+
+    def answer(body):
+        if len(chat.answered) >= 20 and not halfway.is_set():
+            hanging.release()
+            halfway.wait(60)
+            return b""
+        return echo(body)
+
+    with serving(answer) as chat:
+        command = [sys.executable, "-c", KILLED, chat.url, str(tmp_path)]
+        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(REPO_ROOT)})
+        for _ in range(4):  # each thread asks its next question after it has saved the last answer
+            assert hanging.acquire(timeout=120)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        halfway.set()
+        before = len(chat.answered)
+        assert 20 <= before < 40
+    with serving(answer) as again:  # at another port
+        assert len(client(again.url, tmp_path).answers(asking(*map(str, range(40))), "Asking")) == 40
+    counts = Counter(map(question, chat.answered + again.answered))
+    assert (len(counts), set(counts.values())) == (40, {1})
+
+
+def test_saved_answers_of_all_processes_are_read_and_torn_lines_are_not(tmp_path, monkeypatch):
+    requests = asking("one", "two", "three")
+    one, two, three = map(SavedAnswers.key, requests)
+    first = SavedAnswers(tmp_path)
+    first.add(one, Answer("1\n\u2028é", [("1", {"1": -0.25, "2": -2.0})]))
+    with (tmp_path / "answers-0.jsonl").open("a") as file:
+        file.write(f'["{two}", "cut o')
+    monkeypatch.setenv("RANK", "1")
+    second = SavedAnswers(tmp_path)
+    assert second[one] == Answer("1\n\u2028é", [("1", {"1": -0.25, "2": -2.0})])
+    assert two not in second
+    second.add(three, Answer("3", []))
+    monkeypatch.setenv("RANK", "0")
+    SavedAnswers(tmp_path).add(two, Answer("2", []))
+    third = SavedAnswers(tmp_path)
+    assert [third[key].text for key in (two, three)] == ["2", "3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers-0.jsonl", "answers-1.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"model": "n"}, {"seed": 1}, {"temperature": 0.5}, {"messages": [{"role": "system", "content": "one"}]}]
+)
+def test_another_content_is_another_question(change):
+    (request,) = asking("one")
+    assert SavedAnswers.key(request | change) != SavedAnswers.key(request)
+
+
+def test_the_key_is_sent_and_shown_nowhere(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    padding = "x" * 290  # the key lies across the end of the excerpt
+    with serving(echo) as chat:
+        server = client(chat.url, tmp_path)
+        server.answers(asking("one"), "Asking")
+        assert chat.keys == {f"Bearer {KEY}"}
+        said = [repr(server), repr(server.saved)]
+        for failure in (response(401, f"{padding} {KEY}"), *[response(200, f"{padding} {KEY}")] * 3):
+            chat.failures.append(failure)
+        for _ in range(2):
+            with pytest.raises(ServerError) as error:
+                server.answers(asking("two"), "Asking")
+            said.append("".join(traceback.format_exception(error.value)))
+        assert all("***" in text for text in said[2:])
+    said += [path.read_text() for path in tmp_path.iterdir()]
+    assert "sk-s" not in "".join([*said, caplog.text])
+
+
+@pytest.mark.parametrize("url", [f"http://me:{KEY}@localhost/v1", f"http://{KEY}@localhost", f"http://h/v1?key={KEY}"])
+def test_an_address_with_credentials_is_refused_and_not_repeated(url):
+    with pytest.raises(ValueError, match="`base_url` has credentials or a query") as error:
+        client(url)
+    assert KEY not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"url": "localhost:8000"}, "`base_url` is 'localhost:8000'. Give an address such as"),
+        ({"url": ""}, "`base_url` is ''"),
+        ({"concurrency": 0}, "`concurrency` must be a whole number, at least 1, got 0"),
+        ({"max_requests": 0.5}, "`max_requests` must be a whole number, at least 1, got 0.5"),
+    ],
+)
+def test_arguments_out_of_range(given, message):
+    with pytest.raises(ValueError, match=message):
+        client(**{"url": "http://localhost/v1", **given})
+
+
+def test_without_openai_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r"pip install 'prefopt-trl\[judge\]'"):
+        client("http://localhost/v1")
+
+
+def test_log_probs_and_further_fields_travel():
+    top = [{"token": "A", "logprob": -0.1, "bytes": [65]}, {"token": " B", "logprob": -3}]
+    logprobs = {"content": [{"token": "A", "logprob": -0.1, "top_logprobs": top}]}
+    with serving(lambda body: {"message": {"content": "A"}, "logprobs": logprobs}) as chat:
+        (request,) = asking("one")
+        (answer,) = client(chat.url).answers([request | {"logprobs": True, "top_k": 3}], "Asking")
+    assert answer == Answer("A", [("A", {"A": -0.1, " B": -3.0})])
+    assert json.loads(json.dumps(chat.requests)) == [request | {"logprobs": True, "top_k": 3, "stream": False}]
