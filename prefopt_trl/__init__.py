@@ -10,8 +10,12 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers
     from prefopt_trl import losses as losses
     from prefopt_trl.data.collators import DataCollatorForRanking as DataCollatorForRanking
     from prefopt_trl.data.hh_rlhf import load_hh_rlhf as load_hh_rlhf
+    from prefopt_trl.evaluation.ranker_quality import evaluate_ranker as evaluate_ranker
+    from prefopt_trl.evaluation.ranker_report import RankerQuality as RankerQuality
     from prefopt_trl.generation.options import GenerationOptions as GenerationOptions
     from prefopt_trl.generation.sampler import sample_completions as sample_completions
+    from prefopt_trl.rankers.calibration import Calibration as Calibration
+    from prefopt_trl.rankers.calibration import calibrate as calibrate
     from prefopt_trl.rankers.ensemble import EnsembleRanker as EnsembleRanker
     from prefopt_trl.rankers.function import FunctionRanker as FunctionRanker
     from prefopt_trl.rankers.judge import JudgeRanker as JudgeRanker
@@ -43,6 +47,7 @@ __version__ = "0.1.0"
 
 # Resolved on first use, so that `prefopt-trl --help` and pure-numpy users do not wait for torch
 _HOME = {
+    "Calibration": "rankers.calibration",
     "DataCollatorForRanking": "data.collators",
     "DataCollatorForRejectionSampling": "sampling.collator",
     "EnsembleRanker": "rankers.ensemble",
@@ -51,12 +56,15 @@ _HOME = {
     "JudgeRanker": "rankers.judge",
     "PairwiseRanker": "rankers.pairwise",
     "ProcessRewardRanker": "rankers.process",
+    "RankerQuality": "evaluation.ranker_report",
     "RemoteRewardRanker": "rankers.remote",
     "RewardModelRanker": "rankers.pointwise",
     "SamplingOptions": "sampling.options",
     "all_pairs": "sampling.pairing",
     "build_preference_dataset": "sampling.pipeline",
+    "calibrate": "rankers.calibration",
     "decode_shared_prefix": "shared_prefix.decoding",
+    "evaluate_ranker": "evaluation.ranker_quality",
     "first_round_pairs": "sampling.pairing",
     "load_hh_rlhf": "data.hh_rlhf",
     "push_preference_dataset": "sampling.statistics",

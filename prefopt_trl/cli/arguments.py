@@ -145,3 +145,20 @@ class EvaluateConfig(InferenceArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         is_whole(self, "max_new_tokens", 1)
+
+
+@dataclass(kw_only=True)
+class EvaluateRankerConfig(DataArguments, RankerArguments):
+    """Arguments of [`evaluate_ranker`]."""
+
+    ranker: str = field(metadata=RANKER)
+    output_dir: str = field(metadata={"help": "Folder for `ranker_quality.json`, `.md` and `.png`."})
+    dataset_split: str = field(default="test", metadata={"help": "Split with the comparisons."})
+    calibrate: bool = field(
+        default=False,
+        metadata={
+            "help": "Also fit the ranker's temperature, and write it to `calibration.json` and `ranker.yaml`, which "
+            "`ranker` takes."
+        },
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU."})

@@ -4,7 +4,14 @@ from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
-from prefopt_trl.cli.arguments import EvaluateConfig, PreferenceArguments, RankerData, SampleConfig, TrainingData
+from prefopt_trl.cli.arguments import (
+    EvaluateConfig,
+    EvaluateRankerConfig,
+    PreferenceArguments,
+    RankerData,
+    SampleConfig,
+    TrainingData,
+)
 from prefopt_trl.trainers import METHODS
 
 
@@ -14,6 +21,7 @@ class Command(NamedTuple):
     summary: str
     own: type  # dataclass of the arguments beside those of TRL's configurations
     launched: bool = True  # by `accelerate launch`, in one process or several
+    takes_model: bool = True  # TRL's `ModelConfig`
 
 
 COMMANDS = {
@@ -25,6 +33,12 @@ COMMANDS = {
         "measure a policy's samples: the ranker's reward, win rate against targets, and KL from the reference",
         EvaluateConfig,
         launched=False,
+    ),
+    "evaluate-ranker": Command(
+        "measure a ranker on comparisons that people have made, and calibrate it",
+        EvaluateRankerConfig,
+        launched=False,
+        takes_model=False,
     ),
 }
 

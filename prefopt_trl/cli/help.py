@@ -55,7 +55,9 @@ def first_screen(name: str) -> str:
     )
     trains = issubclass(command.own, TrainingData)
     groups = {title: _with_defaults(options) for title, options in own_options(name).items()}
-    for title, options in {**groups, "model": MODEL, **({"training": TRAINING} if trains else {})}.items():
+    groups |= {"model": MODEL} if command.takes_model else {}
+    groups |= {"training": TRAINING} if trains else {}
+    for title, options in groups.items():
         group = parser.add_argument_group(title)
         for option, text in options.items():
             group.add_argument(f"--{option}", metavar="", help=text)

@@ -74,11 +74,11 @@ def read(name: str, arguments: Sequence[str]) -> tuple[TrlParser, Namespace, Lau
 
 def make_parser(name: str) -> TrlParser:
     """Return the parser of a command, without the options of `accelerate launch`."""
-    own = COMMANDS[name].own
+    own, model = COMMANDS[name].own, [ModelConfig] if COMMANDS[name].takes_model else []
     configs = [SFTConfig] if issubclass(own, TrainingData) else []
     if name in METHODS:
         configs = [getattr(prefopt_trl, f"{METHODS[name].name}Config")]
-    dataclasses = map(DataClassType, [own, *configs, ModelConfig])
+    dataclasses = map(DataClassType, [own, *configs, *model])
     usage = f"prefopt-trl {name} [--config FILE.yaml] [--OPTION VALUE ...], or --help for the options"
     parser = TrlParser(list(dataclasses), prog=f"prefopt-trl {name}", usage=usage, allow_abbrev=False)
     for action in parser._actions:  # TRL's parser requires a value for these, and users write a flag

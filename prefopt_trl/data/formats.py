@@ -124,8 +124,9 @@ def normalize_pairs(dataset: AnyDataset, where: str) -> AnyDataset:
     """Return preference pairs as TRL expects them: plain Python values, prompts in the format of their completions.
 
     UltraFeedback on the Hub has text prompts, and completions that are whole conversations, starting with a user
-    message of that text. Such a prompt is replaced by the messages with which both completions begin. Raise
-    `ValueError`, naming the row, for None in a cell or completions that do not begin with the prompt.
+    message of that text. Such a prompt is replaced by the messages with which both completions begin. Lists of several
+    chosen and rejected completions, as in RewardBench 2, are unchanged. Raise `ValueError`, naming the row, for None
+    in a cell or completions that do not begin with the prompt.
     """
     if dataset.features is None:  # a stream without declared features
         return dataset
@@ -139,6 +140,8 @@ def normalize_pairs(dataset: AnyDataset, where: str) -> AnyDataset:
                     row = start + table[column].is_null().to_pylist().index(True)
                     raise ValueError(f"`{column}` of row {row} of {where} is None. Leave the row out.")
             start += len(table)
+    if len(columns) == 3 and are_candidates(features["chosen"]):
+        return dataset
     if len(columns) == 3 and isinstance(features["chosen"], Value) and not isinstance(features["prompt"], Value):
         raise ValueError(
             f"The prompts of {where} are lists of messages, and `chosen` is text. Give both as text, or both as "
@@ -147,6 +150,12 @@ def normalize_pairs(dataset: AnyDataset, where: str) -> AnyDataset:
     if len(columns) == 3 and isinstance(features["prompt"], Value) and not isinstance(features["chosen"], Value):
         return dataset.map(_split_conversations, with_indices=True, fn_kwargs={"where": where})
     return dataset
+
+
+def are_candidates(feature: Any) -> bool:
+    """Return whether the cells of a column are lists of completions, by its entry in `dataset.features`."""
+    inner = getattr(feature, "feature", None)  # of a list; that of a list of messages is a dictionary
+    return isinstance(inner, Value) or hasattr(inner, "feature")
 
 
 def _split_conversations(pair: Row, row: int, where: str) -> Row:

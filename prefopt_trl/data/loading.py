@@ -38,19 +38,24 @@ def load_rows(name: str, config: str | None = None, split: str = "train", num_ro
         raise ValueError(f"`num_rows` must be at least 1, got {num_rows}. Leave it out for all rows.")
     splits = {part.partition("[")[0] for part in split.split("+")}
     whole = splits.pop() if len(splits) == 1 else split  # parts of several splits are cut by row
-    if config in (*SUBSETS, HELPFUL):
-        dataset = load_hh_rlhf(name, config, whole)
-    else:
-        dataset = _load(name, config, whole)
-        check_columns(dataset, [], name)
-        if _are_transcripts(dataset):
-            dataset = split_transcripts(dataset, name, conversational=False)
-    dataset = normalize_pairs(dataset, name)
+    dataset = load_hh_rlhf(name, config, whole) if config in (*SUBSETS, HELPFUL) else _load(name, config, whole)
+    dataset = normalize_rows(dataset, name)
     if whole != split:
         dataset = _part(dataset, whole, split)
     if num_rows is None or num_rows >= len(dataset):
         return dataset
     return dataset.shuffle(seed=ROWS_SEED).select(range(num_rows))
+
+
+def normalize_rows(dataset: Dataset, where: str) -> Dataset:
+    """Split HH-RLHF transcripts, and give prompts the format of their completions, as [`load_rows`] describes.
+
+    Raise an error that begins with `where` unless this is one non-empty split.
+    """
+    check_columns(dataset, [], where)
+    if _are_transcripts(dataset):
+        dataset = split_transcripts(dataset, where, conversational=False)
+    return normalize_pairs(dataset, where)
 
 
 def check_name(name: str) -> None:

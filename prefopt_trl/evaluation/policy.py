@@ -18,15 +18,25 @@ BATCH_SIZE = 32  # samples whose log-probabilities are computed at a time
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts and its standard error."""
+    """A mean and its standard error over prompts."""
 
     mean: float
     standard_error: float
 
     @classmethod
-    def of(cls, values: np.ndarray) -> "Estimate":
+    def of(cls, values: np.ndarray, prompts: np.ndarray | None = None) -> "Estimate":
+        """Return the mean of `values`, shape `(n,)`, one per prompt.
+
+        With `prompts`, shape `(n,)`, values of equal prompts may depend on each other: the standard error is that of
+        independent clusters. It is NaN for a single prompt.
+        """
         values = np.asarray(values, dtype=np.float64)
-        return cls(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
+        deviations = values - values.mean()
+        if prompts is not None:
+            deviations = np.bincount(np.unique(prompts, return_inverse=True)[1], weights=deviations)
+        num_prompts = len(deviations)
+        correction = num_prompts / (num_prompts - 1) if num_prompts > 1 else np.nan
+        return cls(float(values.mean()), float(np.sqrt(correction * np.sum(deviations**2)) / len(values)))
 
 
 def evaluate_policy(

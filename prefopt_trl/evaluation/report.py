@@ -1,7 +1,10 @@
 """Tables and plots of policies compared."""
 
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from prefopt_trl.evaluation.policy import Estimate
 
@@ -21,9 +24,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
+def json_numbers(values: object) -> Any:
+    """Return values as JSON has them: NaN and infinity become None."""
+    return json.loads(json.dumps(values), parse_constant=lambda _: None)
+
+
 def with_error(estimate: Estimate, form: str = ".2f") -> str:
-    """`mean ± standard error`, each in a form of Python's `format`."""
-    return f"{estimate.mean:{form}} ± {estimate.standard_error:{form}}"
+    """`mean ± standard error`, each in a form of Python's `format`; the mean alone if its error is not known."""
+    error = "" if math.isnan(estimate.standard_error) else f" ± {estimate.standard_error:{form}}"
+    return f"{estimate.mean:{form}}{error}"
 
 
 def as_percentage(estimate: Estimate) -> str:

@@ -296,7 +296,8 @@ def _assemble(shards: Shards, settings: Settings) -> None:
     num_unfinished = None
     if "finished" in candidates.column_names:
         num_unfinished = sum(finished.count(False) for finished in candidates["finished"])
-    statistics, rewards, probabilities = summarize(shards.selected(), num_unfinished, shards.options)
+    temperature = None if shards.has_rewards else settings["ranker"].get("temperature")
+    statistics, rewards, probabilities = summarize(shards.selected(), num_unfinished, shards.options, temperature)
     pairs = store.write_dataset("pairs", shards.preference_rows(), shards.preference_features())
     write_json(store.folder / "statistics.json", statistics.as_dict())
     if shards.are_given and "chosen_reward" in pairs.column_names:

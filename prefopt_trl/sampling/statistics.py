@@ -27,6 +27,10 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 UNSURE = 0.65
 LOST_BY_REJECTION = 0.05
 
+# Of two completions that are one standard deviation apart, logits of people's preferences prefer one with a
+# probability between 0.525 and 0.993. Nearly certain or nearly equal ones on most prompts are another scale.
+SPREAD = (0.1, 5.0)
+
 # A ranker that is no surer than this of random pairs has learned next to nothing
 COIN_FLIP = 0.55
 
@@ -85,9 +89,14 @@ class SamplingStatistics:
 
 
 def summarize(
-    selected: Iterable[SelectedPrompt], num_unfinished: int | None, options: SamplingOptions
+    selected: Iterable[SelectedPrompt],
+    num_unfinished: int | None,
+    options: SamplingOptions,
+    temperature: float | None = None,
 ) -> tuple[SamplingStatistics, Numbers, Numbers]:
     """Summarize what was selected, of one prompt after the other; only their numbers are held in memory.
+
+    `temperature` is that of the ranker that gave the rewards, if it is known; 1 if it was not calibrated.
 
     Returns:
         [`SamplingStatistics`]; the rewards of candidates, accepted, chosen and rejected completions; and the
@@ -135,7 +144,9 @@ def summarize(
             f"arbitrary. Use a ranker that tells completions apart. {EQUAL_REWARDS_HINT}"
         )
     if 2 * num_equal <= len(num_distinct):  # else near coin flips have been explained
-        warnings += filter(None, [label_warning(options, *means.values())])
+        spread = float(np.median([of_prompt.std() for of_prompt in rewards["candidates"] if len(of_prompt)]))
+        unlike_logits = scale_warning(options, spread) if temperature == 1 else None
+        warnings += filter(None, [label_warning(options, *means.values()) or unlike_logits])
     statistics = SamplingStatistics(
         num_prompts=len(num_distinct),
         num_skipped=len(num_distinct) - len(first_pass),
@@ -181,6 +192,23 @@ def label_warning(options: SamplingOptions, before: float, after: float) -> str 
         f"`rejection_beta`={beta:g} is too small for this ranker: it gives its own labels a mean probability of "
         f"{after:.2f} after rejection, against {before:.2f} on random candidates, so many labels are near coin flips. "
         f"Raise it, say to {4 * beta if beta > 0 else 1:g}, or use a ranker that tells good completions apart."
+    )
+
+
+def scale_warning(options: SamplingOptions, spread: float) -> str | None:
+    """Say what `rejection_beta` means for rewards that are not on the scale of logits, or return None.
+
+    `spread` is the standard deviation of the rewards of a prompt's candidates, in nats.
+    """
+    beta = options.rejection_beta
+    if options.strategy != "rso" or beta == 0 or np.isinf(beta) or SPREAD[0] <= spread <= SPREAD[1]:
+        return None
+    return (
+        f"The rewards of a prompt's candidates have a standard deviation of {spread:.2g} (median over prompts), which "
+        "is unlike log-odds of preferences, and the ranker is at temperature 1. With "
+        f"`rejection_beta`={beta:g}, a candidate one standard deviation below the best is accepted with probability "
+        f"{np.exp(-spread / beta):.2g}. Fit the temperature with `calibrate` or `prefopt-trl evaluate-ranker "
+        "--calibrate` (docs/ranker_quality.md)."
     )
 
 

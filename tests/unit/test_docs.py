@@ -161,6 +161,12 @@ def test_ranker_examples_run(run_page, tiny_llama_dir, tmp_path):
     assert 0 < namespace["probability"].item() < 1
 
 
+def test_ranker_quality_example_runs(run_page, tmp_path):
+    *_, namespace = run_page("ranker_quality.md")
+    assert (tmp_path / "outputs/quality/ranker_quality.png").is_file()
+    assert namespace["ranker"].settings()["temperature"] == namespace["calibration"].temperature > 1
+
+
 def test_tracker_example_runs(run_page, tmp_path):
     list(run_page("trackers.md"))
     (events,) = (tmp_path / "outputs/rso-logged/runs").rglob("events.out.tfevents*")

@@ -22,7 +22,8 @@ def test_options_and_defaults_are_those_of_the_parser(name):
     shown = re.findall(r"^  --(\w+) ", first_screen(name), flags=re.MULTILINE)
     own = {option: default for group in own_options(name).values() for option, (default, _) in group.items()}
     training = TRAINING if "learning_rate" in actions else {}
-    assert shown == [*own, *MODEL, *training] and set(shown) <= actions.keys()
+    model = MODEL if COMMANDS[name].takes_model else {}
+    assert shown == [*own, *model, *training] and set(shown) <= actions.keys()
     for option, default in own.items():
         assert default == (MISSING if actions[option].required else actions[option].default), option
 

@@ -2,6 +2,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from prefopt_trl.data.formats import (
+    are_candidates,
     check_columns,
     completion_text,
     normalize_pairs,
@@ -123,3 +124,12 @@ def test_a_cell_of_none_and_conversations_of_another_prompt_are_named() -> None:
     rows = [{"prompt": "Hi", "chosen": conversation(text, "a"), "rejected": conversation(text, "b")} for text in "Hi"]
     with pytest.raises(ValueError, match="The prompt of row 0 of `pairs` is text, and its completions are lists of"):
         normalize_pairs(Dataset.from_list(rows), "`pairs`")
+
+
+@pytest.mark.parametrize("message", [" a", [{"role": "assistant", "content": "a"}]])
+def test_lists_of_completions_are_not_taken_for_conversations(message):
+    prompt = "Why?" if isinstance(message, str) else [{"role": "user", "content": "Why?"}]
+    rows = Dataset.from_list([{"prompt": prompt, "chosen": [message], "rejected": [message, message]}])
+    assert list(normalize_pairs(rows, "`pairs`")) == list(rows)
+    assert are_candidates(rows.features["chosen"])
+    assert not are_candidates(Dataset.from_list([{"chosen": message}]).features["chosen"])

@@ -14,6 +14,7 @@ def test_table_aligns_and_is_markdown():
 def test_numbers_come_with_their_errors():
     assert with_error(Estimate(1.236, 0.041)) == "1.24 ± 0.04"
     assert with_error(Estimate(-0.00052, 0.000123), ".3g") == "-0.00052 ± 0.000123"
+    assert with_error(Estimate(1.0, float("nan"))) == "1.00"
     assert as_percentage(Estimate(0.516, 0.02)) == "52% ± 2%"
 
 

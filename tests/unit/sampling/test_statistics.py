@@ -10,7 +10,15 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from prefopt_trl import SamplingOptions
-from prefopt_trl.sampling.statistics import QUANTILES, SamplingStatistics, label_warning, plot_statistics
+from prefopt_trl.sampling.selection import SelectedPrompt
+from prefopt_trl.sampling.statistics import (
+    QUANTILES,
+    SamplingStatistics,
+    label_warning,
+    plot_statistics,
+    scale_warning,
+    summarize,
+)
 
 QUANTILES_OF_REWARDS = {
     "candidates": [-4.0, -3.125, -1.0, 0.5, 1.0, 2.25, 3.0],
@@ -150,3 +158,24 @@ def test_a_ranker_that_flips_coins_is_named_for_every_strategy(strategy):
 @pytest.mark.parametrize("strategy", ["sft", "top-k"])
 def test_a_larger_beta_is_advised_for_rso_only(strategy):
     assert label_warning(SamplingOptions(strategy=strategy), 0.8, 0.6) is None
+
+
+@pytest.mark.parametrize(("spread", "accepted"), [(0.05, "0.9"), (8.0, "1.1e-07")])
+def test_a_scale_unlike_that_of_logits_is_named_with_what_beta_means(spread: float, accepted: str) -> None:
+    warning = str(scale_warning(SamplingOptions(), spread))
+    assert f"a standard deviation of {spread:.2g} (median over prompts)" in warning
+    assert f"is accepted with probability {accepted}. Fit the temperature with `calibrate`" in warning
+    for options in ({"strategy": "sft"}, {"rejection_beta": 0.0}, {"rejection_beta": math.inf}):
+        assert scale_warning(SamplingOptions(**options), spread) is None
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
+def test_the_scale_of_logits_is_no_reason_to_warn(spread: float) -> None:
+    assert scale_warning(SamplingOptions(), spread) is None
+
+
+@pytest.mark.parametrize(("temperature", "warned"), [(1.0, True), (2.0, False), (None, False)])
+def test_only_an_uncalibrated_ranker_is_warned_of(temperature: float | None, warned: bool) -> None:
+    far = SelectedPrompt([9.0, -9.0], 2, [0, 1], 0.5, [0.99], [0], [1], [0.99])
+    warning = summarize([far] * 3, None, SamplingOptions(), temperature)[0].warning
+    assert (warning is not None and "a standard deviation of 9 " in warning) == warned

@@ -1,0 +1,294 @@
+"""What is measured of a ranker, against values derived by hand and against planted faults."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from matplotlib.image import imread
+from scipy.stats import binom
+
+from prefopt_trl import FunctionRanker, evaluate_ranker
+from prefopt_trl.evaluation.policy import Estimate
+from prefopt_trl.rankers.base import sigmoid
+from prefopt_trl.rankers.comparative import ComparativeRanker
+
+
+def number(prompts, completions, **columns):
+    """The reward that a completion states; None if it states none."""
+    return [None if text == "none" else float(text) for text in completions]
+
+
+class Reader(ComparativeRanker):
+    """Adds `bias` to the log-odds of the completion shown first."""
+
+    def __init__(self, bias):
+        self.bias, self.num_asked = bias, 0
+
+    def both_orders(self, prompts, first, second, rows=None):
+        self.num_asked += len(prompts)
+        margins = np.array([float(a) - float(b) for a, b in zip(first, second, strict=True)])
+        return np.stack([sigmoid(margins + self.bias), sigmoid(margins - self.bias)], axis=1)
+
+    def settings(self):
+        return {"temperature": self.temperature}
+
+
+def comparisons(margins, prompts=None, lengths=None, **columns):
+    """Comparisons with these reward differences, and characters of the chosen minus the rejected completion."""
+    prompts = range(len(margins)) if prompts is None else prompts
+    lengths = [0] * len(margins) if lengths is None else lengths
+    rows = [
+        {
+            "prompt": f"{prompt}?",
+            "chosen": repr(float(margin)).ljust(40 + max(length, 0)),
+            "rejected": "0.0".ljust(40 + max(-length, 0)),
+        }
+        for prompt, margin, length in zip(prompts, margins, lengths, strict=True)
+    ]
+    dataset = Dataset.from_list(rows)
+    for name, values in columns.items():
+        dataset = dataset.add_column(name, values)
+    return dataset
+
+
+def test_errors_of_clusters_are_those_of_their_sums():
+    values, prompts = np.array([1, 0, 0.5, 1]), np.array([7, 7, 3, 5])
+    by_prompt = np.array([1 + 0 - 2 * 0.625, 0.5 - 0.625, 1 - 0.625])
+    assert Estimate.of(values, prompts) == Estimate(0.625, pytest.approx(math.sqrt(3 / 2 * sum(by_prompt**2)) / 4))
+    assert Estimate.of(values, np.arange(4)) == Estimate.of(values)
+    assert math.isnan(Estimate.of(values, np.zeros(4)).standard_error)
+
+
+def test_the_numbers_by_hand():
+    # P(chosen preferred) is 3/4 and 1/4 on one prompt, 1/2 on another and 9/10 on a third
+    margins = [math.log(3), -math.log(3), 0, math.log(9)]
+    found = evaluate_ranker(FunctionRanker(number), comparisons(margins, [0, 0, 1, 2]))
+    means = {name: estimate.mean for name, estimate in found.estimates.items()}
+    assert means == pytest.approx(
+        {
+            "accuracy": 2.5 / 4,
+            "brier_score": (1 / 16 + 9 / 16 + 1 / 4 + 1 / 100) / 4,
+            "log_loss": -math.log(3 / 4 * 1 / 4 * 1 / 2 * 9 / 10) / 4,
+            "ties": 1 / 4,
+        }
+    )
+    assert found.estimates["accuracy"] == Estimate.of(np.array([1, 0, 0.5, 1]), np.array([0, 0, 1, 2]))
+    assert (found.num_comparisons, found.num_prompts, found.num_without_opinion) == (4, 3, 0)
+    assert found.warning is None
+
+
+def test_the_temperature_is_in_effect():
+    ranker = FunctionRanker(number)
+    ranker.temperature = 2.0
+    margins = [2 * math.log(3)] * 3
+    found = evaluate_ranker(ranker, comparisons(margins))
+    assert found.estimates["log_loss"].mean == pytest.approx(-math.log(3 / 4))
+    assert found.settings["temperature"] == 2.0
+    assert str(found).startswith("FunctionRanker at temperature 2: 3 comparisons of 3 prompts, and 0 without")
+    reader = Reader(bias=0.0)
+    reader.temperature = 2.0
+    assert evaluate_ranker(reader, comparisons(margins)).estimates["log_loss"].mean == pytest.approx(-math.log(3 / 4))
+
+
+def test_curves_are_the_accuracies_in_bins_of_the_verdicts():
+    margins = [0.1, -0.1, 1.0, 1.0, 3.0, 3.0, 3.0, -3.0, 5.0, 5.0]
+    lengths = [-50, -40, -30, -20, -10, 10, 20, 30, 40, 50]
+    curves = evaluate_ranker(FunctionRanker(number), comparisons(margins, lengths=lengths)).curves
+    probability = [(one.low, one.high, one.count, one.accuracy.mean) for one in curves["probability"]]
+    assert probability == [
+        (0.5, 0.6, 2, 0.5),
+        (0.7, pytest.approx(0.8), 2, 1.0),
+        (0.9, 1.0, 6, pytest.approx(5 / 6)),
+    ]
+    assert [one.mean for one in curves["probability"]] == pytest.approx(
+        [1 / (1 + math.exp(-0.1)), 1 / (1 + math.exp(-1)), (4 / (1 + math.exp(-3)) + 2 / (1 + math.exp(-5))) / 6]
+    )
+    assert [(one.count, one.mean) for one in curves["length"]] == [(2, -45), (2, -25), (1, -10), (2, 15), (3, 40)]
+    assert [one.accuracy.mean for one in curves["length"]] == [0.5, 1.0, 1.0, 1.0, 2 / 3]
+    assert sum(one.count for one in curves["margin"]) == 10
+    assert [one.mean for one in curves["margin"]] == sorted(one.mean for one in curves["margin"])
+
+
+def test_comparisons_without_an_opinion_are_counted_and_left_out():
+    extra = {"prompt": "9?", "chosen": "none", "rejected": "1"}
+    with_extra = Dataset.from_list([*comparisons([1.0, 2.0]), extra])
+    found = evaluate_ranker(FunctionRanker(number), with_extra)
+    assert (found.num_comparisons, found.num_prompts, found.num_without_opinion) == (2, 2, 1)
+    assert found.estimates["accuracy"] == Estimate(1.0, 0.0)
+
+
+def test_columns_reach_the_ranker_and_subsets_have_accuracies_of_their_own():
+    def sign(prompts, completions, sign):
+        return [one * float(text) for one, text in zip(sign, completions, strict=True)]
+
+    rows = comparisons([1.0, 1.0, 1.0, 2.0], sign=[1, -1, 1, 1], source=["b", "b", "a", "a"])
+    found = evaluate_ranker(FunctionRanker(sign), rows)
+    assert found.estimates["accuracy"].mean == 3 / 4
+    assert found.subsets == {"a": Estimate(1.0, 0.0), "b": Estimate(0.5, 0.5)}
+    assert "| b " in str(found)
+
+
+def test_conversations_and_transcripts_are_compared_as_they_are():
+    def shortest(prompts, completions, **columns):
+        return [-float(len(one if isinstance(one, str) else one[0]["content"])) for one in completions]
+
+    pairs = [("Why?", "So.", "Because."), ("How?", "Thus.", "Like that.")]
+    transcripts = [
+        {name: f"\n\nHuman: {p}\n\nAssistant: {text}" for name, text in (("chosen", c), ("rejected", r))}
+        for p, c, r in pairs
+    ]
+    messages = [
+        {
+            "prompt": [{"role": "user", "content": p}],
+            "chosen": [{"role": "assistant", "content": c}],
+            "rejected": [{"role": "assistant", "content": r}],
+        }
+        for p, c, r in pairs
+    ]
+    for rows in (transcripts, messages):
+        found = evaluate_ranker(FunctionRanker(shortest), Dataset.from_list(rows))
+        assert found.estimates["accuracy"].mean == 1
+        assert found.estimates["longer_difference"].mean == 0
+        assert [one.mean for one in found.curves["length"]] == [-5]
+
+
+# Planted faults
+
+
+def people(rng, num_comparisons=400, love=0.0, longer=0.0):
+    """Comparisons by people whose noise is that of Bradley-Terry, with the ranker's love of length in nats per 100
+    characters; people have it to the extent of `longer`."""
+    quality, length = rng.normal(0, 1.5, num_comparisons), rng.integers(-150, 150, num_comparisons)
+    chosen = rng.random(num_comparisons) < sigmoid(quality + longer * length / 100)
+    margins, sign = quality + love * length / 100, np.where(chosen, 1, -1)
+    return comparisons(sign * margins, lengths=(sign * length).tolist())
+
+
+def test_a_ranker_that_loves_length_is_told_so():
+    found = evaluate_ranker(FunctionRanker(number), people(np.random.default_rng(0), love=1.0))
+    difference = found.estimates["longer_difference"]
+    assert difference.mean > 4 * difference.standard_error
+    shorter, *_, longer = found.curves["length"]
+    assert longer.accuracy.mean > shorter.accuracy.mean + 0.2
+    assert found.estimates["right_if_shorter"].mean > found.estimates["right_if_longer"].mean + 0.1
+    assert found.warning.startswith("The ranker loves length: it prefers the longer completion in ")
+    assert str(found).endswith(found.warning) and found.as_dict()["warning"] == found.warning
+
+
+def test_a_ranker_that_always_prefers_the_longer_is_told_so_too():
+    found = evaluate_ranker(FunctionRanker(number), comparisons([1.0, -1.0] * 20, lengths=[9, -9] * 20))
+    assert found.estimates["longer_by_ranker"] == Estimate(1.0, 0.0)
+    assert "in 100% ± 0% of comparisons, people in 50% ± 8%" in found.warning
+
+
+@pytest.mark.parametrize("longer", [0.0, 0.8, -0.8])
+def test_an_innocent_ranker_is_not_accused(longer):
+    accused = 0
+    for seed in range(40):
+        rows = people(np.random.default_rng(seed), love=longer, longer=longer)
+        accused += evaluate_ranker(FunctionRanker(number), rows).warning is not None
+    assert binom.sf(5, 40, 0.023) < 1e-3  # the chance to fail, if one is accused by the 2 standard errors alone
+    assert accused <= 5
+
+
+def test_errors_alone_are_no_love_of_length():
+    # People prefer the shorter one in 3 of 4; a ranker that errs at random prefers the longer one more often than they
+    rng = np.random.default_rng(0)
+    right, longer = rng.random(2000) < 0.6, rng.random(2000) < 0.25
+    found = evaluate_ranker(
+        FunctionRanker(number), comparisons(np.where(right, 1, -1), lengths=np.where(longer, 9, -9))
+    )
+    assert found.estimates["longer_difference"].mean > 0.15
+    assert found.warning is None
+
+
+def test_an_order_bias_is_measured_and_averaged_away():
+    margins = np.array([0.5, -0.5, 2.0, -2.0, 3.0, 3.0])
+    ranker = Reader(bias=1.0)
+    found = evaluate_ranker(ranker, comparisons(margins))
+    assert ranker.num_asked == 6
+    bias = (sigmoid(margins + 1) - sigmoid(margins - 1)) / 2
+    assert found.estimates["order_bias"].mean == pytest.approx(bias.mean())
+    assert found.estimates["order_bias"].standard_error == pytest.approx(bias.std(ddof=1) / math.sqrt(6))
+    assert found.estimates["order_flips"].mean == pytest.approx(2 / 6)
+    accuracies = {name: found.estimates[name].mean for name in ("chosen_first", "chosen_second", "accuracy")}
+    assert accuracies == pytest.approx({"chosen_first": 5 / 6, "chosen_second": 3 / 6, "accuracy": 4 / 6})
+    assert evaluate_ranker(Reader(bias=0.0), comparisons(margins)).estimates["order_bias"] == Estimate(0.0, 0.0)
+
+
+# RewardBench 2
+
+
+def best_of(*rows):
+    """Rows of RewardBench 2: subset, id, rewards of the chosen and of the rejected completions."""
+    columns = {name: [row[place] for row in rows] for place, name in enumerate(("subset", "id"))}
+    columns["prompt"] = [f"{name}?" for name in columns["id"]]
+    for place, name in enumerate(("chosen", "rejected"), start=2):
+        columns[name] = [list(map(str, row[place])) for row in rows]
+    return Dataset.from_dict(columns)
+
+
+def test_reward_bench_scores_by_hand():
+    rows = best_of(
+        ("Math", "1", [2.0], [1.0, 0.0, -1.0]),  # right
+        ("Math", "2", [2.0], [1.0, 3.0, -1.0]),  # wrong
+        ("Focus", "3", [2.0], [2.0, 2.0, -1.0]),  # three share the largest reward
+        ("Focus", "4", [2.0], [1.0, "none", 0.0]),  # left out
+        ("Ties", "tied:1", [3.0, 2.5], [1.0, 0.0]),  # gap 1.5, spread 0.5
+        ("Ties", "ref:1", [2.0], [1.8]),  # gap 0.2
+        ("Ties", "tied:2", [3.0, 2.0], [2.5, 0.0]),  # gap -0.5, spread 1
+        ("Ties", "ref:2", [5.0], [1.0]),  # gap 4
+        ("Ties", "tied:3", [1.0, 1.0], [0.0]),  # its other row is missing
+    )
+    found = evaluate_ranker(FunctionRanker(number), rows)
+    ties = [0.8 + 0.01 * math.tanh(0.2 / 0.5 - 1), 0.3 + 0.01 * math.tanh(-0.5 - 1)]
+    assert {name: estimate.mean for name, estimate in found.subsets.items()} == pytest.approx(
+        {"Math": 1 / 2, "Focus": 1 / 3, "Ties": sum(ties) / 2}
+    )
+    assert found.subsets["Ties"].standard_error == pytest.approx(abs(ties[0] - ties[1]) / 2)
+    assert (found.num_comparisons, found.num_prompts, found.num_without_opinion) == (11 + 4 + 1 + 4 + 1 + 2, 9, 1)
+    assert found.as_dict()["subsets"]["Focus"]["standard_error"] is None  # of one prompt
+
+
+def test_a_comparative_ranker_compares_each_chosen_with_each_rejected_completion():
+    ranker = Reader(bias=1.0)
+    rows = best_of(("Math", "1", [2.0], [1.0, 0.0]), ("Math", "2", [0.0], [3.0, 1.0]), ("Math", "3", [1.0], [0.0]))
+    found = evaluate_ranker(ranker, rows)
+    assert found.subsets["Math"].mean == pytest.approx(2 / 3)
+    assert ranker.num_asked == 5
+    assert found.estimates["chosen_first"].mean == pytest.approx(3.5 / 5)  # log-odds of 2, 3, -2, 0 and 2
+
+
+def test_a_row_without_a_completion_is_named():
+    with pytest.raises(ValueError, match="Row 1 of `comparisons` has no chosen or no rejected completion. Leave it"):
+        evaluate_ranker(FunctionRanker(number), best_of(("Math", "1", [2.0], [1.0]), ("Math", "2", [2.0], [])))
+
+
+# The report
+
+
+@pytest.mark.parametrize("ranker", [FunctionRanker(number), Reader(bias=0.5)])
+@pytest.mark.parametrize("num_comparisons", [2, 600])
+def test_a_report_is_saved(ranker, num_comparisons, tmp_path):
+    found = evaluate_ranker(ranker, people(np.random.default_rng(0), num_comparisons))
+    found.save(tmp_path / "new")
+    assert json.loads((tmp_path / "new/ranker_quality.json").read_text()) == found.as_dict()
+    assert (tmp_path / "new/ranker_quality.md").read_text() == f"# Ranker quality\n\n{found}\n"
+    height, width, _ = imread(tmp_path / "new/ranker_quality.png").shape
+    assert (height, width) == ((1020, 1320) if isinstance(ranker, Reader) else (540, 1800))
+
+
+def test_without_matplotlib_the_numbers_are_saved(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    evaluate_ranker(FunctionRanker(number), comparisons([1.0, 2.0])).save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ranker_quality.json", "ranker_quality.md"]
+    assert "pip install 'prefopt-trl[plots]'" in caplog.text
+
+
+def test_a_perfect_ranker_of_one_margin_is_reported():
+    found = evaluate_ranker(FunctionRanker(number), comparisons([2.0] * 9))
+    assert found.estimates["accuracy"] == Estimate(1.0, 0.0)
+    assert [(one.low, one.high, one.count) for one in found.curves["margin"]] == [(2.0, 2.0, 9)]
