@@ -4,7 +4,14 @@ from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
-from prefopt_trl.cli.arguments import EvaluateConfig, PreferenceArguments, RankerData, SampleConfig, TrainingData
+from prefopt_trl.cli.arguments import (
+    EvaluateConfig,
+    PreferenceArguments,
+    RankerData,
+    RewardModelData,
+    SampleConfig,
+    TrainingData,
+)
 from prefopt_trl.trainers import METHODS
 
 
@@ -19,6 +26,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "sft": Command("fine-tune a model on prompts and completions: the SFT policy", TrainingData),
     "ranker": Command("fine-tune a model to say which of two completions is preferred: a pairwise ranker", RankerData),
+    "reward-model": Command("fine-tune a model to reward the preferred completion: Bradley-Terry", RewardModelData),
     "sample": Command("sample completions, rank and reject them, and make preference pairs or rankings", SampleConfig),
     **{name: Command(method.summary, PreferenceArguments) for name, method in METHODS.items()},
     "evaluate": Command(

@@ -18,7 +18,7 @@ BATCH_SIZE = 32  # samples whose log-probabilities are computed at a time
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts and its standard error."""
+    """A mean and its standard error."""
 
     mean: float
     standard_error: float
@@ -27,6 +27,20 @@ class Estimate:
     def of(cls, values: np.ndarray) -> "Estimate":
         values = np.asarray(values, dtype=np.float64)
         return cls(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
+
+    @classmethod
+    def by_cluster(cls, values: np.ndarray, clusters: Sequence[int | str]) -> "Estimate":
+        """Return the mean, with the standard error if only values of different clusters, such as prompts, are
+        independent.
+
+        With `s_c` the sum of a cluster's deviations from the mean, it is `sqrt(C / (C - 1) * sum(s_c**2)) / n` for `C`
+        clusters, which is that of `of` if each has one value.
+        """
+        values = np.asarray(values, dtype=np.float64)
+        _, cluster_of_value = np.unique(np.asarray(clusters), return_inverse=True)
+        sums = np.bincount(cluster_of_value, weights=values - values.mean())
+        variance = len(sums) / (len(sums) - 1) * (sums**2).sum()
+        return cls(float(values.mean()), float(np.sqrt(variance) / len(values)))
 
 
 def evaluate_policy(
