@@ -9,6 +9,7 @@ from prefopt_trl.cli.arguments import (
     EvaluateRankerConfig,
     PreferenceArguments,
     RankerData,
+    RewardModelData,
     SampleConfig,
     TrainingData,
 )
@@ -27,6 +28,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "sft": Command("fine-tune a model on prompts and completions: the SFT policy", TrainingData),
     "ranker": Command("fine-tune a model to say which of two completions is preferred: a pairwise ranker", RankerData),
+    "reward-model": Command("fine-tune a model to reward the preferred completion: Bradley-Terry", RewardModelData),
     "sample": Command("sample completions, rank and reject them, and make preference pairs or rankings", SampleConfig),
     **{name: Command(method.summary, PreferenceArguments) for name, method in METHODS.items()},
     "evaluate": Command(

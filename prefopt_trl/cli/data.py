@@ -1,15 +1,96 @@
-"""Check the columns of the rows that a command reads, and select the rows that fit into `max_length`."""
+"""Read the rows of a command and check their columns, hold out prompts, and select what fits into `max_length`."""
 
+import hashlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import extract_prompt
 
+from prefopt_trl.cli.arguments import RewardModelData, TrainingData
+from prefopt_trl.data.formats import check_columns
+from prefopt_trl.data.loading import load_rows, split_names
 from prefopt_trl.data.tokenization import chat_options, tokenize_completions, tokenize_prompts
 
 GIVEN = {"chosen": "given_chosen", "rejected": "given_rejected"}  # names that sampled completions do not take
+HELD_OUT = 0.05  # of the prompts, if the data have no split "test"
+
+Splits = dict[str, Dataset | None]  # a trainer's arguments `train_dataset` and `eval_dataset`
+
+
+def load_data(own: TrainingData, args: TrainingArguments) -> Splits:
+    """Load the rows to train on, and those to evaluate on unless `eval_strategy` is "no"."""
+    evaluated, path = None, Path(own.dataset_name)
+    if args.eval_strategy != "no":
+        if (path.is_file() or (path / "state.json").is_file()) and "[" not in own.dataset_test_split:
+            raise ValueError(
+                f"{path} has no splits, so evaluation would be on the training data. Hold out a part of it: "
+                "--dataset_train_split 'train[:90%]' --dataset_test_split 'train[90%:]'."
+            )
+        evaluated = load_rows(own.dataset_name, own.dataset_config, own.dataset_test_split)
+    rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_train_split, own.num_rows)
+    return {"train_dataset": rows, "eval_dataset": evaluated}
+
+
+def load_comparisons(own: RewardModelData, args: TrainingArguments) -> Splits:
+    """Load the comparisons to train on and, unless `eval_strategy` is "no", those of other prompts to measure on.
+
+    Set `own.dataset_test_split` or `own.held_out`, whichever the latter are from. Raise `ValueError` if a column is
+    missing, or too few prompts remain on a side.
+    """
+    rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_train_split, own.num_rows)
+    check_columns(rows, ["prompt", "chosen", "rejected"], own.dataset_name)
+    if args.eval_strategy == "no":
+        if own.held_out is not None:
+            raise ValueError("`held_out` has no effect if `eval_strategy` is 'no'. Leave one of them out.")
+        return {"train_dataset": rows, "eval_dataset": None}
+    if own.held_out is None and own.dataset_test_split is None:
+        has_test = "test" in split_names(own.dataset_name, own.dataset_config)
+        own.dataset_test_split, own.held_out = ("test", None) if has_test else (None, HELD_OUT)
+    if own.held_out is not None:
+        rows, held_out = hold_out(rows, own.held_out)
+    else:
+        given = load_rows(own.dataset_name, own.dataset_config, str(own.dataset_test_split))
+        check_columns(given, ["prompt", "chosen", "rejected"], own.dataset_name)
+        held_out, shared = _split_by_prompt(given, set(map(json.dumps, rows["prompt"])))
+        if len(shared):
+            PartialState().print(
+                f"{len(shared):,} of {len(given):,} comparisons of the split {own.dataset_test_split!r} are left out: "
+                "their prompts are trained on."
+            )
+        check_prompts(held_out)
+    return {"train_dataset": rows, "eval_dataset": held_out}
+
+
+def hold_out(rows: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    """Return the rows to train on, and those of the prompts with the lowest SHA-256: a share of them, at least two."""
+    prompts = sorted(set(map(json.dumps, rows["prompt"])), key=lambda text: hashlib.sha256(text.encode()).digest())
+    number = max(2, round(share * len(prompts)))
+    if number >= len(prompts):
+        raise ValueError(
+            f"`held_out`={share} of {len(prompts)} prompts leaves none to train on, as {number} are held out. Give "
+            "comparisons of more prompts, or `eval_strategy='no'` to train on all without measuring the accuracy."
+        )
+    return _split_by_prompt(rows, set(prompts[:number]))
+
+
+def _split_by_prompt(rows: Dataset, prompts: set[str]) -> tuple[Dataset, Dataset]:
+    """Return the rows of other prompts, and those of these, which are JSON."""
+    is_among = [json.dumps(prompt) in prompts for prompt in rows["prompt"]]
+    others, among = ([row for row, found in enumerate(is_among) if found == side] for side in (False, True))
+    return rows.select(others), rows.select(among)
+
+
+def check_prompts(held_out: Dataset) -> None:
+    """Raise a ValueError unless the comparisons have at least two prompts, which a standard error needs."""
+    if (number := len(set(map(json.dumps, held_out["prompt"])))) < 2:
+        raise ValueError(
+            f"The accuracy is measured on comparisons of two or more prompts that are not trained on, and {number} "
+            "remain. Give another `dataset_test_split`, a larger `held_out`, or `eval_strategy='no'` to measure none."
+        )
 
 
 def require_columns(rows: Dataset, dataset_name: str, *alternatives: set[str]) -> None:
@@ -57,7 +138,7 @@ def completions_that_fit(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_
         prompt_ids, completion_ids = tokenize_completions(tokenizer, row["prompt"], completions, **chat_options(row))
         return len(prompt_ids) + max(map(len, completion_ids))
 
-    return rows.select(rows_that_fit(list(map(length, rows)), max_length, "rows", "training would cut them at"))
+    return rows.select(rows_that_fit(list(map(length, rows)), max_length, "rows", "they exceed"))
 
 
 def rows_that_fit(lengths: list[int], max_length: int, rows: str, reason: str) -> list[int]:

@@ -5,22 +5,31 @@ from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import find_adapter_config_file
-from trl import DPOConfig, ModelConfig, SFTConfig, get_peft_config, get_quantization_config
+from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from prefopt_trl.data.formats import is_lost
+
+TrainingConfig: TypeAlias = SFTConfig | DPOConfig | RewardConfig
+Task: TypeAlias = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"]  # PEFT's names
+AUTO_CLASSES: dict[str | None, Any] = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+}
 
 
 def check_model(model: ModelConfig, trains: bool = True) -> None:
@@ -47,12 +56,12 @@ def check_bitsandbytes(argument: str) -> None:
         raise ValueError(f"`{argument}` needs bitsandbytes. Run `pip install 'prefopt-trl[bitsandbytes]'`.")
 
 
-def model_to_train(model: ModelConfig, args: SFTConfig | DPOConfig) -> dict[str, object]:
-    """Return the trainer's arguments that define its model.
+def model_to_train(model: ModelConfig, args: TrainingConfig, task: Task | None = "CAUSAL_LM") -> dict[str, Any]:
+    """Return the trainer's arguments that define its model: a language model if `task` is None.
 
     The path of an adapter gives its base model with the adapter on top, to be trained further; TRL keeps a frozen copy
-    of the adapter as the reference model. For other paths, `args.model_init_kwargs` is completed with the arguments of
-    `model`.
+    of the adapter as the reference model. An encoder-decoder is loaded too, as TRL's trainers load none. For other
+    paths, `args.model_init_kwargs` is completed with the arguments of `model`.
     """
     path = str(model.model_name_or_path)
     init = {**_init_kwargs(model), **(args.model_init_kwargs or {})}  # type: ignore[dict-item]  # no text any more
@@ -62,12 +71,39 @@ def model_to_train(model: ModelConfig, args: SFTConfig | DPOConfig) -> dict[str,
                 f"{path} is an adapter already, and `use_peft` would put another on top. Leave `use_peft` out to "
                 "train this one further, or merge it into its base first (`merge_and_unload` of PEFT)."
             )
+        adapted = PeftConfig.from_pretrained(path, revision=model.model_revision).task_type
+        if (adapted == "SEQ_CLS") != (task == "SEQ_CLS"):
+            raise ValueError(
+                f"{path} is an adapter of a model for {adapted}, and this command trains another kind. Merge it into "
+                "its base first (`merge_and_unload` of PEFT)."
+            )
         args.model_init_kwargs = None
         init["trust_remote_code"] = args.trust_remote_code
         return {"model": load_adapter(path, model, init, is_trainable=True)}
-    args.model_init_kwargs = init
-    quantization = get_quantization_config(model)
-    return {"model": path, "peft_config": get_peft_config(model), "quantization_config": quantization}
+    if task != "CAUSAL_LM":
+        options = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
+        config = AutoConfig.from_pretrained(path, **options)
+        is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+        if is_classifier and (task is None or config.num_labels != 1):
+            raise ValueError(
+                f"`model_name_or_path`={path!r} is a classifier with {config.num_labels} label(s). Give a language "
+                "model; `prefopt-trl reward-model` also takes a classifier with one label."
+            )
+        task = task or ("SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM")
+    if model.lora_task_type == ModelConfig.lora_task_type:
+        model.lora_task_type = task
+    peft_config, quantization = get_peft_config(model), get_quantization_config(model)
+    if task != "SEQ_2_SEQ_LM":
+        args.model_init_kwargs = init
+        return {"model": path, "peft_config": peft_config, "quantization_config": quantization}
+    with named(f"`model_name_or_path`={path!r}"):
+        init |= {"trust_remote_code": args.trust_remote_code, "quantization_config": quantization}
+        loaded = AutoModelForSeq2SeqLM.from_pretrained(path, **init)
+    if peft_config is None:
+        return {"model": loaded}
+    if args.gradient_checkpointing:  # its input must require a gradient, as TRL's trainers also set
+        loaded.enable_input_require_grads()
+    return {"model": get_peft_model(loaded, peft_config)}
 
 
 def model_to_run(
@@ -94,8 +130,9 @@ def load_adapter(path: str, model: ModelConfig, init: dict[str, object], is_trai
     if not base:
         raise ValueError(f"The adapter {path} names no base model. Add `base_model_name_or_path` to its config.")
     init = {**init, "revision": config.revision or "main", "quantization_config": get_quantization_config(model)}
+    init |= {"num_labels": 1} if config.task_type == "SEQ_CLS" else {}
     with named(f"`base_model_name_or_path`={base!r} in {path}/adapter_config.json"):
-        on_base = AutoModelForCausalLM.from_pretrained(base, **init)
+        on_base = AUTO_CLASSES.get(config.task_type, AutoModelForCausalLM).from_pretrained(base, **init)
     with named(f"the adapter {path} on its base {base}"):
         return PeftModel.from_pretrained(on_base, path, revision=model.model_revision, is_trainable=is_trainable)
 

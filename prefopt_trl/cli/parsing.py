@@ -12,11 +12,12 @@ from typing import Union, get_args, get_origin, get_type_hints
 
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from transformers import TrainingArguments
 from transformers.hf_argparser import DataClass, DataClassType
-from trl import ModelConfig, SFTConfig, TrlParser
+from trl import ModelConfig, RewardConfig, SFTConfig, TrlParser
 
 import prefopt_trl
-from prefopt_trl.cli.arguments import TrainingData
+from prefopt_trl.cli.arguments import RewardModelData, TrainingData
 from prefopt_trl.cli.commands import COMMANDS
 from prefopt_trl.trainers import METHODS
 
@@ -31,6 +32,8 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[tuple[DataClass, ...], L
         ValueError: as [`read`], and for values that a dataclass rejects.
     """
     parser, given, launch = read(name, arguments)
+    if issubclass(COMMANDS[name].own, RewardModelData):
+        _measure_checkpoints(given)
     return parser.parse_dict(vars(given), allow_extra_keys=True), launch
 
 
@@ -75,18 +78,38 @@ def read(name: str, arguments: Sequence[str]) -> tuple[TrlParser, Namespace, Lau
 def make_parser(name: str) -> TrlParser:
     """Return the parser of a command, without the options of `accelerate launch`."""
     own, model = COMMANDS[name].own, [ModelConfig] if COMMANDS[name].takes_model else []
-    configs = [SFTConfig] if issubclass(own, TrainingData) else []
+    configs = [RewardConfig if own is RewardModelData else SFTConfig] if issubclass(own, TrainingData) else []
     if name in METHODS:
         configs = [getattr(prefopt_trl, f"{METHODS[name].name}Config")]
     dataclasses = map(DataClassType, [own, *configs, *model])
     usage = f"prefopt-trl {name} [--config FILE.yaml] [--OPTION VALUE ...], or --help for the options"
     parser = TrlParser(list(dataclasses), prog=f"prefopt-trl {name}", usage=usage, allow_abbrev=False)
+    if issubclass(own, RewardModelData):  # until `_measure_checkpoints`
+        unset = ("eval_strategy", "save_strategy", "save_steps", "load_best_model_at_end")
+        parser.set_defaults(**dict.fromkeys(unset), metric_for_best_model="eval_accuracy")
     for action in parser._actions:  # TRL's parser requires a value for these, and users write a flag
         if action.dest == "resume_from_checkpoint":
             action.nargs, action.const, action.type = "?", True, _checkpoint
         elif getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
             action.nargs, action.const = "?", True
     return parser
+
+
+def _measure_checkpoints(given: Namespace) -> None:
+    """Evaluate and save a ranker together, by default each epoch, and keep the best, unless the user set otherwise."""
+    strategies = [
+        strategy for strategy in (given.eval_strategy, given.save_strategy) if strategy in ("steps", "epoch")
+    ]
+    by_steps = given.save_steps is not None or given.eval_steps is not None
+    together = strategies[0] if strategies else "steps" if by_steps else "epoch"
+    given.eval_strategy, given.save_strategy = given.eval_strategy or together, given.save_strategy or together
+    given.save_steps = given.save_steps or given.eval_steps or TrainingArguments.save_steps
+    given.eval_steps = given.eval_steps or given.save_steps
+    if given.load_best_model_at_end is None:
+        is_measured = given.save_strategy == given.eval_strategy and (
+            given.save_strategy == "epoch" or given.save_steps == given.eval_steps
+        )
+        given.load_best_model_at_end = given.eval_strategy != "no" and (is_measured or given.save_strategy == "best")
 
 
 def write_config(output_dir: str | Path, text: str) -> None:

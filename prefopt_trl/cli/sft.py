@@ -5,13 +5,14 @@ from collections.abc import Callable
 from trl import ModelConfig, SFTConfig
 
 from prefopt_trl.cli.arguments import TrainingData
-from prefopt_trl.cli.data import require_columns
+from prefopt_trl.cli.data import load_data, require_columns
 from prefopt_trl.cli.training import SupervisedTrainer, prepare, train_and_save
 
 
 def run(own: TrainingData, args: SFTConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Fine-tune a model on completions; for preference pairs, on the chosen ones."""
-    tokenizer, trained, splits = prepare(own, args, model)
+    tokenizer, trained = prepare(args, model)
+    splits = load_data(own, args)
     for name, rows in splits.items():
         if rows is None:
             continue

@@ -6,7 +6,7 @@ from trl import ModelConfig
 
 import prefopt_trl
 from prefopt_trl.cli.arguments import PreferenceArguments
-from prefopt_trl.cli.data import GIVEN, completions_that_fit, keep_given, prompts_that_fit, require_columns
+from prefopt_trl.cli.data import GIVEN, completions_that_fit, keep_given, load_data, prompts_that_fit, require_columns
 from prefopt_trl.cli.rankers import load_ranker
 from prefopt_trl.cli.training import prepare, train_and_save
 from prefopt_trl.trainers import METHODS
@@ -19,7 +19,8 @@ COMPLETIONS = {"chosen", "rejected", "completions", "rewards"}
 
 def run(own: PreferenceArguments, args: PreferenceConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Train, and save the result in `args.output_dir`."""
-    tokenizer, trained, splits = prepare(own, args, model)
+    tokenizer, trained = prepare(args, model)
+    splits = load_data(own, args)
     trainer_class = next(trainer for trainer in TRAINERS if trainer.config_class is type(args))
     target = args.target_column if isinstance(args, SLiCConfig) else None
     given_target = GIVEN.get(target or "", target)

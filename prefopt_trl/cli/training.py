@@ -6,14 +6,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
-from trl import DPOConfig, ModelConfig, SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTTrainer
 
 from prefopt_trl.cli.arguments import TrainingData
-from prefopt_trl.cli.models import check_bitsandbytes, check_model, load_tokenizer, model_to_train
-from prefopt_trl.data.loading import load_rows
+from prefopt_trl.cli.models import (
+    Task,
+    TrainingConfig,
+    check_bitsandbytes,
+    check_model,
+    load_tokenizer,
+    model_to_train,
+)
 from prefopt_trl.data.tokenization import check_vocabulary
 from prefopt_trl.runtime.cards import name as as_code
 from prefopt_trl.runtime.cards import public_name
@@ -22,9 +27,9 @@ from prefopt_trl.trainers.publishing import Published, check_repository
 
 
 def prepare(
-    own: TrainingData, args: SFTConfig | DPOConfig, model: ModelConfig
-) -> tuple[PreTrainedTokenizerBase, dict[str, object], dict[str, Dataset | None]]:
-    """Return the tokenizer, and a trainer's arguments for its model and for its data.
+    args: TrainingConfig, model: ModelConfig, task: Task | None = "CAUSAL_LM"
+) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    """Return the tokenizer, and a trainer's arguments for its model, as [`model_to_train`] does.
 
     Errors that would otherwise occur after hours of sampling are raised first.
     """
@@ -39,20 +44,10 @@ def prepare(
     check_model(model)
     _check_resumed(args)
     tokenizer = load_tokenizer(str(model.model_name_or_path), model.model_revision, args.trust_remote_code)
-    trained = model_to_train(model, args)
-    evaluated, path = None, Path(own.dataset_name)
-    if args.eval_strategy != "no":
-        if (path.is_file() or (path / "state.json").is_file()) and "[" not in own.dataset_test_split:
-            raise ValueError(
-                f"{path} has no splits, so evaluation would be on the training data. Hold out a part of it: "
-                "--dataset_train_split 'train[:90%]' --dataset_test_split 'train[90%:]'."
-            )
-        evaluated = load_rows(own.dataset_name, own.dataset_config, own.dataset_test_split)
-    rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_train_split, own.num_rows)
-    return tokenizer, trained, {"train_dataset": rows, "eval_dataset": evaluated}
+    return tokenizer, model_to_train(model, args, task)
 
 
-def _check_resumed(args: SFTConfig | DPOConfig) -> None:
+def _check_resumed(args: TrainingConfig) -> None:
     """Resolve `resume_from_checkpoint`, or print which checkpoints this run will overwrite."""
     folder, given = str(args.output_dir), args.resume_from_checkpoint
     if given is True:
@@ -87,14 +82,14 @@ def train_and_save(
     trainer.accelerator.end_training()  # `Trainer.end` does this since transformers 5.18
 
 
-class SupervisedTrainer(Published, SFTTrainer):
-    """TRL's `SFTTrainer`, pushed to the Hub like the package's trainers, with a card that names local folders.
+class CommandTrainer(Published):
+    """Mixin that pushes another library's trainer to the Hub like the package's. It precedes it in the bases.
 
     Args:
         dataset_name (`str`):
             Training dataset, for the card.
         given:
-            Arguments of [`~trl.SFTTrainer`].
+            Arguments of the trainer.
     """
 
     def __init__(self, dataset_name: str, **given: Any) -> None:
@@ -108,6 +103,10 @@ class SupervisedTrainer(Published, SFTTrainer):
     def source(self) -> str:
         """Repository or folder to load the model from."""
         return self.hub_model_id or self.args.hub_model_id or str(self.args.output_dir)
+
+
+class SupervisedTrainer(CommandTrainer, SFTTrainer):
+    """TRL's `SFTTrainer`, with a card that names local folders."""
 
     def create_model_card(  # type: ignore[override]  # TRL's
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -11,11 +11,8 @@ from datasets import load_from_disk
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from prefopt_trl.cli.arguments import RankerArguments
 from prefopt_trl.cli.parsing import config_text, parse
-from prefopt_trl.cli.rankers import load_ranker
 from prefopt_trl.data.loading import load_rows
-from prefopt_trl.rankers.pairwise import PairwiseRanker
 from prefopt_trl.trainers.rso_trainer import RSOTrainer
 
 TRAINERS = ["rso", "slic", "pro", "listwise-dpo", "rrhf"]
@@ -179,45 +176,6 @@ def test_sft_learns_chosen_completions(training, run_in_process, tiny_llama_dir)
     assert logp("out", " Yes 1.") > logp("out", " Not 1, no.") + 1
 
 
-def test_ranker_learns_the_answers_and_leaves_out_what_would_be_cut(training, run_in_process, capsys):
-    with open("pairs.jsonl", "a") as file:
-        file.write(json.dumps({"prompt": "Long " * 200, "chosen": " a", "rejected": " b"}) + "\n")
-    run_in_process("ranker", [*training, "--max_length", "300", "--output_dir", "out"])
-    assert "1 of 7 comparisons are left out: they exceed `max_length`=300 tokens." in capsys.readouterr().out
-    probabilities = PairwiseRanker("out").compare(["Question 1?"], [" Yes 1."], [" No."])
-    assert 0 < probabilities[0] < 1
-    with pytest.raises(ValueError, match="7 of 7 comparisons are left out: they exceed `max_length`=20 .* Raise it."):
-        run_in_process("ranker", [*training, "--max_length", "20", "--output_dir", "out"])
-
-
-@pytest.mark.parametrize("options", [[], ["--use_peft", "--lora_target_modules", "all-linear"]])
-def test_ranker_says_how_accurate_it_is_on_prompts_it_has_not_seen(options, training, run_in_process, capsys):
-    rows = [{"prompt": f"Question {i}?", "chosen": f" Yes {i}.", "rejected": f" Not {i}, no."} for i in range(20)]
-    rows += [{**rows[0], "rejected": " Never."}]  # a prompt that is trained on
-    Path("both").mkdir()
-    for split, part in {"train": rows[:10], "test": rows[10:]}.items():
-        Path(f"both/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    own = "--dataset_name both --eval_strategy epoch --learning_rate 3e-3 --max_steps 6 --output_dir out"
-    run_in_process("ranker", [*training, *own.split(), *options])
-    ranker = load_ranker(RankerArguments(ranker="out"))
-    correct = [ranker.compare([r["prompt"]], [r["chosen"]], [r["rejected"]])[0] > 0.5 for r in rows[10:20]]
-    share = sum(correct) / 10
-    error = (share * (1 - share) / 9) ** 0.5
-    expected = f"{100 * share:.1f}% ± {100 * error:.1f}% of 10 held-out comparisons, both orders averaged"
-    assert f"The ranker is right on {expected}." in capsys.readouterr().out
-    assert f'| `accuracy` | `"{expected}"` |' in Path("out/README.md").read_text()
-
-
-def test_ranker_says_that_nothing_is_held_out_and_how_to_do_it(training, run_in_process, capsys):
-    run_in_process("ranker", [*training, "--output_dir", "out"])
-    said = capsys.readouterr().out
-    assert "The ranker's accuracy was not measured: there are no comparisons of prompts that are not" in said
-    assert '| `accuracy` | `"not measured"` |' in Path("out/README.md").read_text()
-    hold_out = said[said.index("--eval_strategy") :].replace("95%", "50%").replace("'", "").split("`")[0].split()
-    run_in_process("ranker", [*training, "--output_dir", "out", *hold_out])
-    assert " of 3 held-out comparisons, both orders averaged." in capsys.readouterr().out
-
-
 def test_sample_makes_pairs_that_rso_trains_on(tiny, training, run_in_process, function_ranker, capsys):
     arguments = [*tiny, *function_ranker, *SAMPLING.split(), "--output_dir", "sampled"]
     run_in_process("sample", arguments)
@@ -310,8 +268,8 @@ def test_completions_for_a_ranker_are_left_out_where_training_would_cut_them(
         file.write(json.dumps({"prompt": "Short?", "chosen": " a", "rejected": " b" * 400}) + "\n")
     arguments = [*training, *function_ranker, "--output_dir", "out"]
     run_in_process("pro", [*arguments, "--max_length", "300"])
-    assert "1 of 7 rows are left out: training would cut them at `max_length`=300 tokens" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="7 of 7 rows are left out: training would cut them at `max_length`=8"):
+    assert "1 of 7 rows are left out: they exceed `max_length`=300 tokens" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="7 of 7 rows are left out: they exceed `max_length`=8"):
         run_in_process("pro", [*arguments, "--max_length", "8"])
     run_in_process("slic", [*arguments, "--max_length", "300"])  # on pairs, which no ranker reads
     assert "left out" not in capsys.readouterr().out

@@ -86,9 +86,10 @@ def test_recipes_hand_over_to_each_other():
 @pytest.fixture
 def pairs(tmp_path) -> str:
     """The helpful subsets of a small HH-RLHF."""
-    rows = [{side: f"\n\nHuman: {i}?\n\nAssistant: {side} {i}" for side in ("chosen", "rejected")} for i in range(2)]
     for subset in ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"):
         (tmp_path / "hh" / subset).mkdir(parents=True)
+        start = f"\n\nHuman: {subset} "
+        rows = [{side: f"{start}{i}?\n\nAssistant: {side}" for side in ("chosen", "rejected")} for i in range(2)]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / "hh" / subset / "train.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     return "hh"

@@ -1,0 +1,336 @@
+"""The commands that train rankers: which prompts are held out, what is measured on them, and what is saved."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, load_from_disk
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from tokenizers import processors
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from prefopt_trl.cli.arguments import RankerArguments, RewardModelData
+from prefopt_trl.cli.data import hold_out, load_comparisons
+from prefopt_trl.cli.measured import RankerTrainer
+from prefopt_trl.cli.parsing import parse
+from prefopt_trl.cli.rankers import load_ranker
+from prefopt_trl.evaluation.policy import Estimate
+from prefopt_trl.rankers import PairwiseRanker, RewardModelRanker
+
+LORA = ["--use_peft", "--lora_target_modules", "all-linear"]
+
+
+def pair(i: int, j: int = 0) -> dict[str, str]:
+    return {"prompt": f"Question {i}?", "chosen": f" Yes {i}{'!' * j}.", "rejected": f" Not {i}, no."}
+
+
+def write(file: str, rows: list[dict]) -> None:
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def both() -> list[str]:
+    """A folder with both splits. One test prompt is trained on, one has three pairs, and one pair is a tie."""
+    held_out = [pair(20), pair(20, 1), pair(20, 2), *map(pair, range(21, 26)), {**pair(26), "rejected": " Yes 26."}]
+    write("both/train.jsonl", [pair(i) for i in range(10)])
+    write("both/test.jsonl", [*held_out, {**pair(0), "rejected": " Never."}])
+    return ["--dataset_name", "both", "--output_dir", "out", "--per_device_eval_batch_size", "4"]
+
+
+@pytest.fixture
+def tiny_t5_dir(tiny_llama_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    sizes = {"vocab_size": len(tokenizer), "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    special = {"decoder_start_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        T5ForConditionalGeneration(T5Config(**sizes, **special, dropout_rate=0.0)).save_pretrained("t5")
+    tokenizer.save_pretrained("t5")
+    return "t5"
+
+
+def history(checkpoint: str) -> list[dict]:
+    return json.loads(Path("out", checkpoint, "trainer_state.json").read_text())["log_history"]
+
+
+# The held-out prompts
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_no_prompt_is_on_both_sides(conversational):
+    def prompt(i):
+        return [{"role": "user", "content": f"{i}?"}] if conversational else f"{i}?"
+
+    rows = [{"prompt": prompt(i), "chosen": f"{i} {j}", "rejected": "no"} for i in range(50) for j in range(1 + i % 4)]
+    trained, held_out = hold_out(Dataset.from_list(rows), 0.1)
+    sides = [{json.dumps(row["prompt"]) for row in side} for side in (trained, held_out)]
+    assert len(sides[1]) == 5 and len(sides[0] | sides[1]) == 50 and not sides[0] & sides[1]
+    assert sorted([*trained["chosen"], *held_out["chosen"]]) == sorted(row["chosen"] for row in rows)
+    _, again = hold_out(Dataset.from_list(rows[::-1]), 0.1)
+    assert sorted(again["chosen"]) == sorted(held_out["chosen"])
+
+
+def test_two_prompts_are_held_out_at_least_and_one_is_trained_on():
+    assert [side.num_rows for side in hold_out(Dataset.from_list([pair(i) for i in range(6)]), 0.05)] == [4, 2]
+    with pytest.raises(ValueError, match="`held_out`=0.05 of 2 prompts leaves none to train on, as 2 are held"):
+        hold_out(Dataset.from_list([pair(0), pair(0, 1), pair(1)]), 0.05)
+
+
+SIX = [pair(i) for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sizes"),
+    [
+        ("pairs.jsonl", {}, (4, 2)),
+        ("pairs.jsonl", {"held_out": 0.5}, (3, 3)),
+        ("pairs.jsonl", {"dataset_train_split": "train[:50%]", "dataset_test_split": "train[50%:]"}, (3, 3)),
+        ("pairs.jsonl", {"dataset_test_split": "train[50%:]"}, "0 remain"),  # as all are trained on
+        ("both", {}, (10, 9)),
+        ("both", {"held_out": 0.3}, (7, 3)),
+        ("saved", {}, (6, 3)),
+        ("saved", {"dataset_test_split": "other"}, (6, 2)),
+        ("saved", {"dataset_test_split": "gone"}, "has no split 'gone'"),
+        ("saved/train", {}, (4, 2)),
+    ],
+)
+def test_what_is_held_out(name, options, sizes, both, pairs):
+    parts = {"train": SIX, "test": [pair(i) for i in range(7, 10)], "other": [pair(11), pair(12), pair(0)]}
+    DatasetDict({part: Dataset.from_list(rows) for part, rows in parts.items()}).save_to_disk("saved")
+    own, args = RewardModelData(dataset_name=name, **options), parse("reward-model", [*both, "--use_cpu"])[0][1]
+    if isinstance(sizes, str):
+        with pytest.raises(ValueError, match=sizes):
+            load_comparisons(own, args)
+    else:
+        assert tuple(side.num_rows for side in load_comparisons(own, args).values()) == sizes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--held_out 1.5", "`held_out` must be a share of the prompts between 0 and 1, such as 0.05, got 1.5"),
+        ("--held_out 0.1 --dataset_test_split test", "`held_out` and `dataset_test_split` both say"),
+        ("--held_out 0.1 --eval_strategy no", "`held_out` has no effect if `eval_strategy` is 'no'"),
+    ],
+)
+def test_refusals(options, message, training, run_in_process):
+    with pytest.raises(ValueError, match=message):
+        run_in_process("reward-model", [*training, "--output_dir", "out", *options.split()])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", ("epoch", "epoch", True)),
+        ("--save_steps 4", ("steps", "steps", True)),
+        ("--eval_steps 4", ("steps", "steps", True)),
+        ("--eval_steps 4 --save_steps 8", ("steps", "steps", False)),
+        ("--save_strategy steps", ("steps", "steps", True)),
+        ("--eval_strategy steps", ("steps", "steps", True)),
+        ("--save_strategy no", ("epoch", "no", False)),
+        ("--save_strategy best", ("epoch", "best", True)),
+        ("--eval_strategy no", ("no", "epoch", False)),
+        ("--eval_strategy no --save_steps 4", ("no", "steps", False)),
+        ("--load_best_model_at_end False", ("epoch", "epoch", False)),
+        ("--metric_for_best_model loss", ("epoch", "epoch", True)),
+    ],
+)
+@pytest.mark.parametrize("name", ["ranker", "reward-model"])
+def test_each_checkpoint_is_measured_unless_told_otherwise(name, options, expected):
+    own = ["--dataset_name", "d", "--output_dir", "o", "--use_cpu", "--bf16", "False", *options.split()]
+    (_, args, _), _ = parse(name, own)
+    assert (args.eval_strategy, args.save_strategy, args.load_best_model_at_end) == expected
+    assert args.greater_is_better == (args.metric_for_best_model == "eval_accuracy")
+    if expected[1] == "steps":
+        assert args.save_steps == {"8": 8, "4": 4}.get(options[-1:], 500)
+
+
+# The accuracy
+
+
+@pytest.mark.parametrize("options", [[], LORA])
+@pytest.mark.parametrize("name", ["ranker", "reward-model", "t5"])
+def test_the_accuracy_is_that_of_the_ranker_on_prompts_it_has_not_seen(
+    name, options, both, training, run_in_process, tiny_t5_dir, capsys
+):
+    model, options = (["--model_name_or_path", "t5"], options[:1]) if name == "t5" else ([], options)
+    command = "reward-model" if name == "reward-model" else "ranker"
+    own = [*both, *model, *options, "--learning_rate", "3e-3", "--max_steps", "6"]
+    run_in_process(command, [*training, *own, "--save_strategy", "epoch"])
+    said = capsys.readouterr().out
+    assert "1 of 10 comparisons of the split 'test' are left out: their prompts are trained on." in said
+    ranker = load_ranker(RankerArguments(ranker="out"))
+    assert type(ranker) is (RewardModelRanker if name == "reward-model" else PairwiseRanker)
+    rows = [json.loads(line) for line in Path("both/test.jsonl").read_text().splitlines()][:9]
+    correct = []
+    for row in rows:
+        probability = ranker.compare([row["prompt"]], [row["chosen"]], [row["rejected"]])[0]
+        correct.append(0.5 if row["chosen"] == row["rejected"] else float(probability > 0.5))
+    mean = sum(correct) / 9
+    sums = [sum(correct[:3]) - 3 * mean, *(value - mean for value in correct[3:])]  # the first prompt has three
+    error = math.sqrt(7 / 6 * sum(value**2 for value in sums)) / 9
+    expected = f"{100 * mean:.1f}% ± {100 * error:.1f}% of 9 comparisons of 7 held-out prompts, where the longer"
+    expected += " completion is chosen in 5.6%"  # the tie: half of 1/9
+    assert f"The ranker is right on {expected}. It is the checkpoint of step " in said
+    card = ModelCard.load("out/README.md").text
+    assert f'| `accuracy` | `"{expected}"` |' in card and '| `held out` | `"split test"` |' in card
+    (checkpoint,) = {path.name for path in Path("out").glob("checkpoint-6")}
+    measured = [entry for entry in history(checkpoint) if "eval_accuracy" in entry]
+    assert len(measured) == 2 and all("eval_loss" in entry for entry in measured)
+    assert (mean, error) in [
+        (pytest.approx(entry["eval_accuracy"]), pytest.approx(entry["eval_accuracy_se"])) for entry in measured
+    ]
+
+
+@pytest.mark.parametrize("name", ["ranker", "reward-model", "t5"])
+def test_the_most_accurate_checkpoint_is_the_one_that_is_saved(
+    name, training, run_in_process, tiny_t5_dir, monkeypatch, capsys
+):
+    accuracies = [0.6, 0.9, 0.7]
+    monkeypatch.setattr(RankerTrainer, "accuracy", lambda self: Estimate(accuracies.pop(0), 0.1))
+    model = ["--model_name_or_path", "t5"] if name == "t5" else []
+    own = [*model, "--max_steps", "3", "--save_strategy", "steps", "--save_steps", "1", "--output_dir", "out"]
+    run_in_process("reward-model" if name == "reward-model" else "ranker", [*training, *own])
+    saved, best, last = (load_file(f"out/{part}model.safetensors") for part in ("", "checkpoint-2/", "checkpoint-3/"))
+    assert all(torch.equal(saved[key], best[key]) for key in saved)
+    assert any(not torch.equal(saved[key], last[key]) for key in saved)
+    assert "right on 90.0% ± 10.0% of 2 comparisons" in (said := capsys.readouterr().out)
+    assert "It is the checkpoint of step 2, the best of 3 by `eval_accuracy`." in said
+    card = Path("out/README.md").read_text()
+    assert "| `step of the saved weights` | `2` |" in card and "0.05 of the prompts, by SHA-256" in card
+
+
+def test_the_last_weights_are_measured_where_no_checkpoint_is_saved(training, run_in_process, capsys):
+    run_in_process("ranker", [*training, "--eval_strategy", "steps", "--eval_delay", "9", "--output_dir", "out"])
+    said = capsys.readouterr().out
+    assert "The ranker is right on " in said and "checkpoint" not in said
+    run_in_process("ranker", [*training, "--eval_strategy", "no", "--output_dir", "out"])
+    assert "right on" not in capsys.readouterr().out
+    assert '| `accuracy` | `"not measured"` |' in Path("out/README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["ranker", "reward-model"])
+def test_what_exceeds_max_length_is_left_out_and_counted(name, training, run_in_process, capsys):
+    write("pairs.jsonl", [*SIX, {"prompt": "Long " * 200, "chosen": " a", "rejected": " b"}])
+    arguments = [*training, "--eval_strategy", "no", "--output_dir", "out"]
+    run_in_process(name, [*arguments, "--max_length", "300"])
+    rows = "comparisons" if name == "ranker" else "rows"
+    assert f"1 of 7 {rows} are left out: they exceed `max_length`=300 tokens." in capsys.readouterr().out
+    assert 0 < load_ranker(RankerArguments(ranker="out")).compare(["Question 1?"], [" Yes 1."], [" No."])[0] < 1
+    with pytest.raises(ValueError, match=f"7 of 7 {rows} are left out: they exceed `max_length`=9 .* Raise it."):
+        run_in_process(name, [*arguments, "--max_length", "9"])
+
+
+# What is trained
+
+UNMOVED = "--learning_rate 0 --eval_strategy no --save_strategy epoch --logging_steps 1 --output_dir out"
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_a_reward_model_is_scored_on_the_texts_it_is_trained_on(conversational, training, run_in_process):
+    rows = [pair(i, i) for i in range(4)]
+    if conversational:
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        rows = [{key: [{"role": roles[key], "content": text}] for key, text in row.items()} for row in rows]
+    write("pairs.jsonl", rows)
+    run_in_process("reward-model", [*training, *UNMOVED.split(), "--per_device_train_batch_size", "4"])
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    ranker = RewardModelRanker("out")
+    rewards = ranker.score(columns["prompt"], list(zip(columns["chosen"], columns["rejected"], strict=True)))
+    losses = [math.log1p(math.exp(rejected - chosen)) for chosen, rejected in rewards]
+    assert history("checkpoint-1")[0]["loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
+    if not conversational:
+        model, tokenizer = (
+            AutoModelForSequenceClassification.from_pretrained("out"),
+            AutoTokenizer.from_pretrained("out"),
+        )
+        ids = tokenizer(rows[1]["prompt"] + rows[1]["chosen"] + "</s>", return_tensors="pt").input_ids
+        with torch.no_grad():
+            assert rewards[1][0] == pytest.approx(model(ids).logits.item(), abs=1e-5)
+
+
+def test_an_adapter_of_a_reward_model_is_trained_further_and_one_of_a_language_model_is_not(training, run_in_process):
+    own = [*training, "--eval_strategy", "no", "--learning_rate", "1e-2"]
+    run_in_process("reward-model", [*own, *LORA, "--output_dir", "first"])
+    run_in_process("reward-model", [*own, "--model_name_or_path", "first", "--output_dir", "second"])
+    before, after = (load_file(f"{folder}/adapter_model.safetensors") for folder in ("first", "second"))
+    moved = {key.split(".")[-2] for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {"lora_A", "lora_B", "score"}
+    run_in_process("sft", [*training, *LORA, "--output_dir", "policy"])
+    for command, folder, message in [
+        (
+            "reward-model",
+            "policy",
+            "policy is an adapter of a model for CAUSAL_LM, and this",
+        ),
+        (
+            "ranker",
+            "first",
+            "an adapter of a model for SEQ_CLS, .*. Merge it into",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run_in_process(command, [*own, "--model_name_or_path", folder, "--output_dir", "out"])
+
+
+def test_a_classifier_is_refused_unless_it_is_a_reward_model(training, run_in_process, tiny_llama_dir):
+    AutoModelForSequenceClassification.from_pretrained(tiny_llama_dir, num_labels=2).save_pretrained("two")
+    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained("two")
+    for name in ("ranker", "reward-model"):
+        with pytest.raises(ValueError, match="`model_name_or_path`='two' is a classifier with 2 label"):
+            run_in_process(name, [*training, "--model_name_or_path", "two", "--output_dir", "out"])
+
+
+def test_a_t5_ranker_reads_in_its_encoder_and_answers_in_its_decoder(
+    training, tiny, run_in_process, tiny_t5_dir, tiny_llama_dir
+):
+    model = ["--model_name_or_path", tiny_t5_dir]
+    run_in_process("ranker", [*training, *model, *UNMOVED.split(), "--per_device_train_batch_size", "6"])
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained("out"), AutoTokenizer.from_pretrained("out")
+    answers = {letter: tokenizer(letter).input_ids for letter in "AB"}
+    assert all(len(ids) == 2 and ids[1] == tokenizer.eos_token_id for ids in answers.values())
+
+    def logps(first, second, letter):
+        """Of the answer and EOS, and the probability of A among A and B."""
+        text = f"[CONTEXT] Question {i}? [RESPONSE A] {first} [RESPONSE B] {second}"
+        ids, labels = tokenizer(text, return_tensors="pt").input_ids, torch.tensor([answers[letter]])
+        with torch.no_grad():
+            logits = model(input_ids=ids, labels=labels).logits[0]
+        both = logits[0, [answers["A"][0], answers["B"][0]]].softmax(0)
+        return logits.log_softmax(-1).gather(1, labels[0, :, None]).sum().item(), both[0].item()
+
+    losses, expected = [], []
+    for i in range(6):
+        chosen, rejected = f"Yes {i}.", f"Not {i}, no."
+        a_first, b_first = logps(chosen, rejected, "A"), logps(rejected, chosen, "B")
+        losses.append((-a_first[0] / 2, -b_first[0] / 2))  # per token
+        expected.append((a_first[1] + 1 - b_first[1]) / 2)
+    orders = [sum(pair[order >> i & 1] for i, pair in enumerate(losses)) / 6 for order in range(64)]
+    assert any(history("checkpoint-1")[0]["loss"] == pytest.approx(loss, rel=1e-5) for loss in orders)
+    columns = [[row[key] for row in SIX] for key in ("prompt", "chosen", "rejected")]
+    assert PairwiseRanker("out").compare(*columns) == pytest.approx(expected, abs=1e-6)
+    assert not Path("out/adapter_config.json").exists()
+
+    own = "--ranker out --num_candidates 4 --num_samples 2 --max_new_tokens 4 --output_dir sampled"
+    run_in_process("sample", [*tiny, *own.split()])
+    assert len(load_from_disk("sampled/pairs")) > 0
+
+
+@pytest.mark.parametrize("option", ["--packing", "--loss_type dft", "--assistant_only_loss"])
+def test_options_of_trls_sft_trainer_are_refused_for_an_encoder_decoder(option, training, run_in_process, tiny_t5_dir):
+    own = [*training, "--model_name_or_path", tiny_t5_dir, "--output_dir", "out", *option.split()]
+    with pytest.raises(ValueError, match=f"`{option.split()[0][2:]}` has no effect on an encoder-decoder. Leave it"):
+        run_in_process("ranker", own)
