@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from prefopt_trl import GenerationOptions
+from prefopt_trl.generation import sampler
 from prefopt_trl.generation.sampler import (
     Candidates,
     sample_candidates,
@@ -34,7 +35,6 @@ from prefopt_trl.generation.sampler import (
     sizes_of_batch,
     tokenize_prompts,
 )
-from prefopt_trl.sampling import generation
 from tests.unit.laws import CHANCE, p_value
 
 PAD, EOS, TURN = 0, 1, 2
@@ -760,12 +760,12 @@ def test_options_out_of_range_are_named(options: dict, message: str) -> None:
 def test_the_progress_bar_moves_with_each_token(share_prefix: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    class Bar(generation.tqdm):
+    class Bar(sampler.tqdm):
         def update(self, n=1):
             super().update(n)
             seen.extend([] if self.disable else [self.n])
 
-    monkeypatch.setattr(generation, "tqdm", Bar)
+    monkeypatch.setattr(sampler, "tqdm", Bar)
     options = GenerationOptions(max_new_tokens=8, share_prefix=share_prefix)
 
     def sample(**given):
@@ -848,7 +848,7 @@ def test_nothing_of_a_prompt_that_ends_in_bytes_is_part_of_a_completion(
         "H i": "Hi",
     }.items():
         ids = [*tokenizer.convert_tokens_to_ids(drawn.split()), tokenizer.eos_token_id]
-        assert generation._read(tokenizer, prompt_ids, ids, [tokenizer.eos_token_id], []) == (text, ids, True)
+        assert sampler._read(tokenizer, prompt_ids, ids, [tokenizer.eos_token_id], []) == (text, ids, True)
     assert caplog.records == []
 
 
@@ -856,7 +856,7 @@ def test_a_decoder_that_changes_the_end_of_a_prompt_is_told_of(tokenizer, caplog
     tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "")])
     a, b, c = tokenizer("abc")["input_ids"]
     assert tokenizer.decode([c, a]) == "ca" and tokenizer.decode([c, a, b, c]) == "cc"
-    assert generation._read(tokenizer, [c, a], [b, c], [EOS], []) == ("bc", [b, c], False)
+    assert sampler._read(tokenizer, [c, a], [b, c], [EOS], []) == ("bc", [b, c], False)
     (record,) = caplog.records
     assert "decodes the end of a prompt differently before a completion" in record.getMessage()
 
