@@ -121,7 +121,7 @@ class ChatServer:
         self._lock = threading.Lock()
         self._client = openai.OpenAI(
             base_url=base_url,
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            api_key=os.environ.get("OPENAI_API_KEY") or "no-key",
             max_retries=0,  # those here count towards the budget
             timeout=openai.Timeout(TIMEOUT, connect=TIMEOUT_OF_CONNECTION),
         )
@@ -170,8 +170,7 @@ class ChatServer:
                 error = ServerError(f"The server at {self.base_url} {answer.what}{times}; {self.saved}.")
                 error.status = answer.status
                 raise error
-            wait = min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT) * random.uniform(0.5, 1)
-            wait = max(wait, answer.wait)
+            wait = max(min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT) * random.uniform(0.5, 1), answer.wait)
             logger.info("The server %s. Asking again in %.1f seconds.", answer.what, wait)
             stopped.wait(wait)
 

@@ -148,11 +148,16 @@ class JudgeRanker(ComparativeRanker):
         asked = [order for one in comparisons if one.first != one.second for order in (one, one.swapped())]
         of_first, of_second = self._ask_all(asked).reshape(-1, 2).T  # each where it is shown first
         both = np.full((len(comparisons), 2), 0.5)
-        if self.is_pair:
-            self._report_order_bias((of_first + of_second) / 2)
-            both[differ] = np.stack([of_first, 1 - of_second], axis=1)
-        else:
+        if not self.is_pair:
             both[differ] = sigmoid(of_first - of_second)[:, None]
+            return both
+        both[differ] = np.stack([of_first, 1 - of_second], axis=1)
+        shares = (of_first + of_second)[~np.isnan(of_first + of_second)] / 2
+        self.first_share = self.first_share_error = np.nan
+        if len(shares) > 1:
+            self.first_share, self.first_share_error = shares.mean(), shares.std(ddof=1) / len(shares) ** 0.5
+            share = f"{self.first_share:.3f} +- {self.first_share_error:.3f}"
+            logger.info(f"{share} of the judge's verdicts are for the completion that it read first (0.5 is no bias).")
         return both
 
     def score(
@@ -251,20 +256,12 @@ class JudgeRanker(ComparativeRanker):
             options["model"] = self.name
         options = {name: value for name, value in options.items() if value is not None}
         requests = [
-            {**options, "messages": [{"role": "user", "content": text}], "seed": self.seed + number}
+            {**options, "messages": [{"role": "user", "content": text}], "seed": 1000 * self.seed + number}
             for text in texts
             for number in range(num_answers)
         ]
         answers = self.chat.answers(requests, "Judging")
         return [answers[start : start + num_answers] for start in range(0, len(answers), num_answers)]
-
-    def _report_order_bias(self, shares: np.ndarray) -> None:
-        """Keep and log the mean of each comparison's share of verdicts for the completion shown first."""
-        shares = shares[~np.isnan(shares)]
-        if len(shares) > 1:
-            self.first_share, self.first_share_error = shares.mean(), shares.std(ddof=1) / len(shares) ** 0.5
-            share = f"{self.first_share:.3f} +- {self.first_share_error:.3f}"
-            logger.info(f"{share} of the judge's verdicts are for the completion that it read first (0.5 is no bias).")
 
 
 class LocalChat:

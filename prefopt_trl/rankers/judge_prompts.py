@@ -35,12 +35,15 @@ class JudgePrompt:
             content = path.read_text(encoding="utf-8")
             _, head, text = content.split("---\n", 2)
             header = dict(line.split(": ", 1) for line in head.splitlines())
-            kind, margin = header["kind"], float(header.get("margin", 0))
-            answers = [answer.strip().casefold() for answer in header.get("answers", "A, B").split(",")]
-            verdict = re.compile(header["verdict"], re.MULTILINE | re.IGNORECASE)
-            missing = [name for name in PLACEHOLDERS[kind] if f"{{{name}}}" not in text]
-            if missing or verdict.groups != 1:
-                raise ValueError(f"the text has no {{{missing[0]}}}" if missing else "`verdict` needs one group")
+            kind, margin = header.pop("kind"), float(header.pop("margin", 0))
+            answers = [answer.strip().casefold() for answer in header.pop("answers", "A, B").split(",")]
+            verdict = re.compile(header.pop("verdict"), re.MULTILINE | re.IGNORECASE)
+            problems = [f"the text has no {{{name}}}" for name in PLACEHOLDERS[kind] if f"{{{name}}}" not in text]
+            problems += [f"`{name}` is unknown" for name in header]
+            problems += ["`verdict` needs one group"] * (verdict.groups != 1)
+            problems += ["`answers` are two or three"] * (len(answers) not in (2, 3))
+            if problems:
+                raise ValueError(problems[0])
         except (ValueError, LookupError, re.error) as error:
             raise ValueError(
                 f"`prompt` {path} cannot be read ({error}). It begins with `---`, the lines `kind: pair` or "
@@ -58,7 +61,7 @@ class JudgePrompt:
 
         None if the answer has no verdict in the form asked for, or two different ones.
         """
-        found = {match[1].casefold() for match in self.verdict.finditer(answer)}
+        found = {str(match[1]).casefold() for match in self.verdict.finditer(answer)}
         if len(found) != 1:
             return None
         verdict = found.pop()

@@ -123,7 +123,3 @@ def test_it_judges_real_pairs_and_a_killed_run_asks_nothing_twice(
     assert judge.num_unparsed == np.isnan(both).sum() < 50
     assert 0 <= judge.first_share <= 1
     assert judge.settings()["votes"] == 2
-    print(
-        f"\n{judge.num_unparsed} of 100 answers without a verdict; shown first: {judge.first_share}, "
-        f"{judge.first_share_error}; chosen preferred: {np.nanmean(both)}"
-    )

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt_trl import JudgeRanker
 from prefopt_trl.rankers import judge as judge_module
-from prefopt_trl.rankers.base import ask_probabilities, ask_rewards, logit, sigmoid
+from prefopt_trl.rankers.base import ask_probabilities, ask_rewards, sigmoid
 from prefopt_trl.rankers.judge_prompts import FOLDER, JudgePrompt
 from tests.chat_server import question, response, serving
 
@@ -62,14 +62,11 @@ SHORT = {
     "**Preferred:** A.": 1,
     'Preferred: "B"\n': 0,
     "preferred: Summary A": 1,
-    "Preferred: A\n\nPreferred: A": 1,
     "Preferred: A\nPreferred: B": None,
     "Preferred: A or B": None,
     'Preferred: <"A" or "B">': None,
-    "Preferred: Neither": None,
     "I preferred: A": None,
     "A": None,
-    "": None,
 }
 FEW_SHOT = {
     " Both are short.\nchoose among (A), (B) or same: (A)": 1,
@@ -86,7 +83,6 @@ RATED = {
     "**Rating:** 7.": 7,
     "Rating: 8.5": None,
     "Rating: 11": None,
-    "Rating: 0": None,
     "Rating: <1 to 10>": None,
     "Rating: 3\nRating: 4": None,
 }
@@ -117,6 +113,8 @@ HEAD = "---\nkind: pair\nverdict: (A|B)\n---\n"
         (HEAD + "{prompt} {first}", r"cannot be read \(the text has no \{second\}\)"),
         (HEAD.replace("(A|B)", "A|B") + "{prompt} {first} {second}", r"cannot be read \(`verdict` needs one group\)"),
         (HEAD.replace("(A|B)", "(A") + "{prompt} {first} {second}", r"cannot be read"),
+        (HEAD.replace("\n---\n", "\nanswer: A, B\n---\n") + "{prompt} {first} {second}", "`answer` is unknown"),
+        (HEAD.replace("\n---\n", "\nanswers: A\n---\n") + "{prompt} {first} {second}", "`answers` are two or three"),
         (HEAD.replace("pair", "three") + "{prompt}", r"cannot be read \('three'\)"),
         (HEAD.replace("(A|B)\n", "(A|B)\nmargin: much\n") + "{prompt} {first} {second}", r"cannot be read"),
     ],
@@ -163,13 +161,6 @@ def test_ties_count_half_and_the_margin_decides():
         np.testing.assert_array_equal(judge(chat).verdicts([0.51, 0.5, 0.49]), [1, 0.5, 0])
 
 
-def test_a_unanimous_vote_has_a_finite_reward(caplog):
-    with serving(lambda body: says("A" if shown(body, BLUE, GREEN)[0] == BLUE else "B")) as chat:
-        (rewards,) = judge(chat, votes=8).score([SKY], [[BLUE]], baselines=[GREEN])
-    assert rewards == pytest.approx(math.log(17))  # P = 1 - 0.5 / 9
-    assert "1 of 1 probabilities were closer than 0.0555556 to 0 or 1" in caplog.text
-
-
 def test_answers_without_a_verdict_are_counted_and_left_out(caplog):
     def answer(body):
         if "sea" in question(body):
@@ -203,9 +194,9 @@ BIAS, COMPARISONS = 0.4, 400
 
 
 def test_a_planted_bias_for_the_first_answer_is_measured_and_swapping_removes_it(caplog):
-    """Of each verdict, with probability BIAS it is for the first, else by the true P. Fails once in 10,000 seeds.
+    """A verdict is for the first with probability BIAS, and otherwise by the true P.
 
-    The bounds are four standard errors; the seeds are fixed, so that it fails always or never.
+    Four numbers are within four standard errors, so that less than one seed in 4,000 fails. The seed is fixed.
     """
     caplog.set_level(logging.INFO, "prefopt_trl")
     rng = np.random.default_rng(0)
@@ -326,18 +317,13 @@ def test_a_completion_without_a_rating_is_no_opinion():
 
 
 def test_a_second_judge_asks_nothing_that_is_saved(tmp_path):
-    messages = [{"role": "user", "content": SKY}]
     with serving(lambda body: says("A")) as chat:
         judge(chat, cache_dir=tmp_path).compare([SKY], [BLUE], [GREEN])
-        asked = len(chat.requests)
-        again = judge(chat, cache_dir=tmp_path)
-        # The same texts as a conversation, whose transcript has the names of the turns, are another question
-        assert again.compare([SKY], [GREEN], [BLUE]).tolist() == [0.5]
-        assert len(chat.requests) == asked
+        assert judge(chat, cache_dir=tmp_path).compare([SKY], [GREEN], [BLUE]).tolist() == [0.5]
+        assert len(chat.requests) == 4
         replies = [[{"role": "assistant", "content": text}] for text in (BLUE, GREEN)]
-        again.compare([messages], replies[:1], replies[1:])
-        assert len(chat.requests) == 2 * asked
-        assert f"\n\nHuman: {SKY}".strip() in question(chat.requests[-1])
+        judge(chat).compare([[{"role": "user", "content": SKY}]], replies[:1], replies[1:])
+        assert f"Human: {SKY}\n\nAssistant:" in question(chat.requests[-1])
 
 
 def test_settings_differ_by_what_changes_results_and_have_no_secrets(tmp_path):
@@ -453,7 +439,7 @@ def test_a_local_model_answers_through_the_sampler_and_is_asked_nothing_twice(
     assert len(asked) == 3
 
 
-def test_a_local_base_model_reads_the_plain_text_and_votes_are_read(tiny_llama_dir, monkeypatch):
+def test_a_local_base_model_reads_the_plain_text_and_votes_are_read(tiny_llama_dir, monkeypatch, caplog):
     def preferring_blue(model, tokenizer, prompts, number, options, *, seed):
         return [[says("A" if prompt.index(BLUE) < prompt.index(GREEN) else "B")] * number for prompt in prompts]
 
@@ -461,7 +447,8 @@ def test_a_local_base_model_reads_the_plain_text_and_votes_are_read(tiny_llama_d
     ranker = JudgeRanker(tiny_llama_dir, votes=2)
     ranker.chat.tokenizer.chat_template = None
     (rewards,) = ranker.score([SKY], [[BLUE, GREEN]], baselines=[GREEN])
-    assert rewards.tolist() == [pytest.approx(logit(np.array(1 - 0.5 / 3))), 0]
+    assert rewards.tolist() == [pytest.approx(math.log(5)), 0]  # a unanimous vote of 2 is P = 1 - 0.5 / 3
+    assert "1 of 2 probabilities were closer than 0.166667 to 0 or 1" in caplog.text
     assert not ranker.reads_log_probs
 
 
