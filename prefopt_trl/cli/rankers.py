@@ -56,7 +56,7 @@ def _function(path: str) -> Callable[..., Any]:
         if not source.endswith(".py"):
             found = getattr(importlib.import_module(source), name)
         else:
-            spec = spec_from_file_location(Path(source).stem, source)
+            spec = spec_from_file_location(source, source)  # not its stem, which may be that of another module
             assert spec is not None and spec.loader is not None  # it ends with .py
             sys.modules[spec.name] = module = module_from_spec(spec)
             spec.loader.exec_module(module)

@@ -151,7 +151,7 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
                 seed=seed,
                 progress=False,
             )
-        columns = user_columns(examples)
+        columns = {name: column for name, column in user_columns(examples).items() if name != "row"}  # the trainer's
         rewards, _ = ask_rewards(self.ranker, prompts, completions, columns=columns, may_abstain=True)
         completions = merge_equal_in_training(self.tokenizer, examples, completions)
         streams = [np.random.default_rng([seed, index]) for index in range(len(prompts))]

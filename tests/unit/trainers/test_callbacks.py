@@ -208,7 +208,7 @@ class Brevity(FunctionRanker):
         super().__init__(brevity)
         self.seen: dict[str, float] = {}
 
-    def rewards(self, prompts, completions):
+    def rewards(self, prompts, completions, columns=None):
         rewards = super().rewards(prompts, completions)
         for row, of_row in zip(completions, rewards, strict=True):
             written = [shown(text + "</s>") for text in row]

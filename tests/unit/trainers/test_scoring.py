@@ -134,7 +134,7 @@ def test_rewards_are_read_again_for_the_same_rows_and_ranker_only(others, tmp_pa
 
     assert score(ROWS, Asked()) == LENGTHS
     same = Asked()
-    assert score(ROWS.remove_columns("source"), same) == LENGTHS  # which is not scored
+    assert score(ROWS, same) == LENGTHS
     assert same.prompts == []
     changed = Asked(-1.0)
     if others == "ranker":
