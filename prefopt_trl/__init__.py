@@ -10,8 +10,8 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers
     from prefopt_trl import losses as losses
     from prefopt_trl.data.collators import DataCollatorForRanking as DataCollatorForRanking
     from prefopt_trl.data.hh_rlhf import load_hh_rlhf as load_hh_rlhf
+    from prefopt_trl.evaluation.ranker_quality import RankerQuality as RankerQuality
     from prefopt_trl.evaluation.ranker_quality import evaluate_ranker as evaluate_ranker
-    from prefopt_trl.evaluation.ranker_report import RankerQuality as RankerQuality
     from prefopt_trl.generation.options import GenerationOptions as GenerationOptions
     from prefopt_trl.generation.sampler import sample_completions as sample_completions
     from prefopt_trl.rankers.calibration import Calibration as Calibration
@@ -56,7 +56,7 @@ _HOME = {
     "JudgeRanker": "rankers.judge",
     "PairwiseRanker": "rankers.pairwise",
     "ProcessRewardRanker": "rankers.process",
-    "RankerQuality": "evaluation.ranker_report",
+    "RankerQuality": "evaluation.ranker_quality",
     "RemoteRewardRanker": "rankers.remote",
     "RewardModelRanker": "rankers.pointwise",
     "SamplingOptions": "sampling.options",

@@ -101,18 +101,19 @@ def evaluate_policy(
     drawn = [(ids, one.sampled[0].ids) for ids, one in zip(prompt_ids, sampled, strict=True)]  # with the EOS token
     measured = {
         "ranker_reward": rewards,
-        "ranker_win_rate": _wins(rewards),
+        "ranker_win_rate": wins(rewards),
         "kl": _logps(policy, drawn) - _logps(reference, drawn),
     }
     if true_reward is not None:
         measured["true_reward"] = np.array(true_reward(prompts=prompts, completions=completions))
-        measured["true_win_rate"] = _wins(
+        measured["true_win_rate"] = wins(
             measured["true_reward"] - np.array(true_reward(prompts=prompts, completions=targets))
         )
     return {name: Estimate.of(values) for name, values in measured.items()}
 
 
-def _wins(advantages: np.ndarray) -> np.ndarray:
+def wins(advantages: np.ndarray) -> np.ndarray:
+    """Return 1 where positive, 0 where negative, and 0.5 for a tie."""
     return np.where(advantages == 0, 0.5, advantages > 0)
 
 

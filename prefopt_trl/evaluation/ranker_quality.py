@@ -1,15 +1,115 @@
 """How far to trust a ranker: its verdicts against comparisons that people have made."""
 
+import logging
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from datasets import Dataset
 
-from prefopt_trl.evaluation.policy import Estimate
-from prefopt_trl.evaluation.ranker_report import Bin, RankerQuality
+from prefopt_trl.evaluation.policy import Estimate, wins
+from prefopt_trl.evaluation.report import as_percentage, json_numbers, table, with_error
 from prefopt_trl.rankers.base import Ranker, sigmoid
 from prefopt_trl.rankers.comparisons import Compared, ask_comparisons
+from prefopt_trl.runtime.settings import Settings, write_json, write_text, writing
 
-NUM_BINS = 5
-MANY_COMPARISONS = 500  # from which there are twice as many bins
+logger = logging.getLogger(__name__)
+
+CURVES = {
+    "probability": "probability of the ranker's own verdict",
+    "margin": "absolute log-odds (nats)",
+    "length": "chosen minus rejected completion (characters)",
+}
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Comparisons with similar values: the mean value, their number, and the ranker's accuracy on them."""
+
+    mean: float
+    count: int
+    accuracy: Estimate
+
+
+@dataclass(frozen=True)
+class RankerQuality:
+    """What [`evaluate_ranker`] measures. The standard errors are over prompts.
+
+    Attributes:
+        ranker, settings (`str`, `dict`): The ranker's class and settings.
+        num_comparisons, num_prompts (`int`): Comparisons on which the ranker has an opinion, and their prompts.
+        num_without_opinion (`int`): Other comparisons, which are left out.
+        estimates (`dict[str, Estimate]`): Means over comparisons: `accuracy`, in which a tie counts half;
+            `brier_score`, (1 - P)^2, and `log_loss`, -log P in nats, of P(chosen preferred); `ties`. If lengths
+            differ: how often the longer completion is preferred, `longer_by_ranker` and `longer_by_people`, and the
+            accuracy where the ranker prefers it or not, `right_if_longer` and `right_if_shorter`. Of a
+            [`ComparativeRanker`], before its temperature: `order_bias`, the probability of the completion shown first
+            minus 0.5; `order_flips`, the share with opposite verdicts; and the accuracies `chosen_first` and
+            `chosen_second`.
+        curves (`dict[str, list[Bin]]`): Accuracy by `"probability"` (calibration curve), `"margin"` and `"length"`.
+        subsets (`dict[str, Estimate]`): Accuracy by subset; of rows that hold lists, RewardBench 2's score.
+    """
+
+    ranker: str
+    settings: Settings
+    num_comparisons: int
+    num_prompts: int
+    num_without_opinion: int
+    estimates: dict[str, Estimate]
+    curves: dict[str, list[Bin]]
+    subsets: dict[str, Estimate]
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence on a ranker that loves length, or None.
+
+        It prefers the longer completion more often than people do and more often than not, and is wrong more often
+        where it does. The share alone can be innocent: verdicts are more one-sided than the probabilities behind them.
+        """
+        found = self.estimates
+        if "right_if_longer" not in found:
+            return None
+        ranker, people, longer = found["longer_by_ranker"], found["longer_by_people"], found["right_if_longer"]
+        shorter = found.get("right_if_shorter", Estimate(1.0, 0.0))
+        error = math.hypot(longer.standard_error, shorter.standard_error)
+        if ranker.mean <= max(0.5, people.mean + 0.05) or not longer.mean + 2 * error < shorter.mean:
+            return None
+        return (
+            f"The ranker loves length: it prefers the longer completion in {as_percentage(ranker)} of comparisons, "
+            f"people in {as_percentage(people)}. A policy trained on its preferences will write more. Train the "
+            "ranker on pairs of similar length, or subtract a penalty per character from its rewards."
+        )
+
+    def __str__(self) -> str:
+        """Return the numbers and the curves as Markdown tables."""
+        named = self.estimates | {f"subset {name}": estimate for name, estimate in self.subsets.items()}
+        numbers = [[name, with_error(estimate, ".3f")] for name, estimate in named.items()]
+        curves = [
+            [label, f"{one.mean:.4g}", f"{one.count:,}", with_error(one.accuracy)]
+            for name, label in CURVES.items()
+            for one in self.curves[name]
+        ]
+        parts = [
+            f"{self.ranker} at temperature {self.settings.get('temperature', 1):g}: {self.num_comparisons:,} "
+            f"comparisons of {self.num_prompts:,} prompts, and {self.num_without_opinion:,} without an opinion",
+            table(["number", "mean ± standard error"], numbers),
+            table(["accuracy by", "mean", "comparisons", "accuracy"], curves),
+            self.warning,
+        ]
+        return "\n\n".join(filter(None, parts))
+
+    def save(self, folder: str | Path) -> None:
+        """Write `ranker_quality.json` (unknown numbers are null), `.md` and, if matplotlib is installed, `.png`."""
+        path = Path(folder, "ranker_quality")
+        write_json(path.with_suffix(".json"), json_numbers(asdict(self) | {"warning": self.warning}))
+        write_text(path.with_suffix(".md"), f"# Ranker quality\n\n{self}\n")
+        try:
+            with writing(path.with_suffix(".png")) as temporary:
+                plot_quality(self, temporary)
+        except ImportError:
+            logger.warning("No plot was drawn: install matplotlib, with `pip install 'prefopt-trl[plots]'`.")
 
 
 def evaluate_ranker(ranker: Ranker, comparisons: Dataset) -> RankerQuality:
@@ -48,8 +148,8 @@ def measure(ranker: Ranker, compared: Compared) -> RankerQuality:
     """Measure what a ranker said, as [`evaluate_ranker`] describes."""
     known = ~np.isnan(compared.log_odds)
     prompts, lengths = compared.prompts[known], compared.lengths[known]
-    log_odds = compared.log_odds[known] / compared.temperature
-    right, margins = _wins(log_odds), np.abs(log_odds)
+    log_odds = compared.log_odds[known] / getattr(ranker, "temperature", 1.0)
+    right, margins = wins(log_odds), np.abs(log_odds)
 
     def estimate(values: np.ndarray, where: np.ndarray | slice = slice(None)) -> Estimate:
         return Estimate.of(values[where], prompts[where])
@@ -64,38 +164,27 @@ def measure(ranker: Ranker, compared: Compared) -> RankerQuality:
         first, second = compared.orders[known].T - 0.5  # P(chosen preferred) - 0.5 if it is shown first, and second
         estimates["order_bias"] = estimate((first - second) / 2)
         estimates["order_flips"] = estimate(first * second < 0)
-        estimates["chosen_first"], estimates["chosen_second"] = estimate(_wins(first)), estimate(_wins(second))
+        estimates["chosen_first"], estimates["chosen_second"] = estimate(wins(first)), estimate(wins(second))
     if (unequal := lengths != 0).any():
         people = lengths > 0  # prefer the longer completion
         itself = np.where(people, right, 1 - right)
         estimates["longer_by_ranker"] = estimate(itself, unequal)
         estimates["longer_by_people"] = estimate(people, unequal)
-        estimates["longer_difference"] = estimate(itself - people, unequal)
         for name, verdict in {"right_if_longer": 1, "right_if_shorter": 0}.items():
             if (given := unequal & (itself == verdict)).any():
                 estimates[name] = estimate(right, given)
 
     def bins(values: np.ndarray, edges: np.ndarray) -> list[Bin]:
-        edges = np.unique(edges)  # of many equal values, some quantiles are equal
         numbers = np.searchsorted(edges[1:-1], values, side="right")
-        found = []
-        for number in np.unique(numbers):
-            inside = numbers == number
-            low, high, mean = edges[number], edges[min(number + 1, len(edges) - 1)], values[inside].mean()
-            found.append(Bin(float(low), float(high), float(mean), int(inside.sum()), estimate(right, inside)))
-        return found
+        masks = [numbers == number for number in np.unique(numbers)]
+        return [Bin(float(values[one].mean()), int(one.sum()), estimate(right, one)) for one in masks]
 
-    quantiles = np.linspace(0, 1, (2 * NUM_BINS if len(log_odds) >= MANY_COMPARISONS else NUM_BINS) + 1)
+    quantiles = np.linspace(0, 1, 11 if len(log_odds) >= 500 else 6)
     curves = {
         "probability": bins(sigmoid(margins), 0.5 + quantiles / 2),
         "margin": bins(margins, np.quantile(margins, quantiles, method="nearest")),
         "length": bins(lengths, np.quantile(lengths, quantiles, method="nearest")),
     }
-    if compared.names is not None:
-        subsets = reward_bench_scores(compared, compared.names)
-    else:
-        names = np.array([]) if compared.subsets is None else compared.subsets[known]
-        subsets = {str(name): estimate(right, names == name) for name in np.unique(names)}
     return RankerQuality(
         ranker=type(ranker).__name__,
         settings=ranker.settings(),
@@ -104,46 +193,50 @@ def measure(ranker: Ranker, compared: Compared) -> RankerQuality:
         num_without_opinion=int((~known).sum()),
         estimates=estimates,
         curves=curves,
-        subsets=subsets,
+        subsets=_row_scores(compared),
     )
 
 
-def _wins(log_odds: np.ndarray) -> np.ndarray:
-    """Return 1 where positive, 0 where negative, and 0.5 for a tie."""
-    return (np.sign(log_odds) + 1) / 2
+def _row_scores(compared: Compared) -> dict[str, Estimate]:
+    """Return the mean score of each subset's rows, of those on which the ranker has all opinions.
 
-
-def reward_bench_scores(compared: Compared, names: list[str]) -> dict[str, Estimate]:
-    """Return RewardBench 2's score of each subset (arXiv 2506.01937), of rows on which the ranker has all opinions.
-
-    A row scores 1 if no rejected completion is above its best chosen one, divided by the number of completions on top.
-
-    The subset Ties has for each number a row `tied:NUMBER` with several correct completions and a row `ref:NUMBER`
-    with one; numbers without both are left out. A number scores 0.3 for each row whose correct completions are all
-    above the others; 0.2 if the gap between them in `tied` exceeds the spread of the correct ones; 0.2 if the smaller
-    gap of both rows does; and 0.01 times tanh(smaller gap / spread - 1).
+    A row scores 1 if each chosen completion is above each rejected one, divided by 1 plus the number of ties among
+    them. With one chosen completion this is RewardBench 2's score (arXiv 2506.01937).
     """
-    rows, chosen, _ = compared.places.T
-    scores: dict[str, list[float]] = {}
-    ties: dict[str, tuple[float, float]] = {}  # gap and spread, by the row's name
-    for row in np.unique(rows):
-        inside = rows == row
-        above = compared.log_odds[inside].reshape(chosen[inside].max() + 1, -1)  # of each chosen one over each other
-        subset = "all" if compared.subsets is None else str(compared.subsets[inside][0])
-        if np.isnan(above).any():
-            continue
-        if subset.lower() == "ties":
-            ties[names[row]] = above.min(), np.ptp(above[:, 0])
-        else:
-            best = above[above.min(axis=1).argmax()]
-            scores.setdefault(subset, []).append((best.min() >= 0) / (1 + np.sum(best == 0)))
-    for name, (gap, spread) in ties.items():
-        kind, _, number = name.partition(":")
-        if kind == "tied" and f"ref:{number}" in ties:
-            single, _ = ties[f"ref:{number}"]
-            smaller = min(gap, single)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                score = 0.01 * np.nan_to_num(np.tanh(smaller / spread - 1))
-            score += 0.3 * (gap > 0) + 0.3 * (single > 0) + 0.2 * (gap > spread) + 0.2 * (smaller > spread)
-            scores.setdefault("Ties", []).append(score)
-    return {subset: Estimate.of(np.array(values)) for subset, values in sorted(scores.items())}
+    _, starts = np.unique(compared.rows, return_index=True)
+    smallest = np.minimum.reduceat(compared.log_odds, starts)
+    scores = (smallest >= 0) / (1 + np.add.reduceat(compared.log_odds == 0, starts, dtype=int))
+    known = ~np.isnan(smallest)
+    scores, prompts, subsets = scores[known], compared.prompts[starts][known], compared.subsets[starts][known]
+    return {str(one): Estimate.of(scores[subsets == one], prompts[subsets == one]) for one in np.unique(subsets)}
+
+
+def plot_quality(quality: RankerQuality, path: str | Path) -> None:
+    """Draw the calibration curve and the accuracy by margin, by length and, if it is known, by order, as a PNG."""
+    from matplotlib.figure import Figure
+
+    estimates, curves = quality.estimates, quality.curves
+    panels: list[tuple[str, str, list[Any], list[Estimate]]] = [
+        (f"By {name}", label, [one.mean for one in curves[name]], [one.accuracy for one in curves[name]])
+        for name, label in CURVES.items()
+    ]
+    if "order_bias" in estimates:
+        bias = f"order bias {with_error(estimates['order_bias'])}, flips {as_percentage(estimates['order_flips'])}"
+        shown = {"chosen_first": "chosen first", "chosen_second": "chosen second", "accuracy": "mean of both orders"}
+        panels.append(("By order", bias, list(shown.values()), [estimates[name] for name in shown]))
+    shape, size = ((2, 2), (11, 8.5)) if len(panels) == 4 else ((1, 3), (15, 4.5))
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(f"{quality.ranker}, {quality.num_comparisons:,} comparisons of {quality.num_prompts:,} prompts")
+    drawn = figure.subplots(*shape).flatten()
+    for axes, (title, label, places, accuracies) in zip(drawn, panels, strict=True):
+        means, errors = [one.mean for one in accuracies], [one.standard_error for one in accuracies]
+        axes.errorbar(places, means, errors, fmt="o", capsize=3)
+        axes.set(title=title, xlabel=label, ylabel="accuracy ± standard error", ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+    margins = np.linspace(0, max(one.mean for one in curves["margin"]), 100)
+    drawn[0].plot([0.5, 1], [0.5, 1], "--", color="gray", label="calibrated")
+    drawn[1].plot(margins, sigmoid(margins), "--", color="gray", label="calibrated")
+    drawn[2].axhline(estimates["accuracy"].mean, linestyle="--", color="gray", label="all comparisons")
+    for axes in drawn[:3]:
+        axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=120, format="png")

@@ -19,34 +19,28 @@ from prefopt_trl.rankers.base import (
 )
 from prefopt_trl.rankers.comparative import ComparativeRanker
 
-SMALLEST_PROBABILITY = 1e-6  # closer to 0 and 1, log-odds are those of this one
-
 
 @dataclass(frozen=True)
 class Compared:
     """A ranker's view of `n` comparisons between a chosen and a rejected completion, as arrays of shape `(n,)`.
 
     Attributes:
-        prompts: The number of the prompt. Equal prompts have equal numbers.
         log_odds: Log-odds that the chosen completion is preferred, in nats, before the ranker's temperature; NaN if
             the ranker has no opinion.
+        prompts: The number of the prompt. Equal prompts have equal numbers.
+        rows: The number of the dataset's row. A row of lists has several comparisons.
         lengths: Characters of the chosen completion minus those of the rejected one.
-        subsets: The value of the column `subset` or `source`. None without one.
+        subsets: The value of the column `subset` or `source`. `"all"` without one.
         orders: P(chosen preferred) if the chosen completion is shown first, and if it is shown second, before the
             temperature, shape `(n, 2)`. None unless the ranker is a [`ComparativeRanker`].
-        places: The row, and the index of the chosen and of the rejected completion in its lists, shape `(n, 3)`.
-        names: The column `id` of rows that hold lists of completions, one for each row. None for other rows.
-        temperature: The ranker's, one number.
     """
 
-    prompts: np.ndarray
     log_odds: np.ndarray
+    prompts: np.ndarray
+    rows: np.ndarray
     lengths: np.ndarray
-    subsets: np.ndarray | None
+    subsets: np.ndarray
     orders: np.ndarray | None
-    places: np.ndarray
-    names: list[str] | None
-    temperature: float
 
 
 def ask_comparisons(ranker: Ranker, comparisons: Dataset) -> Compared:
@@ -55,26 +49,23 @@ def ask_comparisons(ranker: Ranker, comparisons: Dataset) -> Compared:
     Raise the errors of [`evaluate_ranker`].
     """
     check_ranker(ranker)
-    rows = normalize_rows(comparisons, "`comparisons`")
-    check_columns(rows, ["prompt", "chosen", "rejected"], "`comparisons`")
-    are_lists = are_candidates(rows.features["chosen"])
-    cells = {name: list(rows[name]) for name in rows.column_names}
-    for name in () if are_lists else ("chosen", "rejected"):
-        cells[name] = [[completion] for completion in cells[name]]
-    places = []
-    for row, (chosen, rejected) in enumerate(zip(cells["chosen"], cells["rejected"], strict=True)):
+    dataset = normalize_rows(comparisons, "`comparisons`")
+    check_columns(dataset, ["prompt", "chosen", "rejected"], "`comparisons`")
+    are_lists, pairs = are_candidates(dataset.features["chosen"]), []
+    for row, cells in enumerate(zip(dataset["chosen"], dataset["rejected"], strict=True)):
+        chosen, rejected = cells if are_lists else ([cell] for cell in cells)
         if not (chosen and rejected):
             raise ValueError(f"Row {row} of `comparisons` has no chosen or no rejected completion. Leave it out.")
-        places += [(row, i, j) for i in range(len(chosen)) for j in range(len(rejected))]
-    first = [cells["chosen"][row][i] for row, i, _ in places]
-    second = [cells["rejected"][row][j] for row, _, j in places]
-    columns = {name: [of_rows[row] for row, _, _ in places] for name, of_rows in cells.items()}
-    prompts, _, _ = (columns.pop(name) for name in ("prompt", "chosen", "rejected"))
+        pairs += [(row, one, other) for one in chosen for other in rejected]
+    rows, first, second = map(list, zip(*pairs, strict=True))
+    others = dataset.remove_columns(["chosen", "rejected"]).select(rows)
+    columns = {name: list(others[name]) for name in others.column_names}
+    prompts = columns.pop("prompt")
 
     temperature, orders = getattr(ranker, "temperature", 1.0), None
     if not ranker.draws_baselines:  # rewards do not saturate, as probabilities do
-        pairs = list(zip(first, second, strict=True))
-        rewards, _ = ask_rewards(ranker, prompts, pairs, columns=columns, may_abstain=True)
+        both = [[one, other] for _, one, other in pairs]
+        rewards, _ = ask_rewards(ranker, prompts, both, columns=columns, may_abstain=True)
         log_odds = temperature * -np.diff(rewards, axis=1)[:, 0]
     elif isinstance(ranker, ComparativeRanker):
         check_inputs(prompts, chosen=first, rejected=second)
@@ -84,28 +75,21 @@ def ask_comparisons(ranker: Ranker, comparisons: Dataset) -> Compared:
     else:
         log_odds = temperature * _log_odds(ask_probabilities(ranker, prompts, first, second, columns))
 
-    numbers: dict[str, int] = {}
-    number_of_pair = np.array([numbers.setdefault(json.dumps(prompt), len(numbers)) for prompt in prompts])
-    if (num_prompts := len(set(number_of_pair[~np.isnan(log_odds)]))) < 2:
+    number_of: dict[str, int] = {}
+    numbers = np.array([number_of.setdefault(json.dumps(prompt), len(number_of)) for prompt in prompts])
+    if (num_prompts := len(set(numbers[~np.isnan(log_odds)]))) < 2:
         raise ValueError(
             f"The ranker has an opinion on comparisons of {num_prompts} prompts in `comparisons`. Give at least 2, as "
             "standard errors are over prompts."
         )
-    subsets = columns.get("subset", columns.get("source"))
-    return Compared(
-        prompts=number_of_pair,
-        log_odds=log_odds,
-        lengths=np.array([_length(one) - _length(other) for one, other in zip(first, second, strict=True)]),
-        subsets=None if subsets is None else np.array(subsets, dtype=str),
-        orders=orders,
-        places=np.array(places),
-        names=list(map(str, cells.get("id", cells["prompt"]))) if are_lists else None,
-        temperature=temperature,
-    )
+    lengths = np.array([_length(one) - _length(other) for _, one, other in pairs])
+    subsets = np.array(columns.get("subset", columns.get("source", ["all"] * len(rows))), dtype=str)
+    return Compared(log_odds, numbers, np.array(rows), lengths, subsets, orders)
 
 
 def _log_odds(probabilities: np.ndarray) -> np.ndarray:
-    return logit(probabilities.clip(SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY))
+    smallest = ComparativeRanker.smallest_probability
+    return logit(probabilities.clip(smallest, 1 - smallest))
 
 
 def _length(completion: Completion) -> int:

@@ -35,6 +35,7 @@ class EnsembleRanker(Ranker):
             `"mean"` of the rewards; their `"min"`; `"mean-std"`, the mean minus `k` standard deviations; or `"vote"`.
             A vote is the share of members that prefer one completion to another, and the reward of a completion is the
             logit of its mean share against the others (or the baseline), shrunk by half a vote so that it is finite.
+            P(first preferred) is the sigmoid of this logit.
         weights (`Sequence[float]`, *optional*):
             Weight of each member in the mean, the standard deviation and the vote. By default all are equal.
         k (`float`, *optional*, defaults to `1.0`):
@@ -83,7 +84,7 @@ class EnsembleRanker(Ranker):
                 self.rankers.append(made)
         models = [member.model for member in self.rankers if member.model is not None]
         self.model = nn.ModuleList(models) if models else None
-        self.draws_baselines = any(member.draws_baselines for member in self.rankers)
+        self.draws_baselines = combine == "vote" or any(member.draws_baselines for member in self.rankers)
         self.may_abstain = any(member.may_abstain for member in self.rankers)
         self.required_columns = {name for member in self.rankers for name in member.required_columns}
 
@@ -94,13 +95,14 @@ class EnsembleRanker(Ranker):
         second: Sequence[Completion],
         columns: Columns | None = None,
     ) -> np.ndarray:
-        """Return P(first preferred): the share of votes, or by Bradley-Terry from the combined rewards."""
+        """Return P(first preferred), by Bradley-Terry from the combined rewards or from the reward of the vote."""
         check_inputs(prompts, first=first, second=second)
         both = self._members(prompts, list(zip(first, second, strict=True)), None, columns)
         if self.combine == "vote":
-            return np.array([self._vote(rewards[:, 0] - rewards[:, 1]) for rewards in both]).reshape(-1)
-        combined = np.array([self._combine(rewards) for rewards in both]).reshape(-1, 2)
-        return sigmoid((combined[:, 0] - combined[:, 1]) / self.temperature)
+            log_odds = [self._reward(rewards[:, :1] - rewards[:, 1:], against_baseline=True)[0] for rewards in both]
+        else:
+            log_odds = [-np.diff(self._combine(rewards))[0] for rewards in both]
+        return sigmoid(np.array(log_odds) / self.temperature)
 
     def score(
         self,

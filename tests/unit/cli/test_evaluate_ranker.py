@@ -50,7 +50,7 @@ def test_it_prints_and_writes_the_report_and_the_calibrated_function(comparisons
 
 
 def test_a_model_keeps_its_arguments(comparisons, run_in_process, tiny_llama_dir, monkeypatch):
-    found = Calibration(2.5, (1.0, float("inf")), 40, 40, 0.7, 0.7)
+    found = Calibration(2.5, (1.0, float("inf")), 40, 40)
     monkeypatch.setattr("prefopt_trl.cli.evaluate_ranker.fit_temperature", lambda compared: found)
     options = ["--ranker_template", "summary", "--ranker_batch_size", "8", "--output_dir", "out", "--calibrate"]
     run_in_process("evaluate-ranker", [*comparisons, "--ranker", tiny_llama_dir, *options])

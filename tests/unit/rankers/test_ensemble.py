@@ -55,13 +55,24 @@ def test_a_member_without_an_opinion_is_left_out():
 
 def test_votes_by_hand():
     ranker = EnsembleRanker(members(), "vote")
-    assert ranker.compare(["p", "p", "p"], ["a", "b", "a"], ["b", "c", "a"]) == pytest.approx([2 / 3, 1, 0.5])
+    assert ranker.compare(["p"] * 3, ["a", "b", "a"], ["b", "c", "a"]) == pytest.approx([2.5 / 4, 3.5 / 4, 1 / 2])
     # a wins 2/3 of the votes against b and 1/2 against c, b 1/3 and all, c 1/2 and none
     shares = np.array([7 / 12, 2 / 3, 1 / 4])
     expected = np.log((3 * shares + 0.5) / (3 * (1 - shares) + 0.5))
     assert ranker.score(["p"], [["a", "b", "c"]])[0] == pytest.approx(expected)
     assert ranker.score(["p"], [["b"]], baselines=["c"])[0] == pytest.approx([math.log(3.5 / 0.5)])
-    assert EnsembleRanker(members(), "vote", [2, 1, 1]).compare(["p"], ["a"], ["b"]) == pytest.approx([3 / 4])
+    weighted = EnsembleRanker(members(), "vote", [2, 1, 1])
+    assert weighted.compare(["p"], ["a"], ["b"]) == pytest.approx([(3 * 3 / 4 + 0.5) / 4])
+
+
+@pytest.mark.parametrize("combine", ["mean", "vote"])
+def test_the_temperature_divides_rewards_and_log_odds_alike(combine):
+    ranker = EnsembleRanker(members(), combine)
+    ranker.temperature = 2.0
+    reward = ranker.score(["p"], [["a"]], baselines=["b"])[0]
+    assert ranker.compare(["p"], ["a"], ["b"]) == pytest.approx(1 / (1 + np.exp(-reward)))
+    ranker.temperature = 1.0
+    assert ranker.score(["p"], [["a"]], baselines=["b"])[0] == pytest.approx(2 * reward)
 
 
 class Table(ComparativeRanker):
