@@ -1,7 +1,6 @@
 """How far to trust a ranker: its verdicts against comparisons that people have made."""
 
 import logging
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,14 +65,14 @@ class RankerQuality:
         """A sentence on a ranker that loves length, or None.
 
         It prefers the longer completion more often than people do and more often than not, and is wrong more often
-        where it does. The share alone can be innocent: verdicts are more one-sided than the probabilities behind them.
+        where it does.
         """
         found = self.estimates
         if "right_if_longer" not in found:
             return None
         ranker, people, longer = found["longer_by_ranker"], found["longer_by_people"], found["right_if_longer"]
         shorter = found.get("right_if_shorter", Estimate(1.0, 0.0))
-        error = math.hypot(longer.standard_error, shorter.standard_error)
+        error = np.hypot(longer.standard_error, shorter.standard_error)
         if ranker.mean <= max(0.5, people.mean + 0.05) or not longer.mean + 2 * error < shorter.mean:
             return None
         return (
@@ -215,14 +214,14 @@ def plot_quality(quality: RankerQuality, path: str | Path) -> None:
     """Draw the calibration curve and the accuracy by margin, by length and, if it is known, by order, as a PNG."""
     from matplotlib.figure import Figure
 
-    estimates, curves = quality.estimates, quality.curves
-    panels: list[tuple[str, str, list[Any], list[Estimate]]] = [
-        (f"By {name}", label, [one.mean for one in curves[name]], [one.accuracy for one in curves[name]])
-        for name, label in CURVES.items()
-    ]
+    estimates = quality.estimates
+    panels: list[tuple[str, str, list[Any], list[Estimate]]] = []
+    for name, label in CURVES.items():
+        curve = quality.curves[name]
+        panels.append((f"By {name}", label, [one.mean for one in curve], [one.accuracy for one in curve]))
     if "order_bias" in estimates:
         bias = f"order bias {with_error(estimates['order_bias'])}, flips {as_percentage(estimates['order_flips'])}"
-        shown = {"chosen_first": "chosen first", "chosen_second": "chosen second", "accuracy": "mean of both orders"}
+        shown = {"chosen_first": "chosen first", "chosen_second": "chosen second", "accuracy": "both orders"}
         panels.append(("By order", bias, list(shown.values()), [estimates[name] for name in shown]))
     shape, size = ((2, 2), (11, 8.5)) if len(panels) == 4 else ((1, 3), (15, 4.5))
     figure = Figure(figsize=size, layout="constrained")
@@ -231,9 +230,9 @@ def plot_quality(quality: RankerQuality, path: str | Path) -> None:
     for axes, (title, label, places, accuracies) in zip(drawn, panels, strict=True):
         means, errors = [one.mean for one in accuracies], [one.standard_error for one in accuracies]
         axes.errorbar(places, means, errors, fmt="o", capsize=3)
-        axes.set(title=title, xlabel=label, ylabel="accuracy ± standard error", ylim=(0, 1.02))
+        axes.set(title=title, xlabel=label, xmargin=0.15, ylabel="accuracy ± standard error", ylim=(0, 1.02))
         axes.grid(alpha=0.3)
-    margins = np.linspace(0, max(one.mean for one in curves["margin"]), 100)
+    margins = np.linspace(0, quality.curves["margin"][-1].mean, 100)
     drawn[0].plot([0.5, 1], [0.5, 1], "--", color="gray", label="calibrated")
     drawn[1].plot(margins, sigmoid(margins), "--", color="gray", label="calibrated")
     drawn[2].axhline(estimates["accuracy"].mean, linestyle="--", color="gray", label="all comparisons")

@@ -8,8 +8,6 @@ from datasets import Dataset
 from prefopt_trl.rankers.base import Ranker, sigmoid
 from prefopt_trl.rankers.comparisons import Compared, ask_comparisons
 
-NORMAL_95 = 1.959964  # two-sided 95% of the normal distribution
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -98,7 +96,7 @@ def fit_temperature(compared: Compared) -> Calibration:
     information = np.sum(log_odds**2 * probabilities * (1 - probabilities))
     by_prompt = np.bincount(prompts, weights=scores(inverse))
     error = np.sqrt(num_prompts / (num_prompts - 1) * np.sum(by_prompt**2)) / information
-    least, most = inverse - NORMAL_95 * error, inverse + NORMAL_95 * error
+    least, most = inverse - 1.96 * error, inverse + 1.96 * error
     return Calibration(
         temperature=1 / inverse,
         interval=(float(1 / most), float(1 / least) if least > 0 else np.inf),

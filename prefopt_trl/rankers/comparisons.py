@@ -44,10 +44,7 @@ class Compared:
 
 
 def ask_comparisons(ranker: Ranker, comparisons: Dataset) -> Compared:
-    """Ask a ranker about each comparison once; of lists, about each chosen with each rejected completion.
-
-    Raise the errors of [`evaluate_ranker`].
-    """
+    """Ask a ranker about each chosen and rejected completion of a row once. Raise as [`evaluate_ranker`] does."""
     check_ranker(ranker)
     dataset = normalize_rows(comparisons, "`comparisons`")
     check_columns(dataset, ["prompt", "chosen", "rejected"], "`comparisons`")

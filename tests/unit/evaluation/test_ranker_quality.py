@@ -14,53 +14,13 @@ from scipy.stats import binom
 from prefopt_trl import FunctionRanker, evaluate_ranker
 from prefopt_trl.evaluation.policy import Estimate
 from prefopt_trl.rankers.base import sigmoid
-from prefopt_trl.rankers.comparative import ComparativeRanker
-
-
-def number(prompts, completions, **columns):
-    """The reward that a completion states; None if it states none."""
-    return [None if text == "none" else float(text) for text in completions]
-
-
-class Reader(ComparativeRanker):
-    """Adds `bias` to the log-odds of the completion shown first."""
-
-    def __init__(self, bias):
-        self.bias, self.num_asked = bias, 0
-
-    def both_orders(self, prompts, first, second, rows=None):
-        self.num_asked += len(prompts)
-        margins = np.array([float(a) - float(b) for a, b in zip(first, second, strict=True)])
-        return np.stack([sigmoid(margins + self.bias), sigmoid(margins - self.bias)], axis=1)
-
-    def settings(self):
-        return {"temperature": self.temperature}
-
-
-def comparisons(margins, prompts=None, lengths=None, **columns):
-    """Comparisons with these reward differences, and characters of the chosen minus the rejected completion."""
-    prompts = range(len(margins)) if prompts is None else prompts
-    lengths = [0] * len(margins) if lengths is None else lengths
-    given = {
-        "prompt": [f"{prompt}?" for prompt in prompts],
-        "chosen": [repr(float(one)).ljust(40 + max(length, 0)) for one, length in zip(margins, lengths, strict=True)],
-        "rejected": ["0.0".ljust(40 + max(-length, 0)) for length in lengths],
-    }
-    return Dataset.from_dict(given | columns)
-
-
-def test_errors_of_clusters_are_those_of_their_sums():
-    values, prompts = np.array([1, 0, 0.5, 1]), np.array([7, 7, 3, 5])
-    by_prompt = np.array([1 + 0 - 2 * 0.625, 0.5 - 0.625, 1 - 0.625])
-    assert Estimate.of(values, prompts) == Estimate(0.625, pytest.approx(math.sqrt(3 / 2 * sum(by_prompt**2)) / 4))
-    assert Estimate.of(values, np.arange(4)) == Estimate.of(values)
-    assert math.isnan(Estimate.of(values, np.zeros(4)).standard_error)
+from tests.unit.known_rankers import Reader, comparisons, pointwise
 
 
 def test_the_numbers_by_hand():
     # P(chosen preferred) is 3/4 and 1/4 on one prompt, 1/2 on another and 9/10 on a third
     margins = [math.log(3), -math.log(3), 0, math.log(9)]
-    found = evaluate_ranker(FunctionRanker(number), comparisons(margins, [0, 0, 1, 2]))
+    found = evaluate_ranker(pointwise(), comparisons(margins, [0, 0, 1, 2]))
     means = {name: estimate.mean for name, estimate in found.estimates.items()}
     assert means == pytest.approx(
         {
@@ -70,13 +30,15 @@ def test_the_numbers_by_hand():
             "ties": 1 / 4,
         }
     )
-    assert found.estimates["accuracy"] == Estimate.of(np.array([1, 0, 0.5, 1]), np.array([0, 0, 1, 2]))
+    by_prompt = np.array([1 + 0 - 2 * 0.625, 0.5 - 0.625, 1 - 0.625])  # deviations of the verdicts from their mean
+    assert found.estimates["accuracy"].standard_error == pytest.approx(math.sqrt(3 / 2 * sum(by_prompt**2)) / 4)
+    assert math.isnan(Estimate.of(np.arange(4), np.zeros(4)).standard_error)  # of one prompt
     assert (found.num_comparisons, found.num_prompts, found.num_without_opinion) == (4, 3, 0)
     assert found.warning is None
 
 
 def test_the_temperature_is_in_effect():
-    for ranker in (FunctionRanker(number), Reader(bias=0.0)):
+    for ranker in (pointwise(), Reader(bias=0.0)):
         ranker.temperature = 2.0
         found = evaluate_ranker(ranker, comparisons([2 * math.log(3)] * 3))
         assert found.estimates["log_loss"].mean == pytest.approx(-math.log(3 / 4))
@@ -86,7 +48,7 @@ def test_the_temperature_is_in_effect():
 def test_curves_are_the_accuracies_in_bins_of_the_verdicts():
     margins = [0.1, -0.1, 1.0, 1.0, 3.0, 3.0, 3.0, -3.0, 5.0, 5.0]
     lengths = [-50, -40, -30, -20, -10, 10, 20, 30, 40, 50]
-    curves = evaluate_ranker(FunctionRanker(number), comparisons(margins, lengths=lengths)).curves
+    curves = evaluate_ranker(pointwise(), comparisons(margins, lengths=lengths)).curves
     assert [(one.count, one.accuracy.mean) for one in curves["probability"]] == [(2, 0.5), (2, 1.0), (6, 5 / 6)]
     assert [one.mean for one in curves["probability"]] == pytest.approx(
         [1 / (1 + math.exp(-0.1)), 1 / (1 + math.exp(-1)), (4 / (1 + math.exp(-3)) + 2 / (1 + math.exp(-5))) / 6]
@@ -113,21 +75,16 @@ def test_conversations_and_transcripts_are_compared_as_they_are():
         return [-float(len(one if isinstance(one, str) else one[0]["content"])) for one in completions]
 
     pairs = [("Why?", "So.", "Because."), ("How?", "Thus.", "Like that.")]
-    transcripts = [
-        {name: f"\n\nHuman: {p}\n\nAssistant: {text}" for name, text in (("chosen", c), ("rejected", r))}
-        for p, c, r in pairs
-    ]
+    turns = "\n\nHuman: {}\n\nAssistant: {}"
+    transcripts = [{"chosen": turns.format(p, c), "rejected": turns.format(p, r)} for p, c, r in pairs]
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     messages = [
-        {
-            "prompt": [{"role": "user", "content": p}],
-            "chosen": [{"role": "assistant", "content": c}],
-            "rejected": [{"role": "assistant", "content": r}],
-        }
-        for p, c, r in pairs
+        {name: [{"role": role, "content": text}] for (name, role), text in zip(roles.items(), pair, strict=True)}
+        for pair in pairs
     ]
     for rows in (transcripts, messages):
         found = evaluate_ranker(FunctionRanker(shortest), Dataset.from_list(rows))
-        assert found.estimates["accuracy"].mean == 1
+        assert found.estimates["accuracy"] == Estimate(1.0, 0.0)
         assert found.estimates["longer_by_ranker"] == found.estimates["longer_by_people"] == Estimate(0.0, 0.0)
         assert [one.mean for one in found.curves["length"]] == [-5]
 
@@ -145,18 +102,14 @@ def people(rng, num_comparisons=400, love=0.0, longer=0.0):
 
 
 def test_a_ranker_that_loves_length_is_told_so():
-    found = evaluate_ranker(FunctionRanker(number), people(np.random.default_rng(0), love=1.0))
+    found = evaluate_ranker(pointwise(), people(np.random.default_rng(0), love=1.0))
     shorter, *_, longer = found.curves["length"]
     assert longer.accuracy.mean > shorter.accuracy.mean + 0.2
     assert found.estimates["right_if_shorter"].mean > found.estimates["right_if_longer"].mean + 0.1
     assert found.warning.startswith("The ranker loves length: it prefers the longer completion in ")
     assert str(found).endswith(found.warning)
-
-
-def test_a_ranker_that_always_prefers_the_longer_is_told_so_too():
-    found = evaluate_ranker(FunctionRanker(number), comparisons([1.0, -1.0] * 20, lengths=[9, -9] * 20))
-    assert found.estimates["longer_by_ranker"] == Estimate(1.0, 0.0)
-    assert "in 100% ± 0% of comparisons, people in 50% ± 8%" in found.warning
+    always = evaluate_ranker(pointwise(), comparisons([1.0, -1.0] * 20, lengths=[9, -9] * 20))
+    assert "in 100% ± 0% of comparisons, people in 50% ± 8%" in always.warning
 
 
 @pytest.mark.parametrize("longer", [0.0, 0.8, -0.8])
@@ -164,18 +117,15 @@ def test_an_innocent_ranker_is_not_accused(longer):
     accused = 0
     for seed in range(40):
         rows = people(np.random.default_rng(seed), love=longer, longer=longer)
-        accused += evaluate_ranker(FunctionRanker(number), rows).warning is not None
+        accused += evaluate_ranker(pointwise(), rows).warning is not None
     assert binom.sf(5, 40, 0.023) < 1e-3  # the chance to fail, if one is accused by the 2 standard errors alone
     assert accused <= 5
 
 
 def test_errors_alone_are_no_love_of_length():
     # People prefer the shorter one in 3 of 4; a ranker that errs at random prefers the longer one more often than they
-    rng = np.random.default_rng(0)
-    right, longer = rng.random(2000) < 0.6, rng.random(2000) < 0.25
-    found = evaluate_ranker(
-        FunctionRanker(number), comparisons(np.where(right, 1, -1), lengths=np.where(longer, 9, -9))
-    )
+    signs = np.sign(np.array([[0.6], [0.25]]) - np.random.default_rng(0).random((2, 2000)))
+    found = evaluate_ranker(pointwise(), comparisons(signs[0], lengths=(9 * signs[1]).astype(int)))
     assert found.estimates["longer_by_ranker"].mean > found.estimates["longer_by_people"].mean + 0.15
     assert found.warning is None
 
@@ -199,10 +149,10 @@ def test_an_order_bias_is_measured_and_averaged_away():
 
 def best_of(*rows):
     """Rows of RewardBench 2: subset, rewards of the chosen and of the rejected completions."""
-    names = ("subset", "chosen", "rejected")
-    given = [dict(zip(names, (subset, *map(list, lists)), strict=True)) for subset, *lists in rows]
-    texts = [{**row, **{name: list(map(str, row[name])) for name in names[1:]}} for row in given]
-    return Dataset.from_list([{"prompt": f"{number}?", **row} for number, row in enumerate(texts)])
+    subsets, *rewards = zip(*rows, strict=True)
+    chosen, rejected = ([list(map(str, row)) for row in side] for side in rewards)
+    prompts = [f"{row}?" for row in range(len(rows))]
+    return Dataset.from_dict({"prompt": prompts, "subset": subsets, "chosen": chosen, "rejected": rejected})
 
 
 def test_rows_of_lists_have_the_scores_of_reward_bench():
@@ -214,25 +164,21 @@ def test_rows_of_lists_have_the_scores_of_reward_bench():
         ("Ties", [3.0, 2.5], [1.0, 0.0]),  # each chosen one is above each rejected one
         ("Ties", [3.0, 2.0], [2.5, 0.0]),  # one is not
     )
-    found = evaluate_ranker(FunctionRanker(number), rows)
+    found = evaluate_ranker(pointwise(), rows)
     assert {name: one.mean for name, one in found.subsets.items()} == {"Math": 1 / 2, "Focus": 1 / 3, "Ties": 1 / 2}
     assert found.subsets["Math"].standard_error == pytest.approx(1 / 2)
     assert (found.num_comparisons, found.num_prompts, found.num_without_opinion) == (19, 6, 1)
     reader = Reader(bias=1.0)
-    found = evaluate_ranker(reader, rows.select([0, 1, 4, 5]))
-    assert {name: one.mean for name, one in found.subsets.items()} == {"Math": 1 / 2, "Ties": 1 / 2}
-    assert reader.num_asked == 3 + 3 + 4 + 4
-
-
-def test_a_row_without_a_completion_is_named():
+    assert evaluate_ranker(reader, rows.select([0, 1])).subsets["Math"].mean == 1 / 2
+    assert reader.num_asked == 3 + 3
     with pytest.raises(ValueError, match="Row 1 of `comparisons` has no chosen or no rejected completion. Leave it"):
-        evaluate_ranker(FunctionRanker(number), best_of(("Math", [2.0], [1.0]), ("Math", [2.0], [])))
+        evaluate_ranker(pointwise(), best_of(("Math", [2.0], [1.0]), ("Math", [2.0], [])))
 
 
 # The report
 
 
-@pytest.mark.parametrize("ranker", [FunctionRanker(number), Reader(bias=0.5)])
+@pytest.mark.parametrize("ranker", [pointwise(), Reader(bias=0.5)])
 @pytest.mark.parametrize("num_comparisons", [2, 600])
 def test_a_report_is_saved(ranker, num_comparisons, tmp_path):
     found = evaluate_ranker(ranker, people(np.random.default_rng(0), num_comparisons))
@@ -246,6 +192,6 @@ def test_a_report_is_saved(ranker, num_comparisons, tmp_path):
 
 def test_without_matplotlib_the_numbers_are_saved(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    evaluate_ranker(FunctionRanker(number), comparisons([1.0, 2.0])).save(tmp_path)
+    evaluate_ranker(pointwise(), comparisons([1.0, 2.0])).save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ranker_quality.json", "ranker_quality.md"]
     assert "pip install 'prefopt-trl[plots]'" in caplog.text
