@@ -62,11 +62,7 @@ class RankerQuality:
 
     @property
     def warning(self) -> str | None:
-        """A sentence on a ranker that loves length, or None.
-
-        It prefers the longer completion more often than people do and more often than not, and is wrong more often
-        where it does.
-        """
+        """A sentence on a ranker that prefers long completions more than people do, and is less often right then."""
         found = self.estimates
         if "right_if_longer" not in found:
             return None
@@ -118,14 +114,13 @@ def evaluate_ranker(ranker: Ranker, comparisons: Dataset) -> RankerQuality:
         ranker ([`Ranker`]):
             Any ranker. Its temperature is in effect.
         comparisons ([`~datasets.Dataset`]):
-            Columns `prompt`, `chosen` and `rejected`, plain or conversational, or HH-RLHF transcripts; at least 2
-            prompts, with any number of rows each. A column `subset` or `source` gives accuracies by its values. Other
-            columns are passed to rankers that read them. In RewardBench 2's layout, `chosen` and `rejected` are lists
-            of completions, and each chosen one is compared to each rejected one.
+            Columns `prompt`, `chosen` and `rejected`, plain or conversational, or HH-RLHF transcripts. A column
+            `subset` or `source` gives accuracies by its values. Other columns are passed to rankers that read them. In
+            RewardBench 2's layout, `chosen` and `rejected` are lists of completions, and each chosen one is compared
+            to each rejected one.
 
     Returns:
-        [`RankerQuality`]: print it, or `save` it as a report with plots. Comparisons on which the ranker has no
-        opinion are counted and left out.
+        [`RankerQuality`]: print it, or `save` it as a report with plots.
 
     Raises:
         TypeError: if an argument is not a ranker or not a [`~datasets.Dataset`].
