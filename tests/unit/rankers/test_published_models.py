@@ -69,9 +69,8 @@ def test_the_reward_of_a_label_is_its_log_odds(tokenizer, names, config_class, b
     assert ranker.arguments()["label"] == "1"
 
 
-@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
-def test_an_output_that_excludes_no_other_is_the_reward_itself(tokenizer, problem_type):
-    model = classifier(LlamaConfig, num_labels=3, problem_type=problem_type)
+def test_an_output_that_excludes_no_other_is_the_reward_itself(tokenizer):
+    model = classifier(LlamaConfig, num_labels=3, problem_type="multi_label_classification")
     (reward,) = RewardModelRanker(model, tokenizer, label="LABEL_2").score(["Why?"], [[" So."]])[0]
     assert reward == pytest.approx(logits_of(model, tokenizer, "Why? So.</s>")[2].item(), abs=1e-5)
 
@@ -149,53 +148,34 @@ def test_an_unknown_template_or_role_is_refused(tokenizer):
 # OpenAssistant's GPT-NeoX models
 
 
-@pytest.fixture(params=["last", "mean"])
-def published(request, tokenizer, tmp_path):
-    """A folder as OpenAssistant's: their names of weights, no labels, an older release's rotary settings."""
+@pytest.mark.parametrize(("batch_size", "share_prefix"), [(1, True), (3, False), (8, True)])
+def test_openassistants_models_load_and_reward_as_one_by_one(tokenizer, tmp_path, batch_size, share_prefix):
     torch.manual_seed(0)
     config = GPTNeoXConfig(**TINY | {"pad_token_id": None}, bos_token_id=1)
     backbone, head = with_large_weights(GPTNeoXModel(config)), with_large_weights(torch.nn.Linear(32, 1))
+    # A folder as theirs: their names of weights, no labels, an older release's rotary settings
     GPTNeoXRewardModel.config_class.from_dict(config.to_dict()).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     for name in ("id2label", "label2id", "rope_parameters"):
         written.pop(name)
-    written |= {"pooling": request.param, "architectures": ["GPTNeoXRewardModel"], "rotary_pct": 0.25}
-    (tmp_path / "config.json").write_text(json.dumps(written | {"rotary_emb_base": 10000}), encoding="utf-8")
+    written |= {"architectures": ["GPTNeoXRewardModel"], "rotary_pct": 0.25, "rotary_emb_base": 10000}
+    (tmp_path / "config.json").write_text(json.dumps(written), encoding="utf-8")
     weights = {f"gpt_neox.{name}": value for name, value in backbone.state_dict().items()}
-    torch.save(weights | {f"out_proj.{name}": value for name, value in head.state_dict().items()}, tmp_path / "w.bin")
-    (tmp_path / "w.bin").rename(tmp_path / "pytorch_model.bin")
+    weights |= {f"out_proj.{name}": value for name, value in head.state_dict().items()}
+    torch.save(weights, tmp_path / "pytorch_model.bin")
     tokenizer.save_pretrained(tmp_path)
-    return tmp_path, backbone, head, request.param
 
-
-@pytest.mark.parametrize(("batch_size", "share_prefix"), [(1, True), (3, False), (8, False), (8, True)])
-def test_openassistants_models_load_and_reward_as_one_by_one(published, tokenizer, caplog, batch_size, share_prefix):
-    folder, backbone, head, pooling = published
-    assert is_reward_model(str(folder))
-    ranker = RewardModelRanker(folder, template="oasst", batch_size=batch_size, share_prefix=share_prefix)
-    assert type(ranker.model) is GPTNeoXRewardModel and ranker.model.config.num_labels == 1
-    prompts, completions = [HH, "Bake bread."], [[" So.", " No, it is not so.", " Yes."], [" Mix the flour.", ""]]
-    rewards = np.concatenate(ranker.score(prompts, completions))
-    beginnings = [HH_OASST.removesuffix("So.</s>"), "<|prompter|>Bake bread.</s><|assistant|>"]
-    texts = [
-        f"{beginning}{completion.strip()}</s>"
-        for beginning, row in zip(beginnings, completions, strict=True)
-        for completion in row
-    ]
-    for text, reward in zip(texts, rewards, strict=True):
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    assert is_reward_model(str(tmp_path))
+    ranker = RewardModelRanker(tmp_path, template="oasst", batch_size=batch_size, share_prefix=share_prefix)
+    rewards = np.concatenate(ranker.score([HH, "Why?"], [[" So.", " No.", ""], [" Because.", ""]]))
+    beginnings = [HH_OASST.removesuffix("So.</s>")] * 3 + ["<|prompter|>Why?</s><|assistant|>"] * 2
+    for beginning, end, reward in zip(beginnings, ["So.", "No.", "", "Because.", ""], rewards, strict=True):
+        ids = tokenizer(f"{beginning}{end}</s>", return_tensors="pt", add_special_tokens=False).input_ids
         with torch.no_grad():
-            hidden = backbone(input_ids=ids).last_hidden_state[0]
-            expected = head(hidden.mean(dim=0) if pooling == "mean" else hidden[-1]).item()
+            expected = head(backbone(input_ids=ids).last_hidden_state[0, -1]).item()
         assert reward == pytest.approx(expected, abs=1e-5)
     assert np.ptp(rewards) > 0.1
-    said = [record for record in caplog.records if "reads more of a row than its last token" in record.message]
-    assert len(said) == (pooling == "mean" and share_prefix and batch_size > 1)  # the others share their prompts
 
-    ranker.save_pretrained(folder / "again")
-    again = RewardModelRanker(folder / "again", template="oasst", share_prefix=False)
-    assert np.concatenate(again.score(prompts, completions)) == pytest.approx(rewards, abs=1e-5)
-
-    # EOS as padding is read all the same
-    again.model.config.pad_token_id = again.pad_token_id = tokenizer.eos_token_id
-    assert np.concatenate(again.score(prompts, completions)) == pytest.approx(rewards, abs=1e-5)
+    ranker.save_pretrained(tmp_path / "again")
+    again = RewardModelRanker(tmp_path / "again", template="oasst", batch_size=batch_size, share_prefix=share_prefix)
+    assert again.settings() == ranker.settings()

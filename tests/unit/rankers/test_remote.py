@@ -6,7 +6,6 @@ import socket
 import time
 from typing import Any
 
-import numpy as np
 import pytest
 from pytest_httpserver import HTTPServer
 from transformers import AutoTokenizer
@@ -14,6 +13,7 @@ from werkzeug import Request, Response
 
 from prefopt_trl import RemoteRewardRanker
 from prefopt_trl.rankers import remote
+from prefopt_trl.rankers.templates import RewardText
 
 PROMPTS: list[Any] = ["What is 2 + 2?", [{"role": "user", "content": "Why?"}]]
 COMPLETIONS = [[" It is 4.", " 5", " It is 5."], ["So.", ""]]
@@ -28,7 +28,7 @@ class RewardServer:
     def __init__(self, server: HTTPServer) -> None:
         self.requests: list[Request] = []
         self.failures: list[Response] = []  # which come first
-        self.num_labels, self.delay = 1, 0.0
+        self.num_labels = 1
         server.expect_request("/classify").respond_with_handler(self.answer)
         server.expect_request("/score").respond_with_handler(self.answer)
         self.url = server.url_for("/classify")
@@ -37,7 +37,6 @@ class RewardServer:
         body = request.get_json()
         assert body["use_activation"] is False and body["model"] == "rm"
         self.requests.append(request)
-        time.sleep(self.delay)
         if self.failures:
             return self.failures.pop()
         if request.path == "/score":
@@ -61,23 +60,20 @@ def tokenizer(tiny_llama_dir):
     return AutoTokenizer.from_pretrained(tiny_llama_dir)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 16])
-@pytest.mark.parametrize("template", [None, "oasst"])
+@pytest.mark.parametrize(("template", "batch_size"), [(None, 1), (None, 2), ("oasst", 16)])
 def test_classify_gets_the_tokens_of_a_reward_model(
     served, tiny_llama_dir, tokenizer, monkeypatch, template, batch_size
 ):
     monkeypatch.setattr(remote, "BATCH_SIZE", batch_size)
     ranker = RemoteRewardRanker(served.url, "rm", tiny_llama_dir, template=template)
     rewards = ranker.score(PROMPTS, COMPLETIONS)
-    plain, chat = {
-        None: ("<s>What is 2 + 2?{}</s>", "<s><|user|>Why?</s><|assistant|>{}</s>"),
-        "oasst": ("<|prompter|>What is 2 + 2?</s><|assistant|>{}</s>", "<|prompter|>Why?</s><|assistant|>{}</s>"),
-    }[template]
-    texts = [plain.format(text if template is None else text.strip()) for text in COMPLETIONS[0]]
-    texts += [chat.format(text) for text in COMPLETIONS[1]]
-    expected = [reward(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
-    assert [len(row) for row in rewards] == [3, 2]
-    assert np.concatenate(rewards) == pytest.approx(expected, abs=1e-6)
+    texts = RewardText(tokenizer, template)
+    expected = [
+        [reward(texts.token_ids(texts.write(0, prompt, completion), prompt)) for completion in row]
+        for prompt, row in zip(PROMPTS, COMPLETIONS, strict=True)
+    ]
+    for found, of_prompt in zip(rewards, expected, strict=True):
+        assert found == pytest.approx(of_prompt, abs=1e-6)
     assert len(served.requests) == math.ceil(5 / batch_size)
     assert ranker.score([], []) == []
 
@@ -104,9 +100,7 @@ GARBAGE = {
     "500": Response("no", status=500),
     "html": Response("<html>"),
     "empty": Response("{}"),
-    "list": Response("[]"),
     "nan": Response('{"data": [{"index": 0, "probs": [NaN]}]}'),
-    "text": Response('{"data": [{"index": 0, "probs": ["much"]}]}'),
     "none": Response('{"data": []}'),
     "half": Response('{"data": [{"index": 0, "pro', headers={"Content-Length": "100"}),
 }
@@ -143,14 +137,6 @@ def test_a_refused_request_is_not_repeated(served, tokenizer):
     assert len(served.requests) == 1
 
 
-def test_requests_run_at_the_same_time(served, tokenizer, monkeypatch):
-    monkeypatch.setattr(remote, "BATCH_SIZE", 1)
-    served.delay = 0.05
-    start = time.perf_counter()
-    RemoteRewardRanker(served.url, "rm", tokenizer).score(["Why?"], [[f" {number}" for number in range(64)]])
-    assert time.perf_counter() - start < 64 * 0.05 / 3  # 0.4 seconds on an idle machine
-
-
 def test_the_key_is_sent_and_nowhere_written(served, tokenizer, monkeypatch):
     monkeypatch.setenv("REWARD_MODEL_API_KEY", "secret")
     ranker = RemoteRewardRanker(served.url, "rm", tokenizer)
@@ -164,7 +150,6 @@ def test_the_key_is_sent_and_nowhere_written(served, tokenizer, monkeypatch):
     [
         ("http://host/v1/embeddings", {}, "`url` must end in /classify or /score"),
         ("http://host/score?key=secret", {}, "have no key, which REWARD_MODEL_API_KEY holds"),
-        ("http://me:secret@host/score", {}, "have no key"),
         ("http://host/classify", {}, "Give a `tokenizer` for /classify"),
         ("http://host/score", {"tokenizer": "my-model"}, "For /score give none"),
         ("http://host/score", {"template": "oasst"}, "and no `template`"),
