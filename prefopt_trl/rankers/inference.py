@@ -54,8 +54,7 @@ AutoClass: TypeAlias = type[
 
 def is_reward_model(path: str, **model_init_kwargs: Any) -> bool:
     """Return whether a folder or Hub id is a sequence classification model, or an adapter for one."""
-    adapter = _adapter_config(path, model_init_kwargs)
-    if adapter is not None:
+    if (adapter := _adapter_config(path, model_init_kwargs)) is not None:
         return adapter.task_type == "SEQ_CLS"
     config = AutoConfig.from_pretrained(path, **_options_of_files(model_init_kwargs))
     names = ("ForSequenceClassification", GPTNeoXRewardModel.__name__)
@@ -66,8 +65,8 @@ def load_model(path: str, auto_class: AutoClass | None, init: dict[str, Any]) ->
     """Load the model, or the adapter on its base model, of a folder or Hub id.
 
     If `auto_class` is None, load a language model, causal or encoder-decoder according to its config. `init` are
-    arguments of `from_pretrained`. Without a quantization or a device map, the model goes to the accelerator. Raise
-    `ValueError` if there is no model, or a reward model in place of a language model.
+    arguments of `from_pretrained`. The model goes to the accelerator unless they place it. Raise `ValueError` if there
+    is no model, or a reward model in place of a language model.
     """
     device = process_state().device  # set before a quantized model is loaded onto it
     base, options = path, _options_of_files(init)
