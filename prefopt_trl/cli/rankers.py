@@ -18,7 +18,7 @@ from prefopt_trl.cli.arguments import RankerArguments
 from prefopt_trl.cli.models import in_short, named
 from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.rankers.function import FunctionRanker
-from prefopt_trl.rankers.inference import is_reward_model
+from prefopt_trl.rankers.inference import check_temperature, is_reward_model
 from prefopt_trl.rankers.pairwise import PairwiseRanker
 from prefopt_trl.rankers.pointwise import RewardModelRanker
 
@@ -95,8 +95,5 @@ def _make(specification: Any) -> Ranker:
     if "rankers" in given:  # made one after the other
         given["rankers"] = [partial(_make, member) for member in given["rankers"]]
     ranker = ranker_class(**given)
-    temperature = specification.get("temperature", 1.0)
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
-        raise ValueError(f"`temperature` is {temperature!r}. Give a number above 0, such as `calibrate` finds.")
-    ranker.temperature = temperature
+    ranker.temperature = check_temperature(specification.get("temperature", 1.0))  # not all classes have the argument
     return ranker

@@ -44,7 +44,7 @@ WORTH_SHARING = 0.8
 
 TOKENIZER = "tokenizer_config.json"
 
-# Of `model_init_kwargs`, what finds a file of the model's repository; the rest is for the model alone
+# Of `model_init_kwargs`, what finds the files of a repository
 FINDS_FILES = ("cache_dir", "local_files_only", "revision", "token")
 
 AutoClass: TypeAlias = type[
@@ -54,8 +54,7 @@ AutoClass: TypeAlias = type[
 
 def is_reward_model(path: str, **model_init_kwargs: Any) -> bool:
     """Return whether a folder or Hub id is a sequence classification model, or an adapter for one."""
-    adapter = _adapter_config(path, model_init_kwargs)
-    if adapter is not None:
+    if (adapter := _adapter_config(path, model_init_kwargs)) is not None:
         return adapter.task_type == "SEQ_CLS"
     config = AutoConfig.from_pretrained(path, **_options_of_files(model_init_kwargs))
     names = ("ForSequenceClassification", GPTNeoXRewardModel.__name__)
@@ -66,8 +65,8 @@ def load_model(path: str, auto_class: AutoClass | None, init: dict[str, Any]) ->
     """Load the model, or the adapter on its base model, of a folder or Hub id.
 
     If `auto_class` is None, load a language model, causal or encoder-decoder according to its config. `init` are
-    arguments of `from_pretrained`. Without a quantization or a device map, the model goes to the accelerator. Raise
-    `ValueError` if there is no model, or a reward model in place of a language model.
+    arguments of `from_pretrained`. The model goes to the accelerator unless they place it. Raise `ValueError` if there
+    is no model, or a reward model in place of a language model.
     """
     device = process_state().device  # set before a quantized model is loaded onto it
     base, options = path, _options_of_files(init)
@@ -116,10 +115,7 @@ def num_positions(model: PreTrainedModel | PeftModel) -> int | None:
 
 
 def label_index(model: PreTrainedModel, label: str | int | None) -> int | None:
-    """Return the index of a classifier's label, or None for a model with one output, which is the reward.
-
-    Raise `ValueError` if the label is unknown, or missing, or given for a model with one output.
-    """
+    """Return the index of a classifier's label, or None for a model with one output; refuse any other label."""
     names = [str(name) for _, name in sorted((model.config.id2label or {}).items())]
     if len(names) == 1 and label is None:
         return None
@@ -127,17 +123,15 @@ def label_index(model: PreTrainedModel, label: str | int | None) -> int | None:
     if len(names) == 1 or not isinstance(index, int) or not 0 <= index < len(names):
         raise ValueError(
             f"`label` is {label!r}, and `model` has the labels {', '.join(names)}. Of a classifier, give the name or "
-            "index of the label whose log-odds are the reward. A reward model has one output and takes no `label`: "
-            "load it with `num_labels=1` and train it with TRL's `RewardTrainer`."
+            "index of the one whose log-odds are the reward. A reward model has one output and takes no `label`."
         )
     return index
 
 
 def log_odds(logits: torch.Tensor, label: int | None, problem_type: str | None = None) -> torch.Tensor:
-    """Return log p(label) - log(1 - p(label)) for logits of shape `(..., num_labels)`, shape `(...)`, in float32.
+    """Return log(p / (1 - p)) of a label for logits of shape `(..., num_labels)`: shape `(...)`, float32.
 
-    The result is the output itself where it is the reward (`label` is None), a regression, or the log-odds of a label
-    that does not exclude the others.
+    A single output (`label` is None), a regression, and a label that does not exclude the others are not changed.
     """
     logits = logits.float()
     if label is None or problem_type in ("regression", "multi_label_classification"):
@@ -148,8 +142,8 @@ def log_odds(logits: torch.Tensor, label: int | None, problem_type: str | None =
 
 def check_temperature(temperature: float) -> float:
     """Return the temperature of a ranker. Raise `ValueError` unless it is positive and finite."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"`temperature` is {temperature}. Give a positive, finite number.")
+    if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        raise ValueError(f"`temperature` is {temperature!r}. Give a positive, finite number.")
     return temperature
 
 
@@ -180,10 +174,7 @@ class RankingModel:
             raise ValueError(f"`max_length` is {max_length}. Give 1 or more, or None for the model's own limit.")
         init = model_init_kwargs or {}
         if init and not isinstance(model, str | Path):
-            raise ValueError(
-                "`model_init_kwargs` has no effect on a model that is already loaded. Give the path of the model, or "
-                "leave `model_init_kwargs` out."
-            )
+            raise ValueError("`model_init_kwargs` has no effect on a loaded model. Give the model's path.")
         source = str(model) if isinstance(model, str | Path) else model.config.name_or_path or ""
         if tokenizer is None and not source:
             raise ValueError("`tokenizer` is missing, and the model has no `name_or_path`. Pass its tokenizer.")
@@ -192,10 +183,8 @@ class RankingModel:
         options = _options_of_files(init)
         if isinstance(self.model, PeftModel) and Path(source).is_dir() and not Path(source, TOKENIZER).is_file():
             # Without its own tokenizer, an adapter uses that of its base
-            source, options = (
-                self.model.config.name_or_path,
-                {**options, "revision": self.model.active_peft_config.revision},
-            )
+            source = self.model.config.name_or_path
+            options["revision"] = self.model.active_peft_config.revision
         self.tokenizer = AutoTokenizer.from_pretrained(source, **options) if tokenizer is None else tokenizer
         check_vocabulary(self.tokenizer, self.model)
         limits = [self.tokenizer.model_max_length, num_positions(self.model)]

@@ -47,11 +47,10 @@ class PairwiseRanker(PublishedModel, ComparativeRanker):
             onto the accelerator if there is one.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             By default it is loaded from the folder or Hub id of the model.
-        template (`str`, `Path` or `Callable`, *optional*, defaults to `"dialogue"`):
+        template (`str` or `Callable`, *optional*, defaults to `"dialogue"`):
             Format of a comparison: `"dialogue"` or `"summary"` (the paper's formats), `"rlhflow"` (that of RLHFlow's
-            pair-preference models, in the tokenizer's chat template), the path of a text file in which `{prompt}`,
-            `{first}` and `{second}` are replaced, or a function `(prompt_text, first_text, second_text) -> str`. Use
-            the one the model was trained with.
+            pair-preference models, in the tokenizer's chat template), or a function `(prompt_text, first_text,
+            second_text) -> str`. Use the one the model was trained with.
         batch_size (`int`, *optional*, defaults to `32`):
             Number of comparisons in one forward pass.
         max_length (`int`, *optional*):
@@ -84,7 +83,7 @@ class PairwiseRanker(PublishedModel, ComparativeRanker):
         model: str | Path | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        template: str | Path | Template = "dialogue",
+        template: str | Template = "dialogue",
         batch_size: int = 32,
         max_length: int | None = None,
         share_prefix: bool = True,
@@ -93,7 +92,6 @@ class PairwiseRanker(PublishedModel, ComparativeRanker):
         model_init_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.template, self.temperature = resolve_template(template), check_temperature(temperature)
-        self.template_file = None if callable(template) or template in TEMPLATES else str(template)
         self.ranking_model = RankingModel(
             None, model, tokenizer, batch_size, max_length, share_prefix, model_init_kwargs
         )
@@ -144,8 +142,8 @@ class PairwiseRanker(PublishedModel, ComparativeRanker):
         }
 
     def arguments(self) -> dict[str, str]:
-        name = next((name for name, template in TEMPLATES.items() if template is self.template), self.template_file)
-        return {"template": repr(name) if name else "your_template", **super().arguments()}
+        names = [repr(name) for name, template in TEMPLATES.items() if template is self.template]
+        return {"template": names[0] if names else "your_template", **super().arguments()}
 
     def _probabilities_of_a(self, inputs: dict[Texts, int]) -> np.ndarray:
         """Return P("A") of each input, shape `(len(inputs),)`."""
@@ -220,7 +218,7 @@ class PairwiseRanker(PublishedModel, ComparativeRanker):
         return keep(num_characters)
 
 
-def pairwise_ranker_dataset(pairs: Dataset, template: str | Path | Template = "dialogue", seed: int = 0) -> Dataset:
+def pairwise_ranker_dataset(pairs: Dataset, template: str | Template = "dialogue", seed: int = 0) -> Dataset:
     """Turn preference pairs into the training set of a pairwise ranker, for TRL's `SFTTrainer`.
 
     Args:

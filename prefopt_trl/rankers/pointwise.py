@@ -12,8 +12,9 @@ from prefopt_trl.data.formats import Completion, Prompt
 from prefopt_trl.rankers.base import Columns, PointwiseRanker
 from prefopt_trl.rankers.inference import RankingModel, check_temperature, label_index, log_odds
 from prefopt_trl.rankers.publishing import PublishedModel
-from prefopt_trl.rankers.templates import RewardTemplate, RewardText
+from prefopt_trl.rankers.templates import RewardTemplate, RewardText, cut_prompt
 from prefopt_trl.runtime.settings import Settings
+from prefopt_trl.shared_prefix.packing import common_length
 
 SENSITIVE_TO_PADDING = {"nystromformer", "xlnet", "yoso"}  # a row's reward would depend on the length of the others
 
@@ -157,7 +158,9 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
         if len(token_ids) <= max_length:
             return token_ids
         self.ranking_model.num_cut += 1
-        return self.texts.cut(token_ids, row, prompt, max_length)
+        without_completion = self.texts.token_ids(self.texts.write(row, prompt, ""), prompt)
+        prompt_length = common_length([token_ids, without_completion])
+        return cut_prompt(token_ids, prompt_length, self.tokenizer, max_length, row)
 
 
 def _padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

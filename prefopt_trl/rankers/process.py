@@ -1,7 +1,6 @@
 """The process reward ranker: a token classification model that rewards each step of a completion."""
 
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,22 @@ from prefopt_trl.rankers.templates import cut_prompt
 from prefopt_trl.runtime.settings import Settings
 from prefopt_trl.shared_prefix.packing import WholeRows
 
-REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "min": torch.min,
-    "mean": torch.mean,
-    "last": lambda of_steps: of_steps[-1],
-}
+REDUCTIONS: dict[str, Any] = {"min": torch.min, "mean": torch.mean, "last": lambda of_steps: of_steps[-1]}
 
 
 class ProcessRewardRanker(PublishedModel, PointwiseRanker):
     """A process reward model, which rewards each step of a completion at the step's last token.
 
-    Texts are tokenized as TRL's `PRMTrainer` did: BOS, the prompt, and each step followed by the separator, whose last
-    token has the reward of the step. Steps are the parts of a completion between separators that are not blank; a
-    completion without any is one step. Messages of a prompt go through the chat template.
+    Texts are tokenized as TRL's `PRMTrainer` did: BOS, the prompt, and each step followed by the separator. Steps are
+    the parts of a completion that are not blank, or else all of it. Messages go through the chat template.
 
     Args:
         model, tokenizer, batch_size, max_length, temperature, model_init_kwargs:
             As in [`RewardModelRanker`], for a token classification model.
         separator (`str`, *optional*, defaults to a line break):
-            What separates steps. Use the one the model was trained with.
+            Text between steps. Use the one the model was trained with.
         label (`str` or `int`, *optional*):
-            Name or index of the label whose log-odds are the reward of a step, in nats; for models of TRL's trainer 1,
-            a correct step. A model with one output takes none.
+            As in [`RewardModelRanker`]. Models of TRL's trainer have 1 for a correct step.
         reduce (`str`, *optional*, defaults to `"min"`):
             Reward of a completion: the lowest of its steps (`"min"`), that of the `"last"`, or their `"mean"`.
 
@@ -49,9 +42,8 @@ class ProcessRewardRanker(PublishedModel, PointwiseRanker):
     Example:
 
     ```python
-    >>> ranker = ProcessRewardRanker("my-process-reward-model", label=1)
-    >>> ranker.score(["What is 2 + 2 + 2?"], [["2 + 2 is 4.\\n4 + 2 is 6.", "2 + 2 is 5.\\n5 + 2 is 7."]])
-    [array([ 2.3, -1.9])]
+    ranker = ProcessRewardRanker("my-process-reward-model", label=1)
+    rewards = ranker.score(["What is 2 + 2 + 2?"], [["2 + 2 is 4.\\n4 + 2 is 6.", "2 + 2 is 5."]])
     ```
     """
 
@@ -69,8 +61,8 @@ class ProcessRewardRanker(PublishedModel, PointwiseRanker):
         model_init_kwargs: dict[str, Any] | None = None,
     ) -> None:
         if not separator or reduce not in REDUCTIONS:
-            wanted = f"a `separator` that is not empty, and {', '.join(map(repr, REDUCTIONS))} as `reduce`"
-            raise ValueError(f"`separator` is {separator!r} and `reduce` is {reduce!r}. Give {wanted}.")
+            said = f"`separator` is {separator!r} and `reduce` is {reduce!r}"
+            raise ValueError(f"{said}. Give a text, and one of {', '.join(REDUCTIONS)}.")
         self.temperature = check_temperature(temperature)
         self.ranking_model = RankingModel(
             AutoModelForTokenClassification, model, tokenizer, batch_size, max_length, False, model_init_kwargs
@@ -81,26 +73,19 @@ class ProcessRewardRanker(PublishedModel, PointwiseRanker):
     def rewards(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], columns: Columns | None = None
     ) -> list[np.ndarray]:
-        """Return the rewards of each prompt's completions in float64.
-
-        Raise `ValueError` for a completion that exceeds `max_length`.
-        """
-        texts = [
-            (row, completion if isinstance(completion, str) else completion_text(completion).removeprefix(" "))
-            for row, several in enumerate(completions)
-            for completion in several
-        ]
+        """Return the rewards of each prompt's completions. Raise `ValueError` for one that exceeds `max_length`."""
+        rows = [(row, completion) for row, several in enumerate(completions) for completion in several]
         model, reduce = self.ranking_model.model, REDUCTIONS[self.reduce]
 
         def evaluate(batch: list[int]) -> torch.Tensor:
-            rows = [self._tokenize(*texts[index], prompts[texts[index][0]]) for index in batch]
-            padded = WholeRows([ids for ids, _ in rows], model.config.pad_token_id or 0, model.device)
+            tokens = [self._tokenize(rows[index][0], prompts[rows[index][0]], rows[index][1]) for index in batch]
+            padded = WholeRows([ids for ids, _ in tokens], model.config.pad_token_id or 0, model.device)
             rewards = log_odds(model(**padded.inputs).logits, self.label, model.config.problem_type)
-            return torch.stack([reduce(own[ends]) for own, (_, ends) in zip(rewards, rows, strict=True)])
+            return torch.stack([reduce(own[ends]) for own, (_, ends) in zip(rewards, tokens, strict=True)])
 
-        lengths = [len(str(prompts[row])) + len(text) for row, text in texts]
-        values = iter(self.ranking_model.run(lengths, [None] * len(texts), evaluate, "Scoring steps"))
-        return [np.array(list(islice(values, len(several)))) for several in completions]
+        lengths = [len(str(prompts[row])) + len(str(completion)) for row, completion in rows]
+        rewards = self.ranking_model.run(lengths, [None] * len(rows), evaluate, "Scoring steps")
+        return np.split(rewards, np.cumsum([len(several) for several in completions], dtype=int))[:-1]
 
     def settings(self) -> Settings:
         """Return fingerprints of the weights and the tokenizer, and the ranker's options."""
@@ -111,14 +96,15 @@ class ProcessRewardRanker(PublishedModel, PointwiseRanker):
         given = {"separator": self.separator, "label": self.label, "reduce": self.reduce}
         return {**{name: repr(value) for name, value in given.items() if value is not None}, **super().arguments()}
 
-    def _tokenize(self, row: int, text: str, prompt: Prompt) -> tuple[list[int], list[int]]:
-        """Return the token ids of a text, and the index of the last token of each step."""
+    def _tokenize(self, row: int, prompt: Prompt, completion: Completion) -> tuple[list[int], list[int]]:
+        """Return token ids, and the index of the last token of each step."""
         encode, tokenizer = self.ranking_model.token_ids, self.tokenizer
         if isinstance(prompt, str):
             bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
             prompt_ids = bos + encode([prompt], add_special_tokens=False)[0]
         else:
             prompt_ids = prompt_token_ids(tokenizer, prompt)
+        text = completion if isinstance(completion, str) else completion_text(completion).removeprefix(" ")
         steps = [step for step in text.split(self.separator) if step.strip()] or [text]
         *of_steps, of_separator = encode([*steps, self.separator], add_special_tokens=False)
         ends = np.cumsum([len(ids) + len(of_separator) for ids in of_steps])

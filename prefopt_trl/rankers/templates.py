@@ -20,7 +20,6 @@ from prefopt_trl.data.formats import (
 from prefopt_trl.data.hh_rlhf import ROLES
 from prefopt_trl.data.tokenization import num_appended_tokens
 from prefopt_trl.runtime.settings import Settings, function_fingerprint, template_date
-from prefopt_trl.shared_prefix.packing import common_length
 
 Template = Callable[[str, str, str], str]
 RewardTemplate = Callable[[Prompt, Completion], str]
@@ -50,12 +49,9 @@ def summary(prompt_text: str, first_text: str, second_text: str) -> str:
 
 
 def rlhflow(prompt_text: str, first_text: str, second_text: str) -> str:
-    r"""Write the message that RLHFlow's pair-preference models read (`pair-pm` of RLHF-Reward-Modeling).
+    """Write the message that RLHFlow's pair-preference models read (`pair-pm` of RLHF-Reward-Modeling).
 
     [`PairwiseRanker`] puts it into the tokenizer's chat template, after which the next token is "A" or "B".
-
-    >>> rlhflow("Hi!", "Hello.", "Go away.")
-    '[CONTEXT] \n\n<turn> user\n Hi!\n [RESPONSE A] Hello. [RESPONSE B] Go away. \n'
     """
     turns = conversation(prompt_text, "")[:-1]
     context = "".join(f"\n<turn> {turn['role']}\n {turn['content']}" for turn in turns)
@@ -65,29 +61,16 @@ def rlhflow(prompt_text: str, first_text: str, second_text: str) -> str:
 TEMPLATES: dict[str, Template] = {"dialogue": dialogue, "summary": summary, "rlhflow": rlhflow}
 
 
-def resolve_template(template: str | Path | Template) -> Template:
-    """Return the function of a template's name or file, or a function of the user's unchanged.
-
-    Raise `ValueError` for an unknown name, or a file without one of `{prompt}`, `{first}` and `{second}`.
-    """
+def resolve_template(template: str | Template) -> Template:
+    """Return the function of a template's name, or a function of the user's unchanged; refuse an unknown name."""
     if callable(template):
         return template
-    if template in TEMPLATES:
-        return TEMPLATES[str(template)]
-    if not Path(template).is_file():
+    if template not in TEMPLATES:
         raise ValueError(
-            f"`template` is {str(template)!r}. Give one of {', '.join(map(repr, TEMPLATES))}, a text file with "
-            "{prompt}, {first} and {second}, or a function `(prompt_text, first_text, second_text) -> str`."
+            f"`template` is {template!r}. Give one of {', '.join(map(repr, TEMPLATES))}, or a function "
+            "`(prompt_text, first_text, second_text) -> str`."
         )
-    written = Path(template).read_text(encoding="utf-8")
-    if missing := [name for name in ("{prompt}", "{first}", "{second}") if name not in written]:
-        raise ValueError(f"`template`: {template} has no {missing[0]}. Write it where that text belongs.")
-
-    def from_file(prompt_text: str, first_text: str, second_text: str) -> str:
-        texts = {"{prompt}": prompt_text, "{first}": first_text, "{second}": second_text}
-        return re.sub("|".join(map(re.escape, texts)), lambda name: texts[name[0]], written)
-
-    return from_file
+    return TEMPLATES[template]
 
 
 class Texts(NamedTuple):
@@ -140,7 +123,7 @@ OASST = (
 def conversation(prompt: Prompt, completion: Completion) -> list[Message]:
     """Return a prompt and its completion as messages.
 
-    Plain text is split into the turns of an HH-RLHF transcript. If it is none, the prompt is one turn of the user.
+    Plain text is split into the turns of an HH-RLHF transcript. Any other prompt is one turn of the user.
     """
     if not isinstance(prompt, str):
         return [*prompt, *cast(list[Message], wrap_completion(prompt, completion))]
@@ -169,20 +152,19 @@ def cut_prompt(
 
 
 class RewardText:
-    """How a prompt and one completion are written for a reward model, and tokenized.
+    """The way to write a prompt and a completion for a reward model, and to tokenize them.
 
     `template` is that of [`RewardModelRanker`]. Raise `ValueError` if it is neither known nor a file.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | Path | RewardTemplate | None) -> None:
         self.tokenizer, self.template = tokenizer, template
-        self.chat_template = OASST if template == "oasst" else None  # else the tokenizer's
-        if isinstance(template, str | Path) and template != "oasst":
+        self.chat_template: str | None = None  # the tokenizer's
+        if template == "oasst":
+            self.chat_template = OASST
+        elif isinstance(template, str | Path):
             if not Path(template).is_file():
-                raise ValueError(
-                    f"`template` is {str(template)!r}, which is no file. Give 'oasst', the path of a Jinja chat "
-                    "template, or a function `(prompt, completion) -> str`."
-                )
+                raise ValueError(f"`template` is {str(template)!r}. Give 'oasst', a Jinja file, or a function.")
             self.chat_template = Path(template).read_text(encoding="utf-8")
 
     def write(self, row: int, prompt: Prompt, completion: Completion) -> str:
@@ -208,11 +190,6 @@ class RewardText:
         twice = [self.tokenizer.eos_token_id] * 2
         ends_twice = not is_chat and num_appended_tokens(self.tokenizer) and token_ids[-2:] == twice
         return token_ids[:-1] if ends_twice else token_ids
-
-    def cut(self, token_ids: list[int], row: int, prompt: Prompt, max_length: int) -> list[int]:
-        """Return what [`cut_prompt`] returns for the tokens of a completion's text."""
-        without_completion = self.token_ids(self.write(row, prompt, ""), prompt)
-        return cut_prompt(token_ids, common_length([token_ids, without_completion]), self.tokenizer, max_length, row)
 
     def settings(self) -> Settings:
         """Return what tells this template from another."""

@@ -206,7 +206,10 @@ def test_a_file_describes_any_ranker(tiny_llama_dir, tmp_path):
         ("class: os.system", "`class` is 'os.system'. Name one of"),
         ("{class: EnsembleRanker, ranker: []}", "EnsembleRanker has no argument `ranker`. Did you mean `rankers`"),
         ("{class: FunctionRanker, function: 'math:sqrt', temperature: 0}", "cannot be imported as a function"),
-        ("{class: FunctionRanker, function: 'my_reward:length', temperature: 0}", "`temperature` is 0. Give a number"),
+        (
+            "{class: FunctionRanker, function: 'my_reward:length', temperature: 0}",
+            "`temperature` is 0. Give a positive",
+        ),
         ("{class: FunctionRanker}", "missing 1 required positional argument: 'function'"),
         ("[", "while parsing"),
         (None, "No such file"),

@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GPTNeoXConfig,
+    GPTNeoXForSequenceClassification,
 )
 
 from prefopt_trl.rankers import PairwiseRanker, RewardModelRanker
@@ -89,8 +91,8 @@ def test_the_default_limit_is_the_lower_of_the_models_and_the_tokenizers(ranker_
         ({"share_prefix": 1}, "`share_prefix` is 1. Give True or False"),
         ({"tokenizer": None}, "`tokenizer` is missing"),
         ({"temperature": 0}, "`temperature` is 0. Give a positive, finite number"),
-        ({"temperature": float("inf")}, "`temperature` is inf"),
-        ({"model_init_kwargs": {"dtype": "bfloat16"}}, "`model_init_kwargs` has no effect on a model that is already"),
+        ({"temperature": "2"}, "`temperature` is '2'"),
+        ({"model_init_kwargs": {"dtype": "bfloat16"}}, "`model_init_kwargs` has no effect on a loaded model"),
     ],
 )
 def test_an_argument_that_cannot_be_is_refused(ranker_class, model, tokenizer, given, message):
@@ -102,118 +104,93 @@ def test_an_argument_that_cannot_be_is_refused(ranker_class, model, tokenizer, g
 # `model_init_kwargs`
 
 
-def rewards_of(ranker: Any) -> list[float]:
-    return np.concatenate(ranker.score(PROMPTS, COMPLETIONS, baselines=["No.", "Yes."])).tolist()
+def rewards_of(ranker: Any) -> np.ndarray:
+    return np.concatenate(ranker.score(PROMPTS, COMPLETIONS, baselines=["No.", "Yes."]))
 
 
-def one_by_one(ranker: Any) -> list[float]:
-    ranker.ranking_model.share_prefix = False
-    rows = [(prompt, text) for prompt, row in zip(PROMPTS, COMPLETIONS, strict=True) for text in row]
-    baselines = {"What is the capital of France?": "No.", "Bake bread.": "Yes."}
-    return [ranker.score([prompt], [[text]], baselines=[baselines[prompt]])[0][0] for prompt, text in rows]
+def one_by_one(ranker: Any) -> np.ndarray:
+    ranker.ranking_model.share_prefix, ranker.ranking_model.batch_size = False, 1
+    return rewards_of(ranker)
 
 
-def save(folder: Path, ranker_class: type, model: Any, tokenizer: Any, adapted: bool) -> Path:
-    """Save weights on which rewards depend, and an adapter for them."""
+@pytest.fixture
+def folders(ranker_class, model, tokenizer, tmp_path):
+    """A model whose rewards depend on its input, and an adapter for it."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(std=0.3)
-    base = folder / "base"
-    model.save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    if not adapted:
-        return base
-    task_type = "CAUSAL_LM" if ranker_class is PairwiseRanker else "SEQ_CLS"
-    again = type(model).from_pretrained(base)
-    lora = LoraConfig(task_type=task_type, init_lora_weights=False)
-    get_peft_model(again, lora).save_pretrained(folder / "adapter")
-    return folder / "adapter"
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(task_type="CAUSAL_LM" if ranker_class is PairwiseRanker else "SEQ_CLS", init_lora_weights=False)
+    get_peft_model(type(model).from_pretrained(tmp_path / "base"), lora).save_pretrained(tmp_path / "adapter")
+    return tmp_path
 
 
-FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+FOUR_BITS = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 
 
-@pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapter"])
-@pytest.mark.parametrize("config", [FOUR_BITS, BitsAndBytesConfig(**FOUR_BITS)], ids=["dict", "object"])
-def test_a_model_is_quantized_as_it_is_loaded(ranker_class, model, tokenizer, tmp_path, config, adapted):
-    folder = save(tmp_path, ranker_class, model, tokenizer, adapted)
-    exact = rewards_of(ranker_class(folder))
-    ranker = ranker_class(folder, model_init_kwargs={"quantization_config": config})
+@pytest.mark.parametrize("name", ["base", "adapter"])
+def test_a_model_is_quantized_as_it_is_loaded(ranker_class, folders, name):
+    exact = rewards_of(ranker_class(folders / name))
+    ranker = ranker_class(folders / name, model_init_kwargs={"quantization_config": FOUR_BITS})
     quantized = rewards_of(ranker)
     assert ranker.model.is_quantized and sum("4bit" in type(part).__name__ for part in ranker.model.modules()) >= 14
     assert quantized == pytest.approx(one_by_one(ranker), abs=1e-5)
-    assert np.abs(np.array(quantized) - exact).max() > 1e-3
+    assert np.abs(quantized - exact).max() > 1e-3
 
 
-@pytest.mark.parametrize("given", [{"dtype": "bfloat16"}, {"device_map": {"": "cpu"}}, {"device_map": "auto"}])
-def test_arguments_of_from_pretrained_reach_the_model(ranker_class, model, tokenizer, tmp_path, monkeypatch, given):
-    folder = save(tmp_path, ranker_class, model, tokenizer, adapted=False)
+@pytest.mark.parametrize("given", [{"dtype": "bfloat16"}, {"device_map": "auto"}])
+def test_arguments_of_from_pretrained_reach_the_model(ranker_class, model, folders, monkeypatch, given):
     if "device_map" in given:
         monkeypatch.setattr(type(model), "to", lambda *arguments: pytest.fail("a model with a device map was moved"))
-    ranker = ranker_class(folder, model_init_kwargs=given)
+    ranker = ranker_class(folders / "base", model_init_kwargs=given)
     assert ranker.model.dtype == (torch.bfloat16 if "dtype" in given else torch.float32)
     assert rewards_of(ranker) == pytest.approx(one_by_one(ranker), abs=0.2 if "dtype" in given else 1e-5)
 
 
-@pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapter"])
-def test_the_revision_is_that_of_every_file(ranker_class, model, tokenizer, tmp_path, monkeypatch, adapted):
-    folder = str(save(tmp_path, ranker_class, model, tokenizer, adapted))
-    asked = []
+@pytest.mark.parametrize("name", ["base", "adapter"])
+def test_the_revision_is_that_of_every_file(ranker_class, folders, monkeypatch, name):
+    asked = set()
     for auto_class in (AutoConfig, AutoTokenizer):
         load = auto_class.from_pretrained
 
         def spy(path, *arguments, load=load, **options):
-            asked.append((Path(path).name, options.get("revision"), options.get("trust_remote_code")))
+            if options.get("trust_remote_code"):  # not the calls of the libraries
+                asked.add((Path(path).name, options.get("revision")))
             return load(path, *arguments, **options)
 
         monkeypatch.setattr(auto_class, "from_pretrained", spy)
-    ranker_class(folder, model_init_kwargs={"revision": "v2", "trust_remote_code": True})
+    ranker_class(str(folders / name), model_init_kwargs={"revision": "v2", "trust_remote_code": True})
     # An adapter names the revision of its base, here none
-    of_files = {(name, revision) for name, revision, trusted in asked if trusted}
-    assert of_files >= ({("base", None)} if adapted else {("base", "v2")}) and len(of_files) == 1
+    assert asked == {("base", "v2" if name == "base" else None)}
 
 
 OWN_CODE = """
-import torch
-from transformers import LlamaConfig, LlamaPreTrainedModel, LlamaModel
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers import GPTNeoXConfig, GPTNeoXForSequenceClassification
 
-
-class MyConfig(LlamaConfig):
+class MyConfig(GPTNeoXConfig):
     model_type = "mine"
 
-
-class MyRewardModel(LlamaPreTrainedModel):
+class MyRewardModel(GPTNeoXForSequenceClassification):
     config_class = MyConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model, self.head = LlamaModel(config), torch.nn.Linear(config.hidden_size, 1)
-        self.post_init()
-
-    def forward(self, input_ids, attention_mask=None, **kwargs):
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
-        last = -1 if attention_mask is None else attention_mask.sum(dim=1) - 1
-        return SequenceClassifierOutput(logits=self.head(hidden[torch.arange(len(hidden)), last]))
 """
 
 
-def test_a_model_of_its_own_code_runs_if_it_is_trusted(tokenizer, tiny_llama_dir, tmp_path, monkeypatch):
+def test_a_model_of_its_own_code_runs_if_it_is_trusted(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = GPTNeoXConfig(vocab_size=300, num_labels=1, pad_token_id=0, **sizes)
+    model = GPTNeoXForSequenceClassification(config)
     folder = tmp_path / "mine"
-    backbone = AutoModelForCausalLM.from_pretrained(tiny_llama_dir).model
-    backbone.save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "mine.py").write_text(OWN_CODE, encoding="utf-8")
-    config = AutoConfig.from_pretrained(folder)
     own = {"AutoConfig": "mine.MyConfig", "AutoModelForSequenceClassification": "mine.MyRewardModel"}
-    written = {**config.to_dict(), "model_type": "mine", "architectures": ["MyRewardModel"], "auto_map": own}
-    (folder / "config.json").write_text(json.dumps(written | {"num_labels": 1}), encoding="utf-8")
-    trusted = {"trust_remote_code": True}
+    written = {**config.to_dict(), "model_type": "mine", "auto_map": own}
+    (folder / "config.json").write_text(json.dumps(written), encoding="utf-8")
     with pytest.raises(ValueError, match="trust_remote_code"):
         RewardModelRanker(folder)
-    torch.manual_seed(0)  # of the head
-    ranker = RewardModelRanker(folder, model_init_kwargs=trusted)
+    ranker = RewardModelRanker(folder, model_init_kwargs={"trust_remote_code": True})
     assert type(ranker.model).__name__ == "MyRewardModel"
-    assert rewards_of(ranker) == pytest.approx(one_by_one(ranker), abs=1e-5)
-    assert ranker.arguments()["model_init_kwargs"] == repr(trusted)
+    assert rewards_of(ranker) == pytest.approx(rewards_of(RewardModelRanker(model, tokenizer)), abs=1e-5)
+    assert ranker.arguments()["model_init_kwargs"] == repr({"trust_remote_code": True})

@@ -17,7 +17,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from prefopt_trl.rankers import PairwiseRanker, pairwise_ranker_dataset
-from prefopt_trl.rankers.templates import ANSWER_CUE, dialogue, summary
+from prefopt_trl.rankers.templates import ANSWER_CUE, dialogue, rlhflow, summary
 
 configure = AutoConfig.for_model
 PROMPTS = ["What is the capital of France?", "Bake bread.", "Tell me how to bake bread, and then wait for the dog."]
@@ -84,26 +84,20 @@ def logged(caplog) -> list[str]:
     return [record.message for record in caplog.records if record.name.startswith("prefopt_trl")]
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("share_prefix", [False, True])
-def test_rlhflow_is_one_message_without_bos_in_the_chat_template(model, tokenizer, batch_size, share_prefix):
+def test_rlhflow_is_one_message_without_bos_in_the_chat_template(model, tokenizer, share_prefix):
     def as_in_the_models_example(text: str) -> float:
         ids = tokenizer(f"<|user|>{text}</s>", add_special_tokens=False).input_ids
         with torch.no_grad():
             return softmax_of_a(tokenizer, model(input_ids=torch.tensor([ids])).logits[0, -1])
 
-    def write(prompt: str, first: str, second: str) -> str:
-        return f"[CONTEXT] \n\n<turn> user\n {prompt}\n [RESPONSE A] {first} [RESPONSE B] {second} \n"
-
-    ranker = PairwiseRanker(model, tokenizer, template="rlhflow", batch_size=batch_size, share_prefix=share_prefix)
-    expected = over_both_orders(as_in_the_models_example, write)
+    ranker = PairwiseRanker(model, tokenizer, template="rlhflow", batch_size=4, share_prefix=share_prefix)
+    expected = over_both_orders(as_in_the_models_example, rlhflow)
     assert ranker.compare(PROMPTS, FIRST, SECOND) == pytest.approx(expected, abs=1e-5)
     assert max(abs(p - 0.5) for p in expected) > 0.05
     conversations = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     assert ranker.compare(conversations, FIRST, SECOND) == pytest.approx(expected, abs=1e-5)
     assert ranker.arguments()["template"] == "'rlhflow'"
-    cut = PairwiseRanker(model, tokenizer, template="rlhflow", max_length=120)
-    assert 0 < cut.compare(["Why? " * 100], ["So."], ["No."])[0] < 1
 
 
 def test_rlhflow_needs_a_chat_template_and_is_not_trained(model, tokenizer):
@@ -112,15 +106,6 @@ def test_rlhflow_needs_a_chat_template_and_is_not_trained(model, tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="`template='rlhflow'` needs a chat template, and the tokenizer has none"):
         PairwiseRanker(model, tokenizer, template="rlhflow")
-
-
-def test_a_file_is_a_template(model, tokenizer, tmp_path):
-    file = tmp_path / "comparison.txt"
-    file.write_text("[CONTEXT] {prompt} [RESPONSE A] {first} [RESPONSE B] {second} [ANSWER]\n", encoding="utf-8")
-    ranker = PairwiseRanker(model, tokenizer, template=file)
-    expected = PairwiseRanker(model, tokenizer).compare(PROMPTS, FIRST, SECOND)
-    assert ranker.compare(PROMPTS, FIRST, SECOND) == pytest.approx(expected, abs=1e-6)
-    assert ranker.arguments()["template"] == repr(str(file))
 
 
 @pytest.mark.parametrize(("name", "write"), [("dialogue", dialogue), ("summary", summary)])

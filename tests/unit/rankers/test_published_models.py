@@ -43,9 +43,11 @@ def classifier(config_class, **options):
     return with_large_weights(AutoModelForSequenceClassification.from_config(config_class(**TINY, **options)))
 
 
-def logits_of(model, tokenizer, text, **options) -> torch.Tensor:
+def logits_of(model, tokenizer, text, kept=slice(None)) -> torch.Tensor:
+    """One row: the text, after BOS unless it begins with a special token."""
+    input_ids = tokenizer(text, return_tensors="pt", add_special_tokens=not text.startswith("<")).input_ids
     with torch.no_grad():
-        return model(input_ids=tokenizer(text, return_tensors="pt", **options).input_ids).logits[0]
+        return model(input_ids=input_ids[:, kept]).logits[0]
 
 
 # Labels
@@ -53,47 +55,29 @@ def logits_of(model, tokenizer, text, **options) -> torch.Tensor:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("config_class", [BertConfig, LlamaConfig])
-@pytest.mark.parametrize("label", ["good", 1])
 @pytest.mark.parametrize("names", [["bad", "good"], ["bad", "good", "neither"]], ids=len)
-def test_the_reward_of_a_label_is_its_log_odds(tokenizer, names, label, config_class, batch_size):
+def test_the_reward_of_a_label_is_its_log_odds(tokenizer, names, config_class, batch_size):
     model = classifier(config_class, id2label=dict(enumerate(names)), label2id={})
-    ranker = RewardModelRanker(model, tokenizer, label=label, batch_size=batch_size)
-    rewards = ranker.score(PROMPTS, COMPLETIONS)
-    for prompt, row, found in zip(PROMPTS, COMPLETIONS, rewards, strict=True):
-        for text, reward in zip(row, found, strict=True):
-            logits = logits_of(model, tokenizer, f"{prompt}{text}</s>")
-            probability = logits.double().softmax(dim=0)[1].item()
-            assert reward == pytest.approx(np.log(probability) - np.log1p(-probability), abs=1e-5)
-            if len(names) == 2:
-                assert reward == pytest.approx((logits[1] - logits[0]).item(), abs=1e-5)
-    assert np.ptp(np.concatenate(rewards)) > 0.1
-    other = RewardModelRanker(model, tokenizer, label=0, batch_size=batch_size)
-    assert (
-        other.settings()
-        != ranker.settings()
-        == RewardModelRanker(model, tokenizer, label="good", batch_size=batch_size).settings()
-    )
+    ranker = RewardModelRanker(model, tokenizer, label="good", batch_size=batch_size)
+    rewards = np.concatenate(ranker.score(PROMPTS, COMPLETIONS))
+    texts = [f"{prompt}{text}</s>" for prompt, row in zip(PROMPTS, COMPLETIONS, strict=True) for text in row]
+    good = torch.stack([logits_of(model, tokenizer, text) for text in texts]).double().softmax(dim=1)[:, 1].numpy()
+    assert rewards == pytest.approx(np.log(good) - np.log1p(-good), abs=1e-5)
+    assert np.ptp(rewards) > 0.1
+    by_index, other = (RewardModelRanker(model, tokenizer, label=label, batch_size=batch_size) for label in (1, 0))
+    assert other.settings() != ranker.settings() == by_index.settings()
     assert ranker.arguments()["label"] == "1"
 
 
-@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
-def test_an_output_that_excludes_no_other_is_the_reward_itself(tokenizer, problem_type):
-    model = classifier(LlamaConfig, num_labels=3, problem_type=problem_type)
+def test_an_output_that_excludes_no_other_is_the_reward_itself(tokenizer):
+    model = classifier(LlamaConfig, num_labels=3, problem_type="multi_label_classification")
     (reward,) = RewardModelRanker(model, tokenizer, label="LABEL_2").score(["Why?"], [[" So."]])[0]
     assert reward == pytest.approx(logits_of(model, tokenizer, "Why? So.</s>")[2].item(), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("num_labels", "label", "message"),
-    [
-        (2, None, r"`label` is None, and `model` has the labels LABEL_0, LABEL_1\. .*the name or index of the label"),
-        (2, "POSITIVE", "`label` is 'POSITIVE', and `model` has the labels LABEL_0, LABEL_1"),
-        (3, 3, "`label` is 3, and `model` has the labels LABEL_0, LABEL_1, LABEL_2"),
-        (1, 0, "A reward model has one output and takes no `label`"),
-    ],
-)
-def test_a_label_that_the_model_has_not_is_refused(tokenizer, num_labels, label, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(("num_labels", "label"), [(2, None), (2, "POSITIVE"), (3, 3), (1, 0)])
+def test_a_label_that_the_model_has_not_is_refused(tokenizer, num_labels, label):
+    with pytest.raises(ValueError, match=f"`label` is {label!r}, and `model` has the labels LABEL_0"):
         RewardModelRanker(classifier(LlamaConfig, num_labels=num_labels), tokenizer, label=label)
 
 
@@ -112,16 +96,11 @@ def messages(*turns: tuple[str, str]) -> list[dict[str, str]]:
     ("prompt", "completion", "expected"),
     [
         (HH, " So.", HH_TURNS),
-        (HH.strip(), "So.", HH_TURNS),
         ("\n\nHuman: Why?", " So.", [("user", "Why?"), ("assistant", "So.")]),
         ("Why? ", " So.", [("user", "Why?"), ("assistant", "So.")]),
         (HH, " So.\n\nHuman: And?", [*HH_TURNS, ("user", "And?")]),
-        (
-            messages(("system", "S"), ("user", "Why?")),
-            "So.",
-            [("system", "S"), ("user", "Why?"), ("assistant", "So.")],
-        ),
-        (messages(("user", "Why?")), messages(("assistant", "So.")), [("user", "Why?"), ("assistant", "So.")]),
+        (messages(*HH_TURNS[:-1]), "So.", HH_TURNS),
+        (messages(*HH_TURNS[:-1]), messages(HH_TURNS[-1]), HH_TURNS),
     ],
 )
 def test_plain_text_is_split_into_turns(prompt, completion, expected):
@@ -129,117 +108,74 @@ def test_plain_text_is_split_into_turns(prompt, completion, expected):
 
 
 JINJA = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{{ eos_token }}{% endfor %}"
-TEMPLATES = {
-    "oasst": (HH_OASST, {"add_special_tokens": False}),  # OpenAssistant's tokenizers add none
-    "jinja": (
-        HH_OASST.replace("|prompter|", "user").replace("|assistant|", "assistant"),
-        {"add_special_tokens": False},
-    ),
-    "function": ("Why So", {}),
-}
+HH_JINJA = HH_OASST.replace("|prompter|", "user").replace("|assistant|", "assistant")
 
 
 @pytest.mark.parametrize("share_prefix", [False, True])
-@pytest.mark.parametrize("batch_size", [1, 8])
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_writes_what_the_model_reads(tokenizer, tmp_path, name, batch_size, share_prefix):
+@pytest.mark.parametrize(("name", "text"), [("oasst", HH_OASST), ("file", HH_JINJA), ("function", "<s>Why So")])
+def test_a_template_writes_what_the_model_reads(tokenizer, tmp_path, caplog, name, text, share_prefix):
     file = tmp_path / "chat.jinja"
     file.write_text(JINJA, encoding="utf-8")
-    template = {"oasst": "oasst", "jinja": file, "function": lambda prompt, completion: "Why" + completion[:3]}[name]
-    model, (text, options) = classifier(LlamaConfig, num_labels=1), TEMPLATES[name]
-    ranker = RewardModelRanker(model, tokenizer, template=template, batch_size=batch_size, share_prefix=share_prefix)
-    found, other = ranker.score([HH], [[" So.", " No, it is not so."]])[0]
-    assert found == pytest.approx(logits_of(model, tokenizer, text, **options).item(), abs=1e-5) != other
-    assert ranker.settings()["template"] != RewardModelRanker(model, tokenizer).settings()["template"]
-    written = {"oasst": "'oasst'", "jinja": repr(str(file)), "function": "your_template"}[name]
-    assert ranker.arguments()["template"].removeprefix("Posix") in (written, f"Path('{file}')")
-
-
-def test_messages_and_a_transcript_have_equal_rewards_in_a_template_of_turns(tokenizer):
-    ranker = RewardModelRanker(classifier(LlamaConfig, num_labels=1), tokenizer, template="oasst")
-    plain, chat = ranker.score([HH, messages(*HH_TURNS[:-1])], [[" So."], ["So."]])
-    assert plain == chat
-    with pytest.raises(UndefinedError, match="'tool'"):
-        ranker.score([HH, messages(("tool", "4"))], [["a"], ["b"]])
-    with pytest.raises(ValueError, match="`template` is 'openassistant', which is no file. Give 'oasst'"):
-        RewardModelRanker(ranker.model, tokenizer, template="openassistant")
-
-
-@pytest.mark.parametrize("name", ["oasst", "jinja"])
-def test_a_long_prompt_loses_its_beginning_in_a_template(tokenizer, tmp_path, caplog, name):
-    file = tmp_path / "chat.jinja"
-    file.write_text(JINJA, encoding="utf-8")
+    template = {"oasst": "oasst", "file": str(file), "function": lambda prompt, completion: "Why" + completion[:3]}[
+        name
+    ]
     model = classifier(LlamaConfig, num_labels=1)
-    ranker = RewardModelRanker(model, tokenizer, template=file if name == "jinja" else name, max_length=40)
-    text, options = TEMPLATES[name]
-    ids = tokenizer(text, **options).input_ids
-    kept = ids[-40:]
-    assert len(ids) > 40
-    with torch.no_grad():
-        expected = model(input_ids=torch.tensor([kept])).logits.item()
+    ranker = RewardModelRanker(model, tokenizer, template=template, share_prefix=share_prefix)
+    found, other = ranker.score([HH], [[" So.", " No, it is not so."]])[0]
+    assert found == pytest.approx(logits_of(model, tokenizer, text).item(), abs=1e-5) != other
+    assert ranker.settings()["template"] != RewardModelRanker(model, tokenizer).settings()["template"]
+    if name == "function":
+        assert ranker.arguments()["template"] == "your_template"
+        return
+    assert ranker.arguments()["template"] == repr(template)
+    assert ranker.score([messages(*HH_TURNS[:-1])], [["So."]])[0] == pytest.approx(found, abs=1e-5)
+    ranker.ranking_model.max_length = 40  # a long prompt loses its beginning
+    expected = logits_of(model, tokenizer, text, slice(-40, None)).item()
     assert ranker.score([HH], [[" So."]])[0] == pytest.approx(expected, abs=1e-5)
     assert "1 of 1 texts exceeded max_length=40" in caplog.text
     with pytest.raises(ValueError, match="Prompt row 0: even without the prompt, a completion exceeds `max_length`"):
         ranker.score([HH], [["x" * 40]])
 
 
+def test_an_unknown_template_or_role_is_refused(tokenizer):
+    model = classifier(LlamaConfig, num_labels=1)
+    with pytest.raises(UndefinedError, match="'tool'"):
+        RewardModelRanker(model, tokenizer, template="oasst").score([messages(("tool", "4"))], [["a"]])
+    with pytest.raises(ValueError, match="`template` is 'openassistant'. Give 'oasst'"):
+        RewardModelRanker(model, tokenizer, template="openassistant")
+
+
 # OpenAssistant's GPT-NeoX models
 
 
-@pytest.fixture(params=["last", "mean"])
-def published(request, tokenizer, tmp_path):
-    """A folder as OpenAssistant's: their names of weights, no labels, an older release's rotary settings."""
+@pytest.mark.parametrize(("batch_size", "share_prefix"), [(1, True), (3, False), (8, True)])
+def test_openassistants_models_load_and_reward_as_one_by_one(tokenizer, tmp_path, batch_size, share_prefix):
     torch.manual_seed(0)
     config = GPTNeoXConfig(**TINY | {"pad_token_id": None}, bos_token_id=1)
     backbone, head = with_large_weights(GPTNeoXModel(config)), with_large_weights(torch.nn.Linear(32, 1))
+    # A folder as theirs: their names of weights, no labels, an older release's rotary settings
     GPTNeoXRewardModel.config_class.from_dict(config.to_dict()).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     for name in ("id2label", "label2id", "rope_parameters"):
         written.pop(name)
-    written |= {"pooling": request.param, "architectures": ["GPTNeoXRewardModel"], "rotary_pct": 0.25}
-    (tmp_path / "config.json").write_text(json.dumps(written | {"rotary_emb_base": 10000}), encoding="utf-8")
+    written |= {"architectures": ["GPTNeoXRewardModel"], "rotary_pct": 0.25, "rotary_emb_base": 10000}
+    (tmp_path / "config.json").write_text(json.dumps(written), encoding="utf-8")
     weights = {f"gpt_neox.{name}": value for name, value in backbone.state_dict().items()}
-    torch.save(weights | {f"out_proj.{name}": value for name, value in head.state_dict().items()}, tmp_path / "w.bin")
-    (tmp_path / "w.bin").rename(tmp_path / "pytorch_model.bin")
+    weights |= {f"out_proj.{name}": value for name, value in head.state_dict().items()}
+    torch.save(weights, tmp_path / "pytorch_model.bin")
     tokenizer.save_pretrained(tmp_path)
-    return tmp_path, backbone, head, request.param
 
-
-@pytest.mark.parametrize("share_prefix", [False, True])
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_openassistants_models_load_and_reward_as_one_by_one(published, tokenizer, caplog, batch_size, share_prefix):
-    folder, backbone, head, pooling = published
-    assert is_reward_model(str(folder))
-    ranker = RewardModelRanker(folder, template="oasst", batch_size=batch_size, share_prefix=share_prefix)
-    assert type(ranker.model) is GPTNeoXRewardModel and ranker.model.config.num_labels == 1
-    prompts, completions = [HH, "Bake bread."], [[" So.", " No, it is not so.", " Yes."], [" Mix the flour.", ""]]
-    rewards = ranker.score(prompts, completions)
-    expected = []
-    for prompt, row in zip(prompts, completions, strict=True):
-        for completion in row:
-            start = HH_OASST[: -len("So.</s>")] if prompt == HH else "<|prompter|>Bake bread.</s><|assistant|>"
-            text = f"{start}{completion.strip()}</s>"
-            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-            with torch.no_grad():
-                hidden = backbone(input_ids=ids).last_hidden_state[0]
-                expected.append(head(hidden.mean(dim=0) if pooling == "mean" else hidden[-1]).item())
-    assert np.concatenate(rewards) == pytest.approx(expected, abs=1e-5)
-    assert np.ptp(expected) > 0.1
-    said = [record for record in caplog.records if "reads more of a row than its last token" in record.message]
-    assert len(said) == (pooling == "mean" and share_prefix and batch_size > 1)  # the others share their prompts
-
-    ranker.save_pretrained(folder / "again")
-    again = RewardModelRanker(folder / "again", template="oasst", share_prefix=False)
-    assert np.concatenate(again.score(prompts, completions)) == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("published", ["last"], indirect=True)
-def test_eos_as_padding_is_read_all_the_same(published, tokenizer, tmp_path):
-    folder, backbone, head, _ = published
-    ranker = RewardModelRanker(folder)
-    ranker.model.config.pad_token_id = ranker.pad_token_id = tokenizer.eos_token_id
-    rewards = ranker.score(PROMPTS[:1], COMPLETIONS[:1])[0]
-    for text, reward in zip(COMPLETIONS[0], rewards, strict=True):
-        ids = tokenizer(f"{PROMPTS[0]}{text}</s>", return_tensors="pt").input_ids
+    assert is_reward_model(str(tmp_path))
+    ranker = RewardModelRanker(tmp_path, template="oasst", batch_size=batch_size, share_prefix=share_prefix)
+    rewards = np.concatenate(ranker.score([HH, "Why?"], [[" So.", " No.", ""], [" Because.", ""]]))
+    beginnings = [HH_OASST.removesuffix("So.</s>")] * 3 + ["<|prompter|>Why?</s><|assistant|>"] * 2
+    for beginning, end, reward in zip(beginnings, ["So.", "No.", "", "Because.", ""], rewards, strict=True):
+        ids = tokenizer(f"{beginning}{end}</s>", return_tensors="pt", add_special_tokens=False).input_ids
         with torch.no_grad():
-            assert reward == pytest.approx(head(backbone(input_ids=ids).last_hidden_state[0, -1]).item(), abs=1e-5)
+            expected = head(backbone(input_ids=ids).last_hidden_state[0, -1]).item()
+        assert reward == pytest.approx(expected, abs=1e-5)
+    assert np.ptp(rewards) > 0.1
+
+    ranker.save_pretrained(tmp_path / "again")
+    again = RewardModelRanker(tmp_path / "again", template="oasst", batch_size=batch_size, share_prefix=share_prefix)
+    assert again.settings() == ranker.settings()

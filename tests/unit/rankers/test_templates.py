@@ -1,8 +1,7 @@
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer
 
-from prefopt_trl.rankers.templates import ANSWERS, Texts, dialogue, resolve_template, rlhflow, summary
+from prefopt_trl.rankers.templates import ANSWERS, dialogue, resolve_template, rlhflow, summary
 
 # As LLaMA 3 and Qwen have it: a word takes one preceding sign along, but no line break
 LLAMA_3_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -20,38 +19,16 @@ def test_a_name_or_a_function_resolves_to_a_function():
     assert resolve_template("dialogue") is dialogue
     assert resolve_template("summary") is summary
     assert resolve_template(mine) is mine
-    with pytest.raises(
-        ValueError, match=r"`template` is 'chat'. Give one of 'dialogue', 'summary', 'rlhflow', a text"
-    ):
+    with pytest.raises(ValueError, match="`template` is 'chat'. Give one of 'dialogue', 'summary', 'rlhflow', or a"):
         resolve_template("chat")
 
 
-def test_a_file_is_filled_in_one_pass(tmp_path):
-    file = tmp_path / "mine.txt"
-    file.write_text("{prompt} | {first} | {second} {other}\n", encoding="utf-8")
-    assert resolve_template(file)("{first}", "{second}", "b") == "{first} | {second} | b {other}\n"
-    file.write_text("{prompt} {first}", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"mine.txt has no \{second\}"):
-        resolve_template(str(file))
-
-
-# The chat template with which RLHFlow's example writes the context of a comparison
-PLAIN_TURNS = (
-    "\n{% for message in messages %}{% if loop.index0 % 2 == 0 %}\n\n<turn> user\n {{ message['content'] }}{% else %}"
-    "\n\n<turn> assistant\n {{ message['content'] }}{% endif %}{% endfor %}\n\n\n"
-)
-
-
-@pytest.mark.parametrize("turns", [["Why?"], ["Hi", "Hello.\n\nTwo paragraphs.", "Why?"]])
-def test_rlhflow_writes_what_its_models_read(tiny_llama_dir, turns):
-    roles = ["user", "assistant"] * 2
-    messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir, chat_template=PLAIN_TURNS)
-    context = tokenizer.apply_chat_template(messages, tokenize=False)
-    expected = f"[CONTEXT] {context} [RESPONSE A] So. [RESPONSE B] No. \n"
-    assert rlhflow(*Texts.of(messages, "So.", "No.")) == expected
-    if len(turns) == 1:
-        assert rlhflow("Why?", "So.", "No.") == expected
+def test_rlhflow_writes_what_its_models_read():
+    prompt = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nAnd more.\n\nHuman: Why?\n\nAssistant:"
+    # As the chat template of RLHFlow's example writes it
+    turns = "\n<turn> user\n Hi\n<turn> assistant\n Hello.\n\nAnd more.\n<turn> user\n Why?"
+    assert rlhflow(prompt, "So.", "No.") == f"[CONTEXT] \n{turns}\n [RESPONSE A] So. [RESPONSE B] No. \n"
+    assert rlhflow("Why?", "a", "b") == "[CONTEXT] \n\n<turn> user\n Why?\n [RESPONSE A] a [RESPONSE B] b \n"
 
 
 @pytest.mark.parametrize(
