@@ -18,12 +18,16 @@ class Calibration:
         interval (`tuple[float, float]`): 95% confidence interval. Its upper end is infinite where the comparisons do
             not exclude that the ranker knows nothing.
         num_comparisons, num_prompts (`int`): Comparisons on which the ranker has an opinion, and their prompts.
+        log_loss_before, log_loss_after (`float`): Mean of -log P(chosen preferred) over them, in nats, at temperature 1
+            and at the one fitted.
     """
 
     temperature: float
     interval: tuple[float, float]
     num_comparisons: int
     num_prompts: int
+    log_loss_before: float
+    log_loss_after: float
 
     def apply(self, ranker: Ranker) -> None:
         """Set the ranker's temperature, which is then in its settings. Raise `TypeError` if it has none."""
@@ -38,7 +42,8 @@ class Calibration:
         low, high = self.interval
         return (
             f"temperature {self.temperature:.3g} (95% interval {low:.3g} to {high:.3g}) by "
-            f"{self.num_comparisons:,} comparisons of {self.num_prompts:,} prompts"
+            f"{self.num_comparisons:,} comparisons of {self.num_prompts:,} prompts\n"
+            f"log loss {self.log_loss_after:.3f} nats, against {self.log_loss_before:.3f} at temperature 1"
         )
 
 
@@ -64,6 +69,7 @@ def calibrate(ranker: Ranker, comparisons: Dataset) -> Calibration:
     >>> calibration = calibrate(ranker, comparisons)
     >>> print(calibration)
     temperature 2.31 (95% interval 2.05 to 2.63) by 1,200 comparisons of 400 prompts
+    log loss 0.571 nats, against 0.612 at temperature 1
     >>> calibration.apply(ranker)
     ```
     """
@@ -102,4 +108,6 @@ def fit_temperature(compared: Compared) -> Calibration:
         interval=(float(1 / most), float(1 / least) if least > 0 else np.inf),
         num_comparisons=len(log_odds),
         num_prompts=num_prompts,
+        log_loss_before=float(np.logaddexp(0, -log_odds).mean()),
+        log_loss_after=float(np.logaddexp(0, -inverse * log_odds).mean()),
     )

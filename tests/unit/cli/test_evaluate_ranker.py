@@ -28,7 +28,9 @@ def comparisons(tmp_path):
 
 
 def test_it_prints_and_writes_the_report_and_the_calibrated_function(comparisons, run_in_process, capsys):
-    run_in_process("evaluate-ranker", [*comparisons, "--ranker", "own:reward", "--output_dir", "out", "--calibrate"])
+    run_in_process(
+        "evaluate-ranker", [*comparisons, "--ranker", "own.py:reward", "--output_dir", "out", "--calibrate"]
+    )
     printed = capsys.readouterr().out
     report = Path("out/ranker_quality.md").read_text().removeprefix("# Ranker quality\n\n")
     assert report in printed and "temperature 2.73 (95% interval" in printed
@@ -45,12 +47,12 @@ def test_it_prints_and_writes_the_report_and_the_calibrated_function(comparisons
         "evaluate-ranker", [*comparisons, "--ranker", "out/ranker.yaml", "--output_dir", "more", "--calibrate"]
     )
     assert yaml.safe_load(Path("more/ranker.yaml").read_text()) == pytest.approx(
-        {"class": "FunctionRanker", "function": "own:reward", "temperature": calibration["temperature"]}
+        {"class": "FunctionRanker", "function": "own.py:reward", "temperature": calibration["temperature"]}
     )
 
 
 def test_a_model_keeps_its_arguments(comparisons, run_in_process, tiny_llama_dir, monkeypatch):
-    found = Calibration(2.5, (1.0, float("inf")), 40, 40)
+    found = Calibration(2.5, (1.0, float("inf")), 40, 40, 0.7, 0.6)
     monkeypatch.setattr("prefopt_trl.cli.evaluate_ranker.fit_temperature", lambda compared: found)
     options = ["--ranker_template", "summary", "--ranker_batch_size", "8", "--output_dir", "out", "--calibrate"]
     run_in_process("evaluate-ranker", [*comparisons, "--ranker", tiny_llama_dir, *options])
@@ -64,4 +66,4 @@ def test_a_model_keeps_its_arguments(comparisons, run_in_process, tiny_llama_dir
 def test_other_columns_are_named(comparisons, run_in_process):
     Path("comparisons.jsonl").write_text('{"prompt": "Why?", "completion": "So."}\n')
     with pytest.raises(ValueError, match="has the columns prompt, completion, and needs `chosen` and `prompt` and"):
-        run_in_process("evaluate-ranker", [*comparisons, "--ranker", "own:reward", "--output_dir", "out"])
+        run_in_process("evaluate-ranker", [*comparisons, "--ranker", "own.py:reward", "--output_dir", "out"])

@@ -38,6 +38,8 @@ def test_the_temperature_and_its_interval_by_hand():
     assert found.temperature == pytest.approx(1 / inverse)
     assert found.interval == pytest.approx((1 / (inverse + 1.96 * error), 1 / (inverse - 1.96 * error)))
     assert (found.num_comparisons, found.num_prompts) == (40, 40)
+    before = math.log1p(math.exp(-2)) + 0.25 * 2
+    assert (found.log_loss_before, found.log_loss_after) == pytest.approx((before, math.log(4) - 0.75 * math.log(3)))
 
 
 def test_copies_and_comparisons_without_an_opinion_say_nothing_more():
