@@ -41,6 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         answer = self.server.failures.pop(0) if self.server.failures else self.server.answer(body)
         if isinstance(answer, bytes):
             self.close_connection = True
+            answer = answer.replace(b"X\r\n", b"X\r\nConnection: close\r\n", 1)
         else:
             choice = {"message": {"role": "assistant", "content": answer}} if isinstance(answer, str) else answer
             self.server.answered.append(body)
