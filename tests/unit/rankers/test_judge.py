@@ -316,11 +316,8 @@ def test_a_completion_without_a_rating_is_no_opinion():
 # The ranker
 
 
-def test_a_second_judge_asks_nothing_that_is_saved(tmp_path):
+def test_messages_are_shown_as_a_transcript():
     with serving(lambda body: says("A")) as chat:
-        judge(chat, cache_dir=tmp_path).compare([SKY], [BLUE], [GREEN])
-        assert judge(chat, cache_dir=tmp_path).compare([SKY], [GREEN], [BLUE]).tolist() == [0.5]
-        assert len(chat.requests) == 4
         replies = [[{"role": "assistant", "content": text}] for text in (BLUE, GREEN)]
         judge(chat).compare([[{"role": "user", "content": SKY}]], replies[:1], replies[1:])
         assert f"Human: {SKY}\n\nAssistant:" in question(chat.requests[-1])
@@ -379,14 +376,6 @@ def test_options_of_requests_are_sent_and_none_removes_a_field():
 def test_arguments_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         JudgeRanker("m", **{"base_url": "http://localhost/v1", **options})
-
-
-def test_bad_input_names_the_argument():
-    ranker = JudgeRanker("m", base_url="http://localhost/v1", prompt="rating")
-    with pytest.raises(TypeError, match="`first` is a single text"):
-        ranker.compare([SKY], BLUE, [GREEN])
-    with pytest.raises(ValueError, match="`baselines` has 2 entries for 1 prompts"):
-        ranker.score([SKY], [[BLUE]], baselines=[GREEN, GREEN])
 
 
 # A model in this process
