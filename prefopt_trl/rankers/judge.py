@@ -41,8 +41,7 @@ class JudgeRanker(ComparativeRanker):
         model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
             With `base_url`, the model's name at the server. Otherwise a chat model, or its folder or Hub id.
         base_url (`str`, *optional*):
-            Address of an OpenAI-compatible server, which needs `pip install 'prefopt-trl[judge]'`. The key is the
-            environment's `OPENAI_API_KEY`.
+            Address of an OpenAI-compatible server. The key is the environment's `OPENAI_API_KEY`.
         prompt (`str` or `Path`, *optional*, defaults to `"helpful"`):
             A built-in prompt (see `docs/judges.md`) or the path of a file in their format.
         votes (`int`, *optional*):
@@ -62,8 +61,7 @@ class JudgeRanker(ComparativeRanker):
         sampling_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the votes.
         request_options (`dict`, *optional*):
-            Further fields of each request to the server. None removes a field. The settings show them, so give no
-            secrets.
+            Further fields of each request, which the settings show. None removes a field.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the votes and of the baselines of `score`.
 
@@ -73,10 +71,9 @@ class JudgeRanker(ComparativeRanker):
             completion that was read first, with its standard error. Ties count as half, and 0.5 is no bias.
 
     Raises:
-        ValueError: for an unknown prompt, a number out of range or an argument of the other kind of judge, and by
-            `compare` and `score` if `max_requests` is spent.
+        ValueError: for an argument out of range or of the other kind of judge, and if `max_requests` is spent.
         ImportError: if the package openai is missing.
-        ConnectionError: by `compare` and `score`, if the server refuses a request or fails several times in a row.
+        ConnectionError: by `compare` and `score`, if the server refuses a request or fails in every attempt.
 
     Example:
 
@@ -137,11 +134,11 @@ class JudgeRanker(ComparativeRanker):
 
         Equal texts give 0.5 without a question. Ratings have no order, so their columns are equal.
         """
-        comparisons = [Texts.of(*texts) for texts in zip(prompts, first, second, strict=True)]
-        differ = np.array([one.first != one.second for one in comparisons], dtype=bool)
-        asked = [order for one in comparisons if one.first != one.second for order in (one, one.swapped())]
+        texts = [Texts.of(*row) for row in zip(prompts, first, second, strict=True)]
+        differ = [row for row, one in enumerate(texts) if one.first != one.second]
+        asked = [order for row in differ for order in (texts[row], texts[row].swapped())]
         of_first, of_second = self._ask_all(asked).reshape(-1, 2).T  # each where it is shown first
-        both = np.full((len(comparisons), 2), 0.5)
+        both = np.full((len(texts), 2), 0.5)
         if not self.is_pair:
             both[differ] = sigmoid(of_first - of_second)[:, None]
             return both
@@ -216,10 +213,7 @@ class JudgeRanker(ComparativeRanker):
 
     def _ask_all(self, questions: list[Texts]) -> np.ndarray:
         """Return the mean verdict on each question, for the completion shown first; NaN without any verdict."""
-        texts = [
-            self.prompt.fill(prompt=one.prompt, first=one.first, second=one.second, completion=one.first)
-            for one in questions
-        ]
+        texts = [self.prompt.fill(**one._asdict(), completion=one.first) for one in questions]
         votes = self.votes or VOTES
         if self.reads_log_probs:
             answers = self._answers(texts, 1, LOG_PROBS)
@@ -237,7 +231,7 @@ class JudgeRanker(ComparativeRanker):
             logger.warning(
                 f"{num_answers - num_read} of {num_answers} answers of the judge have no verdict in the form that the "
                 f"prompt asks for and were left out; {np.isnan(means).sum()} of {len(texts)} questions have no other "
-                "answer and give no opinion. Raise `max_new_tokens` if answers are cut off, or take a larger judge."
+                "answer. Raise `max_new_tokens` if answers are cut off, or take a larger judge."
             )
         return means
 
