@@ -1,13 +1,17 @@
 """A server of chat completions on this machine, which answers as a test says and fails as a test says."""
 
 import json
+import os
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 Body = dict[str, Any]
+REPO_ROOT = Path(__file__).parents[1]
 
 
 class Chat(ThreadingHTTPServer):
@@ -41,6 +45,7 @@ class Handler(BaseHTTPRequestHandler):
         answer = self.server.failures.pop(0) if self.server.failures else self.server.answer(body)
         if isinstance(answer, bytes):
             self.close_connection = True
+            answer = answer.replace(b"X\r\n", b"X\r\nConnection: close\r\n", 1)
         else:
             choice = {"message": {"role": "assistant", "content": answer}} if isinstance(answer, str) else answer
             self.server.answered.append(body)
@@ -70,3 +75,28 @@ def serving(answer: Callable[[Body], str | Body | bytes]) -> Iterator[Chat]:
 
 def question(body: Body) -> str:
     return body["messages"][-1]["content"]
+
+
+def killed_halfway(command: list[str], answer: Callable[[Body], str | Body | bytes], num_answers: int) -> list[str]:
+    """Run a command with two threads against a server, given its address, and return the questions answered.
+
+    The process is killed when it has saved so many answers and both threads wait for another.
+    """
+    killed, waiting = threading.Event(), threading.Semaphore(0)
+
+    def hang(body: Body) -> str | Body | bytes:
+        if len(chat.answered) < num_answers:
+            return answer(body)
+        waiting.release()
+        killed.wait(300)
+        return b""
+
+    with serving(hang) as chat:
+        process = subprocess.Popen([*command, chat.url], env=os.environ | {"PYTHONPATH": str(REPO_ROOT)})
+        for _ in range(2):  # each thread asks its next question after it has saved the last answer
+            assert waiting.acquire(timeout=900)
+        process.kill()
+        process.wait()
+        killed.set()
+        assert num_answers <= len(chat.answered) < num_answers + 2
+        return list(map(question, chat.answered))

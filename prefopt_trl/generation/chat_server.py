@@ -1,34 +1,22 @@
-"""The client of an OpenAI-compatible server: requests at a time, answers saved by content, retries and a budget."""
+"""The client of an OpenAI-compatible server: requests at a time, answers saved by content, and a budget."""
 
 import hashlib
 import json
-import logging
 import os
-import random
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from time import time
-from typing import Any, NamedTuple, TypeAlias
+from textwrap import shorten
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
 
 from prefopt_trl.generation.options import is_whole
 
-logger = logging.getLogger(__name__)
-
-NUM_ATTEMPTS = 8  # at a request, over some two minutes
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; doubled from attempt to attempt
-TIMEOUT, TIMEOUT_OF_CONNECTION = 600.0, 10.0  # seconds
-PASSING = {408, 409, 429}  # statuses that are worth another attempt, beside those from 500
-EXCERPT = 300  # characters of a server's answer that an error shows
-
-# The body of a chat completion: "model", "messages", "seed", "temperature" and so on
-Request: TypeAlias = dict[str, Any]
+NUM_RETRIES = 12  # of a request, by the client of openai, over about a minute
 
 
 class Answer(NamedTuple):
@@ -45,38 +33,33 @@ class ServerError(ConnectionError):
 
 
 class SavedAnswers(dict[str, Answer]):
-    """Answers by the content of their request, in memory and, with a folder, in its files `answers-*.jsonl`.
+    """Answers by the content of their request, in memory and, with a folder, in its file `answers.jsonl`.
 
-    The content is the model's name, the messages, the sampling options and the seed. The address of the server is not
-    part of it: a server that is started again on another port is asked nothing twice. Each process appends to its own
-    file and reads all of them at the start, except lines that a killed process has left unfinished.
+    The address of the server is not part of the content. Several processes may append to the file, because each line
+    is one write. A line that a killed process has left unfinished is skipped.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
         super().__init__()
-        self.folder, self._lock = folder, threading.Lock()
+        self.folder = folder
         if folder is None:
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for path in sorted(Path(folder).glob("answers-*.jsonl")):
-            for line in path.read_bytes().splitlines():
-                with suppress(ValueError, TypeError):
-                    key, text, tokens = json.loads(line)
-                    self[key] = Answer(text, [(token, among) for token, among in tokens])
-        own = Path(folder, f"answers-{os.environ.get('RANK', '0')}.jsonl")
-        self._file = own.open("ab", buffering=0)  # so that each line is one write
-        if own.stat().st_size:
-            self._file.write(b"\n")  # after an unfinished line
+        path = Path(folder, "answers.jsonl")
+        self._file = path.open("ab", buffering=0)
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError, TypeError):
+                key, text, tokens = json.loads(line)
+                self[key] = Answer(text, [(token, among) for token, among in tokens])
 
     @staticmethod
-    def key(request: Request) -> str:
+    def key(request: dict[str, Any]) -> str:
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
     def add(self, key: str, answer: Answer) -> None:
-        with self._lock:
-            self[key] = answer
-            if self.folder is not None:
-                self._file.write(json.dumps([key, *answer]).encode() + b"\n")
+        self[key] = answer
+        if self.folder is not None:
+            self._file.write(b"\n" + json.dumps([key, *answer]).encode())  # the line before may be unfinished
 
     def __str__(self) -> str:
         if self.folder is None:
@@ -84,19 +67,11 @@ class SavedAnswers(dict[str, Answer]):
         return f"{len(self)} answers are saved in {self.folder}, and the same call continues from them"
 
 
-class _Failure(NamedTuple):
-    what: str
-    is_passing: bool = True
-    wait: float = 0.0  # seconds that the server asks for
-    status: int | None = None
-
-
 class ChatServer:
     """A server of OpenAI's chat completions, with `concurrency` requests under way at a time.
 
-    A request is sent again, after a wait that doubles, if the server cannot be reached, breaks off, gives no answer in
-    time or no chat completion, or answers status 408, 409, 429 or 500 and above. `Retry-After` is obeyed. Each attempt
-    counts towards `max_requests`. The key is the environment's `OPENAI_API_KEY`; a server without a key needs none.
+    The client of openai retries after connection errors, timeouts and the statuses 408, 409, 429 and 500 and above.
+    Each attempt counts towards `max_requests`. The key is the environment's `OPENAI_API_KEY`, if it is set.
 
     Raises:
         ImportError: if the package openai is missing.
@@ -105,10 +80,9 @@ class ChatServer:
 
     def __init__(self, base_url: str, saved: SavedAnswers, concurrency: int, max_requests: int | None) -> None:
         address = urlsplit(base_url)
-        if address.username or address.password or address.query:  # which logs and errors would show
-            raise ValueError("`base_url` has credentials or a query. Leave them out and set OPENAI_API_KEY.")
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise ValueError(f"`base_url` is {base_url!r}. Give an address such as 'http://localhost:8000/v1'.")
+        has_key = "@" in address.netloc or bool(address.query)  # which logs and errors would show
+        if address.scheme not in ("http", "https") or not address.hostname or has_key:
+            raise ValueError("Give a `base_url` such as 'http://localhost:8000/v1', and a key as OPENAI_API_KEY.")
         self.base_url, self.saved, self.concurrency, self.max_requests = base_url, saved, concurrency, max_requests
         is_whole(self, "concurrency", 1)
         if max_requests is not None:
@@ -117,87 +91,68 @@ class ChatServer:
             import openai
         except ImportError as error:
             raise ImportError("A server is asked with openai: `pip install 'prefopt-trl[judge]'`.") from error
-        self.num_requests = 0
-        self._lock = threading.Lock()
-        self._client = openai.OpenAI(
-            base_url=base_url,
-            api_key=os.environ.get("OPENAI_API_KEY") or "no-key",
-            max_retries=0,  # those here count towards the budget
-            timeout=openai.Timeout(TIMEOUT, connect=TIMEOUT_OF_CONNECTION),
-        )
+        self._key = os.environ.get("OPENAI_API_KEY") or "no-key"
+        self._client = openai.OpenAI(base_url=base_url, api_key=self._key_of_attempt, max_retries=NUM_RETRIES)
+        self._num_attempts, self._is_stopped, self._lock = 0, False, threading.Lock()
 
-    def answers(self, requests: Sequence[Request], description: str) -> list[Answer]:
-        """Return the answer to each request, in their order. `description` labels the progress bar.
+    def answers(self, requests: Sequence[dict[str, Any]]) -> list[Answer]:
+        """Return the answer to each request, in their order. Equal requests are sent once.
 
-        Equal requests are sent once. After an error or Ctrl-C, no more are sent, and answers under way are still
-        saved.
+        After an error or Ctrl-C, no more are sent, and answers under way are still saved.
 
         Raises:
-            ServerError: if the server refuses a request, or does not answer it in the last attempt.
+            ServerError: if the server refuses a request, fails in every attempt or returns no chat completion.
             ValueError: if `max_requests` is spent.
         """
         keys = [self.saved.key(request) for request in requests]
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.saved}
-        stopped = threading.Event()
-        progress = tqdm(total=len(missing), desc=description, unit="answer", disable=None, delay=2)
+        self._is_stopped = False
+        progress = tqdm(total=len(missing), desc="Asking the server", unit="answer", disable=None, delay=2)
         with progress, ThreadPoolExecutor(self.concurrency) as threads:
-            asked = [threads.submit(self._ask, key, request, stopped) for key, request in missing.items()]
+            asked = [threads.submit(self._ask, key, request) for key, request in missing.items()]
             try:
                 for done in as_completed(asked):
-                    done.result()
+                    with suppress(CancelledError):  # stopped by another request, whose error comes next
+                        done.result()
                     progress.update()
             finally:
-                stopped.set()
+                self._is_stopped = True
                 threads.shutdown(wait=False, cancel_futures=True)  # leaving the block waits
         return [self.saved[key] for key in keys]
 
-    def _ask(self, key: str, request: Request, stopped: threading.Event) -> None:
-        """Save the answer to a request, unless `stopped` is set; set it if there is no answer."""
-        for attempt in range(1, NUM_ATTEMPTS + 1):
-            with self._lock:
-                if stopped.is_set():
-                    return
-                if self.num_requests == self.max_requests:
-                    stopped.set()
-                    raise ValueError(f"`max_requests`={self.max_requests} is spent; {self.saved}.")
-                self.num_requests += 1
-            answer = self._send(request)
-            if isinstance(answer, Answer):
-                return self.saved.add(key, answer)
-            if attempt == NUM_ATTEMPTS or not answer.is_passing:
-                stopped.set()
-                times = f" {attempt} times in a row" if attempt > 1 else ""
-                error = ServerError(f"The server at {self.base_url} {answer.what}{times}; {self.saved}.")
-                error.status = answer.status
-                raise error
-            wait = max(min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT) * random.uniform(0.5, 1), answer.wait)
-            logger.info("The server %s. Asking again in %.1f seconds.", answer.what, wait)
-            stopped.wait(wait)
+    def _key_of_attempt(self) -> str:
+        """Return the key, and count the attempt: the client calls this before each."""
+        with self._lock:
+            if self._is_stopped:
+                raise CancelledError
+            if self._num_attempts == self.max_requests:
+                raise ValueError(f"`max_requests`={self.max_requests} is spent; {self.saved}.")
+            self._num_attempts += 1
+        return self._key
 
-    def _send(self, request: Request) -> Answer | _Failure:
+    def _ask(self, key: str, request: dict[str, Any]) -> None:
+        """Save the answer to a request."""
         import openai
 
-        further = {name: value for name, value in request.items() if name not in ("model", "messages")}
-        completions = self._client.chat.completions.with_raw_response
+        status = None
         try:
-            response = completions.create(
-                model=request["model"], messages=request["messages"], stream=False, extra_body=further
+            response = self._client.chat.completions.with_raw_response.create(
+                model=request["model"], messages=request["messages"], stream=False, extra_body=request
             )
-        except openai.APIStatusError as error:
-            is_passing = error.status_code in PASSING or error.status_code >= 500
-            what = f"answered status {error.status_code} ({self._excerpt(error.response.text)})"
-            wait = _retry_after(error.response.headers.get("retry-after", ""))
-            return _Failure(what, is_passing, wait, error.status_code)
-        except openai.APITimeoutError:
-            return _Failure("gave no answer in time")
-        except openai.APIConnectionError as error:
-            return _Failure(f"was not reached or broke off ({self._excerpt(str(error.__cause__))})")
-        return _read(response.content) or _Failure(f"gave no chat completion ({self._excerpt(response.text)})")
-
-    def _excerpt(self, text: str) -> str:
-        """Quote the beginning of a server's answer, which may repeat the key, on one line."""
-        text = " ".join(text.replace(self._client.api_key, "***").split())
-        return repr(text if len(text) <= EXCERPT else text[:EXCERPT] + "...")
+        except openai.APIStatusError as failure:
+            status = failure.status_code
+            problem = f"answered status {status} ({failure.response.text})"
+        except openai.APIConnectionError as failure:  # or a timeout
+            problem = f"did not answer ({failure.__cause__})"
+        else:
+            if (answer := _read(response.content)) is not None:
+                return self.saved.add(key, answer)
+            problem = f"answered no chat completion ({response.text})"
+        problem = shorten(problem.replace(self._key, "***"), 300, placeholder="...")  # the server may repeat the key
+        self._is_stopped = True
+        error = ServerError(f"The server at {self.base_url} {problem}; {self.saved}.")
+        error.status = status
+        raise error
 
 
 def _read(content: bytes) -> Answer | None:
@@ -212,12 +167,3 @@ def _read(content: bytes) -> Answer | None:
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
     return Answer(text, tokens) if isinstance(text, str) else None
-
-
-def _retry_after(value: str) -> float:
-    """Return the seconds, at most an hour, of a header `Retry-After`, which is a number or a date."""
-    with suppress(ValueError):
-        return min(float(value), 3600.0)
-    with suppress(ValueError):
-        return min(parsedate_to_datetime(value).timestamp() - time(), 3600.0)
-    return 0.0

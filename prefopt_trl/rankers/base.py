@@ -290,7 +290,8 @@ def check_ranker(ranker: object) -> None:
     if not isinstance(ranker, Ranker):
         raise TypeError(
             f"`ranker` is a {type(ranker).__name__}, not a ranker. Wrap a function in `FunctionRanker`, a reward "
-            "model in `RewardModelRanker`, a causal language model in `PairwiseRanker`."
+            "model in `RewardModelRanker`, a causal language model in `PairwiseRanker`, a chat model or its server in "
+            "`JudgeRanker`."
         )
 
 

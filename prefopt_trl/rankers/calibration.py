@@ -18,8 +18,8 @@ class Calibration:
         interval (`tuple[float, float]`): 95% confidence interval. Its upper end is infinite where the comparisons do
             not exclude that the ranker knows nothing.
         num_comparisons, num_prompts (`int`): Comparisons on which the ranker has an opinion, and their prompts.
-        log_loss_before, log_loss_after (`float`): Mean of -log P(chosen preferred) over them, in nats, at temperature 1
-            and at the one fitted.
+        log_loss_before, log_loss_after (`float`): Mean of -log P(chosen preferred) over them, in nats, at
+            temperature 1 and at the one fitted.
     """
 
     temperature: float

@@ -1,6 +1,5 @@
 """The judge: a chat model that is asked in words which of two completions is better, or how good one is."""
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -12,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Completion, Prompt
-from prefopt_trl.generation.chat_server import Answer, ChatServer, Request, SavedAnswers, ServerError
+from prefopt_trl.generation.chat_server import Answer, ChatServer, SavedAnswers, ServerError
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.generation.sampler import sample_completions
 from prefopt_trl.rankers.base import Columns, check_inputs, sigmoid
@@ -21,7 +20,7 @@ from prefopt_trl.rankers.inference import RankingModel
 from prefopt_trl.rankers.judge_prompts import JudgePrompt
 from prefopt_trl.rankers.templates import Texts
 from prefopt_trl.runtime.cards import public_name
-from prefopt_trl.runtime.settings import Settings, model_fingerprint, template_date, tokenizer_fingerprint
+from prefopt_trl.runtime.settings import Settings, template_date
 
 logger = logging.getLogger(__name__)
 
@@ -34,26 +33,23 @@ QUESTIONS_AT_ONCE = 32  # of a local model, whose answers are saved as often
 class JudgeRanker(ComparativeRanker):
     """A chat model as a judge, behind a URL or in this process (RSO's AutoSxS, DPO appendix C.2).
 
-    With a prompt for pairs, the judge reads the two completions in both orders, and P(first preferred) is the mean.
-    With a prompt for ratings, the reward of a completion is its mean rating, and P is the sigmoid of the difference.
-
-    An answer without a verdict in the form that the prompt asks for is left out and counted in one warning. A
-    comparison without any verdict in one of its orders, and a completion without any rating, is NaN: no opinion.
+    With a prompt for pairs, P(first preferred) is the mean over both orders of the completions. With a prompt for
+    ratings, the reward of a completion is its mean rating. Answers without a verdict in the form that the prompt asks
+    for are left out, and one warning counts them. Where none is left, the result is NaN: no opinion.
 
     Args:
         model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
-            With `base_url`, the model's name at the server. Otherwise a causal chat model, or its folder or Hub id.
+            With `base_url`, the model's name at the server. Otherwise a chat model, or its folder or Hub id.
         base_url (`str`, *optional*):
-            Address of an OpenAI-compatible server, such as `"http://localhost:8000/v1"`. The key is the environment's
-            `OPENAI_API_KEY`, if the server wants one. This needs `pip install 'prefopt-trl[judge]'`.
+            Address of an OpenAI-compatible server. The key is the environment's `OPENAI_API_KEY`.
         prompt (`str` or `Path`, *optional*, defaults to `"helpful"`):
             A built-in prompt (see `docs/judges.md`) or the path of a file in their format.
         votes (`int`, *optional*):
-            Answers sampled for a comparison, half of them in each order, or for a rating. By default a server that
-            gives the log-probabilities of tokens is asked once in each order, at temperature 0, and P is that of the
-            verdict's token. Other servers, local models and ratings have 8 votes.
+            Answers sampled for a comparison, half of them in each order, or for a rating. By default, P is read from
+            the log-probabilities of one answer in each order, at temperature 0, if a server gives them. Other servers,
+            local models and ratings have 8 votes.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            That of a local model. By default it is loaded from the model's folder or Hub id.
+            That of a local model, by default from its folder or Hub id.
         cache_dir (`str` or `Path`, *optional*):
             Folder where each answer is saved as it comes. No saved question is asked again.
         concurrency (`int`, *optional*, defaults to `8`):
@@ -61,27 +57,23 @@ class JudgeRanker(ComparativeRanker):
         max_requests (`int`, *optional*):
             How often this ranker may ask the server, retries counted.
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Longest answer, in tokens. A judge that thinks before it answers needs more.
+            Longest answer, in tokens.
         sampling_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the votes.
         request_options (`dict`, *optional*):
-            Further fields of each request to the server, such as `{"reasoning_effort": "low"}`. None removes a field.
-            They are part of the settings, so they must not contain secrets.
+            Further fields of each request, which the settings show. None removes a field.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the votes and of the baselines of `score`.
 
     Attributes:
         first_share, first_share_error (`float`):
-            Order bias in the last call: the share of verdicts for the completion that was read first, with its
-            standard error over comparisons. Ties count as half, and 0.5 is no bias.
-        num_unparsed (`int`):
-            Answers of the last call without a verdict.
+            Order bias in the last call with two or more comparisons: the share of verdicts for the
+            completion that was read first, with its standard error. Ties count as half, and 0.5 is no bias.
 
     Raises:
-        ValueError: for an unknown prompt, a number out of range or an argument of the other kind of judge, and by
-            `compare` and `score` if `max_requests` is spent.
+        ValueError: for an argument out of range or of the other kind of judge, and if `max_requests` is spent.
         ImportError: if the package openai is missing.
-        ConnectionError: by `compare` and `score`, if the server refuses a request or fails several times in a row.
+        ConnectionError: by `compare` and `score`, if the server refuses a request or fails in every attempt.
 
     Example:
 
@@ -118,19 +110,18 @@ class JudgeRanker(ComparativeRanker):
             number = "an even number, as half of the votes are in each order" if self.is_pair else "a whole number"
             raise ValueError(f"`votes` must be {number}, at least {1 + self.is_pair}, got {votes!r}.")
         self.votes = votes
-        self.chat: ChatServer | LocalChat
+        self.saved = SavedAnswers(cache_dir)
+        self.first_share = self.first_share_error = np.nan
+        self.local: RankingModel | None = None
         if base_url is None:
             if max_requests is not None or request_options is not None:
                 raise ValueError("`max_requests` and `request_options` are for a server. Give its `base_url`, too.")
-            self.chat = LocalChat(model, tokenizer, self.options, SavedAnswers(cache_dir))
-            self.model = self.chat.model
+            self.local = RankingModel(None, model, tokenizer, batch_size=1, max_length=None)
+            self.model = self.local.model
         else:
             if not isinstance(model, str) or tokenizer is not None:
                 raise ValueError("With `base_url`, `model` is a name at the server, and `tokenizer` is left out.")
-            self.chat = ChatServer(base_url, SavedAnswers(cache_dir), concurrency, max_requests)
-            self.name = model
-        self.first_share = self.first_share_error = np.nan
-        self.num_unparsed = 0
+            self.name, self.server = model, ChatServer(base_url, self.saved, concurrency, max_requests)
 
     def both_orders(
         self,
@@ -143,17 +134,17 @@ class JudgeRanker(ComparativeRanker):
 
         Equal texts give 0.5 without a question. Ratings have no order, so their columns are equal.
         """
-        comparisons = [Texts.of(*texts) for texts in zip(prompts, first, second, strict=True)]
-        differ = np.array([one.first != one.second for one in comparisons], dtype=bool)
-        asked = [order for one in comparisons if one.first != one.second for order in (one, one.swapped())]
+        texts = [Texts.of(*row) for row in zip(prompts, first, second, strict=True)]
+        differ = [row for row, one in enumerate(texts) if one.first != one.second]
+        asked = [order for row in differ for order in (texts[row], texts[row].swapped())]
         of_first, of_second = self._ask_all(asked).reshape(-1, 2).T  # each where it is shown first
-        both = np.full((len(comparisons), 2), 0.5)
+        both = np.full((len(texts), 2), 0.5)
         if not self.is_pair:
             both[differ] = sigmoid(of_first - of_second)[:, None]
             return both
         both[differ] = np.stack([of_first, 1 - of_second], axis=1)
-        shares = (of_first + of_second)[~np.isnan(of_first + of_second)] / 2
-        self.first_share = self.first_share_error = np.nan
+        shares = (of_first + of_second) / 2
+        shares = shares[~np.isnan(shares)]
         if len(shares) > 1:
             self.first_share, self.first_share_error = shares.mean(), shares.std(ddof=1) / len(shares) ** 0.5
             share = f"{self.first_share:.3f} +- {self.first_share_error:.3f}"
@@ -171,31 +162,30 @@ class JudgeRanker(ComparativeRanker):
         if self.is_pair:
             return super().score(prompts, completions, baselines)
         check_inputs(prompts, completions=completions, baselines=baselines)
-        more = [[] for _ in prompts] if baselines is None else [[baseline] for baseline in baselines]
-        rows = [[*several, *baseline] for several, baseline in zip(completions, more, strict=True)]
-        ratings = self._ask_all([Texts.of(prompts[row], one, "") for row, texts in enumerate(rows) for one in texts])
-        rewards = np.split(ratings / self.temperature, np.cumsum([len(texts) for texts in rows], dtype=int))[:-1]
-        return rewards if baselines is None else [row[:-1] - row[-1] for row in rewards]
+        if baselines is not None:
+            rewards = self.score(prompts, completions)
+            of_baselines = self.score(prompts, [[baseline] for baseline in baselines])
+            return [row - baseline for row, baseline in zip(rewards, of_baselines, strict=True)]
+        texts = [Texts.of(prompts[row], one, "") for row, several in enumerate(completions) for one in several]
+        ends = np.cumsum([len(several) for several in completions], dtype=int)
+        return np.split(self._ask_all(texts) / self.temperature, ends)[:-1]
 
     def verdicts(self, probabilities: np.ndarray) -> np.ndarray:
         """Return 1 for a win of the first completion, 0 for a loss and 0.5 for a tie; NaN stays NaN.
 
-        A probability of `compare` decides if it departs from 0.5 by more than the margin of the prompt, which is 0.35
-        for AutoSxS (RSO section 5) and 0 for the others.
+        Wins and losses depart from 0.5 by more than the prompt's margin, which is 0.35 for AutoSxS (RSO section 5).
         """
         departure = np.asarray(probabilities, dtype=float) - 0.5
         return np.where(np.abs(departure) > self.prompt.margin, departure > 0, 0.5 + 0 * departure)
 
     def settings(self) -> Settings:
-        """Return the model's name or fingerprints, a fingerprint of the prompt, and the ranker's options.
+        """Return the model's name or fingerprints, that of the prompt, and the options, without the server's address.
 
-        Neither the address of the server nor its key is among them. The first call may ask the server whether it
-        gives log-probabilities.
+        The first call may ask the server whether it gives log-probabilities.
         """
-        model = self.chat.fingerprints() if isinstance(self.chat, LocalChat) else public_name(self.name)
         return {
             "class": type(self).__name__,
-            "model": model,
+            "model": public_name(self.name) if self.local is None else self._fingerprints(self.local),
             "prompt": self.prompt.fingerprint,
             "votes": "log-probabilities" if self.reads_log_probs else self.votes or VOTES,
             "max_new_tokens": self.options.max_new_tokens,
@@ -208,7 +198,7 @@ class JudgeRanker(ComparativeRanker):
     @cached_property
     def reads_log_probs(self) -> bool:
         """Whether P is read from log-probabilities. The server is asked once, by a request of one token."""
-        if self.votes is not None or not self.is_pair or isinstance(self.chat, LocalChat):
+        if self.votes is not None or not self.is_pair or self.local is not None:
             return False
         try:
             answers = self._answers(["Answer with the letter A or B."], 1, LOG_PROBS | {"max_tokens": 1})
@@ -223,10 +213,7 @@ class JudgeRanker(ComparativeRanker):
 
     def _ask_all(self, questions: list[Texts]) -> np.ndarray:
         """Return the mean verdict on each question, for the completion shown first; NaN without any verdict."""
-        texts = [
-            self.prompt.fill(prompt=one.prompt, first=one.first, second=one.second, completion=one.first)
-            for one in questions
-        ]
+        texts = [self.prompt.fill(**one._asdict(), completion=one.first) for one in questions]
         votes = self.votes or VOTES
         if self.reads_log_probs:
             answers = self._answers(texts, 1, LOG_PROBS)
@@ -239,70 +226,46 @@ class JudgeRanker(ComparativeRanker):
                 self.smallest_probability = 0.5 / (votes + 1)
         read = [[value for value in several if value is not None] for several in values]
         means = np.array([np.mean(several) if several else np.nan for several in read])
-        num_answers = sum(map(len, values))
-        self.num_unparsed = num_answers - sum(map(len, read))
-        if self.num_unparsed:
+        num_answers, num_read = sum(map(len, values)), sum(map(len, read))
+        if num_read < num_answers:
             logger.warning(
-                f"{self.num_unparsed} of {num_answers} answers of the judge have no verdict in the form that the "
+                f"{num_answers - num_read} of {num_answers} answers of the judge have no verdict in the form that the "
                 f"prompt asks for and were left out; {np.isnan(means).sum()} of {len(texts)} questions have no other "
-                "answer and give no opinion. Raise `max_new_tokens` if answers are cut off, or take a larger judge."
+                "answer. Raise `max_new_tokens` if answers are cut off, or take a larger judge."
             )
         return means
 
     def _answers(self, texts: list[str], num_answers: int, how: dict[str, Any]) -> list[list[Answer]]:
         """Return so many answers to each question."""
-        options: Request = {"max_tokens": self.options.max_new_tokens, **how, **self.request_options}
-        if isinstance(self.chat, ChatServer):
-            options["model"] = self.name
+        model = self.name if self.local is None else self._fingerprints(self.local)
+        options = {"model": model, "max_tokens": self.options.max_new_tokens, **how, **self.request_options}
         options = {name: value for name, value in options.items() if value is not None}
         requests = [
             {**options, "messages": [{"role": "user", "content": text}], "seed": 1000 * self.seed + number}
             for text in texts
             for number in range(num_answers)
         ]
-        answers = self.chat.answers(requests, "Judging")
+        answers = self.server.answers(requests) if self.local is None else self._sample(self.local, requests)
         return [answers[start : start + num_answers] for start in range(0, len(answers), num_answers)]
 
-
-class LocalChat:
-    """A chat model in this process, which answers requests as [`ChatServer`] does, through our sampler.
-
-    A model without a chat template, such as a base model that continues few-shot examples, reads the plain text.
-    """
-
-    def __init__(
-        self,
-        model: str | Path | PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        options: GenerationOptions,
-        saved: SavedAnswers,
-    ) -> None:
-        loaded = RankingModel(None, model, tokenizer, batch_size=1, max_length=None, share_prefix=True)
-        self.model, self.tokenizer, self.options, self.saved = loaded.model, loaded.tokenizer, options, saved
-
-    def fingerprints(self) -> Settings:
-        weights, tokenizer = model_fingerprint(self.model), tokenizer_fingerprint(self.tokenizer)
-        return {"weights": weights, "tokenizer": tokenizer, **template_date(self.tokenizer)}
-
-    def answers(self, requests: Sequence[Request], description: str) -> list[Answer]:
-        """Return the answer to each request, in their order. The answers to a question are sampled together."""
-        model = self.fingerprints()
-        keys = [self.saved.key({**request, "model": model}) for request in requests]
-        missing: dict[str, list[str]] = {}  # keys by question
-        for key, request in dict(zip(keys, requests, strict=True)).items():
-            if key not in self.saved:
+    def _sample(self, local: RankingModel, requests: list[dict[str, Any]]) -> list[Answer]:
+        """Return the answer of the local model to each request. The answers to a question are sampled together."""
+        missing: dict[str, list[str]] = {}  # keys of requests, by question
+        for request in requests:
+            if (key := self.saved.key(request)) not in self.saved:
                 missing.setdefault(request["messages"][0]["content"], []).append(key)
-        questions = list(missing.items())
-        for start in tqdm(range(0, len(questions), QUESTIONS_AT_ONCE), desc=description, disable=None):
+        questions = list(missing)
+        for start in tqdm(range(0, len(questions), QUESTIONS_AT_ONCE), desc="Judging", disable=None):
             some = questions[start : start + QUESTIONS_AT_ONCE]
-            prompts: list[Prompt] = [text for text, _ in some]
-            if self.tokenizer.chat_template is not None:
-                prompts = [[{"role": "user", "content": text}] for text, _ in some]
-            # Seeded by what is missing, so that a later call does not repeat what is saved
-            seed = int(hashlib.sha256(repr(some).encode()).hexdigest()[:8], 16)
-            number = max(len(keys_of_question) for _, keys_of_question in some)
-            sampled = sample_completions(self.model, self.tokenizer, prompts, number, self.options, seed=seed)
-            for (_, keys_of_question), texts in zip(some, sampled, strict=True):
-                for key, text in zip(keys_of_question, texts, strict=False):
-                    self.saved.add(key, Answer(text, []))
-        return [self.saved[key] for key in keys]
+            prompts: list[Prompt] = [[{"role": "user", "content": text}] for text in some]
+            number = max(len(missing[text]) for text in some)
+            seed = int(missing[some[0]][0][:8], 16)  # of what is missing: a later call repeats no saved answer
+            sampled = sample_completions(local.model, local.tokenizer, prompts, number, self.options, seed=seed)
+            for text, answers in zip(some, sampled, strict=True):
+                for key, answer in zip(missing[text], answers, strict=False):
+                    self.saved.add(key, Answer(answer, []))
+        return [self.saved[self.saved.key(request)] for request in requests]
+
+    @staticmethod
+    def _fingerprints(local: RankingModel) -> Settings:
+        return {**local.settings(), **template_date(local.tokenizer)}

@@ -189,14 +189,16 @@ def test_a_file_describes_any_ranker(tiny_llama_dir, tmp_path):
         rankers:
           - {{class: PairwiseRanker, model: {tiny_llama_dir}, template: summary, batch_size: 3}}
           - {{class: FunctionRanker, function: "my_reward:length", temperature: 4}}
+          - {{class: JudgeRanker, model: my-model, base_url: "http://localhost:8000/v1", prompt: dialogue, votes: 2}}
         """
     )
     ranker = load_ranker(RankerArguments(ranker="ranker.yaml"))
     assert isinstance(ranker, EnsembleRanker) and ranker.combine == "min"
-    pairwise, function = ranker.rankers
+    pairwise, function, judge = ranker.rankers
     assert pairwise.ranking_model.batch_size == 3
     assert function.score(["p"], [["ab"]])[0].tolist() == [0.5]
     assert function.settings()["temperature"] == 4
+    assert (judge.settings()["model"], judge.votes) == ("my-model", 2)
 
 
 @pytest.mark.parametrize(
