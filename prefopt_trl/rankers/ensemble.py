@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,10 @@ COMBINATIONS = ("mean", "min", "mean-std", "vote")
 class EnsembleRanker(Ranker):
     """Several rankers, whose rewards are combined into one.
 
-    The members take turns: on an accelerator, the model of a member is moved there for its turn and back to the CPU
-    afterwards, unless it is quantized or has a device map. If a member draws baselines, as a `PairwiseRanker` does,
-    the rewards of each member are first centered on their mean over the completions of a prompt. A member that has no
-    opinion on a completion is left out of its reward.
+    On an accelerator the members take turns: a model is moved there for its turn and back to the CPU afterwards,
+    unless it is quantized or has a device map. If a member draws baselines, as a `PairwiseRanker` does, the rewards of
+    each member are first centered on their mean over the completions of a prompt. A member that has no opinion on a
+    completion is left out of its reward.
 
     Sampled candidates get a column `disagreement`: the standard deviation of a completion's reward over the members,
     in nats.
@@ -29,8 +30,7 @@ class EnsembleRanker(Ranker):
     Args:
         rankers (`Sequence[Ranker | Callable]`):
             The members, at least two. A function without arguments is called to make its member, so that only one
-            model at a time is loaded onto the accelerator. Members whose rewards have different scales should be
-            calibrated first, with [`calibrate`].
+            model at a time is loaded. Calibrate members whose rewards have different scales first, with [`calibrate`].
         combine (`str`, *optional*, defaults to `"mean"`):
             `"mean"` of the rewards; their `"min"`; `"mean-std"`, the mean minus `k` standard deviations; or `"vote"`.
             A vote is the share of members that prefer one completion to another, and the reward of a completion is the
@@ -43,8 +43,7 @@ class EnsembleRanker(Ranker):
 
     Raises:
         TypeError: if a member is not a ranker.
-        ValueError: for fewer than two members, an unknown `combine`, or weights that are negative, all zero or not one
-            per member.
+        ValueError: for fewer than two members, or a value of another argument that does not fit.
 
     Example:
 
@@ -97,12 +96,9 @@ class EnsembleRanker(Ranker):
     ) -> np.ndarray:
         """Return P(first preferred), by Bradley-Terry from the combined rewards or from the reward of the vote."""
         check_inputs(prompts, first=first, second=second)
-        both = self._members(prompts, list(zip(first, second, strict=True)), None, columns)
-        if self.combine == "vote":
-            log_odds = [self._reward(rewards[:, :1] - rewards[:, 1:], against_baseline=True)[0] for rewards in both]
-        else:
-            log_odds = [-np.diff(self._combine(rewards))[0] for rewards in both]
-        return sigmoid(np.array(log_odds) / self.temperature)
+        rewards = self.score(prompts, list(zip(first, second, strict=True)), columns=columns)
+        of_first, of_second = np.array(rewards).reshape(-1, 2).T
+        return sigmoid(of_first if self.combine == "vote" else of_first - of_second)
 
     def score(
         self,
@@ -121,9 +117,33 @@ class EnsembleRanker(Ranker):
         columns: Columns | None = None,
     ) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
         check_inputs(prompts, completions=completions, baselines=baselines)
-        members = self._members(prompts, completions, baselines, columns)
-        rewards = [self._reward(row, baselines is not None) / self.temperature for row in members]
-        return rewards, {"disagreement": [self._deviation(row) for row in members]}
+        asked = []
+        for member in self.rankers:
+            with _on_accelerator(member.model):
+                asked.append(
+                    ask_rewards(member, prompts, completions, baselines=baselines, columns=columns, may_abstain=True)
+                )
+        mean: Any = partial(np.ma.average, axis=0, weights=self.weights)
+        combined, disagreement = [], []
+        for of_members in zip(*(rewards for rewards, _ in asked), strict=True):
+            rewards = np.ma.masked_invalid(of_members)  # shape (num_members, num_completions)
+            if self.draws_baselines and baselines is None:
+                rewards = rewards - rewards.mean(axis=1, keepdims=True)
+            result = mean(rewards)
+            deviation = np.ma.sqrt(mean((rewards - result) ** 2))
+            if self.combine == "min":
+                result = rewards.min(axis=0)
+            elif self.combine == "mean-std":
+                result = result - self.k * deviation
+            elif self.combine == "vote":
+                others = np.zeros((len(rewards), 1)) if baselines is not None else rewards
+                shares = mean(0.5 * (1 + np.sign(rewards[:, :, None] - others[:, None, :])))  # a tie counts half
+                if baselines is None:
+                    shares[np.diag_indices(len(shares))] = np.ma.masked  # against itself
+                result = logit((len(rewards) * shares.mean(axis=1) + 0.5) / (len(rewards) + 1))
+            combined.append(np.ma.filled(result, np.nan) / self.temperature)
+            disagreement.append(deviation.filled(np.nan))
+        return combined, {"disagreement": disagreement}
 
     def settings(self) -> Settings:
         """Return the settings of the members, and how they are combined."""
@@ -136,66 +156,13 @@ class EnsembleRanker(Ranker):
             "rankers": [member.settings() for member in self.rankers],
         }
 
-    def _members(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[Sequence[Completion]],
-        baselines: Sequence[Completion] | None,
-        columns: Columns | None,
-    ) -> list[np.ma.MaskedArray]:
-        """Return the members' rewards of each prompt's completions, shape `(num_members, num_completions)`.
-
-        A reward is masked if the member has no opinion.
-        """
-        of_members = []
-        for member in self.rankers:
-            with _on_accelerator(member.model):
-                of_members.append(
-                    ask_rewards(member, prompts, completions, baselines=baselines, columns=columns, may_abstain=True)[
-                        0
-                    ]
-                )
-        rewards = [np.ma.masked_invalid(rows) for rows in zip(*of_members, strict=True)]
-        if self.draws_baselines and baselines is None:
-            rewards = [row - row.mean(axis=1, keepdims=True) for row in rewards]
-        return rewards
-
-    def _mean(self, values: np.ma.MaskedArray) -> np.ma.MaskedArray:
-        return np.ma.average(values, axis=0, weights=self.weights)  # type: ignore[return-value]  # masked
-
-    def _deviation(self, rewards: np.ma.MaskedArray) -> np.ndarray:
-        return np.sqrt(self._mean((rewards - self._mean(rewards)) ** 2)).filled(np.nan)
-
-    def _combine(self, rewards: np.ma.MaskedArray) -> np.ndarray:
-        if self.combine == "min":
-            return rewards.min(axis=0).filled(np.nan)
-        mean = self._mean(rewards).filled(np.nan)
-        return mean - self.k * self._deviation(rewards) if self.combine == "mean-std" else mean
-
-    def _reward(self, rewards: np.ma.MaskedArray, against_baseline: bool) -> np.ndarray:
-        if self.combine != "vote":
-            return self._combine(rewards)
-        num_members = len(self.rankers)
-        share = self._vote(rewards) if against_baseline else self._won(rewards)
-        return logit((num_members * share + 0.5) / (num_members + 1))
-
-    def _vote(self, differences: np.ma.MaskedArray) -> np.ndarray:
-        """Return the share of the members that prefer what the differences are positive for; a tie counts half."""
-        return np.ma.filled(self._mean(0.5 * (1 + np.sign(differences))), np.nan)
-
-    def _won(self, rewards: np.ma.MaskedArray) -> np.ndarray:
-        """Return the mean share of votes that each completion wins against the others."""
-        others = ~np.eye(rewards.shape[1], dtype=bool)
-        shares = [self._vote(rewards[:, [one]] - rewards[:, others[one]]) for one in range(rewards.shape[1])]
-        return np.array([np.ma.masked_invalid(row).mean() for row in shares])
-
 
 @contextmanager
 def _on_accelerator(model: Any) -> Iterator[None]:
     """Hold the model on this process's accelerator, and on the CPU afterwards, if it may be moved."""
     device = process_state().device
-    fixed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
-    if model is None or fixed or device.type == "cpu":
+    is_fixed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
+    if model is None or is_fixed or device.type == "cpu":
         yield
         return
     model.to(device)
