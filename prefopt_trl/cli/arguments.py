@@ -67,29 +67,22 @@ class RewardModelData(TrainingData):
     dataset_test_split: str | None = field(  # type: ignore[assignment]  # None where the other commands have "test"
         default=None,
         metadata={
-            "help": "Split to measure the accuracy on, without the prompts that are trained on. By default 'test', if "
-            "the dataset has it."
+            "help": "Split to measure the accuracy on, without the prompts that are trained on, instead of `held_out`."
         },
     )
-    held_out: float | None = field(
-        default=None,
+    held_out: float = field(
+        default=0.05,
         metadata={
             "help": "Share of the prompts to hold out of the training split and measure the accuracy on. They are "
-            "chosen by their SHA-256, so every run holds out the same. By default 0.05, if there is no split 'test'."
+            "chosen by their SHA-256, so every run holds out the same."
         },
     )
 
     def __post_init__(self) -> None:
-        if self.held_out is None:
-            return
         if not 0 < self.held_out < 1:
-            raise ValueError(
-                f"`held_out` must be a share of the prompts between 0 and 1, such as 0.05, got {self.held_out}."
-            )
-        if self.dataset_test_split is not None:
-            raise ValueError(
-                "`held_out` and `dataset_test_split` both say what the accuracy is measured on. Give one of them."
-            )
+            raise ValueError(f"`held_out` must be a share of the prompts, such as 0.05, got {self.held_out}.")
+        if self.dataset_test_split is not None and self.held_out != RewardModelData.held_out:
+            raise ValueError("`held_out` has no effect with `dataset_test_split`. Leave one of them out.")
 
 
 @dataclass(kw_only=True)

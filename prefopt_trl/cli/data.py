@@ -12,11 +12,10 @@ from trl import extract_prompt
 
 from prefopt_trl.cli.arguments import RewardModelData, TrainingData
 from prefopt_trl.data.formats import check_columns
-from prefopt_trl.data.loading import load_rows, split_names
+from prefopt_trl.data.loading import load_rows
 from prefopt_trl.data.tokenization import chat_options, tokenize_completions, tokenize_prompts
 
 GIVEN = {"chosen": "given_chosen", "rejected": "given_rejected"}  # names that sampled completions do not take
-HELD_OUT = 0.05  # of the prompts, if the data have no split "test"
 
 Splits = dict[str, Dataset | None]  # a trainer's arguments `train_dataset` and `eval_dataset`
 
@@ -38,22 +37,16 @@ def load_data(own: TrainingData, args: TrainingArguments) -> Splits:
 def load_comparisons(own: RewardModelData, args: TrainingArguments) -> Splits:
     """Load the comparisons to train on and, unless `eval_strategy` is "no", those of other prompts to measure on.
 
-    Set `own.dataset_test_split` or `own.held_out`, whichever the latter are from. Raise `ValueError` if a column is
-    missing, or too few prompts remain on a side.
+    Raise `ValueError` if a column is missing, or nothing remains on a side.
     """
     rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_train_split, own.num_rows)
     check_columns(rows, ["prompt", "chosen", "rejected"], own.dataset_name)
     if args.eval_strategy == "no":
-        if own.held_out is not None:
-            raise ValueError("`held_out` has no effect if `eval_strategy` is 'no'. Leave one of them out.")
         return {"train_dataset": rows, "eval_dataset": None}
-    if own.held_out is None and own.dataset_test_split is None:
-        has_test = "test" in split_names(own.dataset_name, own.dataset_config)
-        own.dataset_test_split, own.held_out = ("test", None) if has_test else (None, HELD_OUT)
-    if own.held_out is not None:
+    if own.dataset_test_split is None:
         rows, held_out = hold_out(rows, own.held_out)
     else:
-        given = load_rows(own.dataset_name, own.dataset_config, str(own.dataset_test_split))
+        given = load_rows(own.dataset_name, own.dataset_config, own.dataset_test_split)
         check_columns(given, ["prompt", "chosen", "rejected"], own.dataset_name)
         held_out, shared = _split_by_prompt(given, set(map(json.dumps, rows["prompt"])))
         if len(shared):
@@ -61,20 +54,18 @@ def load_comparisons(own: RewardModelData, args: TrainingArguments) -> Splits:
                 f"{len(shared):,} of {len(given):,} comparisons of the split {own.dataset_test_split!r} are left out: "
                 "their prompts are trained on."
             )
-        check_prompts(held_out)
+    if not len(rows) or not len(held_out):
+        raise ValueError(
+            f"There are {len(rows)} comparisons to train on, and {len(held_out)} of other prompts to measure the "
+            "accuracy on. Give more prompts, another `dataset_test_split`, or `eval_strategy='no'` to measure nothing."
+        )
     return {"train_dataset": rows, "eval_dataset": held_out}
 
 
 def hold_out(rows: Dataset, share: float) -> tuple[Dataset, Dataset]:
     """Return the rows to train on, and those of the prompts with the lowest SHA-256: a share of them, at least two."""
     prompts = sorted(set(map(json.dumps, rows["prompt"])), key=lambda text: hashlib.sha256(text.encode()).digest())
-    number = max(2, round(share * len(prompts)))
-    if number >= len(prompts):
-        raise ValueError(
-            f"`held_out`={share} of {len(prompts)} prompts leaves none to train on, as {number} are held out. Give "
-            "comparisons of more prompts, or `eval_strategy='no'` to train on all without measuring the accuracy."
-        )
-    return _split_by_prompt(rows, set(prompts[:number]))
+    return _split_by_prompt(rows, set(prompts[: max(2, round(share * len(prompts)))]))
 
 
 def _split_by_prompt(rows: Dataset, prompts: set[str]) -> tuple[Dataset, Dataset]:
@@ -82,15 +73,6 @@ def _split_by_prompt(rows: Dataset, prompts: set[str]) -> tuple[Dataset, Dataset
     is_among = [json.dumps(prompt) in prompts for prompt in rows["prompt"]]
     others, among = ([row for row, found in enumerate(is_among) if found == side] for side in (False, True))
     return rows.select(others), rows.select(among)
-
-
-def check_prompts(held_out: Dataset) -> None:
-    """Raise a ValueError unless the comparisons have at least two prompts, which a standard error needs."""
-    if (number := len(set(map(json.dumps, held_out["prompt"])))) < 2:
-        raise ValueError(
-            f"The accuracy is measured on comparisons of two or more prompts that are not trained on, and {number} "
-            "remain. Give another `dataset_test_split`, a larger `held_out`, or `eval_strategy='no'` to measure none."
-        )
 
 
 def require_columns(rows: Dataset, dataset_name: str, *alternatives: set[str]) -> None:

@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, HelpFormatter
 from dataclasses import MISSING, fields
 
-from prefopt_trl.cli.arguments import RewardModelData, TrainingData
+from prefopt_trl.cli.arguments import TrainingData
 from prefopt_trl.cli.commands import COMMANDS
 from prefopt_trl.sampling.options import SamplingOptions
 from prefopt_trl.trainers import METHODS, Options
@@ -31,11 +31,6 @@ TRAINING = {
     "push_to_hub": "Push the model to the Hub once it is saved.",
     "use_cpu": "Run on the CPU.",
 }
-MEASURED = {  # of the commands that train a ranker
-    **TRAINING,
-    "eval_strategy": "When to measure the accuracy: no, steps or epoch (default: epoch, or steps with --save_steps).",
-    "save_steps": "Steps between checkpoints. The most accurate one is the result.",
-}
 SAMPLING = ["num_candidates", "rejection_beta", "max_new_tokens"]  # of `SamplingOptions`
 USAGE = (
     "Options are given on the command line or in the YAML file of --config; the command line wins. A bool is set by "
@@ -60,8 +55,7 @@ def first_screen(name: str) -> str:
     )
     groups = {title: _with_defaults(options) for title, options in own_options(name).items()}
     groups |= {"model": MODEL} if command.takes_model else {}
-    if issubclass(command.own, TrainingData):
-        groups["training"] = MEASURED if issubclass(command.own, RewardModelData) else TRAINING
+    groups |= {"training": TRAINING} if issubclass(command.own, TrainingData) else {}
     for title, options in groups.items():
         group = parser.add_argument_group(title)
         for option, text in options.items():

@@ -10,7 +10,6 @@ from datasets import Dataset
 from transformers.trainer_utils import EvalLoopOutput
 
 from prefopt_trl.cli.arguments import RewardModelData
-from prefopt_trl.cli.data import check_prompts
 from prefopt_trl.cli.training import CommandTrainer
 from prefopt_trl.data.formats import completion_text
 from prefopt_trl.evaluation.policy import Estimate
@@ -36,8 +35,6 @@ class RankerTrainer(CommandTrainer):
     def __init__(
         self, own: RewardModelData, comparisons: Dataset | None, options: dict[str, str], **given: Any
     ) -> None:
-        if comparisons is not None:
-            check_prompts(comparisons)
         self.own, self.options, self.comparisons = own, options, comparisons
         self.measured: dict[str, float] = {}  # the last measurement
         super().__init__(own.dataset_name, **given)
@@ -69,14 +66,11 @@ class RankerTrainer(CommandTrainer):
             return
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self.saved_step = int(best.rpartition("-")[2]) if best else self.state.global_step
-        entries = [entry for entry in self.state.log_history if "eval_accuracy" in entry]
-        of_step = [entry for entry in entries if entry["step"] == self.saved_step]
-        self.measured = of_step[-1] if of_step else self.evaluate()
-        said = f"The ranker is right on {self.describe()}."
-        if best:
-            by = self.args.metric_for_best_model
-            said += f" It is the checkpoint of step {self.saved_step}, the best of {len(entries)} by `{by}`."
-        self.accelerator.print(said)
+        of_step = [entry for entry in self.state.log_history if entry["step"] == self.saved_step]
+        measured = [entry for entry in of_step if "eval_accuracy" in entry]
+        self.measured = measured[-1] if measured else self.evaluate()
+        weights = f"The saved weights are those of step {self.saved_step}."
+        self.accelerator.print(f"The ranker is right on {self.describe()}. {weights}")
 
     def describe(self) -> str:
         """Return the last accuracy and what it was measured on, and how often the longer completion is chosen."""
@@ -98,20 +92,19 @@ class RankerTrainer(CommandTrainer):
         """Write a card that shows how to load the ranker. The arguments are TRL's and have no effect."""
         if not self.is_world_process_zero():
             return
-        args, held_out = self.args, self.own.held_out
+        args = self.args
         settings = {
             **{name: getattr(args, name) for name in HYPERPARAMETERS},
             "batch size, over all processes": (
                 args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
             ),
-            "steps": self.state.global_step,
             "step of the saved weights": self.saved_step or self.state.global_step,
             **self.options,
             "accuracy": self.describe(),
         }
         if self.comparisons is not None:
-            split = f"split {self.own.dataset_test_split}"
-            settings["held out"] = split if held_out is None else f"{held_out} of the prompts, by SHA-256"
+            split = self.own.dataset_test_split
+            settings["held out"] = f"split {split}" if split else f"{self.own.held_out} of the prompts, by SHA-256"
         arguments = {name: repr(value) for name, value in self.options.items()}
         model = self.accelerator.unwrap_model(self.model)
         card = ranker_card(self.ranker_class, model, self.source, arguments, settings, self.dataset_name)

@@ -74,22 +74,13 @@ def model_to_train(model: ModelConfig, args: TrainingConfig, task: Task | None =
         adapted = PeftConfig.from_pretrained(path, revision=model.model_revision).task_type
         if (adapted == "SEQ_CLS") != (task == "SEQ_CLS"):
             raise ValueError(
-                f"{path} is an adapter of a model for {adapted}, and this command trains another kind. Merge it into "
-                "its base first (`merge_and_unload` of PEFT)."
+                f"{path} is an adapter for {adapted}, which this command does not train. Merge it into its base first."
             )
         args.model_init_kwargs = None
         init["trust_remote_code"] = args.trust_remote_code
         return {"model": load_adapter(path, model, init, is_trainable=True)}
-    if task != "CAUSAL_LM":
-        options = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
-        config = AutoConfig.from_pretrained(path, **options)
-        is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-        if is_classifier and (task is None or config.num_labels != 1):
-            raise ValueError(
-                f"`model_name_or_path`={path!r} is a classifier with {config.num_labels} label(s). Give a language "
-                "model; `prefopt-trl reward-model` also takes a classifier with one label."
-            )
-        task = task or ("SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM")
+    if task is None:
+        task = "SEQ_2_SEQ_LM" if _is_encoder_decoder(path, model, args.trust_remote_code) else "CAUSAL_LM"
     if model.lora_task_type == ModelConfig.lora_task_type:
         model.lora_task_type = task
     peft_config, quantization = get_peft_config(model), get_quantization_config(model)
@@ -116,8 +107,7 @@ def model_to_run(
         if find_adapter_config_file(path, revision=model.model_revision) is not None:
             loaded = load_adapter(path, model, init, is_trainable=False)
         else:
-            options = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
-            is_encoder_decoder = AutoConfig.from_pretrained(path, **options).is_encoder_decoder
+            is_encoder_decoder = _is_encoder_decoder(path, model, trust_remote_code)
             auto_class: Any = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
             loaded = auto_class.from_pretrained(path, quantization_config=get_quantization_config(model), **init)
     return (loaded if getattr(loaded, "is_quantized", False) else loaded.to(device)).eval()
@@ -167,6 +157,11 @@ def named(argument: str) -> Iterator[None]:
 def in_short(error: Exception) -> str:
     """Return the beginning of an error's message, on one line."""
     return " ".join(str(error).split())[:200].rstrip(".")
+
+
+def _is_encoder_decoder(path: str, model: ModelConfig, trust_remote_code: bool) -> bool:
+    config = AutoConfig.from_pretrained(path, revision=model.model_revision, trust_remote_code=trust_remote_code)
+    return config.is_encoder_decoder
 
 
 def _init_kwargs(model: ModelConfig) -> dict[str, object]:

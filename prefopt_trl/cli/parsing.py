@@ -97,19 +97,13 @@ def make_parser(name: str) -> TrlParser:
 
 def _measure_checkpoints(given: Namespace) -> None:
     """Evaluate and save a ranker together, by default each epoch, and keep the best, unless the user set otherwise."""
-    strategies = [
-        strategy for strategy in (given.eval_strategy, given.save_strategy) if strategy in ("steps", "epoch")
-    ]
-    by_steps = given.save_steps is not None or given.eval_steps is not None
-    together = strategies[0] if strategies else "steps" if by_steps else "epoch"
-    given.eval_strategy, given.save_strategy = given.eval_strategy or together, given.save_strategy or together
+    default = "steps" if given.save_steps or given.eval_steps else "epoch"
+    given.eval_strategy, given.save_strategy = given.eval_strategy or default, given.save_strategy or default
     given.save_steps = given.save_steps or given.eval_steps or TrainingArguments.save_steps
     given.eval_steps = given.eval_steps or given.save_steps
     if given.load_best_model_at_end is None:
-        is_measured = given.save_strategy == given.eval_strategy and (
-            given.save_strategy == "epoch" or given.save_steps == given.eval_steps
-        )
-        given.load_best_model_at_end = given.eval_strategy != "no" and (is_measured or given.save_strategy == "best")
+        together = (given.eval_strategy, given.eval_steps) == (given.save_strategy, given.save_steps)
+        given.load_best_model_at_end = together and given.eval_strategy != "no"
 
 
 def write_config(output_dir: str | Path, text: str) -> None:

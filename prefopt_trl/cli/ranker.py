@@ -15,8 +15,13 @@ from prefopt_trl.cli.training import prepare, train_and_save
 from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
 from prefopt_trl.rankers.templates import ANSWER_CUE
 
-# Fields of `SFTConfig` beside transformers' that apply to an encoder-decoder
-OF_ENCODER_DECODERS = {"max_length", "model_init_kwargs", "pad_to_multiple_of", "trust_remote_code"}
+# Fields of `SFTConfig` that apply to an encoder-decoder
+OF_ENCODER_DECODERS = TrainingArguments.__dataclass_fields__.keys() | {
+    "max_length",
+    "model_init_kwargs",
+    "pad_to_multiple_of",
+    "trust_remote_code",
+}
 
 
 class CausalTrainer(RankerTrainer, SFTTrainer):
@@ -39,13 +44,14 @@ def run(own: RankerData, args: SFTConfig, model: ModelConfig, save_config: Calla
     """Train a ranker on preference pairs, and measure its accuracy on those of held-out prompts."""
     tokenizer, trained = prepare(args, model, task=None)
     loaded = trained["model"]
-    trainer_class: type[RankerTrainer] = CausalTrainer
     in_decoder = not isinstance(loaded, str) and loaded.config.is_encoder_decoder
+    trainer_class: type[RankerTrainer] = EncoderDecoderTrainer if in_decoder else CausalTrainer
     if in_decoder:
-        check_encoder_decoder(args)
+        for field in fields(SFTConfig):
+            if field.name not in OF_ENCODER_DECODERS and getattr(args, field.name) != field.default:
+                raise ValueError(f"`{field.name}` has no effect on an encoder-decoder. Leave it out.")
         multiple: Any = args.pad_to_multiple_of
         trained["data_collator"] = DataCollatorForSeq2Seq(tokenizer, loaded, pad_to_multiple_of=multiple)
-        trainer_class = EncoderDecoderTrainer
     splits, pairs = load_comparisons(own, args), {}
     for name, rows in splits.items():
         if rows is None:
@@ -58,20 +64,11 @@ def run(own: RankerData, args: SFTConfig, model: ModelConfig, save_config: Calla
         else:
             texts = [row["prompt"] + row["completion"] for row in answers]
             lengths = [len(ids) + 1 for ids in tokenizer(texts)["input_ids"]]  # and EOS
-        fitting = list(range(len(answers)))
-        if args.max_length is not None:  # a truncated row loses its answer
-            fitting = rows_that_fit(lengths, args.max_length, "comparisons", "they exceed")
+        longest = args.max_length or max(lengths)
+        fitting = rows_that_fit(lengths, longest, "comparisons", "they exceed")  # a truncated row loses its answer
         splits[name], pairs[name] = answers.select(fitting), rows.select(fitting)
     given = {**trained, **splits}
     options = {"template": own.ranker_template}
     trainer = trainer_class(own, pairs.get("eval_dataset"), options, args=args, processing_class=tokenizer, **given)
     train_and_save(trainer, own, save_config, measure=trainer.report)
     trainer.create_model_card()
-
-
-def check_encoder_decoder(args: SFTConfig) -> None:
-    """Raise a ValueError for an option of `SFTTrainer`, which trains no encoder-decoder."""
-    others = {field.name for field in fields(TrainingArguments)} | OF_ENCODER_DECODERS
-    for field in fields(SFTConfig):
-        if field.name not in others and getattr(args, field.name) != field.default:
-            raise ValueError(f"`{field.name}` has no effect on an encoder-decoder. Leave it out.")

@@ -1,8 +1,9 @@
 """`prefopt-trl reward-model`: train a reward model by Bradley-Terry, with TRL's RewardTrainer."""
 
 from collections.abc import Callable
+from typing import Any
 
-from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from prefopt_trl.cli.arguments import RewardModelData
@@ -12,21 +13,15 @@ from prefopt_trl.cli.training import prepare, train_and_save
 from prefopt_trl.rankers.pointwise import RewardModelRanker
 
 
-class LogsMeasured(Trainer):
-    """Mixin that follows `RewardTrainer`, to replace its `eval_accuracy`: a mean over batches where a tie is wrong."""
-
-    measured: dict[str, float]
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "eval_accuracy" in logs:
-            logs.update(self.measured)
-        super().log(logs, start_time)
-
-
-class RewardModelTrainer(RankerTrainer, RewardTrainer, LogsMeasured):
+class RewardModelTrainer(RankerTrainer, RewardTrainer):
     """TRL's `RewardTrainer`: the loss is `-log sigmoid(reward of chosen - reward of rejected)`."""
 
     ranker_class = RewardModelRanker
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        output = super().evaluation_loop(*args, **kwargs)
+        self._metrics["eval"].pop("accuracy", None)  # TRL's is a mean over batches, where a tie is wrong
+        return output
 
 
 def run(own: RewardModelData, args: RewardConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, ReadInstruction, get_dataset_split_names, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 
 from prefopt_trl.data.formats import check_columns, is_lost, normalize_pairs
 from prefopt_trl.data.hh_rlhf import HELPFUL, HUMAN_TURN, SUBSETS, load_hh_rlhf, read_hub, split_transcripts
@@ -56,18 +56,6 @@ def normalize_rows(dataset: Dataset, where: str) -> Dataset:
     if _are_transcripts(dataset):
         dataset = split_transcripts(dataset, where, conversational=False)
     return normalize_pairs(dataset, where)
-
-
-def split_names(name: str, config: str | None = None) -> list[str]:
-    """Return the splits of a dataset as [`load_rows`] takes it; none for a file and a folder with one dataset."""
-    path = Path(name)
-    if path.is_file() or (path / "state.json").is_file() or (path / "manifest.json").is_file():
-        return []
-    if (path / "dataset_dict.json").is_file():
-        return list(load_from_disk(name))
-    if config in (*SUBSETS, HELPFUL):  # of HH-RLHF, where each subset is a folder with the same splits
-        return get_dataset_split_names(name, **({} if path.is_dir() else {"data_dir": SUBSETS[1]}))
-    return get_dataset_split_names(name, config)
 
 
 def check_name(name: str) -> None:

@@ -44,7 +44,7 @@ def test_a_ranker_has_a_card_that_makes_it(options, training, run_in_process, ti
     run_in_process("ranker", [*training, *options, "--ranker_template", "summary", "--output_dir", "ranker"])
     card = ModelCard.load("ranker/README.md")
     assert f"Its model was loaded from `{Path(tiny_llama_dir).name}`. It was trained on `pairs.jsonl`." in card.text
-    assert "| `steps` | `1` |" in card.text and '| `template` | `"summary"` |' in card.text
+    assert "| `step of the saved weights` | `1` |" in card.text and '| `template` | `"summary"` |' in card.text
     assert {"prefopt-trl", "ranker"} <= set(card.data.tags)
     assert card.data.library_name == ("peft" if options else "transformers")
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
