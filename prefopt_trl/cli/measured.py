@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers.trainer_utils import EvalLoopOutput
 
-from prefopt_trl.cli.arguments import RewardModelData
+from prefopt_trl.cli.arguments import RankerData, RewardModelData
 from prefopt_trl.cli.training import CommandTrainer
 from prefopt_trl.data.formats import completion_text
 from prefopt_trl.evaluation.policy import Estimate
@@ -25,17 +25,15 @@ class RankerTrainer(CommandTrainer):
     """Mixin that measures a ranker at each evaluation and writes its card. It precedes TRL's trainer in the bases.
 
     Each evaluation has the metrics `eval_accuracy` and `eval_accuracy_se`, its standard error by prompt, of the
-    held-out `comparisons`, which are None if nothing is evaluated. `options` are arguments of `ranker_class` beside
-    the model and its tokenizer, and `given` those of the trainer.
+    held-out `comparisons`, which are None if nothing is evaluated. `given` are arguments of the trainer.
     """
 
     ranker_class: Any  # a `PublishedModel`
     saved_step: int | None = None  # of the weights that are saved, once they are
 
-    def __init__(
-        self, own: RewardModelData, comparisons: Dataset | None, options: dict[str, str], **given: Any
-    ) -> None:
-        self.own, self.options, self.comparisons = own, options, comparisons
+    def __init__(self, own: RewardModelData, comparisons: Dataset | None, **given: Any) -> None:
+        self.own, self.comparisons = own, comparisons
+        self.options = {"template": own.ranker_template} if isinstance(own, RankerData) else {}  # of the ranker
         self.measured: dict[str, float] = {}  # the last measurement
         super().__init__(own.dataset_name, **given)
 
@@ -95,9 +93,7 @@ class RankerTrainer(CommandTrainer):
         args = self.args
         settings = {
             **{name: getattr(args, name) for name in HYPERPARAMETERS},
-            "batch size, over all processes": (
-                args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-            ),
+            "total batch size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "step of the saved weights": self.saved_step or self.state.global_step,
             **self.options,
             "accuracy": self.describe(),

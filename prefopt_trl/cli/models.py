@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -24,8 +24,7 @@ from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig, get_peft_config
 from prefopt_trl.data.formats import is_lost
 
 TrainingConfig: TypeAlias = SFTConfig | DPOConfig | RewardConfig
-Task: TypeAlias = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"]  # PEFT's names
-AUTO_CLASSES: dict[str | None, Any] = {
+AUTO_CLASSES: dict[str | None, Any] = {  # by PEFT's name of the task
     "CAUSAL_LM": AutoModelForCausalLM,
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
@@ -56,8 +55,10 @@ def check_bitsandbytes(argument: str) -> None:
         raise ValueError(f"`{argument}` needs bitsandbytes. Run `pip install 'prefopt-trl[bitsandbytes]'`.")
 
 
-def model_to_train(model: ModelConfig, args: TrainingConfig, task: Task | None = "CAUSAL_LM") -> dict[str, Any]:
-    """Return the trainer's arguments that define its model: a language model if `task` is None.
+def model_to_train(model: ModelConfig, args: TrainingConfig, task: str | None = "CAUSAL_LM") -> dict[str, Any]:
+    """Return the trainer's arguments that define its model, for a task of [`AUTO_CLASSES`].
+
+    A `task` of None is that of a language model, causal or encoder-decoder.
 
     The path of an adapter gives its base model with the adapter on top, to be trained further; TRL keeps a frozen copy
     of the adapter as the reference model. An encoder-decoder is loaded too, as TRL's trainers load none. For other

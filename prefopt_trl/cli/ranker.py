@@ -68,7 +68,6 @@ def run(own: RankerData, args: SFTConfig, model: ModelConfig, save_config: Calla
         fitting = rows_that_fit(lengths, longest, "comparisons", "they exceed")  # a truncated row loses its answer
         splits[name], pairs[name] = answers.select(fitting), rows.select(fitting)
     given = {**trained, **splits}
-    options = {"template": own.ranker_template}
-    trainer = trainer_class(own, pairs.get("eval_dataset"), options, args=args, processing_class=tokenizer, **given)
+    trainer = trainer_class(own, pairs.get("eval_dataset"), args=args, processing_class=tokenizer, **given)
     train_and_save(trainer, own, save_config, measure=trainer.report)
     trainer.create_model_card()

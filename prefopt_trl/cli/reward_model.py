@@ -31,6 +31,6 @@ def run(own: RewardModelData, args: RewardConfig, model: ModelConfig, save_confi
     for name, rows in splits.items():
         splits[name] = None if rows is None else completions_that_fit(rows, tokenizer, args.max_length)
     given = {**trained, **splits}
-    trainer = RewardModelTrainer(own, splits["eval_dataset"], {}, args=args, processing_class=tokenizer, **given)
+    trainer = RewardModelTrainer(own, splits["eval_dataset"], args=args, processing_class=tokenizer, **given)
     train_and_save(trainer, own, save_config, measure=trainer.report)
     trainer.create_model_card()

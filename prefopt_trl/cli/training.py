@@ -11,14 +11,7 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, SFTTrainer
 
 from prefopt_trl.cli.arguments import TrainingData
-from prefopt_trl.cli.models import (
-    Task,
-    TrainingConfig,
-    check_bitsandbytes,
-    check_model,
-    load_tokenizer,
-    model_to_train,
-)
+from prefopt_trl.cli.models import TrainingConfig, check_bitsandbytes, check_model, load_tokenizer, model_to_train
 from prefopt_trl.data.tokenization import check_vocabulary
 from prefopt_trl.runtime.cards import name as as_code
 from prefopt_trl.runtime.cards import public_name
@@ -27,7 +20,7 @@ from prefopt_trl.trainers.publishing import Published, check_repository
 
 
 def prepare(
-    args: TrainingConfig, model: ModelConfig, task: Task | None = "CAUSAL_LM"
+    args: TrainingConfig, model: ModelConfig, task: str | None = "CAUSAL_LM"
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
     """Return the tokenizer, and a trainer's arguments for its model, as [`model_to_train`] does.
 
@@ -85,11 +78,7 @@ def train_and_save(
 class CommandTrainer(Published):
     """Mixin that pushes another library's trainer to the Hub like the package's. It precedes it in the bases.
 
-    Args:
-        dataset_name (`str`):
-            Training dataset, for the card.
-        given:
-            Arguments of the trainer.
+    `dataset_name` is for the card, and `given` are arguments of the trainer.
     """
 
     def __init__(self, dataset_name: str, **given: Any) -> None:

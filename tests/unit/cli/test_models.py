@@ -173,7 +173,7 @@ def test_a_file_is_not_a_function():
 
 
 @pytest.mark.parametrize(
-    "name", ["no_such_module.reward", "json.no_such_function", "math.sqrt", "no/such.py:reward", "own:reward"]
+    "name", ["no_such_module.reward", "json.no_such_function", "math.sqrt", "no/such.py:reward", "no_such:reward"]
 )
 def test_a_function_that_is_not_there_is_refused(name):
     with pytest.raises(ValueError, match="is not a folder, and cannot be imported as a function"):
