@@ -1,11 +1,9 @@
 """Make the ranker that `--ranker` names: a model, a function, or a YAML file with a class and its arguments."""
 
 import importlib
-import inspect
 import os
 import sys
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -78,22 +76,15 @@ def _from_file(path: str) -> Ranker:
 
 
 def _make(specification: Any) -> Ranker:
-    """Make a ranker from its class and arguments; a `function` is named as on the command line, and `rankers` are
-    specifications themselves."""
+    """Make a ranker from its class and arguments, where `rankers` are specifications themselves."""
     if not isinstance(specification, dict) or specification.get("class") not in CLASSES:
         found = specification.get("class") if isinstance(specification, dict) else specification
         raise ValueError(f"`class` is {found!r}. Name one of {', '.join(CLASSES)}.")
     given = {name: value for name, value in specification.items() if name not in ("class", "temperature")}
-    ranker_class = getattr(prefopt_trl, specification["class"])
-    known = [*inspect.signature(ranker_class).parameters, "temperature"]
-    for name in given:
-        if name not in known:
-            nearest = get_close_matches(str(name), known, n=1, cutoff=0.4) or [", ".join(known)]
-            raise ValueError(f"{ranker_class.__name__} has no argument `{name}`. Did you mean `{nearest[0]}`?")
     if "function" in given:
         given["function"] = _function(str(given["function"]))
     if "rankers" in given:  # made one after the other
         given["rankers"] = [partial(_make, member) for member in given["rankers"]]
-    ranker = ranker_class(**given)
+    ranker = getattr(prefopt_trl, specification["class"])(**given)
     ranker.temperature = check_temperature(specification.get("temperature", 1.0))  # not all classes have the argument
     return ranker

@@ -206,7 +206,7 @@ def test_a_file_describes_any_ranker(tiny_llama_dir, tmp_path):
     [
         ("RewardModelRanker", "`class` is 'RewardModelRanker'. Name one of .*EnsembleRanker"),
         ("class: os.system", "`class` is 'os.system'. Name one of"),
-        ("{class: EnsembleRanker, ranker: []}", "EnsembleRanker has no argument `ranker`. Did you mean `rankers`"),
+        ("{class: EnsembleRanker, ranker: []}", "unexpected keyword argument 'ranker'"),
         ("{class: FunctionRanker, function: 'math:sqrt', temperature: 0}", "cannot be imported as a function"),
         (
             "{class: FunctionRanker, function: 'my_reward:length', temperature: 0}",
