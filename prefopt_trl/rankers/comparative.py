@@ -55,14 +55,9 @@ class ComparativeRanker(Ranker):
         second: Sequence[Completion],
         columns: Columns | None = None,
     ) -> np.ndarray:
-        """Return P(first preferred), averaged over both orders, as [`Ranker.compare`] describes.
-
-        Raises:
-            TypeError: for a single text or conversation in place of a list of them.
-            ValueError: for rows that differ in number, and as `both_orders`.
-        """
+        """Return P(first preferred), averaged over both orders, as [`Ranker.compare`] describes."""
         check_inputs(prompts, first=first, second=second)
-        return self._compare(prompts, first, second, range(len(prompts)))
+        return self._averaged(self.both_orders(prompts, first, second))
 
     def score(
         self,
@@ -78,18 +73,16 @@ class ComparativeRanker(Ranker):
         and one warning counts them.
 
         Raises:
-            TypeError, ValueError: as `compare`, and for a prompt without completions to draw a baseline from.
+            TypeError: for a single text or conversation in place of a list of them.
+            ValueError: for rows that differ in number, and for a prompt without completions to draw a baseline from.
         """
         check_inputs(prompts, completions=completions, baselines=baselines)
         if baselines is None:
             baselines = [self._draw_baseline(row, prompts[row], completions[row]) for row in range(len(prompts))]
         rows = [row for row, candidates in enumerate(completions) for _ in candidates]
-        probabilities = self._compare(
-            [prompts[row] for row in rows],
-            [completion for candidates in completions for completion in candidates],
-            [baselines[row] for row in rows],
-            rows,
-        )
+        flat = [completion for candidates in completions for completion in candidates]
+        of_rows = [prompts[row] for row in rows], flat, [baselines[row] for row in rows]
+        probabilities = self._averaged(self.both_orders(*of_rows, rows))
         smallest = self.smallest_probability
         if num_clamped := int((np.abs(probabilities - 0.5) > 0.5 - smallest).sum()):
             most = logit(np.array(1 - smallest))
@@ -100,14 +93,9 @@ class ComparativeRanker(Ranker):
         rewards = logit(probabilities.clip(smallest, 1 - smallest))
         return np.split(rewards, np.cumsum([len(candidates) for candidates in completions], dtype=int))[:-1]
 
-    def _compare(
-        self,
-        prompts: Sequence[Prompt],
-        first: Sequence[Completion],
-        second: Sequence[Completion],
-        rows: Sequence[int],
-    ) -> np.ndarray:
-        probabilities = self.both_orders(prompts, first, second, rows).mean(axis=1)
+    def _averaged(self, both: np.ndarray) -> np.ndarray:
+        """Average over the orders, and divide the log-odds by the temperature."""
+        probabilities = both.mean(axis=1)
         if self.temperature == 1:
             return probabilities
         smallest = self.smallest_probability

@@ -2,14 +2,13 @@
 
 import asyncio
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence, Set, Sized
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, cast
 
 from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
-from prefopt_trl.rankers.base import Columns, PointwiseRanker
+from prefopt_trl.rankers.base import Columns, PointwiseRanker, check_rewards
 from prefopt_trl.runtime.settings import Settings, function_fingerprint
 
 
@@ -96,13 +95,10 @@ class FunctionRanker(PointwiseRanker):
             )
         in_order = iter(cast(Sequence[float | None], rewards))
         of_prompts = [list(islice(in_order, len(several))) for several in completions]
-        for row, of_prompt in enumerate(of_prompts):
-            for index, reward in enumerate(of_prompt):
-                if reward is not None and not math.isfinite(reward):
-                    raise ValueError(
-                        f"The function of FunctionRanker returned {reward} for completion {index} of prompt row "
-                        f"{row}. Return a finite number, or None to leave the completion out."
-                    )
+        numbers = [[0.0 if reward is None else reward for reward in of_prompt] for of_prompt in of_prompts]
+        check_rewards(
+            numbers, prompts, completions, "The function of FunctionRanker"
+        )  # NaN is no opinion from here on
         return of_prompts
 
     def settings(self) -> Settings:
