@@ -162,11 +162,9 @@ def _on_accelerator(model: Any) -> Iterator[None]:
     """Hold the model on this process's accelerator, and on the CPU afterwards, if it may be moved."""
     device = process_state().device
     is_fixed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
-    if model is None or is_fixed or device.type == "cpu":
-        yield
-        return
-    model.to(device)
-    try:
-        yield
-    finally:
+    is_moved = model is not None and not is_fixed and device.type != "cpu"
+    if is_moved:
+        model.to(device)
+    yield
+    if is_moved:
         model.to("cpu")

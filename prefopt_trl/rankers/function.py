@@ -96,9 +96,8 @@ class FunctionRanker(PointwiseRanker):
         in_order = iter(cast(Sequence[float | None], rewards))
         of_prompts = [list(islice(in_order, len(several))) for several in completions]
         numbers = [[0.0 if reward is None else reward for reward in of_prompt] for of_prompt in of_prompts]
-        check_rewards(
-            numbers, prompts, completions, "The function of FunctionRanker"
-        )  # NaN is no opinion from here on
+        # Here, because NaN is no opinion from here on
+        check_rewards(numbers, prompts, completions, "The function of FunctionRanker")
         return of_prompts
 
     def settings(self) -> Settings:

@@ -98,10 +98,10 @@ def pairs(tmp_path) -> str:
 @pytest.fixture
 def sampled(tiny, run_in_process, tmp_path):
     """What `sample.yaml` makes, at tiny size."""
-    (tmp_path / "own.py").write_text(
+    (tmp_path / "brief.py").write_text(
         "def brevity(prompts, completions):\n    return [float(-len(text)) for text in completions]\n"
     )
-    small = "--num_candidates 12 --max_new_tokens 4 --dtype float32 --ranker own.brevity --output_dir sampled"
+    small = "--num_candidates 12 --max_new_tokens 4 --dtype float32 --ranker brief.brevity --output_dir sampled"
     run_in_process("sample", ["--config", str(FOLDER / "sample.yaml"), *tiny, *small.split()])
     return "sampled"
 
@@ -114,7 +114,9 @@ def test_the_sampling_recipe_keeps_8_in_4_pairs(sampled):
 
 @pytest.mark.parametrize("recipe", ["rso_full_zero3", "rso_lora", "slic_full_zero3"])
 def test_recipes_on_sampled_data_run(recipe, sampled, tiny_llama_dir, run_in_process):
-    data = ["--dataset_name", sampled, "--ranker", "own.brevity"] if "slic" in recipe else ["--dataset_name", sampled]
+    data = (
+        ["--dataset_name", sampled, "--ranker", "brief.brevity"] if "slic" in recipe else ["--dataset_name", sampled]
+    )
     dry_run(recipe, [*data, "--model_name_or_path", tiny_llama_dir], run_in_process)
 
 
@@ -127,9 +129,11 @@ def test_the_recipe_in_4_bits_runs(sampled, tiny_llama_dir, run_in_process):
 
 @pytest.mark.parametrize("recipe", ["sft", "ranker", "ranker_pro", "pro_full_zero3", "pro_lora"])
 def test_recipes_on_comparisons_run(recipe, pairs, tiny_llama_dir, run_in_process):
-    Path("own.py").write_text("def brevity(prompts, completions):\n    return [-float(len(c)) for c in completions]\n")
+    Path("brief.py").write_text(
+        "def brevity(prompts, completions):\n    return [-float(len(c)) for c in completions]\n"
+    )
     data = ["--dataset_name", pairs, "--model_name_or_path", tiny_llama_dir]
-    dry_run(recipe, data + (["--ranker", "own.brevity"] if recipe.startswith("pro") else []), run_in_process)
+    dry_run(recipe, data + (["--ranker", "brief.brevity"] if recipe.startswith("pro") else []), run_in_process)
 
 
 def dry_run(recipe, arguments, run_in_process):
