@@ -31,6 +31,8 @@ def run(own: EvaluateConfig, model: ModelConfig, save_config: Callable[[], None]
             f"it has {len(rows)} with {', '.join(rows.column_names)}."
         )
     ranker = load_ranker(own)
+    columns = {name: list(rows[name]) for name in rows.column_names if name not in ("prompt", target)}
+    ranker.check_columns(columns)
     policy = model_to_run(path, model, state.device, own.trust_remote_code)
     reference = model_to_run(own.reference, ModelConfig(dtype=model.dtype), state.device, own.trust_remote_code)
     tokenizer = load_tokenizer(path, model.model_revision, own.trust_remote_code)
@@ -45,6 +47,7 @@ def run(own: EvaluateConfig, model: ModelConfig, save_config: Callable[[], None]
             list(rows[target]),
             max_new_tokens=own.max_new_tokens,
             chat=list(map(chat_options, rows)),
+            columns=columns,
             seed=own.seed,
         )
     win_rate = measured["ranker_win_rate"]

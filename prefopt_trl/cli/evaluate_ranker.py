@@ -30,6 +30,7 @@ def run(own: EvaluateRankerConfig, save_config: Callable[[], None]) -> None:
     rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_split, own.num_rows)
     require_columns(rows, own.dataset_name, {"prompt", "chosen", "rejected"})
     ranker, folder = load_ranker(own), Path(own.output_dir)
+    ranker.check_columns(set(rows.column_names) - {"prompt", "chosen", "rejected"})
     save_config()
     with interruptible(lambda: "Interrupted before anything was saved."):
         compared = ask_comparisons(ranker, rows)

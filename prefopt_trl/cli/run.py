@@ -54,7 +54,8 @@ def main(name: str, arguments: Sequence[str]) -> None:
         fail(name, error, code=1)
     except USER_ERRORS as error:
         notes = getattr(error, "__notes__", [])
-        if debug or any(isinstance(note, SavedNote) for note in notes):
+        is_saved = any(isinstance(note, SavedNote) for note in notes)
+        if debug or (is_saved and not isinstance(error, ConnectionError)):  # a server's, which says all in a sentence
             raise
         fail(name, " ".join([str(error), *notes]))
 

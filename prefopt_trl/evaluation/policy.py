@@ -10,7 +10,7 @@ from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
 from prefopt_trl.data.tokenization import ChatOptions, tokenize_prompts
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.generation.sampler import sample_candidates
-from prefopt_trl.rankers.base import Ranker, ask_rewards
+from prefopt_trl.rankers.base import Columns, Ranker, ask_rewards
 from prefopt_trl.sampling.logps import row_logps
 
 BATCH_SIZE = 32  # samples whose log-probabilities are computed at a time
@@ -49,6 +49,7 @@ def evaluate_policy(
     *,
     max_new_tokens: int,
     chat: Sequence[ChatOptions] | None = None,
+    columns: Columns | None = None,
     seed: int = 0,
     true_reward: Callable[..., list[float]] | None = None,
 ) -> dict[str, Estimate]:
@@ -72,6 +73,8 @@ def evaluate_policy(
         chat (`Sequence[dict]` of length `n`, *optional*):
             Arguments of each prompt for the chat template, as [`chat_options`] reads them from the columns `tools` and
             `chat_template_kwargs` of a row.
+        columns (`Mapping[str, Sequence]`, *optional*):
+            Other columns of the prompts' dataset, for a ranker that reads them.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the samples.
         true_reward (`Callable`, *optional*):
@@ -79,7 +82,8 @@ def evaluate_policy(
 
     Returns:
         `dict[str, Estimate]`, means over prompts: `ranker_reward` (RSO eq. 9 with the target as the baseline, nats),
-        `ranker_win_rate` (share of prompts whose sample the ranker prefers to the target, a tie counting half), `kl`
+        `ranker_win_rate` (share of prompts whose sample the ranker prefers to the target, a tie counting half), both
+        of the samples on which the ranker has an opinion, `kl`
         (nats per completion: the mean of log policy - log reference over samples), and with `true_reward` also
         `true_reward` and `true_win_rate`.
     """
@@ -96,12 +100,14 @@ def evaluate_policy(
     )
     completions = [wrap_completion(prompt, one.texts[0]) for prompt, one in zip(prompts, sampled, strict=True)]
     candidates = [[completion] for completion in completions]
-    scored, _ = ask_rewards(ranker, prompts, candidates, baselines=targets)
+    scored, _ = ask_rewards(ranker, prompts, candidates, baselines=targets, columns=columns, may_abstain=True)
     rewards = np.concatenate(scored)
+    if (known := ~np.isnan(rewards)).sum() < 2:
+        raise ValueError("The ranker has an opinion on fewer than 2 of the samples. Use one that knows these prompts.")
     drawn = [(ids, one.sampled[0].ids) for ids, one in zip(prompt_ids, sampled, strict=True)]  # with the EOS token
     measured = {
-        "ranker_reward": rewards,
-        "ranker_win_rate": wins(rewards),
+        "ranker_reward": rewards[known],
+        "ranker_win_rate": wins(rewards[known]),
         "kl": _logps(policy, drawn) - _logps(reference, drawn),
     }
     if true_reward is not None:

@@ -118,7 +118,8 @@ class Ranker(ABC):
     def as_reward_func(self, baseline_column: str | None = None) -> Callable[..., list[float | None]]:
         """Return the ranker as a reward function, for `reward_funcs` of TRL's online trainers.
 
-        TRL repeats a prompt for each of its completions. The ranker gets the prompt once, with all of them.
+        TRL repeats a prompt for each of its completions. The ranker gets the prompt once, with all of them. Of TRL's
+        arguments it gets the prompts, the completions and the columns of the dataset.
 
         Args:
             baseline_column (`str`, *optional*):
@@ -157,20 +158,19 @@ class Ranker(ABC):
             check_list(prompts, "prompts", "a list of prompts")
             check_list(completions, "completions", "a list with one completion per prompt")
             baselines: list[Completion] | None = None if baseline_column is None else columns[baseline_column]
+            read: dict[str, list[Any]] = {}
+            if self.reads_columns:  # TRL also passes objects of its own, and the tokens of each completion
+                given_lists = {name: column for name, column in columns.items() if isinstance(column, list)}
+                read = {name: column for name, column in given_lists.items() if name != "completion_ids"}
             rows_of: dict[str, list[int]] = {}  # by prompt: not all of TRL's trainers repeat it in adjacent rows
-            for row, given in enumerate(zip(prompts, baselines or prompts, strict=True)):
+            for row, given in enumerate(zip(prompts, baselines or prompts, *read.values(), strict=True)):
                 rows_of.setdefault(repr(given), []).append(row)
             groups = list(rows_of.values())
             grouped = [prompts[rows[0]] for rows in groups], [[completions[row] for row in rows] for rows in groups]
             group_baselines = None if baselines is None else [baselines[rows[0]] for rows in groups]
-            # Beside the columns, TRL passes objects of its own
-            read = {
-                name: [column[rows[0]] for rows in groups]
-                for name, column in columns.items()
-                if isinstance(column, list) and len(column) == len(prompts)
-            }
+            of_groups = {name: [column[rows[0]] for rows in groups] for name, column in read.items()}
             with gathered(self.model):  # on all processes, which call this together
-                scored, _ = ask_rewards(self, *grouped, baselines=group_baselines, columns=read, may_abstain=True)
+                scored, _ = ask_rewards(self, *grouped, baselines=group_baselines, columns=of_groups, may_abstain=True)
             rewards: list[float | None] = [None] * len(prompts)
             for rows, of_prompt in zip(groups, scored, strict=True):
                 for row, reward in zip(rows, of_prompt.tolist(), strict=True):
@@ -312,7 +312,7 @@ def check_inputs(
     if completions is not None:
         check_list(completions, "completions", "a list with one list of completions per prompt")
         for row, several in enumerate(completions):
-            check_list(several, f"completions[{row}]", "a list of completions")
+            check_list(several, f"completions[{row}]", "a list of completions for each prompt, as in [['a', 'b']]")
         given["completions"] = completions
     for name, column in columns.items():
         if column is not None:

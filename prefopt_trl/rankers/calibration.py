@@ -44,6 +44,11 @@ class Calibration:
             f"temperature {self.temperature:.3g} (95% interval {low:.3g} to {high:.3g}) by "
             f"{self.num_comparisons:,} comparisons of {self.num_prompts:,} prompts\n"
             f"log loss {self.log_loss_after:.3f} nats, against {self.log_loss_before:.3f} at temperature 1"
+            + (
+                "\nThe ranker may be no better than chance: use more comparisons, or another one."
+                if high == np.inf
+                else ""
+            )
         )
 
 

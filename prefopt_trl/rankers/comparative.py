@@ -55,9 +55,13 @@ class ComparativeRanker(Ranker):
         second: Sequence[Completion],
         columns: Columns | None = None,
     ) -> np.ndarray:
-        """Return P(first preferred), averaged over both orders, as [`Ranker.compare`] describes."""
+        """Return P(first preferred), averaged over both orders, as [`Ranker.compare`] describes.
+
+        With a temperature other than 1 it is the sigmoid of the reward of the first against the second.
+        """
         check_inputs(prompts, first=first, second=second)
-        return self._averaged(self.both_orders(prompts, first, second))
+        both = self.both_orders(prompts, first, second)
+        return both.mean(axis=1) if self.temperature == 1 else sigmoid(self.log_odds(both) / self.temperature)
 
     def score(
         self,
@@ -82,24 +86,24 @@ class ComparativeRanker(Ranker):
         rows = [row for row, candidates in enumerate(completions) for _ in candidates]
         flat = [completion for candidates in completions for completion in candidates]
         of_rows = [prompts[row] for row in rows], flat, [baselines[row] for row in rows]
-        probabilities = self._averaged(self.both_orders(*of_rows, rows))
+        both = self.both_orders(*of_rows, rows)
         smallest = self.smallest_probability
-        if num_clamped := int((np.abs(probabilities - 0.5) > 0.5 - smallest).sum()):
+        if num_clamped := int((np.abs(both.mean(axis=1) - 0.5) > 0.5 - smallest).sum()):
             most = logit(np.array(1 - smallest))
             logger.warning(
-                f"{num_clamped} of {len(probabilities)} probabilities were closer than {smallest:g} to 0 or 1 and "
-                f"were clamped: these rewards are {-most:.1f} or {most:.1f}."
+                f"{num_clamped} of {len(both)} probabilities were closer than {smallest:g} to 0 or 1 and were "
+                f"clamped: these rewards are {-most / self.temperature:.1f} or {most / self.temperature:.1f}."
             )
-        rewards = logit(probabilities.clip(smallest, 1 - smallest))
-        return np.split(rewards, np.cumsum([len(candidates) for candidates in completions], dtype=int))[:-1]
+        rewards = self.log_odds(both) / self.temperature
+        of_prompts = np.split(rewards, np.cumsum([len(candidates) for candidates in completions], dtype=int))[:-1]
+        for row in of_prompts:
+            if len(row) > 1 and np.isnan(row).sum() == len(row) - 1:  # its baseline alone has a reward
+                row[:] = np.nan
+        return of_prompts
 
-    def _averaged(self, both: np.ndarray) -> np.ndarray:
-        """Average over the orders, and divide the log-odds by the temperature."""
-        probabilities = both.mean(axis=1)
-        if self.temperature == 1:
-            return probabilities
-        smallest = self.smallest_probability
-        return sigmoid(logit(probabilities.clip(smallest, 1 - smallest)) / self.temperature)
+    def log_odds(self, both: np.ndarray) -> np.ndarray:
+        """Return the log-odds of what `both_orders` returns, averaged and clamped, before the temperature."""
+        return logit(both.mean(axis=1).clip(self.smallest_probability, 1 - self.smallest_probability))
 
     def _draw_baseline(self, row: int, prompt: Prompt, candidates: Sequence[Completion]) -> Completion:
         if len(candidates) == 0:

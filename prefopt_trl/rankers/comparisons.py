@@ -10,12 +10,10 @@ from prefopt_trl.data.formats import Completion, are_candidates, check_columns
 from prefopt_trl.data.loading import normalize_rows
 from prefopt_trl.rankers.base import (
     Ranker,
-    ask_probabilities,
     ask_rewards,
     check_inputs,
     check_probabilities,
     check_ranker,
-    logit,
 )
 from prefopt_trl.rankers.comparative import ComparativeRanker
 
@@ -68,9 +66,12 @@ def ask_comparisons(ranker: Ranker, comparisons: Dataset) -> Compared:
         check_inputs(prompts, chosen=first, rejected=second)
         orders = ranker.both_orders(prompts, first, second)
         source = f"{type(ranker).__name__}.both_orders"
-        log_odds = _log_odds(check_probabilities(orders.mean(axis=1), prompts, source, ranker.may_abstain))
+        check_probabilities(orders.mean(axis=1), prompts, source, ranker.may_abstain)
+        log_odds = ranker.log_odds(orders)
     else:
-        log_odds = temperature * _log_odds(ask_probabilities(ranker, prompts, first, second, columns))
+        alone = [[one] for one in first]
+        rewards, _ = ask_rewards(ranker, prompts, alone, baselines=second, columns=columns, may_abstain=True)
+        log_odds = temperature * np.concatenate(rewards)
 
     number_of: dict[str, int] = {}
     numbers = np.array([number_of.setdefault(json.dumps(prompt), len(number_of)) for prompt in prompts])
@@ -82,11 +83,6 @@ def ask_comparisons(ranker: Ranker, comparisons: Dataset) -> Compared:
     lengths = np.array([_length(one) - _length(other) for _, one, other in pairs])
     subsets = np.array(columns.get("subset", columns.get("source", ["all"] * len(rows))), dtype=str)
     return Compared(log_odds, numbers, np.array(rows), lengths, subsets, orders)
-
-
-def _log_odds(probabilities: np.ndarray) -> np.ndarray:
-    smallest = ComparativeRanker.smallest_probability
-    return logit(probabilities.clip(smallest, 1 - smallest))
 
 
 def _length(completion: Completion) -> int:

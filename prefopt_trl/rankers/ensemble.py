@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -79,7 +78,7 @@ class EnsembleRanker(Ranker):
         for member in rankers:
             made = member() if callable(member) else member
             check_ranker(made)
-            with _on_accelerator(made.model):  # and then on the CPU, before the next is loaded
+            with _on_accelerator(made):  # and then on the CPU, before the next is loaded
                 self.rankers.append(made)
         models = [member.model for member in self.rankers if member.model is not None]
         self.model = nn.ModuleList(models) if models else None
@@ -119,18 +118,25 @@ class EnsembleRanker(Ranker):
         check_inputs(prompts, completions=completions, baselines=baselines)
         asked = []
         for member in self.rankers:
-            with _on_accelerator(member.model):
+            with _on_accelerator(member):
                 asked.append(
                     ask_rewards(member, prompts, completions, baselines=baselines, columns=columns, may_abstain=True)
                 )
-        mean: Any = partial(np.ma.average, axis=0, weights=self.weights)
         combined, disagreement = [], []
         for of_members in zip(*(rewards for rewards, _ in asked), strict=True):
-            rewards = np.ma.masked_invalid(of_members)  # shape (num_members, num_completions)
+            rewards = np.stack(of_members)  # shape (num_members, num_completions)
+            has_opinion = ~np.isnan(rewards).all(axis=1)
+            weights = self.weights[has_opinion]
+            if not weights.any():
+                combined.append(np.full(rewards.shape[1], np.nan))
+                disagreement.append(combined[-1])
+                continue
+            rewards = rewards[has_opinion]
             if self.draws_baselines and baselines is None:
-                rewards = rewards - rewards.mean(axis=1, keepdims=True)
+                rewards = rewards - np.nanmean(rewards, axis=1, keepdims=True)
+            mean = partial(np.average, axis=0, weights=weights)
             result = mean(rewards)
-            deviation = np.ma.sqrt(mean((rewards - result) ** 2))
+            deviation = np.sqrt(mean((rewards - result) ** 2))
             if self.combine == "min":
                 result = rewards.min(axis=0)
             elif self.combine == "mean-std":
@@ -139,10 +145,12 @@ class EnsembleRanker(Ranker):
                 others = np.zeros((len(rewards), 1)) if baselines is not None else rewards
                 shares = mean(0.5 * (1 + np.sign(rewards[:, :, None] - others[:, None, :])))  # a tie counts half
                 if baselines is None:
-                    shares[np.diag_indices(len(shares))] = np.ma.masked  # against itself
-                result = logit((len(rewards) * shares.mean(axis=1) + 0.5) / (len(rewards) + 1))
-            combined.append(np.ma.filled(result, np.nan) / self.temperature)
-            disagreement.append(deviation.filled(np.nan))
+                    known = ~np.isnan(result)
+                    shares = shares[:, known]
+                    shares = (shares.sum(axis=1) - 0.5) / (known.sum() - 1)  # without the tie with itself
+                result = logit((len(rewards) * shares.reshape(-1) + 0.5) / (len(rewards) + 1))
+            combined.append(result / self.temperature)
+            disagreement.append(deviation)
         return combined, {"disagreement": disagreement}
 
     def settings(self) -> Settings:
@@ -158,13 +166,16 @@ class EnsembleRanker(Ranker):
 
 
 @contextmanager
-def _on_accelerator(model: Any) -> Iterator[None]:
-    """Hold the model on this process's accelerator, and on the CPU afterwards, if it may be moved."""
-    device = process_state().device
+def _on_accelerator(member: Ranker) -> Iterator[None]:
+    """Hold the member's model on this process's accelerator, and on the CPU afterwards, if it may be moved."""
+    model, device = member.model, process_state().device
     is_fixed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
-    is_moved = model is not None and not is_fixed and device.type != "cpu"
-    if is_moved:
-        model.to(device)
-    yield
-    if is_moved:
+    is_sharded = model is not None and any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    if model is None or is_fixed or is_sharded or device.type == "cpu" or isinstance(member, EnsembleRanker):
+        yield  # the members of an ensemble move one by one
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
         model.to("cpu")

@@ -76,6 +76,9 @@ class FunctionRanker(PointwiseRanker):
         """
         columns = columns or {}
         self.check_columns(columns)
+        for name, column in columns.items():
+            if len(column) != len(prompts):
+                raise ValueError(f"The column `{name}` has {len(column)} values for {len(prompts)} prompts.")
         rows = [row for row, several in enumerate(completions) for _ in several]
         flat = [completion for several in completions for completion in several]
         given = {name: column for name, column in columns.items() if self.takes_all or name in self.named}

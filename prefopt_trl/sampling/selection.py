@@ -39,7 +39,9 @@ class SelectedPrompt:
     rejected: list[int] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
     ref_logps: list[tuple[float, float]] | None = None  # of the chosen and the rejected one of each pair, if kept
-    scored: dict[str, list[float]] = field(default_factory=dict)  # the ranker's `score_columns`, for each candidate
+    scored: dict[str, list[float | None]] = field(
+        default_factory=dict
+    )  # the ranker's `score_columns`, for each candidate
 
 
 def select_and_pair(

@@ -20,7 +20,14 @@ from prefopt_trl.runtime.settings import (
 )
 from prefopt_trl.sampling.logps import pair_logps, sampled_logps
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
-from prefopt_trl.sampling.selection import SelectedPrompt, carried, preference_rows, select_and_pair, user_columns
+from prefopt_trl.sampling.selection import (
+    SelectedPrompt,
+    as_numbers,
+    carried,
+    preference_rows,
+    select_and_pair,
+    user_columns,
+)
 from prefopt_trl.sampling.store import SampleStore
 from prefopt_trl.shared_prefix.support import reason_not_to_share_prefix
 
@@ -150,7 +157,7 @@ class Shards:
             columns=columns,
         )
         return [
-            replace(one, scored={name: values[row].tolist() for name, values in scored.items()})
+            replace(one, scored={name: as_numbers(values[row]) for name, values in scored.items()})
             for row, one in enumerate(selected)
         ]
 

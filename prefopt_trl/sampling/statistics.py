@@ -74,7 +74,7 @@ class SamplingStatistics:
             f"candidates: {self.num_candidates}, of which {self.num_duplicates} repeat another"
             + ("" if self.num_unfinished is None else f" and {self.num_unfinished} were cut at max_new_tokens"),
             *([f"candidates without a reward: {self.num_without_reward}"] if self.num_without_reward else []),
-            f"prompts skipped because all candidates are equal: {self.num_skipped}",
+            f"prompts skipped, without two different candidates that have a reward: {self.num_skipped}",
             f"prompts with fewer distinct candidates than num_samples: {self.num_short}",
         ]
         if self.acceptance_rate is not None:
@@ -182,8 +182,8 @@ def label_warning(options: SamplingOptions, before: float, after: float) -> str 
     if before < COIN_FLIP:
         return (
             f"The ranker gives its own labels a mean probability of only {before:.2f} on random candidates, so they "
-            "are near coin flips, whatever the beta. Rewards are logits: multiply those of a function or reward model "
-            "that are too small. Train a pairwise ranker longer, and ask it with the template it was trained on."
+            "are near coin flips, whatever the beta. Measure it with `prefopt-trl evaluate-ranker`: rewards that are "
+            "too small for logits need a temperature, and a ranker near chance more training or its own template."
         )
     lost_by_rejection = after < UNSURE and before - after >= LOST_BY_REJECTION
     if options.strategy != "rso" or not lost_by_rejection or np.isinf(beta):

@@ -379,7 +379,7 @@ class PreferenceTrainer(Published, DPOTrainer):
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns  # set by the call above
         own = ["completion_ids", "rewards", "row", "target_prompt_ids", "target_ids"]
-        own += ["prompt", "tools", "chat_template_kwargs"] if self.args.sampling == "online" else []
+        own += self.train_dataset.column_names if self.args.sampling == "online" else []  # type: ignore[union-attr]
         columns += [column for column in own if column not in columns]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:

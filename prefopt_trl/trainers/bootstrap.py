@@ -142,7 +142,7 @@ class Bootstrap(TrainerCallback):
         sampled = sample_for(chosen, model, self.tokenizer, 1, self.options, seed=seed)
         prompts = [row["prompt"] for row in chosen]
         extended = [[*row["completions"], *samples] for row, samples in zip(chosen, sampled, strict=True)]
-        rewards, _ = ask_rewards(self.ranker, prompts, extended, columns=user_columns(chosen))
+        rewards, _ = ask_rewards(self.ranker, prompts, extended, columns=user_columns(chosen), may_abstain=True)
         return [
             {"row": row, "prompt": prompt, **re_rank(completions, row_rewards)}
             for row, prompt, completions, row_rewards in zip(rows.tolist(), prompts, extended, rewards, strict=True)
@@ -176,15 +176,15 @@ def re_rank(completions: list[Completion], rewards: np.ndarray) -> Row:
     """Rank completions of which the last is the policy's sample, best first (PRO, footnote 6).
 
     The sample is never ranked first: if its reward is the highest, it is ranked second. Rewards are reassigned to the
-    ranks in descending order.
+    ranks in descending order. A completion whose reward is NaN is left out.
 
     >>> re_rank(["good", "bad", "sampled"], np.array([1.0, 0.0, 2.0]))
     {'completions': ['good', 'sampled', 'bad'], 'rewards': [2.0, 1.0, 0.0]}
     """
-    order = np.argsort(-rewards, kind="stable").tolist()
+    order = np.argsort(-rewards, kind="stable").tolist()[: np.isfinite(rewards).sum()]  # NaN is last
     if order[0] == len(completions) - 1:
         order[:2] = order[1], order[0]
-    return {"completions": [completions[index] for index in order], "rewards": sorted(rewards.tolist(), reverse=True)}
+    return {"completions": [completions[index] for index in order], "rewards": sorted(rewards[order], reverse=True)}
 
 
 class PartSampler(Sampler[int]):

@@ -20,7 +20,7 @@ from prefopt_trl.rankers.base import Ranker, ask_rewards
 from prefopt_trl.runtime.processes import gathered, process_state
 from prefopt_trl.runtime.settings import Settings, as_json, dataset_fingerprint, read_json, write_json
 from prefopt_trl.sampling.pipeline import build_preference_dataset
-from prefopt_trl.sampling.selection import user_columns
+from prefopt_trl.sampling.selection import OWN_COLUMNS, user_columns
 from prefopt_trl.sampling.statistics import SamplingStatistics, read_sampled
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
@@ -93,6 +93,8 @@ def with_completions(
             "`sampling='online'` needs a training dataset of prompts, and this one has completions. Remove them with "
             "`dataset.select_columns(\"prompt\")`, or leave `sampling` at 'offline'."
         )
+    if args.sampling == "online" and ranker is not None:  # offline, the pipeline checks it
+        ranker.check_columns(set(columns["train"]) - OWN_COLUMNS)
     for name in to_sample:
         if not isinstance(datasets[name], Dataset):
             raise ValueError(

@@ -99,7 +99,13 @@ def test_conversations_are_written_with_the_tools_and_arguments_of_their_row(tin
     assert found == measured(says) != measured(reads, chat=[{"style": "", "tools": [{"name": ""}]}] * 40)
 
 
-def test_what_the_ranker_returns_is_checked(tiny_llama_dir, tokenizer, monkeypatch):
-    monkeypatch.setattr(FunctionRanker, "score", lambda *given, **baselines: [np.array([np.nan])] * 40)
-    with pytest.raises(ValueError, match="FunctionRanker returned nan for completion 0 of prompt row 0"):
-        evaluate(load(tiny_llama_dir), load(tiny_llama_dir), tokenizer, ["a"] * 40)
+def test_samples_without_a_reward_are_left_out_and_columns_are_read(tiny_llama_dir, tokenizer):
+    def odd(prompts, completions, level):
+        return [1.0 if one % 2 else None for one in level]
+
+    policy = load(tiny_llama_dir)
+    given = (policy, policy, tokenizer, FunctionRanker(odd), ["a"] * 4, ["b"] * 4)
+    measured = evaluate_policy(*given, max_new_tokens=2, columns={"level": [1, 2, 3, 4]})
+    assert (measured["ranker_reward"].mean, measured["ranker_win_rate"].mean) == (0, 0.5)  # of two samples
+    with pytest.raises(ValueError, match="has an opinion on fewer than 2 of the samples"):
+        evaluate_policy(*given, max_new_tokens=2, columns={"level": [1, 2, 4, 4]})

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from scipy.stats import binom
 
-from prefopt_trl import EnsembleRanker, calibrate
+from prefopt_trl import EnsembleRanker, calibrate, evaluate_ranker
 from prefopt_trl.rankers import Ranker
 from prefopt_trl.rankers.base import logit, sigmoid
 from prefopt_trl.rankers.calibration import fit_temperature
@@ -21,7 +21,10 @@ class Plain(Ranker):
     def compare(self, prompts, first, second):
         return sigmoid(np.array([float(a) - float(b) for a, b in zip(first, second, strict=True)]))
 
-    score = settings = None  # not asked
+    def score(self, prompts, completions, baselines):
+        return [np.array([float(a[0]) - float(b)]) for a, b in zip(completions, baselines, strict=True)]
+
+    settings = None  # not asked
 
 
 def compared(log_odds, prompts=None):
@@ -86,6 +89,19 @@ def test_the_temperature_is_of_the_rewards_without_one():
     mean = logit((sigmoid(np.array(3.0)) + sigmoid(np.array(1.0))) / 2)  # of both orders
     for reader.temperature in (1.0, 7.0):
         assert calibrate(reader, margins).temperature == pytest.approx(mean / math.log(3))
+    judge = Reader(bias=0.0)  # a unanimous vote of 4 is clamped, in the fit as in its rewards
+    judge.smallest_probability = 0.1
+    certain = comparisons([50.0] * 32 + [-50.0] * 8)
+    calibrate(judge, certain).apply(judge)
+    assert judge.score(["p"], [["50"]], baselines=["0"])[0] == pytest.approx(math.log(4))
+    assert judge.compare(["p"], ["50"], ["0"]) == pytest.approx(0.8)
+    assert evaluate_ranker(judge, certain).estimates["log_loss"].mean == pytest.approx(
+        -0.8 * math.log(0.8) - 0.2 * math.log(0.2)
+    )
+    mixed = EnsembleRanker([Reader(bias=1.0), pointwise()])
+    expected = calibrate(mixed, margins).temperature
+    mixed.temperature = 0.01
+    assert calibrate(mixed, margins).temperature == pytest.approx(expected)
     plain = calibrate(Plain(), margins)
     assert plain.temperature == pytest.approx(2 / math.log(3))
     with pytest.raises(TypeError, match="A Plain has no temperature. Derive it from `PointwiseRanker`"):

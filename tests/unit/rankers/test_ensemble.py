@@ -40,14 +40,19 @@ def test_rewards_by_hand(combine, weights, of_a, of_b):
 
 
 def test_the_disagreement_is_the_standard_deviation_over_members():
-    _, columns = EnsembleRanker(members(), weights=[1, 2, 1]).score_with_columns(["p"], [["a", "b", "c"]])
+    _, columns = EnsembleRanker(members(), weights=[1, 2, 1]).score_with_columns(["p"], [["a", "b"]])
     of_a = math.sqrt((0.75**2 + 2 * 2.25**2 + 3.75**2) / 4)
-    assert columns["disagreement"][0] == pytest.approx([of_a, math.sqrt(2), 1])
+    assert columns["disagreement"][0] == pytest.approx([of_a, math.sqrt(2)])
 
 
-def test_a_member_without_an_opinion_is_left_out():
+def test_a_member_is_left_out_of_a_prompt_and_a_completion_of_the_others():
     ranker = EnsembleRanker(members())
-    assert ranker.score(["p"], [["c"]])[0] == pytest.approx([0.0])
+    assert ranker.score(["p"], [["c"]])[0] == pytest.approx([0.0])  # the second member is silent
+    # It has an opinion on a alone, and its scale is not that of the others: c leaves
+    rewards, columns = ranker.score_with_columns(["p"], [["a", "c"]])
+    assert rewards[0] == pytest.approx([1, np.nan], nan_ok=True)
+    assert np.isnan(columns["disagreement"][0]).tolist() == [False, True]
+    assert np.isnan(ranker.compare(["p"], ["a"], ["c"])).all()
     only = EnsembleRanker([members()[1], members()[1]])
     assert np.isnan(only.score(["p"], [["a", "c"]])[0]).tolist() == [False, True]
     assert np.isnan(only.compare(["p"], ["a"], ["c"])).all()
@@ -55,12 +60,13 @@ def test_a_member_without_an_opinion_is_left_out():
 
 def test_votes_by_hand():
     ranker = EnsembleRanker(members(), "vote")
-    assert ranker.compare(["p"] * 3, ["a", "b", "a"], ["b", "c", "a"]) == pytest.approx([2.5 / 4, 3.5 / 4, 1 / 2])
-    # a wins 2/3 of the votes against b and 1/2 against c, b 1/3 and all, c 1/2 and none
-    shares = np.array([7 / 12, 2 / 3, 1 / 4])
-    expected = np.log((3 * shares + 0.5) / (3 * (1 - shares) + 0.5))
-    assert ranker.score(["p"], [["a", "b", "c"]])[0] == pytest.approx(expected)
-    assert ranker.score(["p"], [["b"]], baselines=["c"])[0] == pytest.approx([math.log(3.5 / 0.5)])
+    assert ranker.compare(["p"] * 2, ["a", "a"], ["b", "a"]) == pytest.approx([2.5 / 4, 1 / 2])
+    assert ranker.score(["p"], [["b"]], baselines=["c"])[0] == pytest.approx([math.log(2.5 / 0.5)])  # of two votes
+    two = EnsembleRanker([members()[0], members()[2]], "vote")
+    # a wins one vote against b and one against c, b one and two, c one and none
+    shares = np.array([1 / 2, 3 / 4, 1 / 4])
+    expected = np.log((2 * shares + 0.5) / (2 * (1 - shares) + 0.5))
+    assert two.score(["p"], [["a", "b", "c"]])[0] == pytest.approx(expected)
     weighted = EnsembleRanker(members(), "vote", [2, 1, 1])
     assert weighted.compare(["p"], ["a"], ["b"]) == pytest.approx([(3 * 3 / 4 + 0.5) / 4])
 

@@ -165,3 +165,12 @@ def test_a_step_of_trl_is_rewarded_as_the_ranker_scores(name, kind, data, tiny_l
     if name != "online DPO":
         log = trainer.state.log_history[0]
         assert log[f"rewards/{type(ranker).__name__}/mean"] == pytest.approx(np.mean(rewards), abs=1e-4)
+
+
+def test_each_row_has_its_own_columns():
+    def correct(prompts, completions, solution):
+        return [float(text == right) for text, right in zip(completions, solution, strict=True)]
+
+    reward_func = FunctionRanker(correct).as_reward_func()
+    tokens = {"completion_ids": [[1], [2], [3]], "trainer_state": object()}  # TRL's own
+    assert reward_func(["p", "p", "p"], ["a", "b", "c"], solution=["a", "b", "b"], **tokens) == [1, 1, 0]

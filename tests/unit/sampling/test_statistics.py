@@ -72,7 +72,7 @@ def test_the_text_says_it_all() -> None:
     assert str(STATISTICS).splitlines() == [
         "32 pairs from 8 of 10 prompts",
         "candidates: 640, of which 33 repeat another and 7 were cut at max_new_tokens",
-        "prompts skipped because all candidates are equal: 2",
+        "prompts skipped, without two different candidates that have a reward: 2",
         "prompts with fewer distinct candidates than num_samples: 3",
         "acceptance rate: 0.123",
         "reward of candidates: median 0.50, 5% to 95% -3.12 to 2.25",

@@ -77,8 +77,9 @@ def test_a_pair_on_which_the_ranker_has_no_opinion_is_left_out(tmp_path):
 def test_the_disagreement_of_an_ensemble_is_a_column_of_candidates_alone(tmp_path):
     ranker = EnsembleRanker([FunctionRanker(correct), FunctionRanker(brevity)])
     made = build_preference_dataset(Dataset.from_dict(CANDIDATES), None, None, ranker, tmp_path / "out", **OPTIONS)
-    disagreement = load_from_disk(tmp_path / "out" / "candidates")["disagreement"][0]
-    assert disagreement == pytest.approx([1.5, 1, 0, 1])  # rewards 1 and -2, 0 and -2, none and -5, 0 and -2
+    candidates = load_from_disk(tmp_path / "out" / "candidates")[0]
+    assert candidates["rewards"] == [-0.5, -1, None, -1]  # 1 and -2, 0 and -2, none and -5, 0 and -2
+    assert candidates["disagreement"] == [1.5, 1, None, 1]
     assert "disagreement" not in made.column_names
 
 

@@ -432,3 +432,28 @@ def test_two_processes_sample_their_own_prompts_and_make_as_many_pairs(policy_di
 
 if __name__ == "__main__":
     train_in_one_of_two_processes(*sys.argv[1:])
+
+
+@pytest.mark.parametrize("has_column", [True, False])
+def test_a_ranker_reads_the_columns_of_its_rows(has_column, tiny_llama_dir, tmp_path):
+    seen = []
+
+    def reward(prompts, completions, solution):
+        seen.extend(zip(prompts, solution, strict=True))
+        return [float(len(text)) for text in completions]
+
+    prompts = ["Why?", "Mix", "Bread:"]
+    rows = {"prompt": prompts, **({"solution": [prompt.lower() for prompt in prompts]} if has_column else {})}
+    on_cpu = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "max_steps": 2}
+    args = RSOConfig(str(tmp_path), **SAMPLING, **on_cpu)
+
+    def make():
+        given = {"train_dataset": Dataset.from_dict(rows), "ranker": FunctionRanker(reward)}
+        return RSOTrainer(tiny_llama_dir, args=args, **given)
+
+    if not has_column:
+        with pytest.raises(ValueError, match="needs the column `solution`"):
+            make()
+        return
+    make().train()
+    assert len(seen) > 6 and all(solution == prompt.lower() for prompt, solution in seen)
