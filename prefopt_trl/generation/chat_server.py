@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from prefopt_trl.generation.options import is_whole
 
-NUM_RETRIES = 12  # of a request, by the client of openai, over about a minute
+NUM_RETRIES = 12  # of a request, by the client of openai; over about a minute if attempts fail at once
+TIMEOUT = 300  # seconds that an attempt waits for its answer, which is long if the server is busy or the judge thinks
 
 
 class Answer(NamedTuple):
@@ -71,11 +72,12 @@ class ChatServer:
     """A server of OpenAI's chat completions, with `concurrency` requests under way at a time.
 
     The client of openai retries after connection errors, timeouts and the statuses 408, 409, 429 and 500 and above.
-    Each attempt counts towards `max_requests`. The key is the environment's `OPENAI_API_KEY`, if it is set.
+    Each attempt counts towards `max_requests`. A server that takes requests and never answers fails after 13
+    attempts of 5 minutes. The key is the environment's `OPENAI_API_KEY`, if it is set.
 
     Raises:
         ImportError: if the package openai is missing.
-        ValueError: if an argument is out of range, or the address has credentials.
+        ValueError: if an argument is out of range, the address has credentials or the key cannot be sent.
     """
 
     def __init__(self, base_url: str, saved: SavedAnswers, concurrency: int, max_requests: int | None) -> None:
@@ -91,13 +93,19 @@ class ChatServer:
             import openai
         except ImportError as error:
             raise ImportError("A server is asked with openai: `pip install 'prefopt-trl[judge]'`.") from error
-        self._key = os.environ.get("OPENAI_API_KEY") or "no-key"
-        self._client = openai.OpenAI(base_url=base_url, api_key=self._key_of_attempt, max_retries=NUM_RETRIES)
+        self._key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ValueError("OPENAI_API_KEY has a character that no header can have, such as a line break.")
+        timeout = openai.Timeout(TIMEOUT, connect=5)
+        self._client = openai.OpenAI(
+            base_url=base_url, api_key=self._key_of_attempt, max_retries=NUM_RETRIES, timeout=timeout
+        )
         self._num_attempts, self._is_stopped, self._lock = 0, False, threading.Lock()
 
     def answers(self, requests: Sequence[dict[str, Any]]) -> list[Answer]:
         """Return the answer to each request, in their order. Equal requests are sent once.
 
+        Fields that are None, and `vote`, tell requests apart but are not sent.
         After an error or Ctrl-C, no more are sent, and answers under way are still saved.
 
         Raises:
@@ -135,9 +143,10 @@ class ChatServer:
         import openai
 
         status = None
+        sent = {name: value for name, value in request.items() if value is not None and name != "vote"}
         try:
             response = self._client.chat.completions.with_raw_response.create(
-                model=request["model"], messages=request["messages"], stream=False, extra_body=request
+                model=request["model"], messages=request["messages"], stream=False, extra_body=sent
             )
         except openai.APIStatusError as failure:
             status = failure.status_code
@@ -148,7 +157,9 @@ class ChatServer:
             if (answer := _read(response.content)) is not None:
                 return self.saved.add(key, answer)
             problem = f"answered no chat completion ({response.text})"
-        problem = shorten(problem.replace(self._key, "***"), 300, placeholder="...")  # the server may repeat the key
+        for key in (self._key, json.dumps(self._key)[1:-1]):  # which the server may repeat
+            problem = problem.replace(key, "***")
+        problem = shorten(problem, 300, placeholder="...")
         self._is_stopped = True
         error = ServerError(f"The server at {self.base_url} {problem}; {self.saved}.")
         error.status = status

@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 VOTES = 8  # as RSO's AutoSxS
 LOG_PROBS = {"temperature": 0, "logprobs": True, "top_logprobs": 5}  # the most that every server takes
 REFUSED = (400, 422)  # statuses by which servers refuse an argument
-QUESTIONS_AT_ONCE = 32  # of a local model, whose answers are saved as often
 
 
 class JudgeRanker(ComparativeRanker):
@@ -46,8 +45,8 @@ class JudgeRanker(ComparativeRanker):
             A built-in prompt (see `docs/judges.md`) or the path of a file in their format.
         votes (`int`, *optional*):
             Answers sampled for a comparison, half of them in each order, or for a rating. By default, P is read from
-            the log-probabilities of one answer in each order, at temperature 0, if a server gives them. Other servers,
-            local models and ratings have 8 votes.
+            the log-probabilities of one answer in each order, at temperature 0, if a server gives them and the prompt
+            has two answers with different first letters. Other servers and prompts, and local models, have 8 votes.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             That of a local model, by default from its folder or Hub id.
         cache_dir (`str` or `Path`, *optional*):
@@ -61,7 +60,7 @@ class JudgeRanker(ComparativeRanker):
         sampling_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the votes.
         request_options (`dict`, *optional*):
-            Further fields of each request, which the settings show. None removes a field.
+            Further fields of each request, which the settings show. None removes a field, `seed` too.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the votes and of the baselines of `score`.
 
@@ -110,6 +109,8 @@ class JudgeRanker(ComparativeRanker):
             number = "an even number, as half of the votes are in each order" if self.is_pair else "a whole number"
             raise ValueError(f"`votes` must be {number}, at least {1 + self.is_pair}, got {votes!r}.")
         self.votes = votes
+        if self.is_pair:  # a unanimous vote is no certainty
+            self.smallest_probability = 0.5 / (1 + (votes or VOTES))
         self.saved = SavedAnswers(cache_dir)
         self.first_share = self.first_share_error = np.nan
         self.local: RankingModel | None = None
@@ -198,7 +199,7 @@ class JudgeRanker(ComparativeRanker):
     @cached_property
     def reads_log_probs(self) -> bool:
         """Whether P is read from log-probabilities. The server is asked once, by a request of one token."""
-        if self.votes is not None or not self.is_pair or self.local is not None:
+        if self.votes is not None or not self.prompt.has_log_probs or self.local is not None:
             return False
         try:
             answers = self._answers(["Answer with the letter A or B."], 1, LOG_PROBS | {"max_tokens": 1})
@@ -206,9 +207,12 @@ class JudgeRanker(ComparativeRanker):
         except ServerError as error:
             if error.status not in REFUSED:
                 raise
-            given = False
+            logger.warning(f"{VOTES} votes are asked for, as log-probabilities are refused: {error}")
+            return False
         read = "log-probabilities, one answer in each order" if given else f"{VOTES} votes, as it gives no log-probs"
         logger.info(f"The verdicts of the server are read from {read}.")
+        if given:
+            self.smallest_probability = ComparativeRanker.smallest_probability
         return given
 
     def _ask_all(self, questions: list[Texts]) -> np.ndarray:
@@ -222,8 +226,6 @@ class JudgeRanker(ComparativeRanker):
             how = {"temperature": self.options.temperature}
             answers = self._answers(texts, votes // 2 if self.is_pair else votes, how)
             values = [[self.prompt.read(answer.text) for answer in several] for several in answers]
-            if self.is_pair:  # a unanimous vote is no certainty
-                self.smallest_probability = 0.5 / (votes + 1)
         read = [[value for value in several if value is not None] for several in values]
         means = np.array([np.mean(several) if several else np.nan for several in read])
         num_answers, num_read = sum(map(len, values)), sum(map(len, read))
@@ -238,33 +240,39 @@ class JudgeRanker(ComparativeRanker):
     def _answers(self, texts: list[str], num_answers: int, how: dict[str, Any]) -> list[list[Answer]]:
         """Return so many answers to each question."""
         model = self.name if self.local is None else self._fingerprints(self.local)
-        options = {"model": model, "max_tokens": self.options.max_new_tokens, **how, **self.request_options}
-        options = {name: value for name, value in options.items() if value is not None}
+        options = {"model": model, "max_tokens": self.options.max_new_tokens, **how}
+        votes = [1000 * self.seed + number for number in range(num_answers)]
         requests = [
-            {**options, "messages": [{"role": "user", "content": text}], "seed": 1000 * self.seed + number}
+            {
+                **options,
+                "seed": vote,
+                **self.request_options,
+                "messages": [{"role": "user", "content": text}],
+                "vote": vote,
+            }
             for text in texts
-            for number in range(num_answers)
+            for vote in votes
         ]
-        answers = self.server.answers(requests) if self.local is None else self._sample(self.local, requests)
+        if self.local is not None:
+            return self._sample(self.local, requests, num_answers)
+        answers = self.server.answers(requests)
         return [answers[start : start + num_answers] for start in range(0, len(answers), num_answers)]
 
-    def _sample(self, local: RankingModel, requests: list[dict[str, Any]]) -> list[Answer]:
-        """Return the answer of the local model to each request. The answers to a question are sampled together."""
-        missing: dict[str, list[str]] = {}  # keys of requests, by question
-        for request in requests:
-            if (key := self.saved.key(request)) not in self.saved:
-                missing.setdefault(request["messages"][0]["content"], []).append(key)
-        questions = list(missing)
-        for start in tqdm(range(0, len(questions), QUESTIONS_AT_ONCE), desc="Judging", disable=None):
-            some = questions[start : start + QUESTIONS_AT_ONCE]
-            prompts: list[Prompt] = [[{"role": "user", "content": text}] for text in some]
-            number = max(len(missing[text]) for text in some)
-            seed = int(missing[some[0]][0][:8], 16)  # of what is missing: a later call repeats no saved answer
-            sampled = sample_completions(local.model, local.tokenizer, prompts, number, self.options, seed=seed)
-            for text, answers in zip(some, sampled, strict=True):
-                for key, answer in zip(missing[text], answers, strict=False):
-                    self.saved.add(key, Answer(answer, []))
-        return [self.saved[self.saved.key(request)] for request in requests]
+    def _sample(self, local: RankingModel, requests: list[dict[str, Any]], number: int) -> list[list[Answer]]:
+        """Return the local model's answers to each question, sampled together and apart from other questions.
+
+        They depend on the question, the number of votes and the settings, and not on what is saved.
+        """
+        answers = []
+        for start in tqdm(range(0, len(requests), number), desc="Judging", disable=None):
+            keys = [self.saved.key(request | {"votes": number}) for request in requests[start : start + number]]
+            if any(key not in self.saved for key in keys):
+                prompts, seed = [requests[start]["messages"]], int(keys[0][:8], 16)
+                (texts,) = sample_completions(local.model, local.tokenizer, prompts, number, self.options, seed=seed)
+                for key, text in zip(keys, texts, strict=True):
+                    self.saved.add(key, Answer(text, []))
+            answers.append([self.saved[key] for key in keys])
+        return answers
 
     @staticmethod
     def _fingerprints(local: RankingModel) -> Settings:

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +26,10 @@ class JudgePrompt:
 
     def __post_init__(self) -> None:
         answers = [answer.strip().casefold() for answer in self.answers.split(",")]
+        letters = [answer[:1] for answer in answers]
+        # With a tie, or answers that begin alike, no single token has the probabilities of all answers
+        are_told_apart = len({*letters}) == len(letters) == 2 and "".join(letters).isalnum()
+        self.has_log_probs = self.kind == "pair" and are_told_apart
         self.values = dict(zip(answers, (1.0, 0.0, 0.5), strict=False))  # for the completion shown first
         self.pattern = re.compile(self.verdict, re.MULTILINE | re.IGNORECASE)
         self.margin = float(self.margin)
@@ -54,7 +59,7 @@ class JudgePrompt:
         return re.sub(r"\{(\w+)\}", lambda found: texts.get(found[1], found[0]), self.text)
 
     def read(self, answer: str) -> float | None:
-        """Return the value of an answer's verdict: a rating, or 1, 0 or 0.5 for the completion shown first.
+        """Return the value of an answer's verdict: a finite rating, or 1, 0 or 0.5 for the completion shown first.
 
         None if the answer has no verdict in the form asked for, or two different ones.
         """
@@ -62,10 +67,18 @@ class JudgePrompt:
         if len(found) != 1:
             return None
         verdict = found.pop()
-        return float(verdict) if self.kind == "rating" else self.values.get(verdict)
+        if self.kind == "pair":
+            return self.values.get(verdict)
+        with suppress(ValueError):  # a word
+            if math.isfinite(rating := float(verdict)):
+                return rating
+        return None
 
     def read_tokens(self, tokens: list[tuple[str, dict[str, float]]]) -> float | None:
-        """Return the expected value of the verdict, by the log-probs of the tokens that it begins with, or None."""
+        """Return P(first preferred) by the log-probs of the tokens that a verdict begins with, or None.
+
+        This needs `has_log_probs`.
+        """
         text = "".join(token for token, _ in tokens)
         if self.read(text) is None:
             return None

@@ -101,7 +101,8 @@ def test_after_an_error_the_other_threads_retry_no_more(monkeypatch):
         assert sorted(map(question, chat.requests)) == ["one", "two"]
 
 
-def test_a_server_that_does_not_answer_in_time_is_asked_again_and_retry_after_is_obeyed(waits):
+def test_a_server_that_does_not_answer_in_time_is_asked_again_and_retry_after_is_obeyed(waits, monkeypatch):
+    monkeypatch.setattr(chat_server, "TIMEOUT", 1.0)
     released = threading.Event()
 
     def slow_at_first(body):
@@ -110,7 +111,6 @@ def test_a_server_that_does_not_answer_in_time_is_asked_again_and_retry_after_is
     with serving(slow_at_first) as chat:
         chat.failures = [response(429, headers="Retry-After: 7\r\n")]
         server = client(chat.url)
-        server._client.timeout = 1.0
         assert server.answers(asking("one")) == [Answer("re: one", [])]
         assert waits[0] == 7 and len(waits) == 2
         released.set()
@@ -197,18 +197,19 @@ def test_another_content_is_another_question(change):
     assert SavedAnswers.key(request | change) != SavedAnswers.key(request)
 
 
-def test_the_key_is_sent_and_shown_nowhere(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("key", [KEY, 'sk-secret"\\of the tests'])
+def test_the_key_is_sent_and_shown_nowhere(key, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_API_KEY", f" {key}\n")
 
     with serving(echo) as chat:
         server = client(chat.url, tmp_path)
         server.answers(asking("one"))
-        assert chat.keys == {f"Bearer {KEY}"}
+        assert chat.keys == {f"Bearer {key}"}
         said = [repr(server), repr(server.saved)]
-        for failure in (response(401, f"no access with {KEY}"), response(200, f"no access with {KEY}")):
-            chat.failures.append(failure)
-        for _ in range(2):
+        repeated = json.dumps({"error": f"no access with {key}"})
+        chat.failures += [response(401, f"no access with {key}"), response(401, repeated), response(200, repeated)]
+        for _ in range(3):
             with pytest.raises(ServerError) as error:
                 server.answers(asking("two"))
             said.append("".join(traceback.format_exception(error.value)))
@@ -230,6 +231,14 @@ def test_arguments_out_of_range_and_addresses_with_credentials(given, message):
     with pytest.raises(ValueError, match=message) as error:
         client(**{"url": "http://localhost/v1", **given})
     assert KEY not in str(error.value)
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\n{KEY}", f"{KEY}\u2019"])
+def test_a_key_that_no_header_can_have_is_refused_and_not_shown(key, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match="OPENAI_API_KEY has a character that no header can have") as error:
+        client("http://localhost/v1")
+    assert "sk-s" not in "".join(traceback.format_exception(error.value))
 
 
 def test_without_openai_the_error_says_how_to_install_it(monkeypatch):

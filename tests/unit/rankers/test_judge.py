@@ -84,6 +84,10 @@ RATED = {
     "Rating: 8.5": None,
     "Rating: 11": None,
     "Rating: <1 to 10>": None,
+    "Rating: (9)": 9,
+    "Rating: -3": None,
+    "Rating: − 3": None,
+    "Rating: .5": None,
     "Rating: 3\nRating: 4": None,
 }
 ANSWERS = {
@@ -100,6 +104,28 @@ ANSWERS = {
 @pytest.mark.parametrize(("name", "answer"), [(name, answer) for name, table in ANSWERS.items() for answer in table])
 def test_an_answer_has_one_verdict_in_the_form_asked_for_or_none(name, answer):
     assert JudgePrompt.load(name).read(answer) == ANSWERS[name][answer]
+
+
+@pytest.mark.parametrize("name", [*PAIR_PROMPTS, "rating"])
+def test_long_runs_of_blanks_and_marks_are_read_in_linear_time(name):
+    """Quadratic patterns take minutes here."""
+    prompt = JudgePrompt.load(name)
+    (answer, value) = next((answer, value) for answer, value in ANSWERS[name].items() if value is not None)
+    for run in ("\n" * 100_000, "*" * 100_000, "*\n" * 50_000):
+        assert prompt.read(run) is None
+        assert prompt.read(f"{run}\n{answer}{run}") == value
+        assert prompt.read(f"{answer}{run}x") in (value, None)  # of the next line, or this one
+        assert prompt.read(answer.replace(":", f":{run}x")) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [("7.5", 7.5), ("-2", -2), ("good", None), ("inf", None), ("nan", None), ("1e999", None), ("", None)],
+)
+def test_ratings_of_other_patterns_are_finite_numbers_or_none(answer, value, tmp_path):
+    path = tmp_path / "file.md"
+    path.write_text("---\nkind: rating\nverdict: ^Stars: (.*)$\n---\n{prompt} {completion}")
+    assert JudgePrompt.load(path).read(f"Stars: {answer}") == value
 
 
 HEAD = "---\nkind: pair\nverdict: (A|B)\n---\n"
@@ -240,18 +266,17 @@ def test_probabilities_are_the_softmax_over_the_verdicts_tokens():
     def answer(body):
         if body["max_tokens"] == 1:
             return with_log_probs("A", 0, {"A": 0.0})
-        text = "A is no verdict.\nchoose among (A), (B) or same: (A)"
+        text = "A is no verdict.\nPreferred: (A)"
         if shown(body, BLUE, GREEN)[0] == BLUE:
             given = {" A": math.log(0.5), "(A": math.log(0.1), "B": math.log(0.2), "same": math.log(0.1), "C": -1.0}
         else:
-            given = {"A": math.log(0.3), " B)": math.log(0.3), "s": math.log(0.2), "The": math.log(0.2)}
+            given = {"A": math.log(0.3), " B)": math.log(0.1), "s": math.log(0.2), "The": math.log(0.2)}
         return with_log_probs(text, text.rindex("A"), given)
 
     with serving(answer) as chat:
-        ranker = judge(chat, votes=None, prompt="dialogue-autosxs")
+        ranker = judge(chat, votes=None)
         both = ranker.both_orders([SKY], [BLUE], [GREEN])
-        # (0.6 + 0.1 / 2) / 0.9, and one minus (0.3 + 0.2 / 2) / 0.8
-        np.testing.assert_allclose(both, [[0.65 / 0.9, 0.5]])
+        np.testing.assert_allclose(both, [[0.6 / 0.8, 0.1 / 0.4]])
         assert len(chat.requests) == 3
         _, *asked = chat.requests
         assert all((body["temperature"], body["logprobs"], body["top_logprobs"]) == (0, True, 5) for body in asked)
@@ -273,7 +298,36 @@ def test_a_verdict_without_log_probs_is_no_opinion(choice):
         assert np.isnan(judge(chat, votes=None).compare([SKY], [BLUE], [GREEN])).all()
 
 
-@pytest.mark.parametrize("refusal", [response(400, "no logprobs"), response(422), says("A")])
+EQUAL = "---\nkind: pair\nverdict: \\[\\[(A>B|B>A|A=B)\\]\\]\nanswers: A>B, B>A, A=B\n---\n{prompt} {first} {second}"
+ALIKE = (
+    "---\nkind: pair\nverdict: (the first|the second)\nanswers: the first, the second\n---\n{prompt} {first} {second}"
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "verdict", "alternatives", "expected"),
+    [
+        (EQUAL, "[[A=B]]", {"A": 0.993, "B": 0.007}, 0.5),
+        (EQUAL, "[[B>A]]", {"A": 0.4, "B": 0.6}, 0.0),
+        (ALIKE, "the second", {"the": 1.0}, 0.0),
+        # The mass of a tie, " same", is at the token before, " ("
+        ("summary-autosxs", "choose among (A), (B) or same: (A)", {"A": 0.993, "B": 0.007}, 1.0),
+    ],
+)
+def test_answers_that_one_token_cannot_tell_apart_are_votes(prompt, verdict, alternatives, expected, tmp_path):
+    if "\n" in prompt:
+        (tmp_path / "file.md").write_text(prompt)
+        prompt = tmp_path / "file.md"
+    place = verdict.rindex("[") + 1 if "[" in verdict else verdict.rindex("A") if "A" in verdict else 0
+    choice = with_log_probs(verdict, place, {token: math.log(p) for token, p in alternatives.items()})
+    with serving(lambda body: choice) as chat:
+        ranker = judge(chat, votes=None, prompt=prompt)
+        assert ranker.both_orders([SKY], [BLUE], [GREEN]).tolist() == [[expected, 1 - expected]]
+        assert ranker.settings()["votes"] == 8
+        assert not any("logprobs" in body for body in chat.requests) and len(chat.requests) == 8
+
+
+@pytest.mark.parametrize("refusal", [response(400, "no logprobs"), response(422, "unknown field x"), says("A")])
 def test_a_server_without_log_probs_votes(refusal, caplog):
     caplog.set_level(logging.INFO, "prefopt_trl")
     with serving(lambda body: refusal if "logprobs" in body else says("A")) as chat:
@@ -281,7 +335,13 @@ def test_a_server_without_log_probs_votes(refusal, caplog):
         assert ranker.compare([SKY], [BLUE], [GREEN]).tolist() == [0.5]
         assert ranker.settings()["votes"] == 8
         assert len(chat.requests) == 1 + 8
-    assert caplog.text.count("The verdicts of the server are read from 8 votes") == 1
+        assert ranker.smallest_probability == 0.5 / 9
+    (said,) = [record.getMessage() for record in caplog.records if record.name.endswith("judge")][:1]
+    if isinstance(refusal, bytes):
+        assert "8 votes are asked for, as log-probabilities are refused: The server at" in said
+        assert "(no logprobs)" in said or "422 (unknown field x)" in said
+    else:
+        assert said.startswith("The verdicts of the server are read from 8 votes, as it gives no log-probs")
 
 
 # Ratings
@@ -359,6 +419,15 @@ def test_options_of_requests_are_sent_and_none_removes_a_field():
         }
 
 
+def test_without_seeds_each_vote_is_asked_and_saved(tmp_path):
+    with serving(lambda body: says("B" if len(chat.requests) % 2 else "A")) as chat:
+        for _ in range(2):
+            ranker = judge(chat, votes=8, request_options={"seed": None}, cache_dir=tmp_path, concurrency=1)
+            assert ranker.both_orders([SKY], [BLUE], [GREEN]).tolist() == [[0.5, 0.5]]
+        assert len(chat.requests) == 8
+        assert all("seed" not in body and "vote" not in body for body in chat.requests)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -409,23 +478,32 @@ def test_a_local_model_answers_through_the_sampler_and_is_asked_nothing_twice(
     ranker = JudgeRanker(model, **options)
     assert ranker.model is model
     ranker.both_orders([SKY], [BLUE], [GREEN])
-    ((prompts, number, _),) = asked
-    assert number == 2
     texts = [f"{SKY} {BLUE} {GREEN}", f"{SKY} {GREEN} {BLUE}"]
-    assert prompts == [[{"role": "user", "content": text}] for text in texts]
-    (_, line, *_) = (tmp_path / "saved/answers.jsonl").read_text().splitlines()
-    assert len(json.loads(line)[1]) > 0
+    assert [call[:2] for call in asked] == [([[{"role": "user", "content": text}]], 2) for text in texts]
+    assert asked[0][2] != asked[1][2]  # the seeds
+    _, *lines = (tmp_path / "saved/answers.jsonl").read_bytes().split(b"\n")
+    assert len(lines) == 4 and all(json.loads(line)[1] for line in lines)
     before = ranker.both_orders([SKY], [BLUE], [GREEN])
     np.testing.assert_array_equal(JudgeRanker(model, **options).both_orders([SKY], [BLUE], [GREEN]), before)
-    assert len(asked) == 1
+    assert len(asked) == 2
+    for kept in range(5):  # a killed process has saved so many answers
+        folder = tmp_path / f"saved {kept}"
+        folder.mkdir()
+        (folder / "answers.jsonl").write_bytes(b"\n".join(lines[:kept]))
+        again = JudgeRanker(model, **options | {"cache_dir": folder})
+        # Asked in another order, with another comparison
+        both = again.both_orders([BLUE, SKY], [SKY, BLUE], [GREEN, GREEN])
+        np.testing.assert_array_equal(both[1:], before)
+        assert {key: again.saved[key] for key in ranker.saved} == ranker.saved
+    asked.clear()
     JudgeRanker(model, **{**options, "votes": 8}).compare([SKY], [BLUE], [GREEN])
-    assert (asked[1][1], asked[1][2] != asked[0][2]) == (2, True)  # two more of each, of another seed
+    assert [call[1] for call in asked] == [4, 4]
     settings = ranker.settings()
     with torch.no_grad():
         model.lm_head.weight[0] += 1
     assert settings["model"]["weights"] != ranker.settings()["model"]["weights"]
     ranker.compare([SKY], [BLUE], [GREEN])
-    assert len(asked) == 3
+    assert len(asked) == 4
 
 
 def test_the_votes_of_a_local_model_are_read_and_a_unanimous_one_is_no_certainty(tiny_llama_dir, monkeypatch, caplog):
