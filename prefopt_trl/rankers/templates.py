@@ -195,6 +195,5 @@ class RewardText:
         """Return what tells this template from another."""
         if callable(self.template):
             return {"template": function_fingerprint(self.template)}
-        if self.chat_template is not None:
-            return {"template": hashlib.sha256(self.chat_template.encode()).hexdigest()}
-        return {"template": None, **template_date(self.tokenizer)}
+        digest = self.chat_template and hashlib.sha256(self.chat_template.encode()).hexdigest()
+        return {"template": digest, **template_date(self.tokenizer, self.chat_template)}

@@ -170,13 +170,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def template_date(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def template_date(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> dict[str, str]:
     """Return the setting `{"date_in_chat_template": "28 Nov 2026"}` of a chat template that writes today's date.
 
     Those of Llama 3.2 and Granite do, with `strftime_now`, so the same messages have other tokens on another day.
-    Other templates return an empty `dict`.
+    Other templates return an empty `dict`. By default the chat template is the tokenizer's.
     """
-    template = str(tokenizer.chat_template)
+    template = str(chat_template or tokenizer.chat_template)
     formats = re.findall(r"""strftime_now\(\s*["'](.+?)["']""", template) or ["%Y-%m-%d"]
     if "strftime_now" not in template:
         return {}
