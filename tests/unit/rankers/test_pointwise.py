@@ -336,6 +336,19 @@ def test_another_day_is_another_setting_where_the_chat_template_writes_it(model,
     assert set(RewardModelRanker(model, tokenizer, template=tmp_path / "plain.jinja").settings()) == set(before)
 
 
+def test_a_function_gets_completions_in_the_format_of_their_prompt(model, tokenizer):
+    def template(prompt, completion):
+        return prompt[-1]["content"] + completion[-1]["content"]
+
+    prompt, long_prompt = (as_messages("user", text) for text in ("Why is it so?", "Why? " * 20 + "Why is it so?"))
+    ranker = RewardModelRanker(model, tokenizer, template=template)
+    expected = ranker.score([prompt], [[as_messages("assistant", " a")]])
+    assert ranker.score([prompt], [[" a"]])[0] == expected[0]
+    ids = tokenizer(template(long_prompt, as_messages("assistant", " a")))["input_ids"]
+    cut = RewardModelRanker(model, tokenizer, template=template, max_length=12).score([long_prompt], [[" a"]])
+    assert cut[0] == pytest.approx(reward_of_last_token(model, ids[:1] + ids[-11:]), abs=1e-5)
+
+
 def test_settings_are_json_and_follow_the_weights(model, tokenizer):
     ranker = RewardModelRanker(model, tokenizer)
     before = ranker.settings()
