@@ -37,7 +37,8 @@ class RewardModelRanker(PublishedModel, PointwiseRanker):
             How a prompt and a completion are written, if not as above: `"oasst"` (OpenAssistant's turns), the path of
             a Jinja chat template, or a function `(prompt, completion) -> str`. The first two split a plain HH-RLHF
             transcript into its turns. A text longer than `max_length` is also written with an empty completion, to
-            find the end of its prompt. The tokenizer's special tokens are added to the text of a function.
+            find the end of its prompt. A function gets completions in the format of their prompt, and the tokenizer's
+            special tokens are added to its text.
         label (`str` or `int`, *optional*):
             Name or index of a classifier's label. The reward is its log-odds log(p / (1 - p)), in nats.
         batch_size (`int`, *optional*, defaults to `32`):

@@ -14,7 +14,7 @@ from prefopt_trl.rankers.base import Columns, PointwiseRanker
 from prefopt_trl.rankers.inference import RankingModel, check_temperature, label_index, log_odds
 from prefopt_trl.rankers.publishing import PublishedModel
 from prefopt_trl.rankers.templates import cut_prompt
-from prefopt_trl.runtime.settings import Settings
+from prefopt_trl.runtime.settings import Settings, template_date
 from prefopt_trl.shared_prefix.packing import WholeRows
 
 REDUCTIONS: dict[str, Any] = {"min": torch.min, "mean": torch.mean, "last": lambda of_steps: of_steps[-1]}
@@ -89,8 +89,9 @@ class ProcessRewardRanker(PublishedModel, PointwiseRanker):
 
     def settings(self) -> Settings:
         """Return fingerprints of the weights and the tokenizer, and the ranker's options."""
+        model = {**self.ranking_model.settings(), **template_date(self.tokenizer)}
         own = {"separator": self.separator, "label": self.label, "reduce": self.reduce}
-        return {"class": type(self).__name__, **self.ranking_model.settings(), **own, "temperature": self.temperature}
+        return {"class": type(self).__name__, **model, **own, "temperature": self.temperature}
 
     def arguments(self) -> dict[str, str]:
         given = {"separator": self.separator, "label": self.label, "reduce": self.reduce}

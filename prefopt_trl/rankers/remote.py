@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ from prefopt_trl.rankers.templates import RewardTemplate, RewardText
 from prefopt_trl.runtime.settings import Settings, tokenizer_fingerprint
 
 KEY = "REWARD_MODEL_API_KEY"  # the environment variable
+# Neither credentials nor a query, which logs and errors would show
+ADDRESS = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?(/[\w./~%+:-]*)?/(classify|score)", re.ASCII)
 ATTEMPTS, TIMEOUT = 7, 120.0  # seconds
 BATCH_SIZE, CONCURRENCY = 16, 8  # completions in a request, and requests at a time
 
@@ -29,11 +32,12 @@ class RemoteRewardRanker(PointwiseRanker):
     """A reward model behind a URL: vLLM's `/classify`, which reads a text, or `/score`, which reads two.
 
     Eight requests of 16 completions run at a time. A request is repeated after 1, 2, 4, ... seconds while the server
-    is busy, fails, or gives an answer that cannot be read. `REWARD_MODEL_API_KEY` in the environment is the key.
+    is busy, fails, or gives an answer that cannot be read. `REWARD_MODEL_API_KEY` in the environment is the key, which
+    no error repeats.
 
     Args:
         url (`str`):
-            Address such as `"http://localhost:8000/classify"`.
+            Address such as `"http://localhost:8000/classify"`, without a query or credentials.
         model (`str`):
             Name of the served model, by which its rewards are recognized.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`] or `str`, *optional*):
@@ -64,9 +68,12 @@ class RemoteRewardRanker(PointwiseRanker):
         temperature: float = 1.0,
         label: int | None = None,
     ) -> None:
+        if not ADDRESS.fullmatch(url):
+            raise ValueError(
+                "`url` must be an address such as 'http://localhost:8000/classify', which ends in /classify or /score "
+                f"and has no query and no key. Set {KEY} to the key."
+            )
         is_score = url.endswith("/score")
-        if not (is_score or url.endswith("/classify")) or "@" in url:
-            raise ValueError(f"`url` must end in /classify or /score and have no key, which {KEY} holds.")
         if is_score != (tokenizer is None) or (is_score and template is not None):
             raise ValueError("Give a `tokenizer` for /classify. For /score give none, and no `template`.")
         if isinstance(tokenizer, str):
@@ -111,18 +118,23 @@ class RemoteRewardRanker(PointwiseRanker):
             name, inputs = "score", {"queries": queries, "documents": documents}
         # Without an activation, the outputs are logits
         body = json.dumps({"model": self.served_model, "use_activation": False, **inputs}).encode()
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get(KEY, 'no-key')}"}
+        key = os.environ.get(KEY, "").strip() or "no-key"
+        if not re.fullmatch("[!-~]+", key):
+            raise ValueError(f"{KEY} has a space, a line break or a character that is not ASCII. Set it to one key.")
         for attempt in range(ATTEMPTS):
             time.sleep(2**attempt // 2)
+            request = Request(self.url, body, {"Content-Type": "application/json"})
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
             try:
-                with urlopen(Request(self.url, body, headers), timeout=TIMEOUT) as answer:
+                with urlopen(request, timeout=TIMEOUT) as answer:
                     rows = sorted(json.load(answer)["data"], key=lambda row: row["index"])
                 outputs = np.array([row[name] for row in rows], dtype=float)
                 if len(rows) == len(batch) and np.isfinite(outputs).all():
                     return outputs.reshape(len(batch), -1)
                 problem = "it did not answer with a number for each text"
             except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
-                problem = f"{type(error).__name__}: {error}"
+                problem = f"{type(error).__name__}: {error}".replace(key, "***")  # the server may repeat the key
                 if isinstance(error, HTTPError) and error.code != 429 and error.code < 500:
-                    raise ValueError(f"{self.url} refused a request ({problem}): {error.read(300)!r}") from error
+                    said = error.read(10_000).decode(errors="replace").replace(key, "***")[:300]
+                    raise ValueError(f"{self.url} refused a request ({problem}): {said!r}") from None
         raise ConnectionError(f"{self.url} gave no rewards in {ATTEMPTS} attempts ({problem}). Check the server.")

@@ -170,7 +170,7 @@ class RewardText:
     def write(self, row: int, prompt: Prompt, completion: Completion) -> str:
         """Return the text of a completion. Raise `ValueError` for messages without a chat template."""
         if callable(self.template):
-            return self.template(prompt, completion)
+            return self.template(prompt, wrap_completion(prompt, completion))
         if self.template is None and isinstance(prompt, str):
             text, eos_token = completion_text(completion), self.tokenizer.eos_token or ""
             return prompt + (text if text.endswith(eos_token) else text + eos_token)
@@ -195,6 +195,5 @@ class RewardText:
         """Return what tells this template from another."""
         if callable(self.template):
             return {"template": function_fingerprint(self.template)}
-        if self.chat_template is not None:
-            return {"template": hashlib.sha256(self.chat_template.encode()).hexdigest()}
-        return {"template": None, **template_date(self.tokenizer)}
+        digest = self.chat_template and hashlib.sha256(self.chat_template.encode()).hexdigest()
+        return {"template": digest, **template_date(self.tokenizer, self.chat_template)}

@@ -12,13 +12,15 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import _lru_cache_wrapper
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
-from types import CellType
+from types import CellType, FunctionType
 from typing import Any
 
 from datasets import Dataset, config
-from datasets.fingerprint import Hasher
+from datasets.utils._dill import Pickler  # independent of the order of sets and dictionaries
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -168,13 +170,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def template_date(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def template_date(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> dict[str, str]:
     """Return the setting `{"date_in_chat_template": "28 Nov 2026"}` of a chat template that writes today's date.
 
     Those of Llama 3.2 and Granite do, with `strftime_now`, so the same messages have other tokens on another day.
-    Other templates return an empty `dict`.
+    Other templates return an empty `dict`. By default the chat template is the tokenizer's.
     """
-    template = str(tokenizer.chat_template)
+    template = str(chat_template or tokenizer.chat_template)
     formats = re.findall(r"""strftime_now\(\s*["'](.+?)["']""", template) or ["%Y-%m-%d"]
     if "strftime_now" not in template:
         return {}
@@ -199,29 +201,42 @@ def cache_of_contents(path: Path) -> str:
 def function_fingerprint(function: Callable[..., object]) -> str:
     """Fingerprint a function by its name, its source code, its defaults and the values it closes over.
 
-    For a method the attributes of its object count, too. What the function reads elsewhere (a global, a file) is not
-    covered. A callable whose source Python cannot find (typed at a prompt, a `functools.partial`, an object with
-    `__call__`) is fingerprinted by its pickle. The fingerprint begins with the name and a colon.
+    A method, a `functools.partial` and an object with `__call__` are fingerprinted by what they hold: functions, the
+    source of classes and of their bases, attributes and arguments. The path of the file has no influence. What the
+    source reads elsewhere (a global, a file) is not covered. Functions and classes whose source Python cannot find
+    (typed at a prompt, or compiled) are pickled. The fingerprint begins with the name and a colon.
 
     Raises:
         ValueError: if what the function holds does not pickle.
     """
     name = getattr(function, "__qualname__", type(function).__qualname__)
     try:
-        source = inspect.getsource(function)
-        cells = [_contents(cell) for cell in getattr(function, "__closure__", None) or ()]
-        defaults = (getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None))
-        held: object = (cells, defaults, getattr(getattr(function, "__self__", None), "__dict__", None))
-    except (OSError, TypeError):
-        source, held = "", function
-    try:
-        values = Hasher.hash(held)
+        _BySource(pickled := BytesIO(), recurse=True).dump(function)
     except Exception as error:  # whatever its parts raise when they are pickled
         raise ValueError(
             f"Cannot tell whether {name} changes between runs: what it holds does not pickle, or Python finds no "
             "source for it. Wrap it in a plain `def` function saved in a file."
         ) from error
-    return f"{name}:{hashlib.sha256((source + values).encode()).hexdigest()}"
+    return f"{name}:{hashlib.sha256(pickled.getvalue()).hexdigest()}"
+
+
+class _BySource(Pickler):
+    """Pickle functions and classes by their source. The usual reference would have the path of a `path/to/file.py`.
+
+    The pickle is only for hashing. `compile` stands for what would load it.
+    """
+
+    def reducer_override(self, value: Any) -> Any:
+        try:
+            if isinstance(value, FunctionType):
+                held = [_contents(cell) for cell in value.__closure__ or ()], value.__defaults__, value.__kwdefaults__
+                return compile, (value.__qualname__, inspect.getsource(value.__code__)), held
+            if isinstance(value, type):
+                return compile, (value.__qualname__, inspect.getsource(value)), value.__bases__
+        except (OSError, TypeError):  # Python finds no source
+            return NotImplemented
+        # `functools.cache` would be pickled by reference
+        return (compile, (), value.__wrapped__) if isinstance(value, _lru_cache_wrapper) else NotImplemented
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:

@@ -322,10 +322,31 @@ def test_eos_that_the_tokenizer_appends_is_no_second_one_and_no_part_of_the_prom
         RewardModelRanker(model, appending_tokenizer, max_length=room - 1).score(*one)
 
 
-def test_another_day_is_another_setting_where_the_chat_template_writes_it(model, tokenizer):
+def test_another_day_is_another_setting_where_the_chat_template_writes_it(model, tokenizer, tmp_path):
     before = RewardModelRanker(model, tokenizer).settings()
-    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + tokenizer.chat_template
-    assert set(RewardModelRanker(model, tokenizer).settings()) - set(before) == {"date_in_chat_template"}
+    dated = "{{ strftime_now('%Y') }}" + tokenizer.chat_template
+    (tmp_path / "dated.jinja").write_text(dated)
+    of_file = RewardModelRanker(model, tokenizer, template=tmp_path / "dated.jinja").settings()
+    (tmp_path / "plain.jinja").write_text(tokenizer.chat_template)
+    tokenizer.chat_template = dated
+    of_tokenizer = RewardModelRanker(model, tokenizer).settings()
+    for settings in (of_file, of_tokenizer):
+        assert set(settings) - set(before) == {"date_in_chat_template"}
+    # The template of the file is used instead
+    assert set(RewardModelRanker(model, tokenizer, template=tmp_path / "plain.jinja").settings()) == set(before)
+
+
+def test_a_function_gets_completions_in_the_format_of_their_prompt(model, tokenizer):
+    def template(prompt, completion):
+        return prompt[-1]["content"] + completion[-1]["content"]
+
+    prompt, long_prompt = (as_messages("user", text) for text in ("Why is it so?", "Why? " * 20 + "Why is it so?"))
+    ranker = RewardModelRanker(model, tokenizer, template=template)
+    expected = ranker.score([prompt], [[as_messages("assistant", " a")]])
+    assert ranker.score([prompt], [[" a"]])[0] == expected[0]
+    ids = tokenizer(template(long_prompt, as_messages("assistant", " a")))["input_ids"]
+    cut = RewardModelRanker(model, tokenizer, template=template, max_length=12).score([long_prompt], [[" a"]])
+    assert cut[0] == pytest.approx(reward_of_last_token(model, ids[:1] + ids[-11:]), abs=1e-5)
 
 
 def test_settings_are_json_and_follow_the_weights(model, tokenizer):

@@ -67,6 +67,13 @@ def test_messages_go_through_the_chat_template_and_separators_may_be_words(token
     assert of_text == of_messages == pytest.approx(expected, abs=1e-5)
 
 
+def test_another_day_is_another_setting_where_the_chat_template_writes_it(tokenizer):
+    model = model_of(LlamaConfig, num_labels=1)
+    before = ProcessRewardRanker(model, tokenizer).settings()
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + tokenizer.chat_template
+    assert set(ProcessRewardRanker(model, tokenizer).settings()) - set(before) == {"date_in_chat_template"}
+
+
 def test_a_long_prompt_loses_its_beginning(tokenizer, caplog):
     model = model_of(LlamaConfig, num_labels=1)
     ranker = ProcessRewardRanker(model, tokenizer, max_length=15)

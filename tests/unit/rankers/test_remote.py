@@ -4,6 +4,7 @@ import json
 import math
 import socket
 import time
+import traceback
 from typing import Any
 
 import pytest
@@ -132,13 +133,13 @@ def test_a_server_that_says_nothing_or_is_not_there_ends_in_one_sentence(monkeyp
 
 def test_a_refused_request_is_not_repeated(served, tokenizer):
     served.failures = [Response("too\nlong", status=400)]
-    with pytest.raises(ValueError, match=r"refused a request \(HTTPError: .* 400: BAD REQUEST\): b'too\\nlong'"):
+    with pytest.raises(ValueError, match=r"refused a request \(HTTPError: .* 400: BAD REQUEST\): 'too\\nlong'"):
         RemoteRewardRanker(served.url, "rm", tokenizer).score(["Why?"], [[" So."]])
     assert len(served.requests) == 1
 
 
 def test_the_key_is_sent_and_nowhere_written(served, tokenizer, monkeypatch):
-    monkeypatch.setenv("REWARD_MODEL_API_KEY", "secret")
+    monkeypatch.setenv("REWARD_MODEL_API_KEY", " secret\n")
     ranker = RemoteRewardRanker(served.url, "rm", tokenizer)
     ranker.score(["Why?"], [[" So."]])
     assert served.requests[0].headers["Authorization"] == "Bearer secret"
@@ -146,10 +147,69 @@ def test_the_key_is_sent_and_nowhere_written(served, tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (Response("No: Bearer secret" + "." * 300 + "secret", status=401), r"refused .*: 'No: Bearer \*\*\*\.*'$"),
+        (Response("No", status="401 not secret"), r"refused .*HTTPError: HTTP Error 401: not \*\*\*\): 'No'"),
+        (Response('{"data": [{"index": 0, "probs": ["secret"]}]}'), r"gave no rewards .*to float: '\*\*\*'"),
+    ],
+)
+def test_what_the_server_says_is_repeated_without_the_key(served, tokenizer, monkeypatch, failure, message):
+    monkeypatch.setenv("REWARD_MODEL_API_KEY", "secret")
+    served.failures = [failure] * 7
+    with pytest.raises((ValueError, ConnectionError), match=message) as said:
+        RemoteRewardRanker(served.url, "rm", tokenizer).score(["Why?"], [[" So."]])
+    assert "secret" not in "".join(traceback.format_exception(said.value)).replace(__file__, "")
+
+
+def test_a_key_that_cannot_be_sent_is_refused_before_a_request(served, tokenizer, monkeypatch):
+    for key in ("sec\nret", "sec ret", "secr\u00e9t"):
+        monkeypatch.setenv("REWARD_MODEL_API_KEY", key)
+        with pytest.raises(ValueError, match="REWARD_MODEL_API_KEY has a space, a line break or") as said:
+            RemoteRewardRanker(served.url, "rm", tokenizer).score(["Why?"], [[" So."]])
+        assert "sec" not in str(said.value)
+    assert not served.requests
+
+
+def test_a_redirect_does_not_get_the_key(served, server, tokenizer, monkeypatch):
+    monkeypatch.setenv("REWARD_MODEL_API_KEY", "secret")
+    login: list[Request] = []
+    server.expect_request("/login").respond_with_handler(lambda request: login.append(request) or Response("<html>"))
+    served.failures = [Response(status=302, headers={"Location": server.url_for("/login")})]
+    RemoteRewardRanker(served.url, "rm", tokenizer).score(["Why?"], [[" So."]])
+    assert "Authorization" not in login[0].headers
+    assert [request.headers["Authorization"] for request in served.requests] == ["Bearer secret"] * 2
+
+
+@pytest.mark.parametrize("host", ["localhost", "my-host.org:8000", "127.0.0.1:8000/v1", "[::1]:8000/models/a%20b~1/"])
+def test_an_address_may_have_a_port_and_a_path(host):
+    assert RemoteRewardRanker(f"http://{host}/score", "rm").url == f"http://{host}/score"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://host/score?key=SECRET",
+        "http://host/score?key=SECRET/score",
+        "http://host/score#SECRET/score",
+        "http://user:SECRET@host/score",
+        "http://user:SECRET%40host/score",
+        "http://host\n/SECRET/score",
+        "http://host/SECRET a/score",
+        "host:80/SECRET/score",
+        "file://host/SECRET/score",
+    ],
+)
+def test_an_address_with_a_query_or_credentials_is_refused_without_repeating_it(url):
+    with pytest.raises(ValueError, match="`url` must be an address .*Set REWARD_MODEL_API_KEY to the key") as said:
+        RemoteRewardRanker(url, "rm")
+    assert "SECRET" not in str(said.value)
+
+
+@pytest.mark.parametrize(
     ("url", "given", "message"),
     [
-        ("http://host/v1/embeddings", {}, "`url` must end in /classify or /score"),
-        ("http://host/score?key=secret", {}, "have no key, which REWARD_MODEL_API_KEY holds"),
+        ("http://host/v1/embeddings", {}, "`url` must be an address .*which ends in /classify or /score"),
         ("http://host/classify", {}, "Give a `tokenizer` for /classify"),
         ("http://host/score", {"tokenizer": "my-model"}, "For /score give none"),
         ("http://host/score", {"template": "oasst"}, "and no `template`"),

@@ -1,5 +1,8 @@
 import datetime
 import functools
+import re
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from types import SimpleNamespace
 
 import pytest
@@ -118,6 +121,85 @@ def test_a_function_is_known_by_its_source_and_what_it_holds(make, make_other):
     assert function_fingerprint(make()) == function_fingerprint(make()) != function_fingerprint(make_other())
     name, _, digest = function_fingerprint(length).partition(":")
     assert name == "length" and len(digest) == 64
+
+
+REWARDS = """
+import functools
+
+def plain(completions, factor=1):
+    return [1 * factor for completion in completions]
+
+def doubled(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return [reward * 2 for reward in function(*args, **kwargs)]
+    return wrapper
+
+class Base:
+    def __init__(self, factor):
+        self.factor, self.function = factor, plain
+
+    def __call__(self, completions):
+        return [self.factor * 3 for completion in completions]
+
+class Scorer(Base):
+    def reward(self, completions):
+        return [self.factor * 4 for completion in completions]
+
+    def again(self, completions):
+        return self.again
+
+decorated = doubled(plain)
+partial = functools.partial(plain, factor=2)
+of_partial = functools.partial(functools.partial(decorated), factor=Scorer(1))
+cached = functools.cache(plain)
+called = Scorer(2)
+method = Scorer(2).reward
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "edits"),
+    [
+        ("plain", ["1 * factor"]),
+        ("decorated", ["1 * factor", "reward * 2"]),
+        ("partial", ["1 * factor", "plain, factor=2"]),
+        ("of_partial", ["1 * factor", "reward * 2", "self.factor * 3", "self.factor * 4", "Scorer(1)"]),
+        ("cached", ["1 * factor"]),
+        ("called", ["1 * factor", "self.factor * 3", "self.factor * 4", "called = Scorer(2)"]),
+        ("method", ["1 * factor", "self.factor * 3", "self.factor * 4", "method = Scorer(2)"]),
+    ],
+)
+def test_a_function_of_a_file_is_known_by_the_source_of_all_it_holds_and_not_by_its_path(
+    name, edits, tmp_path, monkeypatch
+):
+    def of_file(path, source):
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(source)
+        spec = spec_from_file_location(path, path)  # as the command line loads `--ranker path/to/file.py:name`
+        monkeypatch.setitem(sys.modules, path, module := module_from_spec(spec))
+        spec.loader.exec_module(module)
+        return function_fingerprint(getattr(module, name))
+
+    monkeypatch.chdir(tmp_path)
+    expected = of_file("rewards.py", REWARDS)
+    for path in ("other/rewards.py", "./rewards.py", f"{tmp_path}/third/renamed.py"):
+        assert of_file(path, REWARDS) == expected
+    for number, edit in enumerate(edits):
+        assert REWARDS.count(edit) == 1
+        edited = REWARDS.replace(edit, re.sub(r"\d", "7", edit))
+        assert of_file(f"edited{number}/rewards.py", edited) != expected
+
+
+def test_a_function_that_closes_over_itself_has_a_fingerprint():
+    def make(factor):
+        def countdown(number):
+            return [factor, *countdown(number - 1)] if number else []
+
+        return countdown
+
+    assert function_fingerprint(make(1)) == function_fingerprint(make(1)) != function_fingerprint(make(2))
 
 
 def test_a_callable_that_cannot_be_known_says_what_to_do():
