@@ -20,8 +20,8 @@ class EnsembleRanker(Ranker):
 
     On an accelerator the members take turns: a model is moved there for its turn and back to the CPU afterwards,
     unless it is quantized or has a device map. If a member draws baselines, as a `PairwiseRanker` does, the rewards of
-    each member are first centered on their mean over the completions of a prompt. A member that has no opinion on a
-    completion is left out of its reward.
+    each member are first centered on their mean over the completions of a prompt. A member that has no opinion on
+    any completion of a prompt is left out of it, and a completion on which one of the others has none gets no reward.
 
     Sampled candidates get a column `disagreement`: the standard deviation of a completion's reward over the members,
     in nats.
