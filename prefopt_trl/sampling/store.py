@@ -219,10 +219,10 @@ class SampleStore:
         return f"{saved} saved in {self.folder}"
 
     def _manifest(self) -> Settings | None:
+        if not self.manifest.exists():  # before it is read: the main process may write it in between
+            return None
         try:
             manifest = read_json(self.manifest)
-            if manifest is None and not self.manifest.exists():
-                return None
         except ValueError:  # no JSON
             manifest = None
         if not isinstance(manifest, dict) or not {"finished", "settings"} <= manifest.keys():

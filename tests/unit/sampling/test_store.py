@@ -335,3 +335,13 @@ def test_a_manifest_of_something_else_is_refused(folder: Path, content: str) -> 
     with pytest.raises(ValueError, match="manifest.json is not the manifest of a sampled dataset. Choose another"):
         SampleStore(folder).finished(SETTINGS)
     assert (folder / "manifest.json").read_text() == content
+
+
+def test_a_manifest_that_is_written_after_the_look_for_it_is_missing(tmp_path: Path, monkeypatch) -> None:
+    made = SampleStore(tmp_path)
+
+    def too_late(path: Path) -> None:
+        path.write_text("{}")
+
+    monkeypatch.setattr(module, "read_json", too_late)
+    assert made._manifest() is None
