@@ -30,7 +30,7 @@ def run(own: EvaluateConfig, model: ModelConfig, save_config: Callable[[], None]
             f"{own.dataset_name} must have at least 2 rows with columns `prompt` and `chosen` or `completion`; "
             f"it has {len(rows)} with {', '.join(rows.column_names)}."
         )
-    ranker = load_ranker(own)
+    ranker = load_ranker(own, own.trust_remote_code)
     columns = {name: list(rows[name]) for name in rows.column_names if name not in ("prompt", target)}
     ranker.check_columns(columns)
     policy = model_to_run(path, model, state.device, own.trust_remote_code)

@@ -23,7 +23,7 @@ from prefopt_trl.rankers.pointwise import RewardModelRanker
 CLASSES = [name for name in prefopt_trl.__all__ if name.endswith("Ranker")]
 
 
-def load_ranker(arguments: RankerArguments) -> Ranker:
+def load_ranker(arguments: RankerArguments, trust_remote_code: bool = False) -> Ranker:
     """Make the ranker. A model's configuration decides its class.
 
     Raises:
@@ -39,10 +39,12 @@ def load_ranker(arguments: RankerArguments) -> Ranker:
             if getattr(arguments, option) != getattr(RankerArguments(), option):
                 raise ValueError(f"`{option}` has no effect on `ranker`={name!r}. Leave it out.")
         return _from_file(name) if is_file else FunctionRanker(_function(name))
+    init = {"trust_remote_code": True} if trust_remote_code else {}
+    given: dict[str, Any] = {"batch_size": arguments.ranker_batch_size, "model_init_kwargs": init}
     with named(f"`ranker`={name!r}"):
-        if is_reward_model(name):
-            return RewardModelRanker(name, batch_size=arguments.ranker_batch_size)
-        return PairwiseRanker(name, template=arguments.ranker_template, batch_size=arguments.ranker_batch_size)
+        if is_reward_model(name, **init):
+            return RewardModelRanker(name, **given)
+        return PairwiseRanker(name, template=arguments.ranker_template, **given)
 
 
 def _function(path: str) -> Callable[..., Any]:

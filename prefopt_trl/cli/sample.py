@@ -27,7 +27,7 @@ def run(own: SampleConfig, model: ModelConfig, save_config: Callable[[], None]) 
     state = PartialState(cpu=True) if own.use_cpu else process_state()
     path = str(model.model_name_or_path)
     tokenizer = load_tokenizer(path, model.model_revision, own.trust_remote_code) if has_model else None
-    ranker = load_ranker(own)
+    ranker = load_ranker(own, own.trust_remote_code)
     require_columns(rows, own.dataset_name, {"prompt"})
     rows = keep_given(rows)
     if not given and tokenizer is not None:

@@ -39,6 +39,6 @@ def run(own: PreferenceArguments, args: PreferenceConfig, model: ModelConfig, sa
         elif own.ranker is not None and trainer_class.learns_from == "rankings":
             rows = completions_that_fit(rows, tokenizer, args.max_length)
         splits[name] = rows
-    ranker = None if own.ranker is None else load_ranker(own)
+    ranker = None if own.ranker is None else load_ranker(own, args.trust_remote_code)
     trainer = trainer_class(args=args, ranker=ranker, processing_class=tokenizer, **trained, **splits)
     train_and_save(trainer, own, save_config)

@@ -82,10 +82,9 @@ def evaluate_policy(
 
     Returns:
         `dict[str, Estimate]`, means over prompts: `ranker_reward` (RSO eq. 9 with the target as the baseline, nats),
-        `ranker_win_rate` (share of prompts whose sample the ranker prefers to the target, a tie counting half), both
-        of the samples on which the ranker has an opinion, `kl`
+        `ranker_win_rate` (share of prompts whose sample the ranker prefers to the target, a tie counting half), `kl`
         (nats per completion: the mean of log policy - log reference over samples), and with `true_reward` also
-        `true_reward` and `true_win_rate`.
+        `true_reward` and `true_win_rate`. The first two leave out samples on which the ranker has no opinion.
     """
     prompt_ids = tokenize_prompts(tokenizer, prompts, chat)
     sampled = sample_candidates(

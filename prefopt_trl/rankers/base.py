@@ -160,8 +160,8 @@ class Ranker(ABC):
             baselines: list[Completion] | None = None if baseline_column is None else columns[baseline_column]
             read: dict[str, list[Any]] = {}
             if self.reads_columns:  # TRL also passes objects of its own, and the tokens of each completion
-                given_lists = {name: column for name, column in columns.items() if isinstance(column, list)}
-                read = {name: column for name, column in given_lists.items() if name != "completion_ids"}
+                own = {name for name, value in columns.items() if not isinstance(value, list)} | {"completion_ids"}
+                read = {name: column for name, column in columns.items() if name not in own}
             rows_of: dict[str, list[int]] = {}  # by prompt: not all of TRL's trainers repeat it in adjacent rows
             for row, given in enumerate(zip(prompts, baselines or prompts, *read.values(), strict=True)):
                 rows_of.setdefault(repr(given), []).append(row)

@@ -271,7 +271,6 @@ def score_or_read(dataset: Dataset, name: str, ranker: Ranker, output_dir: str |
     """
     process, file = process_state(), Path(output_dir) / "scored" / f"{name}.json"
     rows = (dataset if ranker.reads_columns else dataset.select_columns(["prompt", "completions"])).with_format(None)
-    ranker.check_columns(rows.column_names)
     with gathered(ranker.model):  # by all processes
         settings = as_json({"rows": dataset_fingerprint(rows), "ranker": ranker.settings()})
         content = read_json(file) if process.is_main_process else None

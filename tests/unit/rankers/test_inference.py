@@ -18,6 +18,8 @@ from transformers import (
     GPTNeoXForSequenceClassification,
 )
 
+from prefopt_trl.cli.arguments import RankerArguments
+from prefopt_trl.cli.rankers import load_ranker
 from prefopt_trl.rankers import PairwiseRanker, RewardModelRanker
 
 PROMPTS = ["What is the capital of France?", "Bake bread."]
@@ -194,3 +196,5 @@ def test_a_model_of_its_own_code_runs_if_it_is_trusted(tokenizer, tmp_path, monk
     assert type(ranker.model).__name__ == "MyRewardModel"
     assert rewards_of(ranker) == pytest.approx(rewards_of(RewardModelRanker(model, tokenizer)), abs=1e-5)
     assert ranker.arguments()["model_init_kwargs"] == repr({"trust_remote_code": True})
+    named = load_ranker(RankerArguments(ranker=str(folder)), trust_remote_code=True)  # by a command
+    assert named.settings() == ranker.settings()
