@@ -62,14 +62,15 @@ class RankerQuality:
 
     @property
     def warning(self) -> str | None:
-        """A sentence on a ranker that prefers long completions more than people do, and is less often right then."""
+        """A sentence on a ranker that prefers long completions more than people do, and is wrong then."""
         found = self.estimates
         if "right_if_longer" not in found:
             return None
         ranker, people, longer = found["longer_by_ranker"], found["longer_by_people"], found["right_if_longer"]
         shorter = found.get("right_if_shorter", Estimate(1.0, 0.0))
         error = np.hypot(longer.standard_error, shorter.standard_error)
-        if ranker.mean <= max(0.5, people.mean + 0.05) or not longer.mean + 2 * error < shorter.mean:
+        is_less_right = longer.mean + 2 * error < shorter.mean or longer.mean + 2 * longer.standard_error < 0.5
+        if ranker.mean <= max(0.5, people.mean + 0.05) or not is_less_right:
             return None
         return (
             f"The ranker loves length: it prefers the longer completion in {as_percentage(ranker)} of comparisons, "
