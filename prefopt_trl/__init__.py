@@ -10,8 +10,12 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers
     from prefopt_trl import losses as losses
     from prefopt_trl.data.collators import DataCollatorForRanking as DataCollatorForRanking
     from prefopt_trl.data.hh_rlhf import load_hh_rlhf as load_hh_rlhf
+    from prefopt_trl.evaluation.comparison import PolicyEvaluation as PolicyEvaluation
+    from prefopt_trl.evaluation.policy import BestOf as BestOf
+    from prefopt_trl.evaluation.policy import evaluate_policy as evaluate_policy
     from prefopt_trl.evaluation.ranker_quality import RankerQuality as RankerQuality
     from prefopt_trl.evaluation.ranker_quality import evaluate_ranker as evaluate_ranker
+    from prefopt_trl.evaluation.win_rate import WinRateCallback as WinRateCallback
     from prefopt_trl.generation.options import GenerationOptions as GenerationOptions
     from prefopt_trl.generation.sampler import sample_completions as sample_completions
     from prefopt_trl.rankers.calibration import Calibration as Calibration
@@ -47,6 +51,7 @@ __version__ = "0.1.0"
 
 # Resolved on first use, so that `prefopt-trl --help` and pure-numpy users do not wait for torch
 _HOME = {
+    "BestOf": "evaluation.policy",
     "Calibration": "rankers.calibration",
     "DataCollatorForRanking": "data.collators",
     "DataCollatorForRejectionSampling": "sampling.collator",
@@ -55,15 +60,18 @@ _HOME = {
     "GenerationOptions": "generation.options",
     "JudgeRanker": "rankers.judge",
     "PairwiseRanker": "rankers.pairwise",
+    "PolicyEvaluation": "evaluation.comparison",
     "ProcessRewardRanker": "rankers.process",
     "RankerQuality": "evaluation.ranker_quality",
     "RemoteRewardRanker": "rankers.remote",
     "RewardModelRanker": "rankers.pointwise",
     "SamplingOptions": "sampling.options",
+    "WinRateCallback": "evaluation.win_rate",
     "all_pairs": "sampling.pairing",
     "build_preference_dataset": "sampling.pipeline",
     "calibrate": "rankers.calibration",
     "decode_shared_prefix": "shared_prefix.decoding",
+    "evaluate_policy": "evaluation.policy",
     "evaluate_ranker": "evaluation.ranker_quality",
     "first_round_pairs": "sampling.pairing",
     "load_hh_rlhf": "data.hh_rlhf",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from prefopt_trl.generation.options import MAX_NEW_TOKENS, is_whole
+from prefopt_trl.generation.options import GenerationOptions, is_whole
 from prefopt_trl.sampling.options import SamplingOptions
 
 RANKER = {
@@ -11,6 +11,7 @@ RANKER = {
     "reward function with the signature of TRL's `reward_funcs`, as `module:function` or `path/to/file.py:function`; "
     "or a YAML file with the `class` of any ranker, such as JudgeRanker, and its arguments."
 }
+RANKER_BATCH_SIZE = {"help": "Comparisons or completions per batch of a ranker model."}
 
 
 @dataclass(kw_only=True)
@@ -95,9 +96,7 @@ class RankerArguments(RankerTemplate):
     """Which ranker labels completions."""
 
     ranker: str | None = field(default=None, metadata=RANKER)
-    ranker_batch_size: int = field(
-        default=32, metadata={"help": "Comparisons or completions per batch of a ranker model."}
-    )
+    ranker_batch_size: int = field(default=32, metadata=RANKER_BATCH_SIZE)
 
 
 @dataclass(kw_only=True)
@@ -156,20 +155,47 @@ class SampleConfig(InferenceArguments, SamplingOptions):
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(InferenceArguments):
+class EvaluateConfig(DataArguments, RankerTemplate, GenerationOptions):
     """Arguments of [`evaluate_policy`]."""
 
-    output_dir: str = field(metadata={"help": "Folder for `evaluation.json` and `evaluation.md`."})
-    reference: str = field(metadata={"help": "Policy to measure the KL from, the SFT policy in the papers."})
-    dataset_split: str = field(
-        default="test",
-        metadata={"help": "Split with prompts and the completions to win against (`chosen` or `completion`)."},
+    output_dir: str = field(metadata={"help": "Folder for the numbers, the plot and every completion and verdict."})
+    judges: list[str] = field(
+        metadata={"help": "One or several rankers that judge, each as [NAME=]RANKER. " + RANKER["help"]}
     )
-    max_new_tokens: int = field(default=128, metadata=MAX_NEW_TOKENS)
+    policies: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Policies beside `model_name_or_path`, each as [NAME=]POLICY: a folder or Hub id of a model or "
+            "adapter; a .jsonl or .json file of completions (`samples.jsonl` of another evaluation, AlpacaEval's "
+            "outputs, or rows with `prompt` and `completion`); `column:COLUMN` of the dataset; or `best-of-N:POLICY`, "
+            "the best of N completions by the first judge."
+        },
+    )
+    reference: str | None = field(
+        default=None,
+        metadata={"help": "Policy to measure the KL from: the name of a policy, or a model, which is evaluated too."},
+    )
+    against: str | None = field(
+        default=None,
+        metadata={
+            "help": "Opponent of all policies: the name of a policy, 'reference', or a column of completions. By "
+            "default the column `chosen` or `completion`, if there is one, and otherwise the reference."
+        },
+    )
+    dataset_split: str = field(default="test", metadata={"help": "Split with the prompts."})
+    num_completions: int = field(default=1, metadata={"help": "Completions sampled per prompt."})
+    stop_strings: list[str] | None = field(
+        default=None, metadata={"help": "Texts that end a completion, such as '\\n\\nHuman:'. They are removed."}
+    )
+    ranker_batch_size: int = field(default=32, metadata=RANKER_BATCH_SIZE)
+    seed: int = field(default=0, metadata={"help": "Random seed, at least 0."})
+    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow models with Python code from the Hub."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        is_whole(self, "max_new_tokens", 1)
+        is_whole(self, "num_completions", 1)
+        is_whole(self, "seed", 0)
 
 
 @dataclass(kw_only=True)

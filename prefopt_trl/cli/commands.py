@@ -32,9 +32,8 @@ COMMANDS = {
     "sample": Command("sample completions, rank and reject them, and make preference pairs or rankings", SampleConfig),
     **{name: Command(method.summary, PreferenceArguments) for name, method in METHODS.items()},
     "evaluate": Command(
-        "measure a policy's samples: the ranker's reward, win rate against targets, and KL from the reference",
+        "compare policies by their samples: win rates and rewards of judges, KL, lengths, with standard errors",
         EvaluateConfig,
-        launched=False,
     ),
     "evaluate-ranker": Command(
         "measure a ranker on comparisons that people have made, and calibrate it",

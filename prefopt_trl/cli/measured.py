@@ -12,7 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from prefopt_trl.cli.arguments import RankerData, RewardModelData
 from prefopt_trl.cli.training import CommandTrainer
 from prefopt_trl.data.formats import completion_text
-from prefopt_trl.evaluation.policy import Estimate, wins
+from prefopt_trl.evaluation.metrics import Estimate, wins
 from prefopt_trl.rankers.base import ask_probabilities
 from prefopt_trl.rankers.publishing import ranker_card
 from prefopt_trl.runtime.processes import gathered

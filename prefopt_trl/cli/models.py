@@ -31,9 +31,9 @@ AUTO_CLASSES: dict[str | None, Any] = {  # by PEFT's name of the task
 }
 
 
-def check_model(model: ModelConfig, trains: bool = True) -> None:
+def check_model(model: ModelConfig, trains: bool = True, is_optional: bool = False) -> None:
     """Check, before anything is loaded, that no argument of the model is missing or has no effect."""
-    if model.model_name_or_path is None:
+    if model.model_name_or_path is None and not is_optional:
         raise ValueError("`model_name_or_path` is missing. Give the folder or Hub id of a model.")
     if model.use_peft and not trains:
         raise ValueError("`use_peft` is for training, and this command trains nothing. Leave it out.")

@@ -1,128 +1,426 @@
-"""What a policy's own samples are worth: rewards, win rates against targets, and distance from the reference."""
+"""Evaluate policies: sample their completions, and ask judges about them, in shards that survive a kill."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
 
-import numpy as np
+from datasets import Dataset, Value
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt_trl.data.formats import Completion, Prompt, wrap_completion
-from prefopt_trl.data.tokenization import ChatOptions, tokenize_prompts
+from prefopt_trl.data.formats import Completion, Prompt, Row, check_completions, check_prompts
+from prefopt_trl.data.tokenization import chat_options, check_vocabulary, tokenize_prompts
+from prefopt_trl.evaluation.comparison import PolicyEvaluation
+from prefopt_trl.evaluation.samples import (
+    Sample,
+    SamplingPlan,
+    as_rows,
+    best_of,
+    drawn_logps,
+    given_samples,
+    sample,
+    verdicts,
+)
 from prefopt_trl.generation.options import GenerationOptions
-from prefopt_trl.generation.sampler import sample_candidates
-from prefopt_trl.rankers.base import Columns, Ranker, ask_rewards
-from prefopt_trl.sampling.logps import row_logps
+from prefopt_trl.rankers.base import Ranker, check_ranker
+from prefopt_trl.runtime.processes import gathered, interruptible, process_state
+from prefopt_trl.runtime.settings import (
+    Settings,
+    as_json,
+    dataset_fingerprint,
+    model_fingerprint,
+    read_lines,
+    template_date,
+    tokenizer_fingerprint,
+)
+from prefopt_trl.sampling.selection import user_columns
+from prefopt_trl.sampling.shards import shard_seed
+from prefopt_trl.sampling.store import ShardStore
 
-BATCH_SIZE = 32  # samples whose log-probabilities are computed at a time
+logger = logging.getLogger(__name__)
+
+COMPLETIONS_PER_SHARD = 64  # of each policy: what an interruption loses
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean and its standard error over prompts."""
+class ModelPolicy:
+    """A policy to sample from. `identity` recognizes the model, which `load` may load when it is needed."""
 
-    mean: float
-    standard_error: float
+    load: Callable[[], PreTrainedModel]
+    tokenizer: PreTrainedTokenizerBase
+    identity: str
+    model: PreTrainedModel | None = None  # if it is loaded already
 
-    @classmethod
-    def of(cls, values: np.ndarray, prompts: np.ndarray | None = None) -> "Estimate":
-        """Return the mean of `values`, shape `(n,)`, one per prompt.
 
-        With `prompts`, shape `(n,)`, values of equal prompts may depend on each other: the standard error is that of
-        independent clusters. It is NaN for a single prompt.
-        """
-        values = np.asarray(values, dtype=np.float64)
-        deviations = values - values.mean()
-        if prompts is not None:
-            deviations = np.bincount(np.unique(prompts, return_inverse=True)[1], weights=deviations)
-        num_prompts = len(deviations)
-        correction = num_prompts / (num_prompts - 1) if num_prompts > 1 else np.nan
-        return cls(float(values.mean()), float(np.sqrt(correction * np.sum(deviations**2)) / len(values)))
+@dataclass(frozen=True)
+class BestOf:
+    """The best of each `n` completions of a policy, by the reward of a ranker (best-of-n).
+
+    Example:
+
+    ```python
+    evaluate_policy({"sft": model, "best of 16": BestOf(model, 16, ranker)}, tokenizer, prompts, judges=judge)
+    ```
+    """
+
+    policy: Any
+    n: int
+    ranker: Ranker
+
+    def __post_init__(self) -> None:
+        check_ranker(self.ranker)
+        if type(self.n) is not int or self.n < 1:
+            raise ValueError(f"`n` of `BestOf` must be a whole number, at least 1, got {self.n!r}.")
+
+
+GivenPolicy: TypeAlias = list[list[Completion]]  # for each prompt
+Policy: TypeAlias = ModelPolicy | GivenPolicy | BestOf
 
 
 def evaluate_policy(
-    policy: PreTrainedModel,
-    reference: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ranker: Ranker,
-    prompts: Sequence[Prompt],
-    targets: Sequence[Completion],
+    policies: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: Dataset | Sequence[Prompt],
     *,
-    max_new_tokens: int,
-    chat: Sequence[ChatOptions] | None = None,
-    columns: Columns | None = None,
+    judges: Ranker | Mapping[str, Ranker],
+    against: str | None = None,
+    reference: str | None = None,
+    num_completions: int = 1,
+    options: GenerationOptions | None = None,
     seed: int = 0,
-    true_reward: Callable[..., list[float]] | None = None,
-) -> dict[str, Estimate]:
-    """Sample one completion per prompt and measure it.
+    generation_kwargs: dict[str, object] | None = None,
+    output_dir: str | Path | None = None,
+    **changes: object,
+) -> PolicyEvaluation:
+    """Sample completions of one or several policies, and let judges compare them.
+
+    An interrupted call resumes from the finished shards of prompts in `output_dir` and writes the same bytes. Each
+    process of `accelerate launch` or `torchrun` makes part of the shards.
 
     Args:
-        policy ([`~transformers.PreTrainedModel`]):
-            Policy to sample from.
-        reference ([`~transformers.PreTrainedModel`]):
-            Policy to measure the distance from.
+        policies (model or `dict`):
+            A [`~transformers.PreTrainedModel`], which is named `"policy"`, or by name: models, pairs of a model and
+            its tokenizer, completions (the name of a column of `prompts`, or a list with one or several for each
+            prompt), and [`BestOf`] of any of them.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of both.
-        ranker ([`~prefopt_trl.rankers.Ranker`]):
-            Judge.
-        prompts (`Sequence` of length `n`):
-            Prompts, at least 2, as text or as messages.
-        targets (`Sequence` of length `n`):
-            Completions to win against, such as the SFT targets (RSO section 5), in the format of the prompts.
-        max_new_tokens (`int`):
-            Longest completion, in tokens.
-        chat (`Sequence[dict]` of length `n`, *optional*):
-            Arguments of each prompt for the chat template, as [`chat_options`] reads them from the columns `tools` and
-            `chat_template_kwargs` of a row.
-        columns (`Mapping[str, Sequence]`, *optional*):
-            Other columns of the prompts' dataset, for a ranker that reads them.
+            Tokenizer of the models that are given without one. May be None if there are none.
+        prompts ([`~datasets.Dataset`] or `list`):
+            Column `prompt`, plain text or messages. Other columns are passed to judges that read them.
+        judges ([`Ranker`] or `dict[str, Ranker]`):
+            Who compares, by name. By default the name is that of the class.
+        against (`str`, *optional*):
+            The opponent of all others: the name of a policy, or of a column, such as `"chosen"`. It may be left out if
+            the judges reward each completion separately.
+        reference (`str`, *optional*):
+            The name of the model among `policies` from which the KL is measured, for models with the same tokenizer.
+        num_completions (`int`, *optional*, defaults to `1`):
+            Samples of each prompt, for the policies that are sampled.
+        options ([`GenerationOptions`], *optional*):
+            How to sample. A `temperature` of 0 takes the most likely token.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the samples.
-        true_reward (`Callable`, *optional*):
-            Reward function in TRL's `reward_funcs` signature, where the truth is known.
+        generation_kwargs (`dict`, *optional*):
+            As in [`sample_completions`], such as `{"stop_strings": ["\\n\\nHuman:"]}`.
+        output_dir (`str` or `Path`, *optional*):
+            Folder for everything [`PolicyEvaluation.save`] writes, which several processes need. A finished one with
+            the same settings is read again.
+        **changes:
+            Fields of `options` by name.
 
     Returns:
-        `dict[str, Estimate]`, means over prompts: `ranker_reward` (RSO eq. 9 with the target as the baseline, nats),
-        `ranker_win_rate` (share of prompts whose sample the ranker prefers to the target, a tie counting half), `kl`
-        (nats per completion: the mean of log policy - log reference over samples), and with `true_reward` also
-        `true_reward` and `true_win_rate`. The first two leave out samples on which the ranker has no opinion.
+        [`PolicyEvaluation`]: print it, or read its `estimates`, `judged` and `difference`.
+
+    Raises:
+        TypeError: if a policy, judge or option is of the wrong kind.
+        ValueError: for names that are not there, completions that do not fit the prompts, an `output_dir` made with
+            other settings (naming them), or a judge that needs an opponent.
+
+    Example:
+
+    ```python
+    found = evaluate_policy(
+        {"sft": sft, "rso": rso}, tokenizer, prompts, judges=judge, against="sft", reference="sft", num_completions=4
+    )
+    print(found)
+    found.difference("rso", "sft").p_value()
+    ```
     """
-    prompt_ids = tokenize_prompts(tokenizer, prompts, chat)
-    sampled = sample_candidates(
-        policy,
-        tokenizer,
-        prompt_ids,
-        1,
-        GenerationOptions(max_new_tokens=max_new_tokens),
-        seed=seed,
-        keep_logps=True,  # and with them the tokens that were drawn
-        progress=False,
-    )
-    completions = [wrap_completion(prompt, one.texts[0]) for prompt, one in zip(prompts, sampled, strict=True)]
-    candidates = [[completion] for completion in completions]
-    scored, _ = ask_rewards(ranker, prompts, candidates, baselines=targets, columns=columns, may_abstain=True)
-    rewards = np.concatenate(scored)
-    if (known := ~np.isnan(rewards)).sum() < 2:
-        raise ValueError("The ranker has an opinion on fewer than 2 of the samples. Use one that knows these prompts.")
-    drawn = [(ids, one.sampled[0].ids) for ids, one in zip(prompt_ids, sampled, strict=True)]  # with the EOS token
-    measured = {
-        "ranker_reward": rewards[known],
-        "ranker_win_rate": wins(rewards[known]),
-        "kl": _logps(policy, drawn) - _logps(reference, drawn),
-    }
-    if true_reward is not None:
-        measured["true_reward"] = np.array(true_reward(prompts=prompts, completions=completions))
-        measured["true_win_rate"] = wins(
-            measured["true_reward"] - np.array(true_reward(prompts=prompts, completions=targets))
+    prompts = as_prompts(prompts)
+    judges = dict(judges) if isinstance(judges, Mapping) else {type(judges).__name__: judges}
+    given = dict(policies) if isinstance(policies, Mapping) else {"policy": policies}
+    if against is not None and against not in given:
+        given[against] = against  # the name of a column
+    plan = SamplingPlan.of(num_completions, GenerationOptions.of(options, **changes), generation_kwargs)
+    made = {name: _policy(name, value, tokenizer, prompts) for name, value in given.items()}
+    if reference is not None and not isinstance(made.get(reference), ModelPolicy):
+        raise ValueError(f"`reference` is {reference!r}, which must be the name of a model among `policies`.")
+    columns = {name for name in prompts.column_names if name != "prompt"}
+    for name, judge in judges.items():
+        check_ranker(judge)
+        judge.check_columns(columns)
+        if against is None and judge.draws_baselines:
+            raise ValueError(
+                f"The judge {name!r} compares completions, so it needs an opponent. Give `against`: the name of a "
+                "policy, or of a column with completions."
+            )
+    process = process_state()
+    if output_dir is None and process.num_processes > 1:
+        raise ValueError("Several processes share their results in `output_dir`. Give one, or start one process.")
+    with ExitStack() as stack:
+        folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
+        models = [policy.model for policy in made.values() if isinstance(policy, ModelPolicy)]
+        stack.enter_context(gathered(*models, *(judge.model for judge in judges.values())))
+        evaluation = _Evaluation(EvaluationStore(folder), prompts, made, judges, against, reference, plan, seed)
+        stack.enter_context(interruptible(lambda: f"Interrupted: {evaluation.store.saved()}; the same call resumes."))
+        return evaluation.run()
+
+
+def as_prompts(prompts: Dataset | Sequence[Prompt]) -> Dataset:
+    """Return the prompts of an evaluation, checked, as a dataset."""
+    if not isinstance(prompts, Dataset):
+        check_prompts(prompts)
+        prompts = Dataset.from_dict({"prompt": list(prompts)})
+    elif "prompt" not in prompts.column_names:
+        raise ValueError(f"`prompts` has no column `prompt`; it has {', '.join(prompts.column_names)}. Rename one.")
+    if len(prompts) < 2:
+        raise ValueError(f"`prompts` has {len(prompts)} rows. Standard errors need at least 2 prompts.")
+    check_prompts(prompts["prompt"][:])
+    return prompts.with_format(None)
+
+
+def _policy(name: str, value: Any, tokenizer: PreTrainedTokenizerBase | None, prompts: Dataset) -> Policy:
+    """Return a policy that the user has given, checked."""
+    if isinstance(value, ModelPolicy):
+        return value
+    if isinstance(value, BestOf):
+        return BestOf(_policy(name, value.policy, tokenizer, prompts), value.n, value.ranker)
+    if isinstance(value, str):
+        if value not in prompts.column_names:
+            raise ValueError(
+                f"{value!r} is neither a policy nor a column of `prompts`, which has "
+                f"{', '.join(prompts.column_names)}. A model is given loaded."
+            )
+        value = prompts[value][:]
+    if isinstance(value, Sequence) and not isinstance(value, tuple):
+        return given_completions(name, list(value), prompts)
+    model, own = value if isinstance(value, tuple) else (value, tokenizer)
+    if own is None or not hasattr(model, "generate"):
+        raise TypeError(
+            f"The policy {name!r} is a {type(model).__name__} without a tokenizer. Give a model that generates and "
+            "`tokenizer`, a pair of both, a column or a list of completions, or `BestOf`."
         )
-    return {name: Estimate.of(values) for name, values in measured.items()}
+    check_vocabulary(own, model)
+    return ModelPolicy(lambda: model, own, model_fingerprint(model), model)
 
 
-def wins(advantages: np.ndarray) -> np.ndarray:
-    """Return 1 where positive, 0 where negative, and 0.5 for a tie."""
-    return np.where(advantages == 0, 0.5, advantages > 0)
+def given_completions(name: str, values: list[Any], prompts: Dataset) -> GivenPolicy:
+    """Return completions that the user has given, one or several for each prompt, checked."""
+    if len(values) != len(prompts):
+        raise ValueError(f"The policy {name!r} has completions of {len(values)} prompts; there are {len(prompts)}.")
+    completions = []
+    for row, (prompt, value) in enumerate(zip(prompts["prompt"], values, strict=True)):
+        is_one = isinstance(value, str) or (bool(value) and isinstance(value[0], Mapping))
+        several = [value] if is_one else list(value or [])
+        if not several:
+            raise ValueError(f"The policy {name!r} has no completion for row {row} of `prompts`. Leave the row out.")
+        check_completions(prompt, several, f"the policy {name!r}, row {row}")
+        completions.append(several)
+    return completions
 
 
-def _logps(model: PreTrainedModel, rows: list[tuple[list[int], list[int]]]) -> np.ndarray:
-    return np.concatenate(
-        [row_logps(model, rows[start : start + BATCH_SIZE]) for start in range(0, len(rows), BATCH_SIZE)]
-    )
+class EvaluationStore(ShardStore):
+    """The folder of an evaluation."""
+
+    made, last_stage = "an evaluation", "judged"
+    results, written = ("samples.jsonl",), ("evaluation.json", "samples.jsonl")
+
+    def advice(self) -> str:
+        return (
+            "To judge the same completions in another way, give the finished `samples.jsonl` as the completions of "
+            "each policy."
+        )
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """All inputs of an evaluation. What a shard gets depends only on these and on its number."""
+
+    store: EvaluationStore
+    prompts: Dataset
+    policies: dict[str, Policy]
+    judges: dict[str, Ranker]
+    against: str | None
+    reference: str | None
+    plan: SamplingPlan
+    seed: int
+    process: Any = field(default_factory=process_state)
+
+    def run(self) -> PolicyEvaluation:
+        settings = as_json(self.settings())
+        if self.store.finished(settings):
+            logger.info("Reusing the evaluation in %s, made with the same settings.", self.store.folder)
+        elif self.process.is_main_process:
+            with self.store.held():
+                per_shard = max(1, COMPLETIONS_PER_SHARD // self.plan.num_completions)
+                self.store.begin(settings, per_shard, -(-len(self.prompts) // per_shard))
+                self._make_shards()
+                self.store.wait_for_shards()
+                self._assemble(settings)
+        else:
+            self.store.wait_for_settings(settings)
+            self._make_shards()
+            self.store.wait_until_finished()
+        saved = read_lines(self.store.folder / "samples.jsonl")
+        return PolicyEvaluation(saved, list(self.judges), self.against, self.reference, settings)
+
+    def settings(self) -> Settings:
+        settings: Settings = {
+            **self.plan.settings(),
+            "seed": self.seed,
+            "prompts": dataset_fingerprint(self.prompts),
+            "policies": {name: _identity(policy) for name, policy in self.policies.items()},
+            "judges": {name: judge.settings() for name, judge in self.judges.items()},
+            "against": self.against,
+            "reference": self.reference,
+        }
+        if not isinstance(self.prompts.features["prompt"], Value):
+            for policy in self.policies.values():
+                settings |= template_date(policy.tokenizer) if isinstance(policy, ModelPolicy) else {}
+        return settings
+
+    def _make_shards(self) -> None:
+        """Make the shards of this process, one policy after the other, so that one model is loaded at a time."""
+        mine = range(self.process.process_index, self.store.layout()[1], self.process.num_processes)
+        for number, (name, policy) in enumerate(self.policies.items()):
+            self._each(mine, f"completions-{number}", f"Completions of {name}", self._completing(policy))
+        sampled = [number for number, policy in enumerate(self.policies.values()) if isinstance(policy, ModelPolicy)]
+        if self.reference is not None and self.plan.is_of_policy:
+            self._each(mine, "reference", f"Log-probabilities under {self.reference}", self._referring(sampled))
+        self._each(mine, "judged", "Verdicts", lambda: self._judge)
+
+    def _each(self, mine: range, stage: str, title: str, begin: Callable[[], Callable[[int], list[Row]]]) -> None:
+        """Make a stage of all shards, if any is missing: `begin` loads what it needs and returns what makes one."""
+        missing = [shard for shard in mine if not self.store.has_shard(shard, stage)]
+        if not missing or self.store.is_finished():
+            return
+        make = begin()
+        total, left = (sum(len(self._rows(shard)) for shard in shards) for shards in (mine, missing))
+        hidden = not self.process.is_main_process
+        with tqdm(total=total, initial=total - left, desc=title, unit="prompt", disable=hidden) as bar:
+            for shard in missing:
+                rows = self._rows(shard)
+                try:
+                    self.store.write_shard(shard, stage, make(shard))
+                except Exception as error:
+                    error.add_note(f"Row 0 of these {len(rows)} is row {rows.start} of `prompts`.")
+                    raise
+                bar.update(len(rows))
+
+    def _completing(
+        self, policy: Policy, plan: SamplingPlan | None = None
+    ) -> Callable[[], Callable[[int], list[Row]]]:
+        """Return what loads a policy and returns the function that makes its completions of a shard."""
+        plan = plan or self.plan
+
+        def begin() -> Callable[[int], list[Row]]:
+            if isinstance(policy, BestOf):
+                n = policy.n
+                drawn = SamplingPlan(n * plan.num_completions, plan.options, plan.generation_kwargs)
+                inner = self._completing(policy.policy, drawn)()
+
+                def make(shard: int) -> list[Row]:
+                    rows = self._given(shard)
+                    sampled = [row["samples"] for row in inner(shard)]
+                    prompts = [row["prompt"] for row in rows]
+                    return [{"samples": of} for of in best_of(policy.ranker, prompts, sampled, n, user_columns(rows))]
+
+                return make
+            if isinstance(policy, ModelPolicy):
+                model, seed = policy.load(), self.seed
+                return lambda shard: [
+                    {"samples": of}
+                    for of in sample(model, policy.tokenizer, self._given(shard), plan, shard_seed(seed, shard), True)
+                ]
+            return lambda shard: [{"samples": given_samples(policy[row])} for row in self._rows(shard)]
+
+        return begin
+
+    def _referring(self, sampled: Sequence[int]) -> Callable[[], Callable[[int], list[Row]]]:
+        """Return what loads the reference and returns the function that computes its log-probabilities."""
+        policies = list(self.policies.values())
+        reference = self.policies[str(self.reference)]
+        assert isinstance(reference, ModelPolicy)
+        known = tokenizer_fingerprint(reference.tokenizer)
+        same = [one for one in sampled if tokenizer_fingerprint(policies[one].tokenizer) == known]  # type: ignore[union-attr]
+        if len(same) < len(sampled) and self.process.is_main_process:
+            logger.warning("The KL of policies with another tokenizer than %s is not known.", self.reference)
+
+        def begin() -> Callable[[int], list[Row]]:
+            model, tokenizer = reference.load(), reference.tokenizer
+
+            def make(shard: int) -> list[Row]:
+                rows = self._given(shard)
+                prompts = tokenize_prompts(tokenizer, [row["prompt"] for row in rows], list(map(chat_options, rows)))
+                logps: list[Row] = [{} for _ in rows]
+                for number in same if not model.config.is_encoder_decoder else ():
+                    samples = [row["samples"] for row in self.store.read_shard(shard, f"completions-{number}")]
+                    for row, of_row in zip(logps, drawn_logps(model, prompts, samples), strict=True):
+                        row[str(number)] = of_row
+                return logps
+
+            return make
+
+        return begin
+
+    def _judge(self, shard: int) -> list[Row]:
+        rows, sampled = self._given(shard), self._completions(shard)
+        completions = {
+            name: [[one["completion"] for one in of] for of in rows_of] for name, rows_of in sampled.items()
+        }
+        prompts, columns = [row["prompt"] for row in rows], user_columns(rows)
+        found = {
+            name: verdicts(judge, prompts, completions, self.against, columns) for name, judge in self.judges.items()
+        }
+        return [
+            {judge: {name: by_policy[name][row] for name in by_policy} for judge, by_policy in found.items()}
+            for row in range(len(rows))
+        ]
+
+    def _assemble(self, settings: Settings) -> None:
+        samples = []
+        for shard in range(self.store.layout()[1]):
+            completions, judged = self._completions(shard), self.store.read_shard(shard, "judged")
+            has_logps = self.store.has_shard(shard, "reference")
+            referred = self.store.read_shard(shard, "reference") if has_logps else []
+            prompts = [row["prompt"] for row in self._given(shard)]
+            for number, (name, sampled) in enumerate(completions.items()):
+                ref_logps = [row[str(number)] for row in referred if str(number) in row] or None
+                verdicts_on = {judge: [row[judge][name] for row in judged] for judge in self.judges}
+                samples += as_rows(name, self._rows(shard).start, prompts, sampled, ref_logps, verdicts_on)
+        PolicyEvaluation(samples, list(self.judges), self.against, self.reference, settings).save(self.store.folder)
+        self.store.finish()
+
+    def _completions(self, shard: int) -> dict[str, list[list[Sample]]]:
+        return {
+            name: [row["samples"] for row in self.store.read_shard(shard, f"completions-{number}")]
+            for number, name in enumerate(self.policies)
+        }
+
+    def _given(self, shard: int) -> list[Row]:
+        return self.prompts.select(self._rows(shard)).to_list()
+
+    def _rows(self, shard: int) -> range:
+        per_shard, _ = self.store.layout()
+        return range(shard * per_shard, min((shard + 1) * per_shard, len(self.prompts)))
+
+
+def _identity(policy: Policy) -> Settings:
+    if isinstance(policy, BestOf):
+        return {"best_of": policy.n, "ranker": policy.ranker.settings(), "policy": _identity(policy.policy)}
+    if isinstance(policy, ModelPolicy):
+        return {"model": policy.identity, "tokenizer": tokenizer_fingerprint(policy.tokenizer)}
+    return {"completions": dataset_fingerprint(Dataset.from_dict({"completions": policy}))}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from prefopt_trl.evaluation.policy import Estimate, wins
+from prefopt_trl.evaluation.metrics import Estimate, wins
 from prefopt_trl.evaluation.report import as_percentage, json_numbers, table, with_error
 from prefopt_trl.rankers.base import Ranker, sigmoid
 from prefopt_trl.rankers.comparisons import Compared, ask_comparisons

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prefopt_trl.evaluation.policy import Estimate
+from prefopt_trl.evaluation.metrics import Estimate
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -33,6 +33,15 @@ def with_error(estimate: Estimate, form: str = ".2f") -> str:
     """`mean ± standard error`, each in a form of Python's `format`; the mean alone if its error is not known."""
     error = "" if math.isnan(estimate.standard_error) else f" ± {estimate.standard_error:{form}}"
     return f"{estimate.mean:{form}}{error}"
+
+
+def rounded(estimate: Estimate, sign: str = "") -> str:
+    """`mean ± standard error`, both with the decimals that leave two digits of the error."""
+    error = estimate.standard_error
+    if math.isnan(error) or error < 1e-12:  # the rounding of equal values
+        return f"{estimate.mean:{sign}.4g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{estimate.mean:{sign}.{decimals}f} ± {error:.{decimals}f}"
 
 
 def as_percentage(estimate: Estimate) -> str:

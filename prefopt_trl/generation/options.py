@@ -20,7 +20,11 @@ class GenerationOptions:
 
     max_new_tokens: int = field(default=256, metadata=MAX_NEW_TOKENS)
     temperature: float = field(
-        default=1.0, metadata={"help": "Sampling temperature. Algorithm 1 assumes samples of the policy itself: 1."}
+        default=1.0,
+        metadata={
+            "help": "Sampling temperature. Algorithm 1 assumes samples of the policy itself: 1. With 0, which is for "
+            "evaluation, the most likely token is taken."
+        },
     )
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling threshold; 1 keeps the whole distribution."})
     top_k: int = field(
@@ -51,7 +55,7 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         is_whole(self, "max_new_tokens", 1)
-        is_number(self, "temperature", "Algorithm 1 assumes 1.", above_zero=True)
+        is_number(self, "temperature", "Algorithm 1 assumes 1.")
         if not isinstance(self.top_p, int | float) or not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` must be a number in (0, 1], got {self.top_p!r}.")
         is_whole(self, "top_k", 0)

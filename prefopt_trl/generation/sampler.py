@@ -193,9 +193,9 @@ def sample_candidates(
     config = GenerationConfig(
         do_sample=True,
         max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
+        temperature=options.temperature or 1.0,
         top_p=options.top_p,
-        top_k=options.top_k,
+        top_k=options.top_k if options.temperature else 1,  # greedy
         eos_token_id=end_ids,
         pad_token_id=pad_token_id,
         **further,

@@ -8,7 +8,6 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,20 @@ from transformers import (
     PreTrainedTokenizerFast,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
 
-from prefopt_trl.evaluation.policy import Estimate, evaluate_policy
+from prefopt_trl.evaluation.comparison import Samples
+from prefopt_trl.evaluation.metrics import Estimate
+from prefopt_trl.evaluation.policy import evaluate_policy
 from prefopt_trl.evaluation.report import as_percentage, plot_reward_against_kl, table, with_error
+from prefopt_trl.evaluation.win_rate import JUDGE, WinRateCallback
 from prefopt_trl.generation.sampler import sample_completions
 from prefopt_trl.quickstart.kitchen import MAX_NEW_TOKENS, ControlledTask, true_reward
+from prefopt_trl.rankers.function import FunctionRanker
 from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
 from prefopt_trl.rankers.templates import ANSWERS, dialogue
-from prefopt_trl.runtime.settings import versions
+from prefopt_trl.runtime.settings import read_lines, versions
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.trainers.base import PreferenceTrainer
 from prefopt_trl.trainers.pro_trainer import PROTrainer
@@ -45,8 +44,7 @@ from prefopt_trl.trainers.rso_trainer import RSOTrainer
 from prefopt_trl.trainers.slic_trainer import SLiCTrainer
 
 Arguments = dict[str, Any]
-Measured = dict[str, Estimate]  # what `evaluate_policy` returns
-Measure = Callable[[PreTrainedModel, Dataset], Measured]  # on the prompts of a dataset
+Measured = dict[str, Estimate]
 
 TASK = {"num_prompts": 400, "num_eval_prompts": 512}
 SFT: Arguments = {"max_steps": 500, "per_device_train_batch_size": 64, "learning_rate": 3e-3}
@@ -56,6 +54,11 @@ GAMMA = 0.5  # temperature of RSO eq. 10; SLiC's margin is 1 / gamma
 NUM_CANDIDATES = 64
 BETA, LARGER_BETA = 0.5, 2.0  # the paper's value, and one to try if the ranker is unsure of its labels
 CHECKPOINT_EVERY = 20
+CHECKPOINTS: Arguments = {  # the one with the highest reward of the ranker is kept (RSO section 5)
+    **{"eval_strategy": "steps", "eval_steps": CHECKPOINT_EVERY},
+    **{"save_strategy": "steps", "save_steps": CHECKPOINT_EVERY, "save_total_limit": 1},
+    **{"metric_for_best_model": "eval_reward", "load_best_model_at_end": True},
+}
 
 # Arguments of `build_preference_dataset` for each dataset, all made from the same candidates
 SAMPLED: dict[str, Arguments] = {
@@ -107,7 +110,7 @@ def run_quickstart(output_dir: str, seed: int) -> None:
     _quiet()
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in SAMPLED:  # an earlier run may have had another seed
+    for name in (*SAMPLED, "policies", "evaluation"):  # an earlier run may have had another seed
         shutil.rmtree(folder / name, ignore_errors=True)
     started = time.perf_counter()
 
@@ -152,37 +155,44 @@ def run_quickstart(output_dir: str, seed: int) -> None:
         candidates = candidates or load_from_disk(str(folder / name / "candidates"))
     statistics = {name: json.loads((folder / name / "statistics.json").read_text()) for name in SAMPLED}
 
-    def measure(policy: PreTrainedModel, examples: Dataset) -> Measured:
-        return evaluate_policy(
-            policy,
-            sft,
-            tokenizer,
-            ranker,
-            examples["prompt"][:],
-            examples["completion"][:],
-            max_new_tokens=MAX_NEW_TOKENS,
-            seed=seed,
-            true_reward=true_reward,
-        )
-
     # Checkpoints are chosen on one half of the evaluation prompts and reported on the other
     halves = task.eval_dataset.train_test_split(test_size=0.5, seed=seed)
-    measured = {"SFT policy": measure(sft, halves["test"])}
-    trained: dict[str, _Checkpoints] = {}
+    policies, curves, best_step = {"SFT policy": sft}, {}, {}
     for name, method in METHODS.items():
         say(f"{name}: {POLICY['max_steps']} steps on {method.source}")
-        trained[name] = _Checkpoints(measure, halves["train"])
         policy = AutoModelForCausalLM.from_pretrained(folder / "sft")
-        _train(policy, method, tokenizer, made[method.dataset], trained[name], folder / "policy_trainer", seed)
-        policy.load_state_dict(trained[name].best_weights)
+        judged = WinRateCallback(
+            ranker, halves["train"], against="completion", reference=sft, max_new_tokens=MAX_NEW_TOKENS, seed=seed
+        )
+        trained = folder / "policies" / name.replace(", ", "-").replace(" ", "-")
+        best_step[name] = _train(policy, method, tokenizer, made[method.dataset], judged, trained, seed)
+        curves[name] = _curve(trained)
+        policies[name] = policy
         if name == "rso":
             policy.save_pretrained(str(folder / "rso"))
             tokenizer.save_pretrained(str(folder / "rso"))
             say(f"The trained RSO model is saved in {folder / 'rso'}")
-        measured[name] = measure(policy, halves["test"])
 
-    curves = {name: checkpoints.measured for name, checkpoints in trained.items()}
-    best_step = {name: CHECKPOINT_EVERY * (checkpoints.best + 1) for name, checkpoints in trained.items()}
+    found = evaluate_policy(
+        policies,
+        tokenizer,
+        halves["test"],
+        judges={"ranker": ranker, "truth": FunctionRanker(true_reward)},
+        against="completion",
+        reference="SFT policy",
+        max_new_tokens=MAX_NEW_TOKENS,
+        seed=seed,
+        output_dir=folder / "evaluation",
+    )
+    measured = {
+        name: {
+            "true_reward": found.judged["truth"][name]["reward"],
+            "true_win_rate": found.judged["truth"][name]["win_rate"],
+            "ranker_win_rate": found.judged["ranker"][name]["win_rate"],
+            "kl": found.estimates[name]["kl"],
+        }
+        for name in policies
+    }
     results = {
         "seed": seed,
         "ranker_accuracy": accuracy,
@@ -201,7 +211,7 @@ def run_quickstart(output_dir: str, seed: int) -> None:
         "versions": versions(),
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2, default=asdict) + "\n")
-    best = {name: checkpoints.best for name, checkpoints in trained.items()}
+    best = {name: step // CHECKPOINT_EVERY for name, step in best_step.items()}
     plot_reward_against_kl(curves, best, folder / "reward_against_kl.png")
     report = _report(measured, best_step, accuracy, statistics["pairs-rso"], seed, len(halves["test"]))
     (folder / "report.md").write_text(report)
@@ -239,15 +249,24 @@ def _train(
     method: Method,
     tokenizer: PreTrainedTokenizerFast,
     dataset: Dataset,
-    checkpoints: "_Checkpoints",
+    judged: WinRateCallback,
     folder: Path,
     seed: int,
-) -> None:
-    """Train the SFT policy with one method, and evaluate its checkpoints."""
-    config = method.trainer.config_class
-    args = config(str(folder), seed=seed, lr_scheduler_type="constant", **_COMMON, **POLICY, **method.arguments)
-    data: Arguments = {"train_dataset": dataset, "processing_class": tokenizer}
-    _train_without_logs(method.trainer(policy, args=args, callbacks=[checkpoints], **data))
+) -> int:
+    """Train the SFT policy with one method, and return the step of the checkpoint with the highest reward."""
+    given = {**_COMMON, **CHECKPOINTS, **POLICY, **method.arguments}
+    args = method.trainer.config_class(str(folder), seed=seed, lr_scheduler_type="constant", **given)
+    data = dataset.train_test_split(test_size=args.per_device_eval_batch_size, seed=seed)
+    trainer = method.trainer(
+        policy,
+        args=args,
+        callbacks=[judged],
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=tokenizer,
+    )
+    _train_without_logs(trainer)
+    return int(str(trainer.state.best_model_checkpoint).rpartition("-")[2])
 
 
 class _Bar(ProgressCallback):
@@ -288,27 +307,18 @@ def _ranker_accuracy(
     return float((preferred == (truth > 0))[truth != 0].mean())
 
 
-class _Checkpoints(TrainerCallback):
-    """Evaluate the policy every [`CHECKPOINT_EVERY`] steps and keep the weights with the highest ranker reward."""
-
-    def __init__(self, measure: Measure, examples: Dataset):
-        self.measure, self.examples = measure, examples
-        self.measured: list[Measured] = []
-        self.best_weights: dict[str, torch.Tensor] = {}
-
-    @property
-    def best(self) -> int:
-        return int(np.argmax([point["ranker_reward"].mean for point in self.measured]))
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step % CHECKPOINT_EVERY:
-            return
-        model = kwargs["model"]
-        self.measured.append(self.measure(model, self.examples))
-        if self.best == len(self.measured) - 1:
-            self.best_weights = {name: value.clone() for name, value in model.state_dict().items()}
+def _curve(folder: Path) -> list[Measured]:
+    """Return the KL and both rewards at the start and at each checkpoint, from the samples that are written."""
+    curve = []
+    for path in sorted(folder.glob("evaluations/step-*.jsonl")):
+        rows = read_lines(path)
+        samples = Samples(rows)
+        truth = true_reward([row["prompt"] for row in rows], [row["completion"] for row in rows])
+        ranker = samples.estimate(samples.judged(JUDGE, "rewards"))
+        curve.append(
+            {"kl": samples.measure()["kl"], "ranker_reward": ranker, "true_reward": Estimate.of(np.array(truth))}
+        )
+    return curve
 
 
 def _report(

@@ -87,6 +87,10 @@ class Ranker(ABC):
             finite. They are logits: by Bradley-Terry, P(a preferred to b) = sigmoid(reward of a - reward of b).
         """
 
+    def verdicts(self, probabilities: np.ndarray) -> np.ndarray:
+        """Return 1 where the first completion wins by `compare`, 0 where it loses, 0.5 for a tie, and NaN for NaN."""
+        return np.where(probabilities == 0.5, 0.5, probabilities > 0.5) + 0 * probabilities
+
     def check_columns(self, names: Collection[str]) -> None:
         """Raise `ValueError` unless the columns that the ranker requires are among these."""
         if missing := sorted(set(self.required_columns) - set(names)):

@@ -4,7 +4,7 @@ alone."""
 import math
 from dataclasses import dataclass, field
 
-from prefopt_trl.generation.options import GenerationOptions, is_one_of, is_whole
+from prefopt_trl.generation.options import GenerationOptions, is_number, is_one_of, is_whole
 
 STRATEGIES = ["rso", "sft", "top-k"]
 PAIRINGS = ["first-round", "tournament", "all"]
@@ -56,6 +56,7 @@ class SamplingOptions(GenerationOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        is_number(self, "temperature", "Algorithm 1 assumes 1.", above_zero=True)
         is_one_of(self, "strategy", STRATEGIES)
         is_one_of(self, "pairing", [*PAIRINGS, RANKING])
         is_whole(self, "num_candidates", 1)

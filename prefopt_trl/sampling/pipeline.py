@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from prefopt_trl.sampling.options import RANKING, SamplingOptions
 from prefopt_trl.sampling.selection import OWN_COLUMNS
 from prefopt_trl.sampling.shards import Shards
 from prefopt_trl.sampling.statistics import dataset_card, plot_statistics, summarize
-from prefopt_trl.sampling.store import POLL_SECONDS, SampleStore
+from prefopt_trl.sampling.store import SampleStore
 from prefopt_trl.shared_prefix.support import partition_reason
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,6 @@ GIVEN_COMPLETIONS = 128  # per shard, if they are given
 MOST_SHARDS = 10_000  # each is two files
 MANY_CONTRADICTED = 0.25  # share of pairs labeled against the given rewards, above which to warn
 MANY_UNFINISHED = 0.1  # share of candidates cut at `max_new_tokens`, above which to warn
-REMINDER_SECONDS = 180.0  # between two warnings while the main process waits
 
 
 def build_preference_dataset(
@@ -254,7 +252,9 @@ def _make_shards(shards: Shards, process: PartialState) -> None:
     prompts_per_shard, num_shards = store.layout()
 
     def num_ranked() -> int:
-        return sum(min(prompts_per_shard, num_prompts - shard * prompts_per_shard) for shard in store.ranked_shards())
+        return sum(
+            min(prompts_per_shard, num_prompts - shard * prompts_per_shard) for shard in store.shards_with("ranked")
+        )
 
     with tqdm(
         total=num_prompts,
@@ -267,13 +267,8 @@ def _make_shards(shards: Shards, process: PartialState) -> None:
             if not store.has_shard(shard, "ranked") and not store.is_finished():  # which removes the shards
                 shards.make(shard)
                 bar.update(num_ranked() - bar.n)
-        reminded = time.monotonic()
-        while process.is_main_process and (missing := num_shards - len(store.ranked_shards())):
-            time.sleep(POLL_SECONDS)
-            bar.update(num_ranked() - bar.n)
-            if time.monotonic() - reminded > REMINDER_SECONDS:
-                logger.warning("Waiting for %d of %d shards from other processes.", missing, num_shards)
-                reminded = time.monotonic()
+        if process.is_main_process:
+            store.wait_for_shards(lambda: bar.update(num_ranked() - bar.n))
 
 
 def _warn_of_contradictions(pairs: Dataset) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a sampled dataset: its settings, its shards, and whether it is finished."""
+"""The folder of work in shards, such as a sampled dataset: settings, shards, results, and the manifest of these."""
 
 import fcntl
 import hashlib
@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,29 +19,34 @@ from prefopt_trl.runtime.settings import (
     as_json,
     differences,
     read_json,
+    read_lines,
     remove,
     write_json,
-    write_text,
+    write_lines,
     writing,
 )
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_SECONDS = 1800.0  # for a process that loads its models faster than the main process
-REMINDER_SECONDS = 60.0  # between two warnings while waiting
+REMINDER_SECONDS = 180.0  # between two warnings while waiting
 POLL_SECONDS = 0.5
-WRITTEN = ("README.md", "candidates", "pairs", "statistics.json")  # by the time the dataset is finished
 ROWS_IN_MEMORY = 100  # prompts with all their candidates, in the Arrow writer
 
 
-class SampleStore:
-    """Manifest, shards, candidates, pairs and statistics of one sampled dataset, in a folder.
+class ShardStore:
+    """Manifest, shards and results of work that is made in shards, in a folder.
 
-    `manifest.json` holds every setting the dataset depends on, and whether it is finished. Each file or folder is
+    `manifest.json` holds every setting the results depend on, and whether they are finished. Each file or folder is
     written under a temporary name, synced to the disk and renamed, so it is whole even if a process or the machine
     dies. Any number of processes may share the folder: each shard has one writer, and the main process writes all
     other files.
     """
+
+    made: str  # what the results are, for messages
+    results: tuple[str, ...]  # their names in the folder
+    written: tuple[str, ...]  # names in a folder that has lost its manifest
+    last_stage: str  # of a shard
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -50,35 +55,33 @@ class SampleStore:
     # The manifest
 
     def finished(self, settings: Settings) -> bool:
-        """Return whether the folder holds a finished dataset made with these settings.
+        """Return whether the folder holds finished results made with these settings.
 
-        Raise `ValueError` if it holds a dataset, finished or not, made with other settings, and name them. A manifest
+        Raise `ValueError` if it holds results, finished or not, made with other settings, and name them. A manifest
         without shards may be overwritten.
         """
         now = as_json(settings)
         holds_results = self._holds_results()  # before the manifest is read: another process may begin in between
         manifest = self._manifest()
         if manifest is None:
-            if holds_results or any((self.folder / name).exists() for name in WRITTEN):
+            if holds_results or any((self.folder / name).exists() for name in self.written):
                 raise ValueError(
-                    f"{self.folder} holds {', '.join(WRITTEN)} or shards, but no manifest.json with their settings. "
-                    "Choose another `output_dir`, or delete the folder."
+                    f"{self.folder} holds {', '.join(self.written)} or shards, but no manifest.json with their "
+                    "settings. Choose another `output_dir`, or delete the folder."
                 )
             return False
         changed = _lines(manifest["settings"], now)
-        if manifest["finished"] and not (self.folder / "pairs").exists():
+        if manifest["finished"] and not (self.folder / self.results[-1]).exists():
             raise ValueError(
-                f"{self.folder} is marked as finished, but `pairs` is missing. Delete the folder to make the dataset "
-                "again, or choose another `output_dir`."
+                f"{self.folder} is marked as finished, but `{self.results[-1]}` is missing. Delete the folder to make "
+                "it again, or choose another `output_dir`."
             )
         if changed and holds_results:
             raise ValueError(
-                f"{self.folder} holds a dataset sampled with other settings:\n  "
+                f"{self.folder} holds {self.made}, made with other settings:\n  "
                 + "\n  ".join(changed)
                 + "\nSet them back to reuse it, choose another `output_dir`, or delete the folder. "
-                f"To keep its candidates, pass {self._candidates_there()} as `prompts` with another `output_dir`; "
-                "remove their column `rewards` to score them again. (If only `ranker.function` differs and its "
-                "rewards are the same, give `FunctionRanker` a `version`.)"
+                + self.advice()
             )
         return not changed and manifest["finished"]
 
@@ -139,24 +142,24 @@ class SampleStore:
         return manifest["prompts_per_shard"], manifest["num_shards"]
 
     def is_finished(self) -> bool:
-        """Return whether the main process has finished the dataset."""
+        """Return whether the main process has finished."""
         manifest = self._manifest()
         return manifest is not None and manifest["finished"]
 
     def wait_until_finished(self) -> None:
-        """Wait until the main process has finished the dataset."""
+        """Wait until the main process has finished."""
         while not self.is_finished():
             time.sleep(POLL_SECONDS)
 
     def finish(self) -> None:
-        """Mark the dataset as finished and remove its shards."""
+        """Mark the results as finished and remove the shards."""
         manifest = self._manifest()
         assert manifest is not None
         write_json(self.manifest, {**manifest, "finished": True})
         self.clear()
 
     def clear(self) -> None:
-        """Remove the shards of a finished dataset, and files whose writing was interrupted."""
+        """Remove the shards of finished results, and files whose writing was interrupted."""
         for path in self.folder.glob("*.partial"):
             remove(path)
         remove(self.shards)
@@ -164,27 +167,68 @@ class SampleStore:
     # Shards
 
     def has_shard(self, shard: int, stage: str) -> bool:
-        """Return whether the stage `"candidates"` or `"ranked"` of a shard is finished."""
+        """Return whether a stage of a shard, such as `"ranked"`, is finished."""
         return self._shard(shard, stage).exists()
 
-    def ranked_shards(self) -> list[int]:
-        """Return the numbers of the shards that any process has ranked."""
-        return sorted(int(path.name.split(".")[0]) for path in self.shards.glob("*.ranked.jsonl"))
+    def shards_with(self, stage: str) -> list[int]:
+        """Return the numbers of the shards of which any process has finished a stage."""
+        return sorted(int(path.name.split(".")[0]) for path in self.shards.glob(f"*.{stage}.jsonl"))
 
     def write_shard(self, shard: int, stage: str, rows: Iterable[Row]) -> None:
         """Write the rows of a shard."""
-        lines = (json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows)
-        write_text(self._shard(shard, stage), "".join(lines))
+        write_lines(self._shard(shard, stage), rows)
 
     def read_shard(self, shard: int, stage: str) -> list[Row]:
         """Read the rows of a finished shard."""
-        with self._shard(shard, stage).open("rb") as lines:
-            return [json.loads(line) for line in lines]
+        return read_lines(self._shard(shard, stage))
 
     def _shard(self, shard: int, stage: str) -> Path:
         return self.shards / f"{shard:05d}.{stage}.jsonl"
 
-    # Results
+    def wait_for_shards(self, update: Callable[[], object] = lambda: None) -> None:
+        """Wait until all shards are finished, on the main process; call `update` in between."""
+        reminded, num_shards = time.monotonic(), self.layout()[1]
+        while missing := num_shards - len(self.shards_with(self.last_stage)):
+            time.sleep(POLL_SECONDS)
+            update()
+            if time.monotonic() - reminded > REMINDER_SECONDS:
+                logger.warning("Waiting for %d of %d shards from other processes.", missing, num_shards)
+                reminded = time.monotonic()
+
+    def saved(self) -> str:
+        """Return a sentence on what is saved."""
+        manifest = self._manifest()
+        if manifest is not None and manifest["finished"]:
+            return f"The finished results are saved in {self.folder}"
+        done = len(self.shards_with(self.last_stage))
+        shards = f"{done} of {manifest['num_shards']} shards are" if manifest else "Nothing is"
+        return f"{shards} saved in {self.folder}"
+
+    def advice(self) -> str:
+        """Return a sentence on what to do with results that were made with other settings."""
+        raise NotImplementedError
+
+    def _manifest(self) -> Settings | None:
+        if not self.manifest.exists():  # before it is read: the main process may write it in between
+            return None
+        try:
+            manifest = read_json(self.manifest)
+        except ValueError:  # no JSON
+            manifest = None
+        if not isinstance(manifest, dict) or not {"finished", "settings"} <= manifest.keys():
+            raise ValueError(f"{self.manifest} is not the manifest of {self.made}. Choose another `output_dir`.")
+        return manifest
+
+    def _holds_results(self) -> bool:
+        paths = (self.folder / name for name in self.results)
+        return any(path.exists() for path in [*paths, *self.shards.glob("*.jsonl")])
+
+
+class SampleStore(ShardStore):
+    """The folder of a sampled dataset: candidates, pairs and statistics."""
+
+    made, last_stage = "a sampled dataset", "ranked"
+    results, written = ("candidates", "pairs"), ("README.md", "candidates", "pairs", "statistics.json")
 
     def write_dataset(self, name: str, rows: Iterable[Row], features: Features) -> Dataset:
         """Stream `rows` to a folder for `load_from_disk`, whose bytes depend only on the rows."""
@@ -210,28 +254,12 @@ class SampleStore:
         # `Dataset.map` writes its cache beside the file that it reads, unless the dataset is in memory
         return load_from_disk(str(folder), keep_in_memory=not os.access(folder, os.W_OK))
 
-    def saved(self) -> str:
-        """Return a sentence on what is saved."""
-        manifest = self._manifest()
-        if manifest is not None and manifest["finished"]:
-            return f"The finished dataset is saved in {self.folder}"
-        saved = f"{len(self.ranked_shards())} of {manifest['num_shards']} shards are" if manifest else "Nothing is"
-        return f"{saved} saved in {self.folder}"
-
-    def _manifest(self) -> Settings | None:
-        if not self.manifest.exists():  # before it is read: the main process may write it in between
-            return None
-        try:
-            manifest = read_json(self.manifest)
-        except ValueError:  # no JSON
-            manifest = None
-        if not isinstance(manifest, dict) or not {"finished", "settings"} <= manifest.keys():
-            raise ValueError(f"{self.manifest} is not the manifest of a sampled dataset. Choose another `output_dir`.")
-        return manifest
-
-    def _holds_results(self) -> bool:
-        shards = self.shards.glob("*.jsonl")
-        return any(path.exists() for path in [self.folder / "candidates", self.folder / "pairs", *shards])
+    def advice(self) -> str:
+        return (
+            f"To keep its candidates, pass {self._candidates_there()} as `prompts` with another `output_dir`; remove "
+            "their column `rewards` to score them again. (If only `ranker.function` differs and its rewards are the "
+            "same, give `FunctionRanker` a `version`.)"
+        )
 
     def _candidates_there(self) -> str:
         """Return the Python expression that loads the candidates in the folder."""

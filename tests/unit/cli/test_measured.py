@@ -19,7 +19,7 @@ from prefopt_trl.cli.data import hold_out, load_comparisons
 from prefopt_trl.cli.measured import RankerTrainer
 from prefopt_trl.cli.parsing import parse
 from prefopt_trl.cli.rankers import load_ranker
-from prefopt_trl.evaluation.policy import Estimate
+from prefopt_trl.evaluation.metrics import Estimate
 from prefopt_trl.rankers import PairwiseRanker, RewardModelRanker
 
 LORA = ["--use_peft", "--lora_target_modules", "all-linear"]

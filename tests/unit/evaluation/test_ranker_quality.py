@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from scipy.stats import binom
 
 from prefopt_trl import FunctionRanker, evaluate_ranker
-from prefopt_trl.evaluation.policy import Estimate
+from prefopt_trl.evaluation.metrics import Estimate
 from prefopt_trl.rankers.base import sigmoid
 from tests.unit.known_rankers import Reader, comparisons, pointwise
 

@@ -1,4 +1,4 @@
-from prefopt_trl.evaluation.policy import Estimate
+from prefopt_trl.evaluation.metrics import Estimate
 from prefopt_trl.evaluation.report import as_percentage, plot_reward_against_kl, table, with_error
 
 

@@ -440,7 +440,7 @@ def test_other_settings_are_refused_and_named(
     with pytest.raises(ValueError) as error:
         build(built, **options)
     first, *lines, _ = str(error.value).splitlines()
-    assert first == f"{built} holds a dataset sampled with other settings:"
+    assert first == f"{built} holds a sampled dataset, made with other settings:"
     assert any(line.startswith(f"  {difference}") for line in lines)
     assert {line.split(":")[0].split(".")[0].strip() for line in lines} == {difference.split(":")[0].split(".")[0]}
     assert sampled == []

@@ -64,7 +64,6 @@ def logps_of(completions: Sequence[str]) -> list[float | None]:
 def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "SHARD_COMPLETIONS", 12)
     monkeypatch.setattr(pipeline, "GIVEN_COMPLETIONS", 12)
-    monkeypatch.setattr(pipeline, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(store, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(shards, "sample_candidates", fake_candidates)
     monkeypatch.setattr(shards, "sampled_logps", lambda tokenizer, prompt, completions, *others: logps_of(completions))
@@ -445,7 +444,7 @@ def test_every_process_refuses_other_settings(build, undisturbed, run_processes,
 
 
 def test_the_main_process_says_what_it_waits_for(build, run_processes, tmp_path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(pipeline, "REMINDER_SECONDS", 0.2)
+    monkeypatch.setattr(store, "REMINDER_SECONDS", 0.2)
     make = shards.Shards.make
 
     def slowly(self: shards.Shards, shard: int) -> None:

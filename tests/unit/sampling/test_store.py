@@ -53,7 +53,7 @@ def test_a_new_folder_is_not_finished_and_not_made_by_asking(folder: Path) -> No
     store = SampleStore(str(folder))
     assert store.finished(SETTINGS) is False
     assert store.is_finished() is False
-    assert store.ranked_shards() == []
+    assert store.shards_with("ranked") == []
     assert store.has_shard(0, "candidates") is False
     assert not folder.parent.exists()
 
@@ -68,7 +68,7 @@ def test_the_steps_of_a_run(folder: Path) -> None:
     assert store.read_shard(1, "candidates") == ROWS
     store.write_shard(1, "ranked", ROWS[:1])
     store.write_shard(0, "ranked", ROWS[:1])
-    assert store.ranked_shards() == [0, 1]
+    assert store.shards_with("ranked") == [0, 1]
     assert store.write_dataset("candidates", ROWS, FEATURES).to_list() == ROWS
     store.write_dataset("pairs", ROWS[:1], FEATURES)
     assert store.finished(SETTINGS) is store.is_finished() is False
@@ -158,7 +158,7 @@ def test_other_settings_are_refused_and_named(folder: Path, finished: bool, now:
     with pytest.raises(ValueError) as error:
         store.finished(now)
     first, *lines, remedy = str(error.value).splitlines()
-    assert first == f"{folder} holds a dataset sampled with other settings:"
+    assert first == f"{folder} holds a sampled dataset, made with other settings:"
     assert lines == [f"  {line}" for line in differences]
     load = f"from_disk('{folder}/candidates')"
     if not finished:

@@ -1,0 +1,361 @@
+"""What an evaluation found: the numbers of each policy and judge, their tables, their plot and their files."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefopt_trl.data.formats import Prompt, Row, completion_text, prompt_text
+from prefopt_trl.evaluation.metrics import Estimate, bleu, distinct, length_controlled_win_rate
+from prefopt_trl.evaluation.report import as_percentage, json_numbers, rounded, table
+from prefopt_trl.evaluation.samples import length
+from prefopt_trl.rankers.base import sigmoid
+from prefopt_trl.runtime.settings import Settings, write_json, write_lines, write_text, writing
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = {  # of the table of texts, with the form of their numbers
+    "kl": ("KL from {reference}, nats per completion", ".3g"),
+    "entropy": ("entropy, nats per token", ".3g"),
+    "tokens": ("tokens", ".1f"),
+    "characters": ("characters", ".1f"),
+    "finished": ("finished", "%"),
+    "distinct_1": ("distinct-1", ".3f"),
+    "distinct_2": ("distinct-2", ".3f"),
+    "bleu": ("BLEU", ".1f"),
+}
+
+
+class Samples:
+    """The samples of one policy, as columns of length `n`; unknown numbers are NaN."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        self.prompts = np.array([row["row"] for row in rows], dtype=int)
+        self.characters = np.array([length(row["completion"]) for row in rows], dtype=float)
+        self.finished, self.tokens, self.logps, self.ref_logps = (
+            np.array([row[name] for row in rows], dtype=float)
+            for name in ("finished", "num_tokens", "logp", "ref_logp")
+        )
+
+    def judged(self, judge: str, what: str) -> np.ndarray:
+        """Return the `"rewards"` or `"wins"` of a judge."""
+        return np.array([row[what][judge] for row in self.rows], dtype=float)
+
+    def estimate(self, values: np.ndarray) -> Estimate:
+        """Return the mean of the values that are known, with its standard error by prompt."""
+        known = ~np.isnan(values)
+        return Estimate.of(values[known], self.prompts[known])
+
+    def measure(self) -> dict[str, Estimate]:
+        """Return the means that need no judge: `kl` and so on, of those in [`COLUMNS`]."""
+        per_token = -self.logps.sum() / self.tokens.sum() if len(self.rows) else math.nan
+        around = (-self.logps - per_token * self.tokens) / self.tokens.mean()  # the error of a ratio of means
+        values = {
+            "kl": self.logps - self.ref_logps,
+            "entropy": per_token + around,
+            "tokens": self.tokens,
+            "characters": self.characters,
+            "finished": self.finished,
+        }
+        return {name: found for name, of in values.items() if not math.isnan((found := self.estimate(of)).mean)}
+
+    def measure_by(self, judge: str, opponent: "Samples | None") -> dict[str, Estimate]:
+        """Return the means by a judge: `reward`, `sigmoid_reward` (PRO section 4.2) and those of the wins."""
+        rewards, won = self.judged(judge, "rewards"), self.judged(judge, "wins")
+        found = {"reward": self.estimate(rewards), "sigmoid_reward": self.estimate(sigmoid(rewards))}
+        known = ~np.isnan(won)
+        if opponent is None or not known.any():
+            return found
+        lengths_of: dict[int, list[float]] = {}
+        for prompt, characters in zip(opponent.prompts.tolist(), opponent.characters.tolist(), strict=True):
+            lengths_of.setdefault(prompt, []).append(characters)
+        theirs = [lengths_of[row["row"]] for row in self.rows]
+        longer = self.characters - [of[row["sample"] % len(of)] for of, row in zip(theirs, self.rows, strict=True)]
+        outcomes = {"win": won == 1, "tie": won == 0.5, "loss": won == 0}
+        found |= {name: Estimate.of(of[known], self.prompts[known]) for name, of in outcomes.items()}
+        found["win_rate"] = Estimate.of(won[known], self.prompts[known])
+        found["lc_win_rate"] = length_controlled_win_rate(won[known], longer[known], self.prompts[known])
+        return found
+
+    def minus(self, other: "Samples", judge: str) -> Estimate:
+        """Return the paired difference of the mean rewards of each prompt, over prompts where both have one."""
+        means = []
+        for one in (self, other):
+            rewards = one.judged(judge, "rewards")
+            known = ~np.isnan(rewards)
+            total = np.bincount(one.prompts[known], weights=rewards[known], minlength=1 + max(self.prompts.max(), 0))
+            with np.errstate(invalid="ignore"):
+                means.append(total / np.bincount(one.prompts[known], minlength=len(total)))
+        longest = min(map(len, means))
+        differences = means[0][:longest] - means[1][:longest]
+        return Estimate.of(differences[~np.isnan(differences)])
+
+
+@dataclass(frozen=True)
+class PolicyEvaluation:
+    """What [`evaluate_policy`] found. Standard errors are by prompt.
+
+    Attributes:
+        samples (`list[dict]`): One row per completion, as in `samples.jsonl`: `row` (of the prompts), `sample` (of the
+            policy on this prompt), `policy`, `prompt`, `completion`, `num_tokens`, `finished`, `logp` and `ref_logp`
+            (summed, in nats), and by judge `rewards` (nats) and `wins` (1, 0.5 for a tie, 0).
+        judges (`list[str]`): Names of the judges.
+        against (`str` or `None`): The policy that is the opponent.
+        reference (`str` or `None`): The policy from which the KL is measured.
+        settings (`dict`): What the evaluation depends on: fingerprints, seed, options.
+    """
+
+    samples: list[Row] = field(repr=False)
+    judges: list[str]
+    against: str | None
+    reference: str | None
+    settings: Settings = field(repr=False)
+
+    @cached_property
+    def policies(self) -> dict[str, Samples]:
+        """The samples of each policy."""
+        rows: dict[str, list[Row]] = {}
+        for row in self.samples:
+            rows.setdefault(row["policy"], []).append(row)
+        return {name: Samples(of) for name, of in rows.items()}
+
+    @cached_property
+    def estimates(self) -> dict[str, dict[str, Estimate]]:
+        """Of each policy, the means of its samples: `kl` (nats per completion), `entropy` (nats per token), `tokens`,
+        `characters`, `finished` (share that ended by itself)."""
+        return {name: of.measure() for name, of in self.policies.items()}
+
+    @cached_property
+    def judged(self) -> dict[str, dict[str, dict[str, Estimate]]]:
+        """By judge and policy: `reward` (nats), `sigmoid_reward`, and against the opponent `win`, `tie`, `loss`,
+        `win_rate` (a tie counts half) and `lc_win_rate` ([`length_controlled_win_rate`])."""
+        opponent = self.policies.get(self.against or "")
+        return {
+            judge: {
+                name: of.measure_by(judge, None if of is opponent else opponent) for name, of in self.policies.items()
+            }
+            for judge in self.judges
+        }
+
+    @cached_property
+    def texts(self) -> dict[str, dict[str, float]]:
+        """Of each policy, over all its texts, `distinct_1` and `distinct_2`; and if the opponent has one completion
+        per prompt, `bleu` against it."""
+        found: dict[str, dict[str, float]] = {}
+        opponent = self.policies.get(self.against or "")
+        targets = {row["row"]: completion_text(row["completion"]) for row in opponent.rows} if opponent else {}
+        for name, of in self.policies.items():
+            texts = [completion_text(row["completion"]) for row in of.rows]
+            found[name] = {f"distinct_{n}": distinct(texts, n) for n in (1, 2)}
+            if opponent and of is not opponent and len(targets) == len(opponent.rows):
+                try:
+                    found[name]["bleu"] = bleu(texts, [targets[row["row"]] for row in of.rows])
+                except ImportError as error:
+                    logger.warning("BLEU is left out. %s", error)
+                    opponent = None
+        return found
+
+    def difference(self, policy: str, other: str, judge: str | None = None) -> Estimate:
+        """Return the mean reward of a policy minus that of another, paired by prompt; by default of the first judge.
+
+        Its `p_value()` tests whether they are equal.
+        """
+        return self.policies[policy].minus(self.policies[other], judge or self.judges[0])
+
+    def __str__(self) -> str:
+        """Return the numbers as Markdown tables."""
+        prompts = len({row["row"] for row in self.samples})
+        parts = [f"{prompts:,} prompts, {len(self.samples):,} completions. Means ± standard errors by prompt."]
+        base = self.reference or self.against
+        for judge, by_policy in self.judged.items():
+            rows = []
+            for name, found in by_policy.items():
+                wins = " / ".join(f"{100 * found[key].mean:.0f}" for key in ("win", "tie", "loss") if key in found)
+                cells = [as_percentage(found[key]) if key in found else "" for key in ("win_rate", "lc_win_rate")]
+                cells += [rounded(found["reward"]), rounded(found["sigmoid_reward"])]
+                if base:
+                    difference = self.difference(name, base, judge)
+                    cells += ["", ""] if name == base else [rounded(difference, "+"), _p(difference)]
+                rows.append([name, *cells[:1], wins, *cells[1:]])
+            header = ["policy", "win rate", "win / tie / loss, %", "length-controlled", "reward", "sigmoid(reward)"]
+            header += [f"reward minus {base}", "p"] if base else []
+            title = f"Judge: {judge}" + (f", against: {self.against}" if self.against else "")
+            parts += [f"## {title}", _without_empty(header, rows)]
+            if len(by_policy) > 2:
+                matrix = [
+                    [
+                        one,
+                        *("" if one == two else rounded(self.difference(one, two, judge), "+") for two in by_policy),
+                    ]
+                    for one in by_policy
+                ]
+                parts += [
+                    "Reward of the row minus that of the column, paired by prompt:",
+                    table(["", *by_policy], matrix),
+                ]
+        header = ["policy", *(label.format(reference=self.reference) for label, _ in COLUMNS.values())]
+        return "\n\n".join([*parts, "## Texts", _without_empty(header, list(map(self._row_of_texts, self.policies)))])
+
+    def _row_of_texts(self, policy: str) -> list[str]:
+        cells = [policy]
+        for name, (_, form) in COLUMNS.items():
+            found: Any = self.estimates[policy].get(name, self.texts[policy].get(name))
+            if found is None:
+                cells.append("")
+            elif isinstance(found, Estimate):
+                cells.append(as_percentage(found) if form == "%" else rounded(found))
+            else:
+                cells.append(f"{found:{form}}")
+        return cells
+
+    def save(self, folder: str | Path) -> None:
+        """Write `evaluation.json` (unknown numbers are null), `.md` and, if matplotlib is installed, `.png`;
+        `samples.jsonl`; and the outputs and annotations of each policy in AlpacaEval's layout, in `alpaca_eval/`."""
+        folder = Path(folder)
+        for name, of in self.policies.items():
+            write_json(folder / "alpaca_eval" / _file_name(name) / "model_outputs.json", self._alpaca_outputs(of))
+            for judge in self.judges if self.against not in (None, name) else ():
+                annotations = self._alpaca_annotations(of, judge)
+                write_json(folder / "alpaca_eval" / _file_name(name) / f"{_file_name(judge)}.json", annotations)
+        numbers = {
+            "against": self.against,
+            "reference": self.reference,
+            "policies": {
+                name: {
+                    **{key: asdict(found) for key, found in self.estimates[name].items()},
+                    **self.texts[name],
+                    "judges": {
+                        judge: {
+                            **{key: asdict(found) for key, found in by_policy[name].items()},
+                            "minus": {other: asdict(self.difference(name, other, judge)) for other in self.policies},
+                        }
+                        for judge, by_policy in self.judged.items()
+                    },
+                }
+                for name in self.policies
+            },
+            "settings": self.settings,
+        }
+        write_json(folder / "evaluation.json", json_numbers(numbers))
+        write_text(folder / "evaluation.md", f"# Evaluation\n\n{self}\n")
+        try:
+            with writing(folder / "evaluation.png") as temporary:
+                plot_policies(self, temporary)
+        except ImportError:
+            logger.warning("No plot was drawn: install matplotlib, with `pip install 'prefopt-trl[plots]'`.")
+        write_lines(folder / "samples.jsonl", self.samples)
+
+    def _alpaca_outputs(self, of: Samples) -> list[Row]:
+        return [
+            {
+                "instruction": instruction(row["prompt"]),
+                "output": completion_text(row["completion"]),
+                "generator": row["policy"],
+            }
+            for row in of.rows
+        ]
+
+    def _alpaca_annotations(self, of: Samples, judge: str) -> list[Row]:
+        """Return annotations with `preference` from 1 (the opponent's `output_1`) to 2 (the policy's `output_2`)."""
+        theirs: dict[int, list[str]] = {}
+        for row in self.policies[str(self.against)].rows:
+            theirs.setdefault(row["row"], []).append(completion_text(row["completion"]))
+        return [
+            {
+                "instruction": instruction(row["prompt"]),
+                "output_1": theirs[row["row"]][row["sample"] % len(theirs[row["row"]])],
+                "generator_1": self.against,
+                "output_2": completion_text(row["completion"]),
+                "generator_2": row["policy"],
+                "annotator": judge,
+                "preference": None if row["wins"][judge] is None else 1 + row["wins"][judge],
+            }
+            for row in of.rows
+        ]
+
+
+def instruction(prompt: Prompt) -> str:
+    """Return the prompt as AlpacaEval has it: the text of a single user message, and otherwise a transcript."""
+    return prompt[0]["content"] if not isinstance(prompt, str) and len(prompt) == 1 else prompt_text(prompt)
+
+
+def _file_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+
+
+def _p(difference: Estimate) -> str:
+    p = difference.p_value()
+    return "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _without_empty(header: list[str], rows: list[list[str]]) -> str:
+    """Return the table without the columns that are empty in all rows."""
+    kept = [place for place in range(len(header)) if any(row[place] for row in rows)]
+    return table([header[place] for place in kept], [[row[place] for place in kept] for row in rows])
+
+
+def plot_policies(evaluation: PolicyEvaluation, path: str | Path) -> None:
+    """Draw for each judge the wins, the paired differences of the reward, and its trade against the KL, as a PNG."""
+    from matplotlib.figure import Figure
+
+    names, against = list(evaluation.policies), evaluation.against
+    base, kl = evaluation.reference or against, [name for name in names if "kl" in evaluation.estimates[name]]
+    kinds = [*(["wins"] if against else []), "difference" if base else "reward", *(["kl"] if len(kl) > 1 else [])]
+    height = max(2.4, 0.5 * len(names) + 1.2)
+    size = (5 * len(kinds), 0.7 + height * len(evaluation.judges))
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(f"{len({row['row'] for row in evaluation.samples}):,} prompts; bars are 95% intervals by prompt")
+    grid = figure.subplots(len(evaluation.judges), len(kinds), squeeze=False)
+    for panels, (judge, found) in zip(grid, evaluation.judged.items(), strict=True):
+        for axes, kind in zip(panels, kinds, strict=True):
+            axes.set_title(judge)
+            axes.grid(alpha=0.3)
+            if kind == "wins":
+                _plot_wins(axes, {name: of for name, of in found.items() if "win_rate" in of}, str(against))
+                continue
+            for number, name in enumerate(names):
+                reward, color = found[name]["reward"], f"C{number % 10}"
+                if kind == "difference" and name != base:
+                    reward = evaluation.difference(name, str(base), judge)
+                if kind != "kl":
+                    error = 1.96 * reward.standard_error if kind == "reward" or name != base else 0.0
+                    place = 0.0 if kind == "difference" and name == base else reward.mean
+                    axes.errorbar(place, name, xerr=error, fmt="o", capsize=4, color=color)
+                elif name in kl:
+                    distance = evaluation.estimates[name]["kl"]
+                    errors = {"xerr": 1.96 * distance.standard_error, "yerr": 1.96 * reward.standard_error}
+                    axes.errorbar(distance.mean, reward.mean, fmt="o", capsize=3, color=color, label=name, **errors)
+            if kind == "kl":
+                axes.set(xlabel=f"KL from {evaluation.reference} (nats per completion)", ylabel="mean reward (nats)")
+                axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+            else:
+                axes.invert_yaxis()
+                axes.margins(x=0.15, y=0.3)
+                axes.set_xlabel(
+                    f"reward minus that of {base} (nats)" if kind == "difference" else "mean reward (nats)"
+                )
+                if kind == "difference":
+                    axes.axvline(0, color="black", linewidth=0.8, linestyle="--")
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _plot_wins(axes: Any, found: dict[str, dict[str, Estimate]], against: str) -> None:
+    names = list(found)
+    start = np.zeros(len(names))
+    for key, color in {"win": "#3b75af", "tie": "0.85", "loss": "#eaa9a0"}.items():
+        shares = np.array([100 * of[key].mean for of in found.values()])
+        axes.barh(names, shares, left=start, color=color, height=0.55, label=key, zorder=2)
+        start += shares
+    rates = [of["win_rate"] for of in found.values()]
+    errors = [196 * rate.standard_error for rate in rates]
+    style = {"fmt": "o", "color": "black", "capsize": 4, "markersize": 4, "zorder": 3, "label": "win rate"}
+    axes.errorbar([100 * rate.mean for rate in rates], names, xerr=errors, **style)
+    axes.axvline(50, color="black", linewidth=0.8, linestyle="--", zorder=2)
+    axes.set(xlim=(0, 100), ylim=(len(names) - 0.4, -0.6), xlabel=f"% of comparisons with {against}")
+    axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.08), fontsize="small")

@@ -1,0 +1,236 @@
+"""Completions of policies, and what judges say of them: the steps of an evaluation, on some prompts at a time."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefopt_trl.data.formats import Completion, Prompt, Row, completion_text, wrap_completion
+from prefopt_trl.data.tokenization import chat_options, tokenize_prompts
+from prefopt_trl.generation.options import GenerationOptions
+from prefopt_trl.generation.sampler import check_generation_kwargs, sample_candidates
+from prefopt_trl.rankers.base import Columns, Ranker, ask_rewards, sigmoid
+from prefopt_trl.runtime.settings import Settings
+from prefopt_trl.sampling.logps import row_logps
+from prefopt_trl.sampling.selection import as_numbers
+
+logger = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 32  # completions whose log-probabilities are computed at a time
+
+Sample = dict[str, Any]  # a completion and what is known of it, as JSON
+Completions = Mapping[str, Sequence[Sequence[Completion]]]  # of each policy, for each prompt
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How every policy of an evaluation is sampled."""
+
+    num_completions: int
+    options: GenerationOptions
+    generation_kwargs: dict[str, object]
+
+    @classmethod
+    def of(
+        cls, num_completions: int, options: GenerationOptions, generation_kwargs: dict[str, object] | None
+    ) -> "SamplingPlan":
+        """Return the plan of what a user has given, checked."""
+        check_generation_kwargs(generation_kwargs)
+        if type(num_completions) is not int or num_completions < 1:
+            raise ValueError(f"`num_completions` must be a whole number, at least 1, got {num_completions!r}.")
+        return cls(num_completions, options, generation_kwargs or {})
+
+    def settings(self) -> Settings:
+        return {**vars(self.options), **self.generation_kwargs, "num_completions": self.num_completions}
+
+    @property
+    def is_of_policy(self) -> bool:
+        """Whether samples follow the policy's own distribution, so that log-ratios of the tokens estimate a KL."""
+        options, narrowing = self.options, self.generation_kwargs.keys() - {"stop_strings"}
+        return (options.temperature, options.top_p, options.top_k) == (1, 1, 0) and not narrowing
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    plan: SamplingPlan,
+    seed: int,
+    progress: bool = False,
+) -> list[list[Sample]]:
+    """Sample completions of the prompts of rows: for each, samples with `completion`, `finished`, `ids` and `logp`.
+
+    `ids` are the tokens drawn, with EOS. `logp` is their log-probability in nats, summed; None if the options narrow
+    the policy's distribution or the model is an encoder-decoder.
+    """
+    for_encoder = model.config.is_encoder_decoder
+    prompts = [row["prompt"] for row in rows]
+    prompt_ids = tokenize_prompts(tokenizer, prompts, list(map(chat_options, rows)), for_encoder=for_encoder)
+    drawn = sample_candidates(
+        model,
+        tokenizer,
+        prompt_ids,
+        plan.num_completions,
+        plan.options,
+        seed=seed,
+        generation_kwargs=plan.generation_kwargs,
+        keep_logps=True,  # and with them the tokens
+        progress=progress,
+    )
+    sampled: list[list[Sample]] = [
+        [
+            {"completion": wrap_completion(prompt, text), "finished": finished, "ids": tokens.ids, "logp": None}
+            for text, finished, tokens in zip(one.texts, one.finished, one.sampled, strict=True)
+        ]
+        for prompt, one in zip(prompts, drawn, strict=True)
+    ]
+    if plan.is_of_policy and not for_encoder:
+        for samples, logps in zip(sampled, drawn_logps(model, prompt_ids, sampled), strict=True):
+            for one, logp in zip(samples, logps, strict=True):
+                one["logp"] = logp
+    return sampled
+
+
+def given_samples(completions: Sequence[Completion]) -> list[Sample]:
+    """Return given completions of a prompt as samples."""
+    return [{"completion": one, "finished": None, "ids": None, "logp": None} for one in completions]
+
+
+def drawn_logps(
+    model: PreTrainedModel, prompt_ids: Sequence[list[int]], sampled: Sequence[Sequence[Sample]]
+) -> list[list[float]]:
+    """Return the log-probability of the tokens of each sample under a model, in nats, summed."""
+    rows = [
+        (ids, one["ids"], row) for row, (ids, of) in enumerate(zip(prompt_ids, sampled, strict=True)) for one in of
+    ]
+    logps: list[float] = []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE]
+        groups = torch.tensor([row - part[0][2] for _, _, row in part])  # rows of a prompt are adjacent
+        logps += row_logps(model, [(prompt, ids) for prompt, ids, _ in part], group_ids=groups).tolist()
+    left = iter(logps)
+    return [[next(left) for _ in samples] for samples in sampled]
+
+
+def best_of(
+    ranker: Ranker, prompts: Sequence[Prompt], sampled: Sequence[Sequence[Sample]], n: int, columns: Columns
+) -> list[list[Sample]]:
+    """Keep the sample with the highest reward of each n of a prompt: best-of-n.
+
+    A sample without a reward is never the best, unless none of them has one. `logp` is None, as that of a best-of-n
+    policy is unknown.
+    """
+    completions = [[one["completion"] for one in samples] for samples in sampled]
+    rewards, _ = ask_rewards(ranker, prompts, completions, columns=columns, may_abstain=True)
+    kept = []
+    for samples, of_prompt in zip(sampled, rewards, strict=True):
+        known = np.nan_to_num(of_prompt, nan=-np.inf)
+        starts = range(0, len(samples) - n + 1, n)
+        kept.append([{**samples[start + int(np.argmax(known[start : start + n]))], "logp": None} for start in starts])
+    return kept
+
+
+def verdicts(
+    judge: Ranker,
+    prompts: Sequence[Prompt],
+    completions: Completions,
+    against: str | None,
+    columns: Columns,
+    known: Mapping[str, Sequence[np.ndarray]] | None = None,
+) -> dict[str, list[dict[str, list[float | None]]]]:
+    """Ask a judge about all completions of each prompt at once.
+
+    The i-th completion of a policy meets the opponent's i-th (modulo their number). Equal texts are a tie.
+
+    Args:
+        against (`str`, *optional*):
+            The policy among those of `completions` that is the opponent. Without it there are no wins.
+        known (`dict`, *optional*):
+            The rewards of policies about which the judge is not asked again, for each prompt.
+
+    Returns:
+        `dict`: for each policy and prompt, `rewards` in nats and `wins` (1, 0.5 or 0), of each completion, None where
+        the judge has no opinion. The rewards are the judge's own if it rewards each completion separately, and
+        otherwise those against the opponent's completion (RSO eq. 9).
+    """
+    rows = range(len(prompts))
+    known = known or {}
+    asked = [name for name in completions if name not in known and not (judge.draws_baselines and name == against)]
+    flat = [[(name, place) for name in asked for place in range(len(completions[name][row]))] for row in rows]
+    texts = [[completions[name][row][place] for name, place in flat[row]] for row in rows]
+    rewards: list[np.ndarray] = [np.full(len(one), np.nan) for one in flat]
+    if not judge.draws_baselines:
+        rewards, _ = ask_rewards(judge, prompts, texts, columns=columns, may_abstain=True)
+    elif against is not None:
+        opponents = completions[against]
+        for turn in range(max(map(len, opponents))):
+            meet = [row for row in rows if turn < len(opponents[row])]
+            picked = [
+                [at for at, (_, place) in enumerate(flat[row]) if place % len(opponents[row]) == turn] for row in meet
+            ]
+            scored, _ = ask_rewards(
+                judge,
+                [prompts[row] for row in meet],
+                [[texts[row][at] for at in chosen] for row, chosen in zip(meet, picked, strict=True)],
+                baselines=[opponents[row][turn] for row in meet],
+                columns={name: [values[row] for row in meet] for name, values in columns.items()},
+                may_abstain=True,
+            )
+            for row, chosen, of_row in zip(meet, picked, scored, strict=True):
+                rewards[row][chosen] = of_row
+    found: dict[str, list[dict[str, list[float | None]]]] = {name: [] for name in completions}
+    for row in rows:
+        at = dict(zip(flat[row], rewards[row], strict=True))
+        at |= {(name, place): reward for name, of in known.items() for place, reward in enumerate(of[row])}
+        for name, of_policy in completions.items():
+            own = np.array([at.get((name, place), 0.0) for place in range(len(of_policy[row]))])
+            won = np.full(len(own), np.nan)
+            if against is not None and (theirs := completions[against][row]):
+                meets = [place % len(theirs) for place in range(len(own))]
+                is_tie = [one == theirs[place] for one, place in zip(of_policy[row], meets, strict=True)]
+                advantages = own if judge.draws_baselines else own - np.array([at[against, place] for place in meets])
+                advantages = np.where(is_tie, 0.0, advantages)
+                won = judge.verdicts(sigmoid(advantages))
+                own = advantages if judge.draws_baselines else own
+            found[name].append({"rewards": as_numbers(own), "wins": as_numbers(won)})
+    return found
+
+
+def as_rows(
+    policy: str,
+    first_row: int,
+    prompts: Sequence[Prompt],
+    sampled: Sequence[Sequence[Sample]],
+    ref_logps: Sequence[Sequence[float]] | None,
+    judged: Mapping[str, Sequence[Mapping[str, Sequence[float | None]]]],
+) -> list[Row]:
+    """Return the rows of `samples.jsonl` of a policy, for consecutive prompts; `judged` has its [`verdicts`]."""
+    return [
+        {
+            "row": first_row + at,
+            "sample": place,
+            "policy": policy,
+            "prompt": prompt,
+            "completion": one["completion"],
+            "num_tokens": None if one["ids"] is None else len(one["ids"]),
+            "finished": one["finished"],
+            "logp": one["logp"],
+            "ref_logp": None if ref_logps is None else ref_logps[at][place],
+            "rewards": {judge: found[at]["rewards"][place] for judge, found in judged.items()},
+            "wins": {judge: found[at]["wins"][place] for judge, found in judged.items()},
+        }
+        for at, prompt in enumerate(prompts)
+        for place, one in enumerate(sampled[at])
+    ]
+
+
+def length(completion: Completion) -> int:
+    """Return the length of a completion in characters, without the role of a single message."""
+    if isinstance(completion, str):
+        return len(completion)
+    only = completion[0] if len(completion) == 1 else None
+    return len(only["content"] or "") if only else len(completion_text(completion))
