@@ -109,8 +109,25 @@ class PreferenceArguments(TrainingData, RankerArguments):
             "help": "Use only the prompts of the dataset. Completions are sampled for them and labeled by `ranker`."
         },
     )
+    judge: str | None = field(
+        default=None,
+        metadata={
+            "help": "Ranker that judges fresh samples for prompts of the test split at each evaluation, as `ranker` "
+            "names one. The checkpoint that it likes best is kept with --metric_for_best_model eval_reward "
+            "--load_best_model_at_end --save_total_limit 1 (RSO section 5)."
+        },
+    )
+    against: str = field(
+        default="start",
+        metadata={
+            "help": "Opponent of the samples that are judged: 'start', 'reference', a column of completions, or a "
+            "model."
+        },
+    )
+    num_judged: int = field(default=256, metadata={"help": "Prompts that are sampled and judged, at most."})
 
     def __post_init__(self) -> None:
+        is_whole(self, "num_judged", 2)
         if self.only_prompts and self.ranker is None:
             raise ValueError("`only_prompts` needs a `ranker` to label the completions sampled for them. Give one.")
 

@@ -1,7 +1,11 @@
 """`prefopt-trl {rso,slic,pro,listwise-dpo,rrhf}`: the trainers of `METHODS`, selected by their configuration."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 import prefopt_trl
@@ -9,11 +13,14 @@ from prefopt_trl.cli.arguments import PreferenceArguments
 from prefopt_trl.cli.data import GIVEN, completions_that_fit, keep_given, load_data, prompts_that_fit, require_columns
 from prefopt_trl.cli.rankers import load_ranker
 from prefopt_trl.cli.training import prepare, train_and_save
+from prefopt_trl.evaluation.win_rate import WinRateCallback
+from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.trainers import METHODS
 from prefopt_trl.trainers.base_config import PreferenceConfig
 from prefopt_trl.trainers.slic_config import SLiCConfig
 
 TRAINERS = [getattr(prefopt_trl, f"{method.name}Trainer") for method in METHODS.values()]
+ORDER_SEED = 0  # of the prompts that are judged, so that every run has the same
 COMPLETIONS = {"chosen", "rejected", "completions", "rewards"}
 
 
@@ -24,6 +31,7 @@ def run(own: PreferenceArguments, args: PreferenceConfig, model: ModelConfig, sa
     trainer_class = next(trainer for trainer in TRAINERS if trainer.config_class is type(args))
     target = args.target_column if isinstance(args, SLiCConfig) else None
     given_target = GIVEN.get(target or "", target)
+    prompts = None if own.judge is None else _judged(own, args, splits["eval_dataset"], tokenizer)
     for name, rows in splits.items():
         if rows is None:
             continue
@@ -41,4 +49,24 @@ def run(own: PreferenceArguments, args: PreferenceConfig, model: ModelConfig, sa
         splits[name] = rows
     ranker = None if own.ranker is None else load_ranker(own, args.trust_remote_code)
     trainer = trainer_class(args=args, ranker=ranker, processing_class=tokenizer, **trained, **splits)
+    if prompts is not None:
+        judge = ranker if own.judge == own.ranker else None  # loaded once
+        judge = judge or load_ranker(replace(own, ranker=own.judge), args.trust_remote_code)
+        options = GenerationOptions.of(args)
+        trainer.add_callback(
+            WinRateCallback(judge, prompts, own.against, trainer=trainer, options=options, seed=args.seed)
+        )
     train_and_save(trainer, own, save_config)
+
+
+def _judged(
+    own: PreferenceArguments, args: PreferenceConfig, rows: Dataset | None, tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
+    """Return the prompts that are sampled and judged: `num_judged` different ones of the test split, at random."""
+    if rows is None:
+        raise ValueError("`judge` has no effect with `eval_strategy='no'`. Set it to 'steps' or 'epoch'.")
+    require_columns(rows, own.dataset_name, {"prompt"})
+    first = dict(reversed(list(zip(map(json.dumps, rows["prompt"]), range(len(rows)), strict=True))))
+    rows = rows.select(sorted(first.values())).shuffle(seed=ORDER_SEED)
+    rows = prompts_that_fit(rows, tokenizer, args.max_length, args.max_new_tokens)
+    return rows.select(range(min(own.num_judged, len(rows))))
