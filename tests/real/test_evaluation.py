@@ -1,0 +1,94 @@
+"""SmolLM2-135M-Instruct before and after RSO on a real reward, by command and two judges; the evaluation is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefopt_trl import load_hh_rlhf
+from prefopt_trl.data.hh_rlhf import HUMAN_TURN
+from tests.real.conftest import PACKAGES
+
+pytestmark = pytest.mark.real
+
+JUDGES = """
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+analyzer = SentimentIntensityAnalyzer()
+
+def sentiment(prompts, completions, **kwargs):  # a lexicon's, in [-5, 5]
+    return [5 * analyzer.polarity_scores(completion[-1]["content"])["compound"] for completion in completions]
+
+def brevity(prompts, completions, **kwargs):
+    return [-len(completion[-1]["content"]) / 50 for completion in completions]
+"""
+LONGEST = 40  # tokens of a completion
+
+
+def command(*words: Any) -> list[str]:
+    return [sys.executable, "-m", "prefopt_trl.cli.main", *map(str, words), "--use_cpu", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any, shared_dir: Path) -> Path:
+    """Judges, and short single-turn prompts of HH-RLHF as messages: 40 to train on, 32 to evaluate on."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    (folder / "judges.py").write_text(JUDGES)
+    prompts = load_hh_rlhf(str(shared_dir / "data/hh_rlhf/harmless-base/test.jsonl.gz"))["prompt"][:]
+    short = [prompt for prompt in dict.fromkeys(prompts) if prompt.count(HUMAN_TURN) == 1 and len(prompt) < 90][:72]
+    texts = [prompt.removeprefix(HUMAN_TURN).removesuffix("\n\nAssistant:").strip() for prompt in short]
+    for name, part in {"train": texts[:40], "test": texts[40:]}.items():
+        rows = [{"prompt": [{"role": "user", "content": text}]} for text in part]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def run(folder: Path, *words: Any) -> str:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), str(PACKAGES)])}
+    done = subprocess.run(command(*words), cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_rso_is_better_by_its_reward_and_a_killed_evaluation_gives_the_same_bytes(
+    folder: Path, smollm2_dir: Path
+) -> None:
+    how = ["--max_new_tokens", LONGEST, "--generation_memory_budget", 2]
+    learning = ["--use_peft", "--learning_rate", 2e-4, "--gamma", 0.1, "--per_device_train_batch_size", 8]
+    learning += ["--max_steps", 20, "--num_candidates", 12, "--num_samples", 6, "--rejection_beta", 2, "--bf16", False]
+    learning += ["--report_to", "none", "--dataset_name", "train.jsonl", "--ranker", "judges.py:sentiment"]
+    run(folder, "rso", "--model_name_or_path", smollm2_dir, "--output_dir", "rso", *learning, *how)
+
+    words = ["evaluate", "--policies", f"sft={smollm2_dir}", "rso=rso", "--reference", "sft", "--against", "sft"]
+    words += ["--judges", "judges.py:sentiment", "judges.py:brevity", "--dataset_name", "test.jsonl", *how]
+    words += ["--num_completions", 4]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), str(PACKAGES)])}
+    killed = subprocess.Popen(
+        command(*words, "--output_dir", "killed"), cwd=folder, env=environment, start_new_session=True
+    )
+    while not list((folder / "killed/shards").glob("*completions-1*")):  # the second policy has begun
+        assert killed.poll() is None
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    printed = run(folder, *words, "--output_dir", "killed")
+    assert run(folder, *words, "--output_dir", "whole") == printed.replace("in killed", "in whole")
+    left, right = contents(folder / "killed"), contents(folder / "whole")
+    assert {name for name in left.keys() | right.keys() if left.get(name) != right.get(name)} <= {"config.yaml"}
+
+    print(printed)
+    found = json.loads((folder / "whole/evaluation.json").read_text())["policies"]["rso"]
+    difference = found["judges"]["sentiment"]["minus"]["sft"]
+    assert difference["mean"] > 3 * difference["standard_error"] > 0  # by chance less than once in 700
+    assert found["kl"]["mean"] > 0
+    assert "| sft    |" in printed and "Judge: brevity, against: sft" in printed
