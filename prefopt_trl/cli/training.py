@@ -13,6 +13,7 @@ from trl import ModelConfig, SFTTrainer
 from prefopt_trl.cli.arguments import TrainingData
 from prefopt_trl.cli.models import TrainingConfig, check_bitsandbytes, check_model, load_tokenizer, model_to_train
 from prefopt_trl.data.tokenization import check_vocabulary
+from prefopt_trl.evaluation.training_report import write_training_report
 from prefopt_trl.runtime.cards import name as as_code
 from prefopt_trl.runtime.cards import public_name
 from prefopt_trl.runtime.processes import checkpoints, interruptible, is_main_process, last_checkpoint, what_is_trained
@@ -59,7 +60,7 @@ def _check_resumed(args: TrainingConfig) -> None:
 def train_and_save(
     trainer: Published, own: TrainingData, save_config: Callable[[], None], measure: Callable[[], None] | None = None
 ) -> None:
-    """Write the configuration, train, save, measure, and push if `push_to_hub` is set."""
+    """Write the configuration, train, save, report, measure, and push if `push_to_hub` is set."""
     args = trainer.args
     before = [] if args.resume_from_checkpoint else checkpoints(args.output_dir)
     if trainer.accelerator.is_main_process:
@@ -68,6 +69,8 @@ def train_and_save(
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model(_internal_call=True)  # without it, `save_model` pushes before the message below
         trainer.accelerator.print(f"The trained model is saved in {args.output_dir}.")
+        if trainer.accelerator.is_main_process:
+            write_training_report(args.output_dir, trainer.state.log_history)
         if measure is not None:
             measure()
         if args.push_to_hub and (url := trainer.push_to_hub(dataset_name=own.dataset_name)):

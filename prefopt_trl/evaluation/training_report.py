@@ -1,6 +1,5 @@
 """What a run leaves behind: its evaluations by step, its curves, and completions of its start and its end."""
 
-import json
 import logging
 import re
 from collections import defaultdict
@@ -11,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from prefopt_trl.evaluation.metrics import Estimate
-from prefopt_trl.evaluation.report import table, with_error
-from prefopt_trl.runtime.settings import write_text, writing
+from prefopt_trl.evaluation.report import rounded, table
+from prefopt_trl.runtime.settings import read_lines, write_text, writing
 
 logger = logging.getLogger(__name__)
-COLUMNS = {  # of the table of evaluations: title and number format by metric
-    "eval_win_rate": ("win rate", ".2f"),
-    "eval_lc_win_rate": ("length-controlled", ".2f"),
-    "eval_reward": ("reward", ".3g"),
-    "eval_kl": ("KL (nats)", ".3g"),
-    "eval_length": ("length (tokens)", ".0f"),
-    "eval_finished": ("finished", ".2f"),
+COLUMNS = {  # of the table of evaluations: titles by metric
+    "eval_win_rate": "win rate",
+    "eval_lc_win_rate": "length-controlled",
+    "eval_reward": "reward",
+    "eval_kl": "KL (nats)",
+    "eval_length": "length (tokens)",
+    "eval_finished": "finished",
 }
 PANELS = [  # title, unit, and metrics by label
     ("Loss", "loss", {"training": "loss", "evaluation": "eval_loss"}),
@@ -69,10 +68,10 @@ def _evaluations(series: dict[str, dict[int, float]], steps: list[int]) -> list[
     best = max(series["eval_reward"], key=series["eval_reward"].__getitem__, default=None)
     shown = [step for step in steps if step in {*steps[:: len(steps) // 20 + 1], best, steps[-1]}]
     columns = [["step", *(f"{step} (best reward)" if step == best else f"{step}" for step in shown)]]
-    for name, (title, form) in COLUMNS.items():
+    for name, title in COLUMNS.items():
         if values := series[name]:
             found = [Estimate(values.get(s, np.nan), series[f"{name}_se"].get(s, np.nan)) for s in shown]
-            columns.append([title, *(with_error(one, form) for one in found)])
+            columns.append([title, *("" if np.isnan(one.mean) else rounded(one) for one in found)])
     header, *rows = zip(*columns, strict=True)
     return [f"{len(shown)} of {len(steps)} evaluations, means ± standard errors over prompts:", table(header, rows)]
 
@@ -119,7 +118,7 @@ def plot_frontier(kl: dict[int, float], rewards: dict[int, float], errors: dict[
     axes = figure.add_subplot(xlabel="KL from the reference (nats per completion)", ylabel="reward of fresh samples")
     axes.plot(*zip(*places.values(), strict=True), "o-", markersize=5 if len(places) <= FEW_POINTS else 2, linewidth=1)
     axes.errorbar(*places[best], errors.get(best), fmt="*", color="C1", markersize=15, capsize=4)
-    axes.set(title="Reward against KL by step (star: highest reward ± standard error)", xmargin=0.1, ymargin=0.1)
+    axes.set(title="Reward against KL by step (star: highest reward ± standard error)", xmargin=0.15, ymargin=0.1)
     axes.grid(alpha=0.3)
     figure.draw_without_rendering()  # sets the layout, on which it depends which labels overlap
     labeled: list[np.ndarray] = []
@@ -133,10 +132,7 @@ def plot_frontier(kl: dict[int, float], rewards: dict[int, float], errors: dict[
 
 def _completions(files: dict[str, Path]) -> Iterator[str]:
     """Yield tables of two policies' first completions side by side, of prompts chosen by rule."""
-    sides = []
-    for policy, file in files.items():
-        rows = map(json.loads, file.read_text(encoding="utf-8").strip().split("\n"))
-        sides.append({row["row"]: row for row in rows if row["policy"] == policy and row["sample"] == 0})
+    sides = [{row["row"]: row for row in read_lines(file) if row["sample"] == 0} for file in files.values()]
     both = np.array(sorted(sides[0].keys() & sides[1].keys()))
     rewards = [np.array([[*side[row]["rewards"].values(), None][0] for row in both], dtype=float) for side in sides]
     gains = rewards[1] - rewards[0]  # NaN where a reward is not known
@@ -157,7 +153,7 @@ def _completions(files: dict[str, Path]) -> Iterator[str]:
 
 
 def _escaped(text: str | Sequence[dict[str, str]]) -> str:
-    """Return a text as one line of HTML without markup of its own, and a long one without its middle."""
+    """Return a text as one line of HTML that has no markup, no control characters and at most 800 characters."""
     text = text if isinstance(text, str) else "\n".join(f"{one['role']}: {one['content']}" for one in text)
     text = text if len(text) <= 800 else f"{text[:400]} [… {len(text) - 800:,} characters left out …] {text[-400:]}"
     # Without control characters, and what UTF-8 cannot encode

@@ -19,6 +19,7 @@ from prefopt_trl.trainers.prepare import TrainingData
 
 # In `output_dir`: checkpoints, sampled data (pushed separately as a dataset), and pickled arguments with the token
 NOT_PUSHED = ["_*", "checkpoint-*", "sampled/*", "scored/*", "bootstrap*/*", "precomputed/*", "*training_args.bin"]
+NOT_PUSHED += ["report.md", "evaluations/*"]  # texts of the dataset and completions
 LATEST = "_pushed"  # folder in `output_dir` with a copy of the model of the latest checkpoint that is pushed
 # The model's files in a checkpoint
 MODEL_FILES = ["*config.json", "*.safetensors", "*.safetensors.index.json"]

@@ -20,11 +20,13 @@ def pushed(hub: Any) -> dict[str, bytes]:
     files = hub.files(REPO)
     assert {"README.md", "tokenizer.json"} <= files.keys()
     assert not [name for name in files if "checkpoint-" in name or "training_args" in name]  # which has the token
+    assert "report.md" not in files
     return files
 
 
 def test_an_sft_model_has_a_card_that_names_its_base_and_data(training, run_in_process, tiny_llama_dir):
     run_in_process("sft", [*training, "--output_dir", "outputs/sft"])
+    assert Path("outputs/sft/report.md").read_text().startswith("# sft\n")
     card = ModelCard.load("outputs/sft/README.md")
     assert f"This model is `{Path(tiny_llama_dir).name}`, fine-tuned on `pairs.jsonl`." in card.text
     assert "# Model Card for sft" in card.text and "model='outputs/sft'" in card.text

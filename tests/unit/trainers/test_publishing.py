@@ -38,7 +38,7 @@ SAMPLING |= {"ranker": FunctionRanker(brevity)}
 
 
 def of_the_model(folder: Path) -> dict[str, bytes]:
-    apart = ("checkpoint-", "_pushed/", "sampled/", "training_args.bin")
+    apart = ("checkpoint-", "_pushed/", "sampled/", "training_args.bin", "evaluations/")
     return {name: content for name, content in contents(folder).items() if not name.startswith(apart)}
 
 
@@ -55,6 +55,8 @@ def test_a_pushed_model_loads_by_its_card(hub: Hub, make: Any, tmp_path: Path, c
     given = {"output_dir": folder, "hub_model_id": REPO, "hub_token": TOKEN, **EVERY_STEP, **SAMPLING}
     trainer = make(RSOTrainer, PROMPTS, peft_config=LoraConfig(init_lora_weights=False) if lora else None, **given)
     trainer.train()
+    (folder / "evaluations").mkdir()
+    (folder / "evaluations/step-000000.jsonl").write_text("a prompt")
     assert trainer.push_to_hub() == f"{hub.url}/{REPO}"
     pushed = hub.files(REPO)
     assert pushed == of_the_model(folder)
