@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help quickstart test test-oldest test-newest test-distributed test-real test-slow lint format typecheck clean
+.PHONY: help quickstart test test-oldest test-newest test-distributed test-real test-browser test-slow lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -38,6 +38,9 @@ test-distributed: $(INSTALLED)  ## every trainer on DDP, FSDP2, ZeRO-2 and ZeRO-
 
 test-real: .real/.installed  ## tests on pretrained models: the first time downloads 340 MB into .real
 	$(BIN)/pytest -m real tests/real $(PYTEST_ARGS)
+
+test-browser: $(INSTALLED)  ## the raters' page in Chromium, with its chromedriver
+	$(BIN)/pytest -m browser tests/browser $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)  ## the tests marked slow
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)

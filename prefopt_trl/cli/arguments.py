@@ -230,3 +230,25 @@ class EvaluateRankerConfig(DataArguments, RankerArguments):
         },
     )
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU."})
+
+
+@dataclass(kw_only=True)
+class SideBySideMakeConfig:
+    """Arguments of [`make_pages`]."""
+
+    samples: list[str] = field(metadata={"help": "Files of samples (.jsonl), as `prefopt-trl evaluate` writes them."})
+    output_dir: str = field(metadata={"help": "Folder for the raters' `pages`, and `key.json`, which stays with you."})
+    policies: list[str] | None = field(default=None, metadata={"help": "Two or three of `samples`. By default all."})
+    num_raters: int = field(default=3, metadata={"help": "Number of raters, with a page each."})
+    raters_per_task: int = field(default=3, metadata={"help": "Number of raters for each prompt."})
+    num_tasks: int | None = field(default=None, metadata={"help": "Number of prompts to draw. By default all."})
+    seed: int = field(default=0, metadata={"help": "Random seed of draws and orders."})
+
+
+@dataclass(kw_only=True)
+class SideBySideScoreConfig:
+    """Arguments of [`score_answers`]."""
+
+    study: str = field(metadata={"help": "Folder that `prefopt-trl side-by-side make` wrote, with `key.json`."})
+    answers: list[str] = field(metadata={"help": "Files that the pages saved, one of each rater."})
+    output_dir: str = field(metadata={"help": "Folder for `side_by_side.json` and `side_by_side.md`."})

@@ -11,6 +11,8 @@ from prefopt_trl.cli.arguments import (
     RankerData,
     RewardModelData,
     SampleConfig,
+    SideBySideMakeConfig,
+    SideBySideScoreConfig,
     TrainingData,
 )
 from prefopt_trl.trainers import METHODS
@@ -41,9 +43,13 @@ COMMANDS = {
         launched=False,
         takes_model=False,
     ),
+    "side-by-side make": Command("write pages on which people compare policies", SideBySideMakeConfig, False, False),
+    "side-by-side score": Command("score what people answered on such pages", SideBySideScoreConfig, False, False),
 }
 
 
 def load(name: str) -> ModuleType:
     """Import the module of a command, whose `run` takes an instance of each dataclass and what saves them."""
-    return import_module("prefopt_trl.cli.train" if name in METHODS else f"prefopt_trl.cli.{name.replace('-', '_')}")
+    return import_module(
+        "prefopt_trl.cli.train" if name in METHODS else f"prefopt_trl.cli.{name.split()[0].replace('-', '_')}"
+    )

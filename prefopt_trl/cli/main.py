@@ -14,8 +14,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_libraries()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if words and words[0] in COMMANDS:
-            _run_command(*words)
+        name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), None)
+        if name is not None:
+            _run_command(name, *words[len(name.split()) :])
         else:
             _run_study_or_env(words)
     except KeyboardInterrupt as stopped:  # before a command starts, or in the quickstart

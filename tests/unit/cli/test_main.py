@@ -13,7 +13,8 @@ def test_help_names_the_commands(capsys):
         main(["--help"])
     printed = capsys.readouterr().out
     named = {line.split()[0] for line in printed.splitlines() if line.startswith("    ") and line[4] != " "}
-    commands = "sft ranker reward-model sample rso slic pro listwise-dpo rrhf evaluate evaluate-ranker quickstart env"
+    commands = "sft ranker reward-model sample rso slic pro listwise-dpo rrhf evaluate evaluate-ranker side-by-side "
+    commands += "quickstart env"
     assert named - {"command"} == set(commands.split())
 
 
@@ -38,6 +39,8 @@ def test_version(capsys):
         (["quikstart"], "invalid choice: 'quikstart'"),
         (["quickstart", "--seed", "-1"], "--seed: must be at least 0, got -1"),
         (["quickstart", "--outptu_dir", "x"], "unrecognized arguments: --outptu_dir x"),
+        (["side-by-side"], "choose from"),
+        (["side-by-side", "make", "--samples", "s", "--output_dir", "o", "--rater", "1"], "unknown argument 'rater'"),
         (["env", "--all"], "unrecognized arguments: --all"),
     ],
 )
