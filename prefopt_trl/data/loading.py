@@ -97,6 +97,8 @@ def _part(dataset: Dataset, whole: str, split: str) -> Dataset:
     number_of_row = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
     parts = ReadInstruction.from_spec(split).to_absolute({whole: len(numbers)})
     wanted = {number for part in parts for number in range(part.from_, part.to)}
+    if not wanted:
+        raise ValueError(f"The part {split!r} of {len(numbers)} prompts has none. Take a larger part.")
     return dataset.select([row for row, number in enumerate(number_of_row) if number in wanted])
 
 

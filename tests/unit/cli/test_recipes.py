@@ -114,17 +114,25 @@ def test_the_sampling_recipe_keeps_8_in_4_pairs(sampled):
 
 @pytest.mark.parametrize("recipe", ["rso_full_zero3", "rso_lora", "slic_full_zero3"])
 def test_recipes_on_sampled_data_run(recipe, sampled, tiny_llama_dir, run_in_process):
-    data = (
-        ["--dataset_name", sampled, "--ranker", "brief.brevity"] if "slic" in recipe else ["--dataset_name", sampled]
-    )
-    dry_run(recipe, [*data, "--model_name_or_path", tiny_llama_dir], run_in_process)
+    ranker = ["--ranker", "brief.brevity"] if "slic" in recipe else []
+    dry_run(recipe, [*on_half(sampled), *ranker, "--model_name_or_path", tiny_llama_dir], run_in_process)
+    state = json.loads(Path("out/checkpoint-1/trainer_state.json").read_text())
+    rewards = [entry["eval_reward"] for entry in state["log_history"] if "eval_reward" in entry]
+    assert len(rewards) == 2  # of the start, and of the one step
+    assert state["best_metric"] == rewards[1] < 0
+
+
+def on_half(sampled):
+    """As the recipes, which judge samples of 2% of the prompts."""
+    halves = ["--dataset_train_split", "train[:50%]", "--dataset_test_split", "train[50%:]"]
+    return ["--dataset_name", sampled, *halves, "--judge", "brief.brevity"]
 
 
 def test_the_recipe_in_4_bits_runs(sampled, tiny_llama_dir, run_in_process):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     tiny_llama(tokenizer, hidden_size=64, num_layers=1).save_pretrained("wide")  # 4 bits come in blocks of 64 weights
     tokenizer.save_pretrained("wide")
-    dry_run("rso_qlora", ["--dataset_name", sampled, "--model_name_or_path", "wide"], run_in_process)
+    dry_run("rso_qlora", [*on_half(sampled), "--model_name_or_path", "wide"], run_in_process)
 
 
 @pytest.mark.parametrize("recipe", ["sft", "ranker", "ranker_pro", "pro_full_zero3", "pro_lora"])

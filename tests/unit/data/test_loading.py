@@ -75,6 +75,8 @@ def test_a_part_of_a_split_has_whole_prompts(sampled, tmp_path):
         assert load_rows(name, split="train[1:2]")["row"] == [1, 2, 3]
     no_prompts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "same"}] * 10)
     assert len(load_rows(no_prompts, split="train[90%:]")) == 1
+    with pytest.raises(ValueError, match=r"The part 'train\[99%:\]' of 10 prompts has none. Take a larger part."):
+        load_rows(no_prompts, split="train[99%:]")
 
 
 def test_a_sampled_folder_has_a_training_split(sampled):
