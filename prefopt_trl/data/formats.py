@@ -57,6 +57,13 @@ def completion_text(completion: Completion) -> str:
     return text.removeprefix(ASSISTANT_TURN)
 
 
+def num_characters(completion: Completion) -> int:
+    """Return the length of a completion in characters; of messages, that of their contents."""
+    if isinstance(completion, str):
+        return len(completion)
+    return sum(len(message["content"] or "") for message in completion)
+
+
 def wrap_completion(prompt: Prompt, completion: Completion) -> Completion:
     """Return a completion with its text as one assistant message if the prompt is a list of messages."""
     if isinstance(prompt, str) or not isinstance(completion, str):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
-from prefopt_trl.data.formats import Completion, are_candidates, check_columns
+from prefopt_trl.data.formats import are_candidates, check_columns, num_characters
 from prefopt_trl.data.loading import normalize_rows
 from prefopt_trl.rankers.base import (
     Ranker,
@@ -80,12 +80,6 @@ def ask_comparisons(ranker: Ranker, comparisons: Dataset) -> Compared:
             f"The ranker has an opinion on comparisons of {num_prompts} prompts in `comparisons`. Give at least 2, as "
             "standard errors are over prompts."
         )
-    lengths = np.array([_length(one) - _length(other) for _, one, other in pairs])
+    lengths = np.array([num_characters(one) - num_characters(other) for _, one, other in pairs])
     subsets = np.array(columns.get("subset", columns.get("source", ["all"] * len(rows))), dtype=str)
     return Compared(log_odds, numbers, np.array(rows), lengths, subsets, orders)
-
-
-def _length(completion: Completion) -> int:
-    if isinstance(completion, str):
-        return len(completion)
-    return sum(len(message["content"] or "") for message in completion)

@@ -292,17 +292,18 @@ def _assemble(shards: Shards, settings: Settings) -> None:
     if "finished" in candidates.column_names:
         num_unfinished = sum(finished.count(False) for finished in candidates["finished"])
     temperature = None if shards.has_rewards else settings["ranker"].get("temperature")
-    statistics, rewards, probabilities = summarize(shards.selected(), num_unfinished, shards.options, temperature)
+    statistics, numbers = summarize(shards.selected(), num_unfinished, shards.options, temperature)
     pairs = store.write_dataset("pairs", shards.preference_rows(), shards.preference_features())
     write_json(store.folder / "statistics.json", statistics.as_dict())
     if shards.are_given and "chosen_reward" in pairs.column_names:
         _warn_of_contradictions(pairs)
     try:
         with writing(store.folder / "statistics.png") as temporary:
-            plot_statistics(rewards, probabilities, temporary)
+            plot_statistics(statistics, numbers, shards.options, temporary)
     except ImportError:
         logger.warning("No plot was drawn: install matplotlib, with `pip install 'prefopt-trl[plots]'`.")
-    write_text(store.folder / "README.md", dataset_card(settings, statistics, pairs))
+    has_plot = (store.folder / "statistics.png").exists()
+    write_text(store.folder / "README.md", dataset_card(settings, statistics, pairs, has_plot))
     store.finish()
 
     tqdm.write(f"{statistics.made.capitalize()} saved in {store.folder}\n{statistics}")

@@ -189,19 +189,20 @@ class Shards:
         """Return the rows of the candidates of a shard."""
         return self._given(shard) if self.are_given else self.store.read_shard(shard, "candidates")
 
-    def selected(self) -> Iterator[SelectedPrompt]:
-        """Yield the selection of each prompt."""
+    def selected(self) -> Iterator[tuple[Row, SelectedPrompt]]:
+        """Yield the row of candidates of each prompt, and what was selected of it."""
         for shard in range(self.store.layout()[1]):
-            yield from self._ranked(shard)
+            ranked = (SelectedPrompt(**row) for row in self.store.read_shard(shard, "ranked"))
+            yield from zip(self.candidates(shard), ranked, strict=True)
 
     def candidate_rows(self) -> Iterator[Row]:
         """Yield the rows of all candidates, with their rewards."""
-        for row, selected in self._all():
+        for row, selected in self.selected():
             yield {"rewards": selected.rewards, **selected.scored} | row
 
     def preference_rows(self) -> Iterator[Row]:
         """Yield the rows of all pairs or rankings."""
-        for row, selected in self._all():
+        for row, selected in self.selected():
             yield from preference_rows(row, selected, self.options.pairing, self.max_length)
 
     def candidate_features(self) -> Features:
@@ -228,13 +229,6 @@ class Shards:
         numbers += ["ref_chosen_logps", "ref_rejected_logps"] if self.keep_logps else []
         columns |= {"chosen": completion, "rejected": completion, **dict.fromkeys(numbers, number)}
         return Features({**columns, **({"ref_max_length": Value("int64")} if self.keep_logps else {})})
-
-    def _all(self) -> Iterator[tuple[Row, SelectedPrompt]]:
-        for shard in range(self.store.layout()[1]):
-            yield from zip(self.candidates(shard), self._ranked(shard), strict=True)
-
-    def _ranked(self, shard: int) -> Iterator[SelectedPrompt]:
-        return (SelectedPrompt(**row) for row in self.store.read_shard(shard, "ranked"))
 
     def _given(self, shard: int) -> list[Row]:
         return self.prompts.select(self._rows(shard)).to_list()

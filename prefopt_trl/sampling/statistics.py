@@ -3,18 +3,17 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
 from huggingface_hub import DatasetCardData
 
-from prefopt_trl.data.formats import EQUAL_REWARDS_HINT
-from prefopt_trl.runtime.cards import render
+from prefopt_trl.data.formats import EQUAL_REWARDS_HINT, Completion, Prompt, Row, num_characters
+from prefopt_trl.runtime.cards import code, render
 from prefopt_trl.runtime.hub import push_folder
 from prefopt_trl.runtime.settings import Settings, dataset_fingerprint, read_json
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
@@ -34,6 +33,23 @@ SPREAD = (0.1, 5.0)
 # A ranker that is no surer than this of random pairs has learned next to nothing
 COIN_FLIP = 0.55
 
+# Chosen completions are too long if they are by this share of the rejected ones' mean, which a reader of two texts
+# notices, and by this many standard errors over prompts, which chance does not reach.
+MUCH_LONGER = 0.2
+SURELY_LONGER = 3.0
+
+# Words of the text and the figure, for names in `statistics.json`
+NAMES = {
+    "pairs": {"accepted": "kept"},
+    "rankings": {"accepted": "kept", "chosen": "ranked first", "rejected": "ranked lower", "pairs made": "pairs kept"},
+}
+
+# Okabe and Ito's, which the color-blind tell apart; of candidates, kept, chosen and rejected completions
+COLORS = ("0.6", "#0072B2", "#009E73", "#D55E00")
+
+EXAMPLES = 5  # rows of the dataset in its card
+EXAMPLE_CHARACTERS = 500  # of a text there
+
 PUSHED = ["README.md", "manifest.json", "statistics.json", "statistics.png"]
 # Not every Arrow file: `Dataset.map` leaves caches beside the data
 PUSHED += [f"{folder}/{files}" for folder in ("candidates", "pairs") for files in ("data-*.arrow", "*.json")]
@@ -43,7 +59,14 @@ CONFIGS: list[dict[str, Any]] = [
     {"config_name": "candidates", "data_files": "candidates/data-*.arrow"},
 ]
 
-Numbers = dict[str, np.ndarray]
+
+class Numbers(NamedTuple):
+    """What [`plot_statistics`] draws; arrays of shape `(n,)`, by the names in `statistics.json`."""
+
+    rewards: dict[str, np.ndarray]  # of candidates, accepted, chosen and rejected completions, in nats
+    lengths: dict[str, np.ndarray]  # of the same completions, in characters
+    probabilities: dict[str, np.ndarray]  # that the ranker gives to its own labels, in [0.5, 1]
+    acceptance_rates: np.ndarray  # of each prompt not skipped, in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -64,6 +87,9 @@ class SamplingStatistics:
     made: str = "pairs"  # or "rankings"
     num_short: int = 0  # prompts with fewer than `num_samples` distinct candidates
     num_without_reward: int = 0  # candidates on which the ranker has no opinion
+    # Of those with rewards, in characters, and the acceptance rates of prompts; empty in files of earlier versions
+    length_quantiles: dict[str, list[float]] = field(default_factory=dict)
+    acceptance_quantiles: list[float] = field(default_factory=list)
 
     def as_dict(self) -> Settings:
         return {**asdict(self), "quantiles": list(QUANTILES)}
@@ -79,8 +105,14 @@ class SamplingStatistics:
         ]
         if self.acceptance_rate is not None:
             lines.append(f"acceptance rate: {self.acceptance_rate:.3f}")
-        for name, values in self.reward_quantiles.items():
-            lines.append(f"reward of {name}: median {values[3]:.2f}, 5% to 95% {values[1]:.2f} to {values[5]:.2f}")
+            if rates := self.acceptance_quantiles:
+                lines[-1] += f", of prompts 5% to 95% {rates[1]:.3f} to {rates[5]:.3f}"
+        for what, found, digits in (("reward", self.reward_quantiles, 2), ("characters", self.length_quantiles, 0)):
+            for name, values in found.items():
+                low, median, high = (f"{values[at]:.{digits}f}" for at in (1, 3, 5))
+                lines.append(
+                    f"{what} of {NAMES[self.made].get(name, name)}: median {median}, 5% to 95% {low} to {high}"
+                )
         lines.append(
             "mean probability the ranker gives to its own labels: "
             f"{self.label_probability_after:.3f} ({self.label_probability_before:.3f} on random candidates)"
@@ -89,44 +121,46 @@ class SamplingStatistics:
 
 
 def summarize(
-    selected: Iterable[SelectedPrompt],
+    selected: Iterable[tuple[Row, SelectedPrompt]],
     num_unfinished: int | None,
     options: SamplingOptions,
     temperature: float | None = None,
-) -> tuple[SamplingStatistics, Numbers, Numbers]:
-    """Summarize what was selected, of one prompt after the other; only their numbers are held in memory.
+) -> tuple[SamplingStatistics, Numbers]:
+    """Summarize what was selected of each row of candidates; only their numbers are held in memory.
 
     `temperature` is that of the ranker that gave the rewards, if it is known; 1 if it was not calibrated.
 
     Returns:
-        [`SamplingStatistics`]; the rewards of candidates, accepted, chosen and rejected completions; and the
-        probabilities that the ranker gives to its own labels, in [0.5, 1], on random candidates and on the pairs made.
+        [`SamplingStatistics`], and the [`Numbers`] to draw.
 
     Raises:
         ValueError: if all prompts are skipped.
     """
     rewards: dict[str, list[np.ndarray]] = {"candidates": [], "accepted": [], "chosen": [], "rejected": []}
+    lengths: dict[str, list[np.ndarray]] = {name: [] for name in rewards}
     certainty: dict[str, list[list[float]]] = {"random candidates": [], "pairs made": []}
     num_distinct: list[int] = []
     first_pass: list[float] = []
     num_equal = num_short = num_candidates = 0
     is_ranking = options.pairing == RANKING
-    for prompt in selected:
+    for row, prompt in selected:
         of_prompt = np.array(prompt.rewards, dtype=float)
-        known = of_prompt[~np.isnan(of_prompt)]
+        characters = np.array(list(map(num_characters, row["completions"])), dtype=float)
+        is_known = ~np.isnan(of_prompt)
         num_distinct.append(prompt.num_distinct)
         num_candidates += len(of_prompt)
-        num_equal += prompt.num_distinct > 1 and np.ptp(known) == 0
-        rewards["candidates"].append(known)
+        num_equal += prompt.num_distinct > 1 and np.ptp(of_prompt[is_known]) == 0
+        rewards["candidates"].append(of_prompt[is_known])
+        lengths["candidates"].append(characters[is_known])
         if prompt.acceptance_rate is None:  # skipped
             continue
         first_pass.append(prompt.acceptance_rate)
         num_short += len(prompt.accepted) < options.num_samples
-        accepted = of_prompt[prompt.accepted]
-        ranked = -np.sort(-accepted)
-        rewards["accepted"].append(accepted)
-        rewards["chosen"].append(ranked[:1] if is_ranking else of_prompt[prompt.chosen])
-        rewards["rejected"].append(ranked[1:] if is_ranking else of_prompt[prompt.rejected])
+        ranked = sorted(prompt.accepted, key=lambda index: -of_prompt[index])  # in the order of `rank`
+        chosen, rejected = (ranked[:1], ranked[1:]) if is_ranking else (prompt.chosen, prompt.rejected)
+        for name, indices in (("accepted", prompt.accepted), ("chosen", chosen), ("rejected", rejected)):
+            rewards[name].append(of_prompt[indices])
+            lengths[name].append(characters[indices])
         certainty["random candidates"].append(prompt.random_probabilities)
         certainty["pairs made"].append(prompt.probabilities)
     if not first_pass:
@@ -134,9 +168,9 @@ def summarize(
             f"No prompt has candidates that differ among those kept (the most distinct ones of a prompt are "
             f"{max(num_distinct)}). Raise `num_candidates`, `num_samples`, `temperature` or `max_new_tokens`."
         )
-    drawn = {name: np.concatenate(values) for name, values in rewards.items()}
-    probabilities = {name: np.concatenate(values) for name, values in certainty.items()}
-    means = {name: float(values.mean()) if len(values) else 0.5 for name, values in probabilities.items()}
+    every = [{name: np.concatenate(values) for name, values in one.items()} for one in (rewards, lengths, certainty)]
+    drawn = Numbers(every[0], every[1], every[2], np.array(first_pass))
+    means = {name: float(values.mean()) if len(values) else 0.5 for name, values in drawn.probabilities.items()}
     warnings = []
     if num_equal:
         warnings.append(
@@ -147,23 +181,27 @@ def summarize(
         spread = float(np.median([of_prompt.std() for of_prompt in rewards["candidates"] if len(of_prompt)]))
         unlike_logits = scale_warning(options, spread) if temperature == 1 else None
         warnings += filter(None, [label_warning(options, *means.values()) or unlike_logits])
+    of_prompts = (np.array([values.mean() for values in lengths[name]]) for name in ("chosen", "rejected"))
+    warnings += filter(None, [length_warning(*of_prompts)])
     statistics = SamplingStatistics(
         num_prompts=len(num_distinct),
         num_skipped=len(num_distinct) - len(first_pass),
         num_candidates=num_candidates,
-        num_without_reward=num_candidates - len(drawn["candidates"]),
-        num_duplicates=len(drawn["candidates"]) - sum(num_distinct),
+        num_without_reward=num_candidates - len(drawn.rewards["candidates"]),
+        num_duplicates=len(drawn.rewards["candidates"]) - sum(num_distinct),
         num_unfinished=num_unfinished,
-        num_pairs=len(drawn["chosen"]),
+        num_pairs=len(drawn.rewards["chosen"]),
         acceptance_rate=float(np.mean(first_pass)) if options.strategy == "rso" else None,
-        reward_quantiles={name: np.quantile(values, QUANTILES).tolist() for name, values in drawn.items()},
+        reward_quantiles={name: np.quantile(values, QUANTILES).tolist() for name, values in drawn.rewards.items()},
         label_probability_before=means["random candidates"],
         label_probability_after=means["pairs made"],
         warning=" ".join(warnings) or None,
         made="rankings" if is_ranking else "pairs",
         num_short=num_short,
+        length_quantiles={name: np.quantile(values, QUANTILES).tolist() for name, values in drawn.lengths.items()},
+        acceptance_quantiles=np.quantile(first_pass, QUANTILES).tolist() if options.strategy == "rso" else [],
     )
-    return statistics, drawn, probabilities
+    return statistics, drawn
 
 
 def label_warning(options: SamplingOptions, before: float, after: float) -> str | None:
@@ -212,35 +250,75 @@ def scale_warning(options: SamplingOptions, spread: float) -> str | None:
     )
 
 
-def plot_statistics(rewards: Numbers, probabilities: Numbers, path: str | Path) -> None:
-    """Draw the rewards and probabilities of [`summarize`] as a PNG."""
-    from matplotlib.axes import Axes
+def length_warning(chosen: np.ndarray, rejected: np.ndarray) -> str | None:
+    """Say that the completions the ranker prefers are much longer, or return None.
+
+    `chosen` and `rejected` are their mean lengths in characters, of shape `(num_prompts,)`.
+    """
+    if len(chosen) < 2:
+        return None
+    standard_error = (chosen - rejected).std(ddof=1) / len(chosen) ** 0.5
+    if (chosen - rejected).mean() <= max(MUCH_LONGER * rejected.mean(), SURELY_LONGER * standard_error):
+        return None
+    return (
+        f"The completions that the ranker prefers are much longer than the others: {chosen.mean():.0f} against "
+        f"{rejected.mean():.0f} characters on average. A policy trained on them will write more. If that is not what "
+        "you want, check whether the ranker loves length with `prefopt-trl evaluate-ranker`, and subtract a penalty "
+        "per character from its rewards."
+    )
+
+
+def plot_statistics(statistics: SamplingStatistics, numbers: Numbers, options: SamplingOptions, path: Path) -> None:
+    """Draw the cumulative distributions of [`summarize`] as a PNG; they need no bins."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    everything = np.concatenate(list(rewards.values()))
-    low, high = np.quantile(everything, [0.001, 0.999])
-    bins = np.linspace(low, high if high > low else low + 1, 41).tolist()
-    step = partial(Axes.hist, density=True, histtype="step", linewidth=1.8)
-    for name, values in rewards.items():
-        step(left, values.clip(low, high), bins=bins, label=f"{name} ({len(values):,})")
-    left.set(xlabel="reward", ylabel="density", title="Rewards given by the ranker")
-    left.legend(frameon=False)
-    for name, values in probabilities.items():
-        if len(values):  # otherwise the ranker has no opinion on any of these pairs
-            step(right, values, bins=np.linspace(0.5, 1, 26).tolist(), label=f"{name}: mean {values.mean():.2f}")
-    right.set(xlabel="probability", ylabel="density", title="Probability the ranker gives to its own labels")
-    right.set(xlim=(0.5, 1))
-    right.legend(frameon=False, loc="upper center")
+    panels: list[tuple[str, str, str, dict[str, np.ndarray], Callable[[np.ndarray], Any], str]] = [
+        ("Rewards", "reward (nats)", "completions", numbers.rewards, np.median, ",.2f"),
+        ("Lengths", "length (characters)", "completions", numbers.lengths, np.median, ",.0f"),
+        ("Certainty of labels", "probability (0.5: coin flip)", "pairs", numbers.probabilities, np.mean, ".2f"),
+    ]
+    is_rso = options.strategy == "rso"
+    if is_rso:
+        rates = {"prompts": numbers.acceptance_rates}
+        panels.append(("Acceptance by prompt", "acceptance rate (Theorem 1)", "prompts", rates, np.mean, ".3f"))
+    shape, size = ((2, 2), (11, 9.5)) if is_rso else ((1, 3), (15, 5))
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(
+        f"{statistics.num_pairs:,} {statistics.made} from {statistics.num_prompts - statistics.num_skipped:,} of "
+        f"{statistics.num_prompts:,} prompts ({statistics.num_candidates:,} candidates), strategy {options.strategy}"
+        + (f" with beta {options.rejection_beta:g}" if is_rso else "")
+    )
+    drawn = figure.subplots(*shape).flatten()
+    for axes, (title, label, whole, curves, average, digits) in zip(drawn, panels, strict=True):
+        for place, (name, values) in enumerate(curves.items()):
+            if len(values):  # otherwise the ranker has no opinion on any of these pairs
+                shown = f"{NAMES[statistics.made].get(name, name)}: {average.__name__} {average(values):{digits}}"
+                # A thousand of the values give the same picture as millions
+                thinned = np.sort(values)[np.linspace(0, len(values) - 1, min(len(values), 1000)).round().astype(int)]
+                axes.ecdf(thinned, label=shown, color=COLORS[place], linewidth=3.4 - 0.7 * place)  # equal curves show
+        axes.set(title=title, xlabel=label, ylabel=f"share of {whole} at or below")
+        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize="small", frameon=False)
+    for axes, curves in zip(drawn, (numbers.rewards, numbers.lengths), strict=False):
+        values = curves["candidates"]
+        low, high = np.quantile(values, [0.05, 0.95])
+        low, high = low - (high - low), high + (high - low)
+        # Outliers leave the panel, as they would squeeze the curves into one line. Normal values have none.
+        if low < high and (outside := int(np.sum((values < low) | (values > high)))):
+            axes.set_xlim(max(low, values.min()), min(high, values.max()))
+            axes.set_xlabel(f"{axes.get_xlabel()}, outside: {outside:,} of {len(values):,} candidates")
+    drawn[2].set_xlim(0.49, 1.01)
+    drawn[2].axvline(0.5, color="black", linestyle=":")
+    drawn[-1].set_xlim(left=0 if is_rso else None)
     figure.savefig(path, dpi=120, format="png")
 
 
-def dataset_card(settings: Settings, statistics: SamplingStatistics, dataset: Dataset) -> str:
+def dataset_card(settings: Settings, statistics: SamplingStatistics, dataset: Dataset, has_plot: bool = True) -> str:
     """Write the README.md of a sampled dataset, by which the Hub and `load_dataset(folder, "pairs")` read it.
 
-    `settings` are those of the manifest, and `dataset` holds the pairs or rankings. The card depends on the arguments
-    alone.
+    `settings` are those of the manifest, `dataset` holds the pairs or rankings, and `has_plot` says whether
+    `statistics.png` was drawn. The card depends on the arguments alone.
     """
     # `load_dataset` finds a folder in its cache by these lines, and not by what is in the folder: without the
     # fingerprint, a dataset that was made anew in the same place would be read as it was before
@@ -251,8 +329,35 @@ def dataset_card(settings: Settings, statistics: SamplingStatistics, dataset: Da
         tags=["trl", "prefopt-trl", "preference", settings["strategy"], settings["pairing"]],
         pretty_name=f"Sampled preferences ({statistics.made})",
     )
-    card = render("dataset", metadata, settings=settings, statistics=statistics, columns=dataset.column_names)
+    shown = {"columns": dataset.column_names, "examples": example_rows(dataset), "has_plot": has_plot}
+    card = render("dataset", metadata, settings=settings, statistics=statistics, **shown)
     return f"{card}\n"
+
+
+def example_rows(dataset: Dataset) -> list[list[str]]:
+    """Return table rows (what, reward, text) of the first rows of `dataset` with different prompts."""
+    first: dict[str, Row] = {}
+    for row in dataset:
+        first.setdefault(json.dumps(row["prompt"]), row)
+        if len(first) == EXAMPLES:
+            break
+    rows = []
+    for row in first.values():
+        rows.append(["**prompt**", "", shortened(row["prompt"])])
+        if "chosen" in row:
+            texts = [(name, row[f"{name}_reward"], row[name]) for name in ("chosen", "rejected")]
+        else:
+            texts = [(f"rank {at + 1}", reward, row["completions"][at]) for at, reward in enumerate(row["rewards"])]
+        rows += [[name, f"{reward:.2f}", shortened(text)] for name, reward, text in texts]
+    return rows
+
+
+def shortened(value: Prompt | Completion) -> str:
+    """Format a text as code, with a sign for a line break; of a long one the beginning, and its length."""
+    text = value if isinstance(value, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in value)
+    text = text.strip()
+    shown = code(" ⏎ ".join(text[:EXAMPLE_CHARACTERS].splitlines())) if text else "(empty)"
+    return shown if len(text) <= EXAMPLE_CHARACTERS else f"{shown} … ({len(text):,} characters)"
 
 
 def read_sampled(folder: str | Path) -> tuple[Settings, SamplingStatistics] | None:

@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import yaml
 from datasets import Dataset, load_dataset, load_from_disk
 from huggingface_hub import DatasetCard
 from huggingface_hub.utils import filter_repo_objects
+from markdown import markdown
 
 from prefopt_trl.runtime.hub import PushError
 from prefopt_trl.sampling.statistics import (
@@ -137,6 +139,8 @@ def test_the_statistics_are_as_they_are_printed() -> None:
     assert f"\n```text\n{STATISTICS}\n```\n" in text and "\n2376 pairs from 1188 of 1200 prompts\n" in text
     assert "of which up to 4\ndistinct ones are kept by statistical rejection sampling" in text
     assert "Warning" not in text
+    assert re.search(r"\n!\[.+\]\(statistics.png\)\n\n## Use", text)
+    assert "statistics.png" not in dataset_card(SETTINGS, STATISTICS, PAIRS, has_plot=False)
     warned = dataset_card(SETTINGS | {"strategy": "top-k"}, replace(STATISTICS, warning="Too small a beta."), PAIRS)
     assert "\n> **Warning:** Too small a beta.\n" in warned
     assert "of which up to 4\ndistinct ones with the highest rewards are kept" in warned
@@ -184,6 +188,48 @@ def test_no_text_is_read_as_markdown(text: str) -> None:
     for table, value in ((columns, "given with the prompts"), (settings, "`1`")):
         names = [code(name) for name, (found, *_) in rows(table).items() if found == value]
         assert text in [json.loads(f'"{name}"') for name in names]
+
+
+HOSTILE = [
+    "# Title\n\n![image](http://x/y.png) [link](javascript:alert(1))\n\n---\n| a | b |\n| --- | --- |\n",
+    "``` ````\n```html\n<h1>Title</h1>\n```\n",
+    "` <img src=x onerror=alert(1)> `` <script>alert(1)</script> ``` [a](b) ` | ` <h1>",
+    '</code></td></table><h1>Title</h1><a href="x">y</a> load_dataset("other", "pairs") <!-- ',
+    "\\` <img src=x> \\| <script> {{ settings }} \\",
+]
+
+
+@pytest.mark.parametrize("made", ["pairs", "rankings"])
+def test_no_example_is_read_as_markdown_or_html(made: str) -> None:
+    def card(texts: list[str]) -> str:
+        columns: dict[str, list] = {"prompt": [f"{row} {text}" for row, text in enumerate(texts)]}
+        if made == "pairs":
+            columns |= {"chosen": texts, "rejected": texts, "chosen_reward": [1.0] * 5, "rejected_reward": [0.0] * 5}
+        else:
+            columns |= {"completions": [texts] * 5, "rewards": [[0.0] * 5] * 5}
+        return dataset_card(SETTINGS, replace(STATISTICS, made=made), Dataset.from_dict(columns))
+
+    def tags(card: str) -> list[str]:
+        return re.findall(r"<[!/]?[a-z-]+", markdown(card.split("---\n", 2)[2], extensions=["tables", "fenced_code"]))
+
+    hostile = card(HOSTILE)
+    assert tags(hostile) == tags(card(["usual"] * 5))
+    assert hostile.index('load_dataset("this/repository"') == hostile.index("load_dataset(")  # as a push expects
+
+
+def test_examples_are_the_first_rows_of_different_prompts_and_long_texts_are_shortened() -> None:
+    rows_of = [
+        {"prompt": prompt, "chosen": f"{row}\nbest", "rejected": " ", "chosen_reward": row, "rejected_reward": -1.234}
+        for row, prompt in enumerate("aabcdef")
+    ]
+    rows_of[3]["chosen"], rows_of[4]["chosen"] = "x" * 1501, "y" * 500
+    examples = dataset_card(SETTINGS, STATISTICS, Dataset.from_list(rows_of)).split("## Examples")[1]
+    lines = [line for line in examples.split("## Columns")[0].splitlines() if line.startswith("| ")][2:]
+    assert lines[:3] == ["| **prompt** |  | `a` |", "| chosen | 0.00 | `0 ⏎ best` |", "| rejected | -1.23 | (empty) |"]
+    assert [line for line in lines if "prompt" in line] == [f"| **prompt** |  | `{name}` |" for name in "abcde"]
+    assert f"| chosen | 3.00 | `{'x' * 500}` … (1,501 characters) |" in lines
+    assert f"| chosen | 4.00 | `{'y' * 500}` |" in lines
+    assert "| chosen | 1.00 | `assistant: Hello` |" in dataset_card(SETTINGS, STATISTICS, PAIRS)
 
 
 def test_rankings_are_for_the_trainers_on_rankings() -> None:
@@ -239,6 +285,10 @@ def test_what_is_not_finished_is_not_pushed(hub: Hub, tmp_path: Path, state: str
 
 
 def test_how_it_was_sampled_is_read_again(folder: Path) -> None:
+    assert read_sampled(folder) == (SETTINGS, STATISTICS)
+    earlier = STATISTICS.as_dict()  # without numbers that came later
+    del earlier["length_quantiles"], earlier["acceptance_quantiles"]
+    (folder / "statistics.json").write_text(json.dumps(earlier))
     assert read_sampled(folder) == (SETTINGS, STATISTICS)
 
 

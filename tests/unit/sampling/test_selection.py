@@ -12,7 +12,7 @@ from prefopt_trl import SamplingOptions
 from prefopt_trl.rankers import FunctionRanker
 from prefopt_trl.rankers.base import Ranker, sigmoid
 from prefopt_trl.sampling.selection import preference_rows, select_and_pair
-from prefopt_trl.sampling.statistics import SamplingStatistics, summarize
+from prefopt_trl.sampling.statistics import Numbers, SamplingStatistics, summarize
 from tests.unit.laws import CHANCE
 
 
@@ -36,8 +36,7 @@ def scored(*rows: Sequence[str], prompts: Sequence[str] | None = None) -> Datase
 class Selection:
     pairs: Dataset
     statistics: SamplingStatistics
-    rewards: dict[str, np.ndarray]
-    label_probabilities: dict[str, np.ndarray]
+    numbers: Numbers
 
 
 def select(candidates: Dataset, ranker: Ranker = RANKER, seed: int = 0, **options) -> Selection:
@@ -48,13 +47,13 @@ def select(candidates: Dataset, ranker: Ranker = RANKER, seed: int = 0, **option
     selected = select_and_pair(prompts, completions, rewards, ranker, how, seed=seed)
     finished = candidates["finished"][:] if "finished" in candidates.column_names else None
     num_unfinished = None if finished is None else sum(row.count(False) for row in finished)
-    statistics, *drawn = summarize(selected, num_unfinished, how)
+    statistics, numbers = summarize(zip(candidates, selected, strict=True), num_unfinished, how)
     pairs = [
         pair
         for row, kept in zip(candidates, selected, strict=True)
         for pair in preference_rows(row, kept, how.pairing)
     ]
-    return Selection(Dataset.from_list(pairs), statistics, *drawn)
+    return Selection(Dataset.from_list(pairs), statistics, numbers)
 
 
 def kept(pairs: Dataset) -> dict[str, set[str]]:
@@ -141,7 +140,7 @@ def test_top_k_and_beta_0_keep_the_highest_distinct_candidates_and_count_prompts
     assert Counter(selected.pairs["prompt"]) == {"p1": 3, "p3": 1, "p4": 3, "low": 3}
     assert selected.statistics.num_prompts == 6
     assert (selected.statistics.num_skipped, selected.statistics.num_short) == (2, 1)
-    assert selected.statistics.num_candidates == len(selected.rewards["candidates"]) == 20
+    assert selected.statistics.num_candidates == len(selected.numbers.rewards["candidates"]) == 20
     assert selected.statistics.num_duplicates == 5
 
 
@@ -267,6 +266,7 @@ def test_statistics_are_those_worked_out_by_hand() -> None:
     assert (statistics.num_candidates, statistics.num_duplicates, statistics.num_unfinished) == (6, 1, 4)
     # Theorem 1: 1/2 (1 + exp(-1/2)) and 1/2 (1 + exp(-4/2)), over distinct candidates
     assert statistics.acceptance_rate == pytest.approx((2 + math.exp(-0.5) + math.exp(-2)) / 4)
+    assert statistics.acceptance_quantiles[::6] == pytest.approx([(1 + math.exp(-2)) / 2, (1 + math.exp(-0.5)) / 2])
     sure = (1 / (1 + math.exp(-1)) + 1 / (1 + math.exp(-4))) / 2
     assert statistics.label_probability_before == pytest.approx(sure)
     assert statistics.label_probability_after == pytest.approx(sure)
@@ -276,8 +276,8 @@ def test_statistics_are_those_worked_out_by_hand() -> None:
         "chosen": (2, 3.5, 5),
         "rejected": (1, 1, 1),
     }
-    assert sorted(selected.rewards["accepted"]) == [1, 1, 2, 5]
-    assert sorted(selected.label_probabilities["pairs made"]) == pytest.approx(sorted(sigmoid(np.array([1.0, 4.0]))))
+    assert sorted(selected.numbers.rewards["accepted"]) == [1, 1, 2, 5]
+    assert sorted(selected.numbers.probabilities["pairs made"]) == pytest.approx(sorted(sigmoid(np.array([1.0, 4.0]))))
 
 
 @pytest.mark.parametrize("strategy", ["sft", "top-k"])
@@ -294,7 +294,8 @@ def test_a_beta_that_leaves_close_pairs_is_warned_of() -> None:
     assert small.label_probability_before > 0.75
     assert small.warning is not None
     assert "`rejection_beta`=0 is too small for this ranker" in small.warning
-    assert select(scored(*[row] * 20), num_samples=4, rejection_beta=0.0, strategy="top-k").statistics.warning is None
+    top = select(scored(*[row] * 20), num_samples=4, rejection_beta=0.0, strategy="top-k").statistics
+    assert "rejection_beta" not in str(top.warning)  # but "8.01" is longer than "1"
     assert select(scored(*[row] * 20), num_samples=4, rejection_beta=4.0).statistics.warning is None
 
 
