@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from prefopt_trl import load_hh_rlhf
-from prefopt_trl.data.hh_rlhf import HUMAN_TURN
 from tests.real.conftest import PACKAGES
 
 pytestmark = pytest.mark.real
@@ -23,12 +21,15 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 analyzer = SentimentIntensityAnalyzer()
 
 def sentiment(prompts, completions, **kwargs):  # a lexicon's, in [-5, 5]
-    return [5 * analyzer.polarity_scores(completion[-1]["content"])["compound"] for completion in completions]
+    return [5 * analyzer.polarity_scores(completion)["compound"] for completion in completions]
 
 def brevity(prompts, completions, **kwargs):
-    return [-len(completion[-1]["content"]) / 50 for completion in completions]
+    return [-len(completion) / 50 for completion in completions]
 """
-LONGEST = 40  # tokens of a completion
+SUBJECTS = {
+    "train": "film hotel restaurant book phone lecture concert museum",
+    "test": "airline garden train bicycle bakery game school lake",
+}
 
 
 def command(*words: Any) -> list[str]:
@@ -36,15 +37,13 @@ def command(*words: Any) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: Any, shared_dir: Path) -> Path:
-    """Judges, and short single-turn prompts of HH-RLHF as messages: 40 to train on, 32 to evaluate on."""
+def folder(tmp_path_factory: Any) -> Path:
+    """Judges, and beginnings of reviews to continue: 24 to train on, and 24 of other subjects to evaluate on."""
     folder = tmp_path_factory.mktemp("evaluation")
     (folder / "judges.py").write_text(JUDGES)
-    prompts = load_hh_rlhf(str(shared_dir / "data/hh_rlhf/harmless-base/test.jsonl.gz"))["prompt"][:]
-    short = [prompt for prompt in dict.fromkeys(prompts) if prompt.count(HUMAN_TURN) == 1 and len(prompt) < 90][:72]
-    texts = [prompt.removeprefix(HUMAN_TURN).removesuffix("\n\nAssistant:").strip() for prompt in short]
-    for name, part in {"train": texts[:40], "test": texts[40:]}.items():
-        rows = [{"prompt": [{"role": "user", "content": text}]} for text in part]
+    for name, subjects in SUBJECTS.items():
+        starts = ["It was", "I think", "The first thing"]
+        rows = [{"prompt": f"My review of the {one}: {start}"} for one in subjects.split() for start in starts]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -63,15 +62,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_rso_is_better_by_its_reward_and_a_killed_evaluation_gives_the_same_bytes(
     folder: Path, smollm2_dir: Path
 ) -> None:
-    how = ["--max_new_tokens", LONGEST, "--generation_memory_budget", 2]
-    learning = ["--use_peft", "--learning_rate", 2e-4, "--gamma", 0.1, "--per_device_train_batch_size", 8]
-    learning += ["--max_steps", 20, "--num_candidates", 12, "--num_samples", 6, "--rejection_beta", 2, "--bf16", False]
-    learning += ["--report_to", "none", "--dataset_name", "train.jsonl", "--ranker", "judges.py:sentiment"]
+    how = ["--max_new_tokens", 16]
+    learning = ["--use_peft", "--lora_r", 8, "--lora_alpha", 16, "--lora_target_modules", "all-linear"]
+    learning += ["--learning_rate", 1e-3, "--lr_scheduler_type", "constant", "--per_device_train_batch_size", 8]
+    learning += ["--max_steps", 16, "--num_candidates", 16, "--bf16", False, "--report_to", "none"]
+    learning += ["--dataset_name", "train.jsonl", "--ranker", "judges.py:sentiment"]
     run(folder, "rso", "--model_name_or_path", smollm2_dir, "--output_dir", "rso", *learning, *how)
 
     words = ["evaluate", "--policies", f"sft={smollm2_dir}", "rso=rso", "--reference", "sft", "--against", "sft"]
     words += ["--judges", "judges.py:sentiment", "judges.py:brevity", "--dataset_name", "test.jsonl", *how]
-    words += ["--num_completions", 4]
+    words += ["--num_completions", 8]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), str(PACKAGES)])}
     killed = subprocess.Popen(
         command(*words, "--output_dir", "killed"), cwd=folder, env=environment, start_new_session=True
@@ -89,6 +89,6 @@ def test_rso_is_better_by_its_reward_and_a_killed_evaluation_gives_the_same_byte
     print(printed)
     found = json.loads((folder / "whole/evaluation.json").read_text())["policies"]["rso"]
     difference = found["judges"]["sentiment"]["minus"]["sft"]
-    assert difference["mean"] > 3 * difference["standard_error"] > 0  # by chance less than once in 700
+    assert difference["mean"] > 5 * difference["standard_error"] > 0  # and not by chance, once in 10^6
     assert found["kl"]["mean"] > 0
     assert "| sft    |" in printed and "Judge: brevity, against: sft" in printed
