@@ -29,12 +29,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "offline": {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6},
     "online": {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6, "sampling": "online"},
     "bootstrap": {"bootstrap_parts": 2, "max_new_tokens": 6},
-    "judged": {
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_reward",
-    },
+    "judged": {"eval_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "eval_reward"},
 }
 
 
@@ -58,7 +53,8 @@ def train(cell: Cell, engine: str, folder: Path, arguments: dict[str, Any]) -> d
         "holds_reference_model": trainer.ref_model is not None,
     }
     if cell.data == "judged":
-        record |= {"evaluations": evaluations(trainer), "best": Path(trainer.state.best_model_checkpoint).name}
+        record["best"] = Path(trainer.state.best_model_checkpoint).name
+        record["evaluations"] = [log for log in trainer.state.log_history if "eval_win_rate" in log]
         record["after"] = trainer.evaluate()["eval_reward"]
     trainer.save_model(str(output_dir / "saved"))
     if cell.data == "given":
@@ -66,12 +62,8 @@ def train(cell: Cell, engine: str, folder: Path, arguments: dict[str, Any]) -> d
     trainer = make(cell, engine, folder, output_dir, arguments)
     trainer.train(resume_from_checkpoint=str(output_dir / "checkpoint-1"))
     record["resumed_losses"] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    record["resumed_evaluations"] = evaluations(trainer)
+    record["resumed_evaluations"] = [log for log in trainer.state.log_history if "eval_win_rate" in log]
     return record
-
-
-def evaluations(trainer: Any) -> list[dict[str, float]]:
-    return [log for log in trainer.state.log_history if "eval_win_rate" in log]
 
 
 @contextmanager
