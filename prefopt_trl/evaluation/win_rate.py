@@ -59,15 +59,14 @@ class WinRateCallback(TrainerCallback):
 
     It adds to the metrics of [`~transformers.Trainer.evaluate`], so `metric_for_best_model="eval_reward"`,
     `load_best_model_at_end` and [`~transformers.EarlyStoppingCallback`] (after this one in `callbacks`) work: RSO
-    takes the checkpoint with the highest reward (section 5). The metrics are means over prompts
-    (NaN if the judge has no opinion on any completion):
+    takes the checkpoint with the highest reward (section 5). The metrics are means over prompts:
 
     - `eval_reward`, in nats: the judge's own reward, or against the opponent's completion if it only compares;
     - `eval_win_rate`, a tie counting half, and `eval_lc_win_rate`, of completions as long as the opponent's
       ([`length_controlled_win_rate`]);
     - `eval_kl`, from the reference model by the tokens drawn, in nats per completion;
     - `eval_length`, in tokens, and `eval_finished`, the share of completions that ended by themselves;
-    - the standard errors of all but the last two, as `eval_reward_se` and so on.
+    - the standard errors of all but the last two, as `eval_reward_se`; NaN if the judge has no opinion at all.
 
     `output_dir/evaluations/` gets every completion and verdict, of the start of training and of each evaluation. The
     opponent is sampled and rewarded once, and read again by a resumed run. Each process does its share. At the end of

@@ -174,7 +174,7 @@ def test_it_changes_no_loss_and_is_logged_once(by_trainer, folder, tmp_path, rec
     saved = json.loads((tmp_path / "with" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert [log["step"] for log in saved if "eval_win_rate" in log] == [0, 1, 2]
     assert not [one for one in (*recwarn, *caplog.messages) if "use_cache" in str(one)]
-    assert (tmp_path / "with" / "report.md").is_file()
+    assert "<th>step 0</th><th>step 3</th>" in (tmp_path / "with" / "report.md").read_text()
     assert trainer.evaluate() and len(judge.asked) == 5 * 12  # again, after training
 
 
