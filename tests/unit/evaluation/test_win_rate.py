@@ -123,7 +123,6 @@ def plain_logp(model, prompt, ids):
 
 
 def measured(trainer):
-    """The metrics in the log, by step."""
     logs = [log for log in trainer.state.log_history if "eval_win_rate" in log]
     assert len({log["step"] for log in logs}) == len(logs)
     return {log["step"]: {key: value for key, value in log.items() if key.startswith("eval_")} for log in logs}
