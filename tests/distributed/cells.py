@@ -19,7 +19,8 @@ class Cell:
             is a copy) or `"qlora"` (nf4, double quantisation, `paged_adamw_8bit`).
         data (`str`):
             `"given"` completions; `"scored"` ones, to which a ranker gives rewards first; or prompts that are sampled
-            `"offline"` or `"online"`. `"bootstrap"` adds samples to given completions.
+            `"offline"` or `"online"`. `"bootstrap"` adds samples to given completions. With `"judged"` ones, fresh
+            samples choose the checkpoint that is loaded at the end.
     """
 
     trainer: str
@@ -55,6 +56,7 @@ def cells(engine: str) -> list[Cell]:
         *(Cell("RSO", weights, "online", options={"sampling_policy": "reference"}) for weights in ("full", "lora")),
         *(Cell("PRO", weights, "bootstrap") for weights in ("full", "lora")),
         Cell("PRO", data="scored"),
+        *(Cell("RSO", weights, "judged") for weights in ("full", "lora")),
         *(Cell(trainer, options={"eval_strategy": "steps", "eval_steps": 1}) for trainer in ("RSO", "PRO")),
         *(Cell(trainer, "qlora") for trainer in TRAINERS if engine in ("alone", "ddp")),
         *(Cell("RSO", "qlora", data) for data in ("offline", "online") if engine in ("alone", "ddp")),

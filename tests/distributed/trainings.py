@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import prefopt_trl
-from prefopt_trl import PairwiseRanker
+from prefopt_trl import PairwiseRanker, WinRateCallback
 from prefopt_trl.sampling import pipeline
 from prefopt_trl.sampling.shards import Shards
 
@@ -29,6 +29,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "offline": {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6},
     "online": {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6, "sampling": "online"},
     "bootstrap": {"bootstrap_parts": 2, "max_new_tokens": 6},
+    "judged": {"eval_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "eval_reward"},
 }
 
 
@@ -51,12 +52,17 @@ def train(cell: Cell, engine: str, folder: Path, arguments: dict[str, Any]) -> d
         "grad_norms": [log["grad_norm"] for log in logs],
         "holds_reference_model": trainer.ref_model is not None,
     }
+    if cell.data == "judged":
+        record["best"] = Path(trainer.state.best_model_checkpoint).name
+        record["evaluations"] = [log for log in trainer.state.log_history if "eval_win_rate" in log]
+        record["after"] = trainer.evaluate()["eval_reward"]
     trainer.save_model(str(output_dir / "saved"))
     if cell.data == "given":
         record["eval_loss"] = trainer.evaluate()["eval_loss"]
     trainer = make(cell, engine, folder, output_dir, arguments)
     trainer.train(resume_from_checkpoint=str(output_dir / "checkpoint-1"))
     record["resumed_losses"] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    record["resumed_evaluations"] = [log for log in trainer.state.log_history if "eval_win_rate" in log]
     return record
 
 
@@ -133,12 +139,18 @@ def make(cell: Cell, engine: str, folder: Path, output_dir: Path, arguments: dic
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
         )
-    if cell.data != "given":
-        others["ranker"] = PairwiseRanker(str(folder / "ranker"))
-    if cell.data == "given":
+    if cell.data in ("given", "judged"):
         others["eval_dataset"] = examples(cell)
+    else:
+        others["ranker"] = PairwiseRanker(str(folder / "ranker"))
     trainer_class = getattr(prefopt_trl, f"{cell.trainer}Trainer")
-    return trainer_class(model, args=args, train_dataset=examples(cell), **others)
+    trainer = trainer_class(model, args=args, train_dataset=examples(cell), **others)
+    if cell.data == "judged":
+        against = "reference" if cell.weights == "lora" else str(folder / "tied")  # which each process loads
+        prompts = PROMPTS + [f"Now: {prompt}" for prompt in PROMPTS]  # for each of two processes, 8
+        judge = PairwiseRanker(str(folder / "ranker"))
+        trainer.add_callback(WinRateCallback(judge, prompts, against, trainer=trainer, max_new_tokens=6))
+    return trainer
 
 
 def gathered_to_change(parameter: torch.nn.Parameter) -> Any:
