@@ -168,20 +168,20 @@ def verdicts(
     elif against is not None:
         opponents = completions[against]
         for turn in range(max(map(len, opponents))):
-            meet = [row for row in rows if turn < len(opponents[row])]
-            picked = [
-                [at for at, (_, place) in enumerate(flat[row]) if place % len(opponents[row]) == turn] for row in meet
+            places = [
+                [at for at, (_, place) in enumerate(flat[row]) if place % len(opponents[row]) == turn] for row in rows
             ]
+            meet = [row for row in rows if places[row]]
             scored, _ = ask_rewards(
                 judge,
                 [prompts[row] for row in meet],
-                [[texts[row][at] for at in chosen] for row, chosen in zip(meet, picked, strict=True)],
+                [[texts[row][at] for at in places[row]] for row in meet],
                 baselines=[opponents[row][turn] for row in meet],
                 columns={name: [values[row] for row in meet] for name, values in columns.items()},
                 may_abstain=True,
             )
-            for row, chosen, of_row in zip(meet, picked, scored, strict=True):
-                rewards[row][chosen] = of_row
+            for row, of_row in zip(meet, scored, strict=True):
+                rewards[row][places[row]] = of_row
     found: dict[str, list[dict[str, list[float | None]]]] = {name: [] for name in completions}
     for row in rows:
         at = dict(zip(flat[row], rewards[row], strict=True))
