@@ -144,7 +144,8 @@ def verdicts(
 ) -> dict[str, list[dict[str, list[float | None]]]]:
     """Ask a judge about all completions of each prompt at once.
 
-    The i-th completion of a policy meets the opponent's i-th (modulo their number). Equal texts are a tie.
+    The i-th completion of a policy meets the opponent's i-th (modulo their number). Equal texts are a tie, unless the
+    judge has no opinion.
 
     Args:
         against (`str`, *optional*):
@@ -193,7 +194,7 @@ def verdicts(
                 meets = [place % len(theirs) for place in range(len(own))]
                 is_tie = [one == theirs[place] for one, place in zip(of_policy[row], meets, strict=True)]
                 advantages = own if judge.draws_baselines else own - np.array([at[against, place] for place in meets])
-                advantages = np.where(is_tie, 0.0, advantages)
+                advantages = np.where(is_tie, 0 * advantages, advantages)
                 won = judge.verdicts(sigmoid(advantages))
                 own = advantages if judge.draws_baselines else own
             found[name].append({"rewards": as_numbers(own), "wins": as_numbers(won)})

@@ -1,21 +1,35 @@
-"""What is measured of a policy's samples, against values known beforehand."""
+"""Policies evaluated, against values known beforehand: sampled, given or chosen; in any number of pieces."""
 
 import json
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefopt_trl import FunctionRanker
-from prefopt_trl.data.tokenization import chat_options
-from prefopt_trl.evaluation.policy import Estimate, evaluate_policy
+from prefopt_trl import BestOf, FunctionRanker, evaluate_policy, sample_completions
+from prefopt_trl.evaluation import policy as module
+from prefopt_trl.evaluation.metrics import Estimate
+from prefopt_trl.quickstart.kitchen import MAX_NEW_TOKENS, ControlledTask, true_reward
+from prefopt_trl.sampling import store
+from tests.hub_server import contents
+from tests.unit.known_rankers import Reader
 
-PROMPTS = [f"The fox number {number}" for number in range(40)]
+PROMPTS = [f"The fox number {number}" for number in range(10)]
+
+
+def text_of(completion):
+    return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 def length(prompts, completions, **kwargs):
-    return [float(len(text)) for text in completions]
+    return [float(len(text_of(one))) for one in completions]
+
+
+LENGTH = FunctionRanker(length)
 
 
 @pytest.fixture(scope="module")
@@ -23,89 +37,346 @@ def tokenizer(tiny_llama_dir):
     return AutoTokenizer.from_pretrained(tiny_llama_dir)
 
 
-def load(folder, end_bias=None):
-    """The policy or, with a bias, one for which all other tokens are equally likely."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    if end_bias is not None:
-        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
-        model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
-        model.lm_head.bias.data[model.config.eos_token_id] = end_bias
+@pytest.fixture(scope="module")
+def model(tiny_llama_dir):
+    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+
+
+def biased(model, end_bias):
+    """The model with other odds of its end; all other tokens are equally likely."""
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
+    model.lm_head.bias.data[model.config.eos_token_id] = end_bias
     return model
 
 
-def evaluate(policy, reference, tokenizer, targets, **kwargs):
-    return evaluate_policy(
-        policy, reference, tokenizer, FunctionRanker(length), PROMPTS, targets, max_new_tokens=6, **kwargs
-    )
+def load(folder, end_bias=None, seed=None):
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    if seed is not None:
+        loaded.lm_head.weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
+    return loaded if end_bias is None else biased(loaded, end_bias)
 
 
-def test_estimate_is_the_mean_and_its_standard_error():
-    assert Estimate.of(np.array([1, 2, 3, 6])) == Estimate(3.0, pytest.approx(np.sqrt(14 / 3 / 4)))
+def evaluate(policies, tokenizer, prompts=PROMPTS, judges=LENGTH, **options):
+    return evaluate_policy(policies, tokenizer, prompts, judges=judges, **{"max_new_tokens": 6, **options})
 
 
-def test_a_policy_is_at_distance_zero_from_itself(tiny_llama_dir, tokenizer):
-    policy = load(tiny_llama_dir)
-    assert evaluate(policy, policy, tokenizer, ["a"] * 40)["kl"] == Estimate(0.0, 0.0)
+def completions_of(found, name):
+    return [row["completion"] for row in found.policies[name].rows]
 
 
-def test_kl_of_a_policy_that_always_says_one_token(tiny_llama_dir, tokenizer):
-    # A policy that must end at once, against one for which every token is equally likely: KL = ln(vocabulary)
-    policy, reference = load(tiny_llama_dir, end_bias=100.0), load(tiny_llama_dir, end_bias=0.0)
-    result = evaluate(policy, reference, tokenizer, ["a"] * 40)
-    assert result["kl"].mean == pytest.approx(np.log(len(tokenizer)), abs=1e-4)
-    assert result["ranker_reward"].mean == -1.0  # the empty text, against a target of one letter
+# Known truths
 
 
-def test_wins_count_ties_as_half(tiny_llama_dir, tokenizer):
-    policy = load(tiny_llama_dir, end_bias=100.0)  # every sample is empty
-    targets = [""] * 20 + ["longer"] * 20
-    result = evaluate(policy, policy, tokenizer, targets, true_reward=lambda prompts, completions: [0.0] * 40)
-    assert result["ranker_win_rate"].mean == 0.25
-    assert result["true_win_rate"].mean == 0.5
-    assert result["true_reward"] == Estimate(0.0, 0.0)
+def test_a_better_and_a_worse_policy_are_told_apart_and_a_policy_from_itself_is_not(tmp_path):
+    """A policy of random words in the kitchen, and its best and its worst of 4 by the truth.
+
+    The differences are more than 6 standard errors, so a test at p < 0.01 misses one with a chance below 1e-3. The
+    policy against itself, with another seed, is wrongly told apart with a chance of 1% by each of the two numbers.
+    """
+    task, truth = ControlledTask(num_eval_prompts=64), FunctionRanker(true_reward)
+    tokenizer, prompts = task.tokenizer(), task.eval_dataset["prompt"][:]
+    base = biased(task.policy_model(tokenizer), end_bias=3.0)
+    again = sample_completions(base, tokenizer, prompts, 2, max_new_tokens=MAX_NEW_TOKENS, seed=1)
+    lie = FunctionRanker(lambda prompts, completions: [-one for one in true_reward(prompts, completions)])
+    policies = {"base": base, "better": BestOf(base, 4, truth), "worse": BestOf(base, 4, lie), "again": again}
+    options = {"max_new_tokens": MAX_NEW_TOKENS, "num_completions": 2, "against": "base"}
+    found = evaluate(policies, tokenizer, prompts, {"truth": truth}, **options)
+    for name, sign in (("better", 1), ("worse", -1)):
+        difference, rate = found.difference(name, "base"), found.judged["truth"][name]["win_rate"]
+        assert sign * difference.mean > 6 * difference.standard_error and difference.p_value() < 0.01
+        assert sign * (rate.mean - 0.5) > 6 * rate.standard_error and rate.p_value(0.5) < 0.01
+    assert found.difference("again", "base").p_value() > 0.01
+    assert found.judged["truth"]["again"]["win_rate"].p_value(0.5) > 0.01
+    assert completions_of(found, "again") != completions_of(found, "base")
+
+
+def test_kl_and_entropy_of_policies_with_a_known_distribution(tiny_llama_dir, tokenizer):
+    # One that ends at once against one for which every token is equally likely: KL = ln(vocabulary)
+    policies = {"certain": load(tiny_llama_dir, end_bias=100.0), "uniform": load(tiny_llama_dir, end_bias=0.0)}
+    found = evaluate(policies, tokenizer, reference="uniform", num_completions=2).estimates
+    assert found["certain"]["kl"].mean == pytest.approx(np.log(len(tokenizer)), abs=1e-4)
+    assert found["certain"]["entropy"].mean == pytest.approx(0, abs=1e-4)
+    assert found["certain"]["finished"].mean == found["certain"]["tokens"].mean == 1
+    assert found["uniform"]["kl"] == Estimate(0.0, 0.0)
+    assert found["uniform"]["entropy"].mean == pytest.approx(np.log(len(tokenizer)), abs=1e-4)
 
 
 def test_kl_is_that_of_the_tokens_drawn(tiny_llama_dir, tokenizer):
     # Many of a random model's tokens are parts of a character, which a text does not keep
-    policy, reference = load(tiny_llama_dir), load(tiny_llama_dir)
-    generator = torch.Generator().manual_seed(0)
-    for model in (policy, reference):
-        model.lm_head.weight.data.normal_(0, 0.3, generator=generator)
+    policies = {"policy": load(tiny_llama_dir, seed=0), "reference": load(tiny_llama_dir, seed=1)}
     ids = tokenizer("The fox", return_tensors="pt")["input_ids"]
-    logps, ref_logps = (model(ids).logits[0, -1].detach().double().log_softmax(-1) for model in (policy, reference))
+    logps, ref_logps = (of(ids).logits[0, -1].detach().double().log_softmax(-1) for of in policies.values())
     exact = (logps.exp() * (logps - ref_logps)).sum().item()
-    kl = evaluate_policy(
-        policy, reference, tokenizer, FunctionRanker(length), ["The fox"] * 2000, ["a"] * 2000, max_new_tokens=1
-    )["kl"]
+    found = evaluate(policies, tokenizer, ["The fox"] * 2000, reference="reference", max_new_tokens=1)
+    kl = found.estimates["policy"]["kl"]
     assert exact > 0.1
     assert abs(kl.mean - exact) < 5 * kl.standard_error < 0.5 * exact  # by chance wrong once in a million
+
+
+def test_where_the_kl_is_not_known(model, tokenizer, tiny_llama_dir, caplog):
+    other = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    other.add_tokens(["fox"])
+    policies = {"policy": model, "best": BestOf(model, 2, LENGTH), "other": (load(tiny_llama_dir), other)}
+    policies["other"][0].resize_token_embeddings(len(other))
+    found = evaluate(policies, tokenizer, reference="policy", against="policy")
+    assert [name for name in policies if "kl" in found.estimates[name]] == ["policy"]
+    assert caplog.messages.count("The KL of policies with another tokenizer than policy is not known.") == 1
+    assert "entropy" in found.estimates["other"] and "entropy" not in found.estimates["best"]
+    assert "win_rate" in next(iter(found.judged.values()))["other"]  # texts are compared
+    found = evaluate({"policy": model}, tokenizer, reference="policy", temperature=0.7)
+    assert set(found.estimates["policy"]) == {"tokens", "characters", "finished"}
+
+
+def test_wins_against_targets_count_ties_as_half(tiny_llama_dir, tokenizer):
+    policy = load(tiny_llama_dir, end_bias=100.0)  # every sample is empty
+    rows = Dataset.from_dict({"prompt": PROMPTS, "target": [""] * 5 + ["longer"] * 5, "level": range(10)})
+
+    def odd(prompts, completions, level):
+        return [float(len(text)) if one % 2 else None for text, one in zip(completions, level, strict=True)]
+
+    judges = {"all": LENGTH, "odd": FunctionRanker(odd), "pairs": Reader(0.0)}
+    judges["pairs"].both_orders = lambda prompts, first, second, rows=None: np.full((len(prompts), 2), 0.75)
+    found = evaluate(policy, tokenizer, rows, judges, against="target").judged
+    assert found["all"]["policy"]["win_rate"].mean == 0.25 and found["all"]["policy"]["reward"].mean == 0
+    assert found["odd"]["policy"]["win_rate"].mean == 0.2  # two ties in five prompts
+    assert found["odd"]["policy"]["win_rate"].standard_error == pytest.approx(np.sqrt(0.3 / 4 / 5))
+    assert [found["pairs"]["policy"][name].mean for name in ("win", "tie", "loss")] == [0.5, 0.5, 0]
+
+
+# What is evaluated
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_models_columns_lists_and_the_best_of_n(is_chat, model, tokenizer):
+    def completion(text):
+        return [{"role": "assistant", "content": text}] if is_chat else text
+
+    prompts = [[{"role": "user", "content": one}] for one in PROMPTS] if is_chat else PROMPTS
+    rows = Dataset.from_dict({"prompt": prompts, "target": [completion("four")] * 10})
+    several = [[completion("x" * place) for place in range(row % 3 + 4)] for row in range(10)]
+    policies = {"model": model, "given": several, "target": "target", "best of 1": BestOf(model, 1, LENGTH)}
+    policies |= {"best": BestOf(model, 3, LENGTH), "best given": BestOf(several, 2, LENGTH)}
+    found = evaluate(policies, tokenizer, rows, against="target", num_completions=2)
+    assert all(isinstance(one, list) == is_chat for name in policies for one in completions_of(found, name))
+    texts = {name: [text_of(one) for one in completions_of(found, name)] for name in policies}
+    assert texts["given"] == ["x" * place for row in range(10) for place in range(row % 3 + 4)]
+    assert texts["target"] == ["four"] * 10
+    assert texts["best of 1"] == texts["model"] and len(texts["best"]) == 20
+    drawn = evaluate(model, tokenizer, rows, num_completions=6).policies["policy"].rows
+    groups = [[text_of(one["completion"]) for one in drawn[start : start + 3]] for start in range(0, 60, 3)]
+    assert texts["best"] == [max(group, key=len) for group in groups]
+    assert texts["best given"][:4] == ["x", "xxx", "x", "xxx"]  # of 4, and of 5, whose last is left over
+    judged = found.judged["FunctionRanker"]["given"]
+    assert [judged["win"].mean, judged["tie"].mean] == pytest.approx([3 / 49, 6 / 49])
+
+
+def test_greedy_stop_strings_and_several_judges(model, tokenizer):
+    found = evaluate(model, tokenizer, temperature=0, max_new_tokens=8)
+    for prompt, completion in zip(PROMPTS, completions_of(found, "policy"), strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")
+        made = model.generate(**ids, do_sample=False, max_new_tokens=8)[0, ids["input_ids"].shape[1] :]
+        assert completion == tokenizer.decode(made, skip_special_tokens=True)
+    shorter = FunctionRanker(lambda prompts, completions: [-float(len(one)) for one in completions])
+    stopped = evaluate(
+        {"stopped": model, "target": ["xxx"] * 10}, tokenizer, judges={"long": LENGTH, "short": shorter},
+        against="target", max_new_tokens=40, generation_kwargs={"stop_strings": ["e", "o", "the"]},
+    )  # fmt: skip
+    of = stopped.policies["stopped"]
+    assert not any(stop in one for one in completions_of(stopped, "stopped") for stop in ("e", "o"))
+    assert of.finished.mean() > 0 and of.tokens.max() <= 40 and "entropy" in stopped.estimates["stopped"]
+    long, short = (stopped.judged[judge]["stopped"] for judge in ("long", "short"))
+    assert long["win_rate"].mean == 1 - short["win_rate"].mean > 0.5 and long["win"] == short["loss"]
 
 
 def test_conversations_are_written_with_the_tools_and_arguments_of_their_row(tiny_llama_dir):
     reads, says = (AutoTokenizer.from_pretrained(tiny_llama_dir) for _ in range(2))
     reads.chat_template = "{{ style }}{{ tools[0]['name'] }}" + reads.chat_template
     says.chat_template = "tersesum" + says.chat_template
-    policy, reference = load(tiny_llama_dir), load(tiny_llama_dir)
-    reference.lm_head.weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-    prompts = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    targets = [[{"role": "assistant", "content": "a"}]] * 40
-    ranker = FunctionRanker(lambda prompts, completions: [float(len(said[0]["content"])) for said in completions])
+    policies = {"policy": load(tiny_llama_dir, seed=0), "reference": load(tiny_llama_dir, seed=1)}
+    prompts = {"prompt": [[{"role": "user", "content": prompt}] for prompt in PROMPTS]}
 
-    def measured(tokenizer, **given):
-        return evaluate_policy(policy, reference, tokenizer, ranker, prompts, targets, max_new_tokens=6, **given)
+    def measured(tokenizer, name="", style=""):
+        told = {"tools": [json.dumps([{"name": name}])] * 10, "chat_template_kwargs": [{"style": style}] * 10}
+        found = evaluate(policies, tokenizer, Dataset.from_dict(prompts | told), reference="reference")
+        return found.estimates, completions_of(found, "policy")
 
-    rows = [{"tools": json.dumps([{"name": "sum"}]), "chat_template_kwargs": {"style": "terse"}}] * 40
-    found = measured(reads, chat=list(map(chat_options, rows)))
-    assert found == measured(says) != measured(reads, chat=[{"style": "", "tools": [{"name": ""}]}] * 40)
+    assert measured(reads, "sum", "terse") == measured(says) != measured(reads)
 
 
-def test_samples_without_a_reward_are_left_out_and_columns_are_read(tiny_llama_dir, tokenizer):
-    def odd(prompts, completions, level):
-        return [1.0 if one % 2 else None for one in level]
+# In pieces
 
-    policy = load(tiny_llama_dir)
-    given = (policy, policy, tokenizer, FunctionRanker(odd), ["a"] * 4, ["b"] * 4)
-    measured = evaluate_policy(*given, max_new_tokens=2, columns={"level": [1, 2, 3, 4]})
-    assert (measured["ranker_reward"].mean, measured["ranker_win_rate"].mean) == (0, 0.5)  # of two samples
-    with pytest.raises(ValueError, match="has an opinion on fewer than 2 of the samples"):
-        evaluate_policy(*given, max_new_tokens=2, columns={"level": [1, 2, 4, 4]})
+
+@pytest.fixture
+def in_shards(monkeypatch, model, tokenizer):
+    """An evaluation in three shards, in a folder; and the calls that sample."""
+    monkeypatch.setattr(module, "COMPLETIONS_PER_SHARD", 8)
+    monkeypatch.setattr(store, "POLL_SECONDS", 0.01)
+    sampled, alone, own, own_logps = [], threading.Lock(), module.sample, module.drawn_logps  # threads share the model
+
+    def counted(*args):
+        with alone:
+            sampled.append(args)
+            return own(*args)
+
+    def logps(*args):
+        with alone:
+            return own_logps(*args)
+
+    monkeypatch.setattr(module, "sample", counted)
+    monkeypatch.setattr(module, "drawn_logps", logps)
+    rows = Dataset.from_dict({"prompt": PROMPTS, "target": ["four"] * 10})
+    policies = {"policy": model, "best": BestOf(model, 2, LENGTH)}
+
+    def call(folder, fails_at=None, **options):
+        asked = []
+
+        def score(*args, **given):
+            asked.append(args)
+            if len(asked) == fails_at:
+                raise RuntimeError("The judge is gone.")
+            return FunctionRanker.score_with_columns(judge, *args, **given)
+
+        judge = FunctionRanker(length)
+        judge.score_with_columns = score
+        how = {"against": "target", "reference": "policy", "num_completions": 2, "output_dir": folder}
+        return evaluate(policies, tokenizer, rows, judge, **how | options)
+
+    return SimpleNamespace(call=call, sampled=sampled)
+
+
+def test_what_a_judge_interrupts_is_resumed_to_the_same_bytes(in_shards, tmp_path, monkeypatch):
+    whole = in_shards.call(tmp_path / "whole")
+    expected = contents(tmp_path / "whole")
+    files = {"manifest.json", "samples.jsonl", *(f"evaluation.{ending}" for ending in ("json", "md", "png"))}
+    outputs = {f"alpaca_eval/{name}/model_outputs.json" for name in ("policy", "best", "target")}
+    annotations = {f"alpaca_eval/{name}/FunctionRanker.json" for name in ("policy", "best")}
+    assert set(expected) == files | outputs | annotations
+    in_shards.sampled.clear()
+    with pytest.raises(RuntimeError, match="The judge is gone") as caught:
+        in_shards.call(tmp_path / "resumed", fails_at=2)
+    assert caught.value.__notes__ == [
+        "Row 0 of these 4 is row 4 of `prompts`.",
+        f"Interrupted: 1 of 3 shards are saved in {tmp_path / 'resumed'}; the same call resumes.",
+    ]
+    assert len(in_shards.sampled) == 6
+    for name, there in {"seed": "seed: 0 there, 1 now", "temperature": "temperature: 1.0 there, 0.5 now"}.items():
+        with pytest.raises(ValueError, match=there):
+            in_shards.call(tmp_path / "resumed", **{name: float(there.split()[-2]) if name == "temperature" else 1})
+    resumed = in_shards.call(tmp_path / "resumed")
+    assert len(in_shards.sampled) == 6
+    assert contents(tmp_path / "resumed") == expected and resumed == whole
+    (tmp_path / "whole" / "shards").mkdir()  # of a run that was killed when all was written
+    assert in_shards.call(tmp_path / "whole", fails_at=1) == whole and len(in_shards.sampled) == 6
+    assert contents(tmp_path / "whole") == expected and not (tmp_path / "whole" / "shards").exists()
+    own = store.ShardStore.held
+
+    def after_another(held):
+        monkeypatch.setattr(store.ShardStore, "held", own)
+        in_shards.call(held.folder)
+        return own(held)
+
+    monkeypatch.setattr(store.ShardStore, "held", after_another)
+    in_shards.sampled.clear()
+    assert in_shards.call(tmp_path / "raced") == whole and len(in_shards.sampled) == 6
+    with pytest.raises(RuntimeError) as caught:
+        in_shards.call(None, fails_at=1)
+    assert not any("saved" in note for note in caught.value.__notes__)  # its folder is gone
+
+
+def test_two_processes_write_the_bytes_of_one(in_shards, tmp_path, monkeypatch):
+    expected, here, made = in_shards.call(tmp_path / "one"), threading.local(), [None, None]
+    monkeypatch.setattr(module, "process_state", lambda: here.state)
+
+    def process(index):
+        here.state = SimpleNamespace(process_index=index, num_processes=2, is_main_process=index == 0)
+        made[index] = in_shards.call(tmp_path / "two")
+
+    in_shards.sampled.clear()
+    threads = [threading.Thread(target=process, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [expected] * 2 and len(in_shards.sampled) == 6
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    here.state = SimpleNamespace(process_index=0, num_processes=2, is_main_process=True)
+    with pytest.raises(ValueError, match="Several processes share their results in `output_dir`. Give one"):
+        in_shards.call(None)
+
+
+def test_the_weights_of_all_models_are_gathered(model, tokenizer, monkeypatch):
+    held, gathered = [], module.gathered
+    monkeypatch.setattr(module, "gathered", lambda *models: held.extend(models) or gathered(*models))
+    ranker, judge = FunctionRanker(length), FunctionRanker(length)
+    ranker.model, judge.model = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    evaluate({"best": BestOf(BestOf(model, 1, LENGTH), 1, ranker)}, tokenizer, judges=judge)
+    assert {id(one) for one in held if one is not None} == {id(one) for one in (model, ranker.model, judge.model)}
+
+
+# Bad input
+
+MESSAGE = [{"role": "assistant", "content": "a"}]
+ROWS = {"prompt": PROMPTS[:3], "target": ["a", None, "b"], "lists": [["a"], [], ["b", "c"]], "number": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"against": "chosen"},
+            ValueError,
+            "'chosen' is neither a policy nor a column of `prompts`, which has prompt",
+        ),
+        (
+            {"against": "target"},
+            ValueError,
+            "the policy 'target', row 1 is NoneType; give it as text, .*Leave the row",
+        ),
+        (
+            {"policies": {"a": "lists"}},
+            ValueError,
+            "policy 'a' has no completion for row 1 of `prompts`. Leave the row",
+        ),
+        ({"policies": {"a": "number"}}, ValueError, "Completion 0 of the policy 'a', row 0 is int; give it as text"),
+        ({"policies": {"a": [MESSAGE[0]] * 3}}, ValueError, "of the policy 'a', row 0 is dict; give it as text"),
+        (
+            {"policies": {"a": ["a", MESSAGE, "b"]}},
+            ValueError,
+            "'a', row 1 is a list of messages, and its prompt text",
+        ),
+        ({"policies": {"a": ["a"]}}, ValueError, "The policy 'a' has completions of 1 prompts; there are 3"),
+        (
+            {"policies": {"a": BestOf(["a"] * 3, 2, LENGTH)}},
+            ValueError,
+            "`BestOf` of 'a' needs 2 completions, and row 0",
+        ),
+        ({"policies": {}}, ValueError, "`policies` and `judges` need at least one entry each"),
+        ({"judges": {}}, ValueError, "`policies` and `judges` need at least one entry each"),
+        ({"policies": 5}, TypeError, "The policy 'policy' is a int without a tokenizer. Give a model that generates"),
+        ({"prompts": PROMPTS[:1]}, ValueError, "`prompts` has 1 rows. Standard errors need at least 2 prompts"),
+        ({"prompts": "text"}, TypeError, "`prompts` is a single text. Give a list of prompts"),
+        ({"prompts": Dataset.from_dict({"text": ["a"]})}, ValueError, "`prompts` has no column `prompt`; it has text"),
+        ({"reference": "a"}, ValueError, "`reference` is 'a', which must be the name of a model among `policies`"),
+        ({"judges": {"mine": length}}, TypeError, "`judges` is a function, not a ranker. Wrap a function in `Func"),
+        (
+            {"judges": Reader(0.0)},
+            ValueError,
+            "The judge 'Reader' compares completions, so .*Give `against`: the name",
+        ),
+        ({"judges": FunctionRanker(lambda prompts, completions, level: [])}, ValueError, "needs the column `level`"),
+        ({"temprature": 1}, TypeError, "`temprature` is not an option .*Did you mean `temperature`"),
+    ],
+)
+def test_bad_input_is_named_with_its_row_and_remedy(changes, error, message):
+    given = {"policies": {"a": ["x", "", "y"]}, "prompts": Dataset.from_dict(ROWS), **changes}
+    with pytest.raises(error, match=message):
+        evaluate(given.pop("policies"), None, given.pop("prompts"), given.pop("judges", LENGTH), **given)
+
+
+def test_one_policy_without_an_opponent_may_say_nothing():
+    found = evaluate({"a": ["x", "", "yy"]}, None, PROMPTS[:3])
+    assert set(found.judged["FunctionRanker"]["a"]) == {"reward", "sigmoid_reward"}
+    assert found.judged["FunctionRanker"]["a"]["reward"].mean == 1 and found.estimates["a"]["characters"].mean == 1
+    with pytest.raises(ValueError, match="`n` of `BestOf` must be a whole number, at least 1, got 0"):
+        BestOf(["a"], 0, LENGTH)

@@ -79,7 +79,7 @@ def test_equal_texts_are_a_tie_and_prompts_without_a_question_are_not_asked():
             return [np.full(len(of), np.nan if "x" in of else 2.0) for of in completions]
 
     found = verdicts(Fickle(0.0), PROMPTS, {"us": [["y"], ["x"]], "them": [["y", "z", "z"], ["x"]]}, "them", {})
-    assert found["us"] == [{"rewards": [0], "wins": [0.5]}] * 2
+    assert found["us"] == [{"rewards": [0], "wins": [0.5]}, {"rewards": [None], "wins": [None]}]
 
 
 def test_the_best_of_n_by_hand():

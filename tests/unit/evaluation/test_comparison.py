@@ -1,0 +1,207 @@
+"""What is computed, printed, drawn and written of the rows of samples, whose truth is known."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from scipy.stats import norm
+
+from prefopt_trl.evaluation.comparison import PolicyEvaluation, Samples
+from prefopt_trl.evaluation.metrics import Estimate
+from prefopt_trl.rankers.base import sigmoid
+from tests.unit.evaluation.test_metrics import FEWEST, SIMULATIONS, holds
+
+
+def line(policy, row, sample, completion="a", rewards=(0.0,), wins=(None,), logp=None, ref_logp=None, tokens=None):
+    judges = ("judge", "other")
+    return {
+        **{"row": row, "sample": sample, "policy": policy, "prompt": f"Prompt {row}", "completion": completion},
+        **{"num_tokens": tokens, "finished": None, "logp": logp, "ref_logp": ref_logp},
+        **{name: dict(zip(judges, of, strict=False)) for name, of in (("rewards", rewards), ("wins", wins))},
+    }
+
+
+def simulate(rng, num_prompts=60, per_prompt=4):
+    """Rewards are those of the prompt, of the policy on this prompt, and of the sample; ours are higher by 0.5."""
+    shape = (num_prompts, per_prompt)
+    prompt, (us, them, kl) = rng.normal(0, 4, (num_prompts, 1)), rng.normal(0, 1, (3, num_prompts, 1))
+    rewards = [0.5 + prompt + us + rng.normal(0, 1, shape), prompt + them + rng.normal(0, 1, shape)]
+    logps = 3 + kl + rng.normal(0, 1, shape)
+    won = np.stack([rewards[0] > rewards[1], rewards[0] < rewards[1]])
+    return [
+        Samples(
+            [
+                line("", row, sample, "", (of[row, sample],), (float(wins[row, sample]),), logps[row, sample], 0.0, 1)
+                for row, sample in np.ndindex(shape)
+            ]
+        )
+        for of, wins in zip(rewards, won, strict=True)
+    ]
+
+
+def test_intervals_hold_the_truth_in_95_of_100_evaluations_and_would_not_without_the_prompts():
+    rng = np.random.default_rng(0)
+    truth = {"win_rate": norm.cdf(0.5 / 2), "reward": 0.5, "kl": 3.0, "difference": 0.5}
+    held, as_if_independent = dict.fromkeys(truth, 0), dict.fromkeys(truth, 0)
+    for _ in range(SIMULATIONS):
+        us, them = simulate(rng)
+        found = us.measure() | us.measure_by("judge", them) | {"difference": us.minus(them, "judge")}
+        rewards = us.judged("judge", "rewards")
+        values = {"win_rate": us.judged("judge", "wins"), "reward": rewards, "kl": us.logps}
+        values["difference"] = rewards - them.judged("judge", "rewards")
+        for name, expected in truth.items():
+            held[name] += holds(found[name], expected)
+            as_if_independent[name] += holds(Estimate.of(values[name]), expected)
+        assert found["difference"].standard_error < 0.8 * found["reward"].standard_error  # the prompts' part cancels
+    assert min(held.values()) >= FEWEST
+    assert max(as_if_independent.values()) < FEWEST
+
+
+def test_measures_by_hand():
+    rows = [
+        line("us", 0, 0, "aa", (1.0,), (1,), -3.0, -4.0, 2),
+        line("us", 0, 1, "aaaa", (3.0,), (0.5,), -1.0, -1.0, 4),
+        line("us", 2, 0, "a", (None,), (None,), -4.0, -2.0, 2),
+    ]
+    rows[0]["finished"], rows[1]["finished"] = True, False
+    us, them = Samples(rows), Samples([line("them", 2, 0), line("them", 0, 0, "b" * 9, (0.5,)), line("them", 3, 0)])
+    found = us.measure()
+    assert found["kl"] == Estimate.of([1, 0, -2], [0, 0, 2])
+    assert found["tokens"] == Estimate.of([2, 4, 2], [0, 0, 2]) and found["finished"].mean == 0.5
+    assert found["entropy"].mean == pytest.approx((3 + 1 + 4) / 8)
+    # The ratio of two sums, for each prompt: (4 nats, 6 tokens) and (4 nats, 2 tokens), linearized
+    assert found["entropy"].standard_error == pytest.approx(math.sqrt(2 * 2 * 2**2) / 8)
+    found = us.measure_by("judge", them)
+    assert found["reward"].mean == 2 and found["sigmoid_reward"].mean == pytest.approx(
+        sigmoid(np.array([1, 3])).mean()
+    )
+    assert [found[name].mean for name in ("win", "tie", "loss", "win_rate")] == [0.5, 0.5, 0, 0.75]
+    assert us.minus(them, "judge").mean == 1.5 and math.isnan(us.minus(them, "judge").standard_error)
+    assert set(Samples(rows).measure_by("judge", None)) == {"reward", "sigmoid_reward"}
+    assert set(them.measure()) == {"characters"}
+
+
+def evaluation(judges=("judge", "other"), against="base", names=("base", "much/better", "much_better", "worse")):
+    rng = np.random.default_rng(0)
+    shift = dict(zip(names, [0, 2, 1, -1], strict=False))
+    samples = [
+        line(
+            name,
+            row,
+            sample,
+            f"{name} {row} {'word ' * (sample + 1)}",
+            tuple(rng.normal(by, 1, 2)),
+            tuple(rng.choice([0, 0.5, 1], 2)) if against else (None, None),
+            *(-10.0 - rng.exponential(), -11.0, 5),
+        )
+        for name, by in shift.items()
+        for row in range(8)
+        for sample in range(1 if name == against else 2)
+    ]
+    return PolicyEvaluation(samples, list(judges), against, against, {"seed": 0})
+
+
+def cells(text):
+    """The rows of all Markdown tables, by the title of their table and column."""
+    header, title = [], ""
+    for row in text.splitlines():
+        if row.startswith("## ") or row.endswith(":"):
+            header, title = [], row
+        elif row.startswith("|") and not header:
+            header = [cell.strip() for cell in row.strip("|").split("|")]
+        elif row.startswith("|") and "---" not in row:
+            values = [cell.strip() for cell in row.strip("|").split("|")]
+            yield from ((title, values[0], *of) for of in zip(header[1:], values[1:], strict=True) if of[1])
+
+
+def test_the_tables_print_the_estimates():
+    found = evaluation()
+    printed = {(title, policy, column): cell for title, policy, column, cell in cells(str(found))}
+    for judge, title in (("judge", "## Judge: judge, against: base"), ("other", "## Judge: other, against: base")):
+        for name in found.policies:
+            of = found.judged[judge][name]
+            mean, error = map(float, printed[title, name, "reward"].split(" ± "))
+            assert [mean, error] == pytest.approx([of["reward"].mean, of["reward"].standard_error], abs=0.01)
+            if name == "base":
+                assert (title, name, "win rate") not in printed
+                continue
+            rate = of["win_rate"]
+            percent = f"{100 * rate.mean:.0f}% ± {100 * rate.standard_error:.0f}%"
+            assert printed[title, name, "win rate"] == percent
+            assert printed[title, name, "win / tie / loss, %"].split(" / ") == [
+                f"{100 * of[key].mean:.0f}" for key in ("win", "tie", "loss")
+            ]
+            difference = found.difference(name, "base", judge)
+            mean, error = map(float, printed[title, name, "reward minus base"].split(" ± "))
+            assert [mean, error] == pytest.approx([difference.mean, difference.standard_error], abs=0.01)
+            p = printed[title, name, "p"]
+            assert difference.p_value() < 0.001 if p == "< 0.001" else f"{difference.p_value():.3f}" == p
+    paired = "Reward of the row minus that of the column, paired by prompt:"
+    assert sum(title == paired for title, *_ in printed) == 4 * 3
+    assert float(printed[paired, "worse", "much/better"].split()[0]) == pytest.approx(
+        found.difference("worse", "much/better", "other").mean, abs=0.01
+    )
+    texts = {column for title, _, column in printed if title == "## Texts"}
+    assert texts >= {"KL from base, nats per completion", "tokens", "distinct-2", "BLEU"} and "finished" not in texts
+    assert float(printed["## Texts", "worse", "BLEU"]) == pytest.approx(found.texts["worse"]["bleu"], rel=0.01)
+
+
+@pytest.mark.parametrize(("judges", "kinds"), [(("judge",), 3), (("judge", "other"), 3), (("judge",), 1)])
+def test_the_plot_has_a_row_for_each_judge(monkeypatch, tmp_path, judges, kinds):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **how: drawn.append(figure) or path.touch())
+    evaluation(judges, *((None, ("base",)) if kinds == 1 else ())).save(tmp_path)
+    axes = drawn[0].axes
+    assert [one.get_title() for one in axes] == [judge for judge in judges for _ in range(kinds)]
+    if kinds == 3:
+        labels = [label.get_text() for label in axes[-1].get_legend().get_texts()]
+        assert labels == ["base", "much/better", "much_better", "worse"]
+
+
+def test_alpaca_eval_reads_the_preferences(tmp_path):
+    found = evaluation()
+    found.save(tmp_path)
+    folders = {path.name for path in (tmp_path / "alpaca_eval").iterdir()}
+    assert folders == {"base", "much%2Fbetter", "much_better", "worse"}  # one for each
+    for name, folder in (("worse", "worse"), ("much/better", "much%2Fbetter")):
+        annotations = json.loads((tmp_path / "alpaca_eval" / folder / "other.json").read_text())
+        outputs = json.loads((tmp_path / "alpaca_eval" / folder / "model_outputs.json").read_text())
+        assert [one["output"] for one in outputs] == [one["output_2"] for one in annotations]
+        assert set(outputs[0]) == {"instruction", "output", "generator"}
+        assert {one["generator_1"] for one in annotations} == {"base"}
+        assert annotations[3] == {
+            **{"instruction": "Prompt 1", "annotator": "other", "generator_1": "base", "generator_2": name},
+            **{"output_1": "base 1 word ", "output_2": f"{name} 1 word word "},
+            "preference": 1 + found.policies[name].rows[3]["wins"]["other"],
+        }
+        preferences = np.array([one["preference"] for one in annotations])
+        assert ((preferences >= 1) & (preferences <= 2)).all()
+        # Its win rate: a preference of 2 counts 1, and 1.5, a draw, a half
+        assert (preferences - 1).mean() == found.judged["other"][name]["win_rate"].mean
+
+
+def test_what_is_not_known_is_empty_and_null(tmp_path, monkeypatch, caplog):
+    rows = [line(name, row, 0, "", (None, 1.0), (None, 0.5)) for name in ("us", "them") for row in range(2)]
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    found = PolicyEvaluation(rows, ["judge", "other"], "them", None, {})
+    found.save(tmp_path)
+    assert [message.split(".")[0] for message in caplog.messages] == [
+        "BLEU is left out",
+        "No plot was drawn: install matplotlib, with `pip install 'prefopt-trl[plots]'`",
+    ]
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    silent, other = (written["policies"]["us"]["judges"][judge] for judge in ("judge", "other"))
+    assert silent["reward"] == {"mean": None, "standard_error": None} and "win_rate" not in silent
+    assert other["win_rate"] == other["lc_win_rate"] == {"mean": 0.5, "standard_error": 0.0}
+    assert other["minus"]["them"] == {"mean": 0, "standard_error": 0}
+    annotated = json.loads((tmp_path / "alpaca_eval" / "us" / "judge.json").read_text())
+    assert [one["preference"] for one in annotated] == [None, None]
+    assert set(written["policies"]["us"]) == {"characters", "distinct_1", "distinct_2", "judges"}
+    assert "entropy" not in (tmp_path / "evaluation.md").read_text()
+    monkeypatch.undo()
+    found.save(tmp_path)  # the plot of nothing
+    assert (tmp_path / "evaluation.png").stat().st_size
