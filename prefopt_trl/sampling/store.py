@@ -160,7 +160,7 @@ class ShardStore:
 
     def clear(self) -> None:
         """Remove the shards of finished results, and files whose writing was interrupted."""
-        for path in self.folder.glob("*.partial"):
+        for path in list(self.folder.rglob("*.partial")):
             remove(path)
         remove(self.shards)
 

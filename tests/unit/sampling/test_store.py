@@ -258,7 +258,10 @@ def test_another_process_holds_a_folder_until_it_dies(folder: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], text=True, **pipes)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(RuntimeError, match="Another run is making a sampled dataset in"), SampleStore(folder).held():
+        with (
+            pytest.raises(RuntimeError, match="Another run is making a sampled dataset in"),
+            SampleStore(folder).held(),
+        ):
             pass
     finally:
         holder.kill()
