@@ -14,6 +14,7 @@ from prefopt_trl import BestOf, FunctionRanker, evaluate_policy, sample_completi
 from prefopt_trl.evaluation import policy as module
 from prefopt_trl.evaluation.metrics import Estimate
 from prefopt_trl.quickstart.kitchen import MAX_NEW_TOKENS, ControlledTask, true_reward
+from prefopt_trl.runtime.settings import write_text
 from prefopt_trl.sampling import store
 from tests.hub_server import contents
 from tests.unit.known_rankers import Reader
@@ -44,17 +45,16 @@ def model(tiny_llama_dir):
 
 def biased(model, end_bias):
     """The model with other odds of its end; all other tokens are equally likely."""
-    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    model.lm_head.weight.data.zero_()
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
     model.lm_head.bias.data[model.config.eos_token_id] = end_bias
     return model
 
 
-def load(folder, end_bias=None, seed=None):
+def load(folder, seed=0):
     loaded = AutoModelForCausalLM.from_pretrained(folder)
-    if seed is not None:
-        loaded.lm_head.weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
-    return loaded if end_bias is None else biased(loaded, end_bias)
+    loaded.lm_head.weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
+    return loaded
 
 
 def evaluate(policies, tokenizer, prompts=PROMPTS, judges=LENGTH, **options):
@@ -63,9 +63,6 @@ def evaluate(policies, tokenizer, prompts=PROMPTS, judges=LENGTH, **options):
 
 def completions_of(found, name):
     return [row["completion"] for row in found.policies[name].rows]
-
-
-# Known truths
 
 
 def test_a_better_and_a_worse_policy_are_told_apart_and_a_policy_from_itself_is_not(tmp_path):
@@ -93,18 +90,17 @@ def test_a_better_and_a_worse_policy_are_told_apart_and_a_policy_from_itself_is_
 
 def test_kl_and_entropy_of_policies_with_a_known_distribution(tiny_llama_dir, tokenizer):
     # One that ends at once against one for which every token is equally likely: KL = ln(vocabulary)
-    policies = {"certain": load(tiny_llama_dir, end_bias=100.0), "uniform": load(tiny_llama_dir, end_bias=0.0)}
+    policies = {"certain": biased(load(tiny_llama_dir), 100.0), "uniform": biased(load(tiny_llama_dir), 0.0)}
     found = evaluate(policies, tokenizer, reference="uniform", num_completions=2).estimates
-    assert found["certain"]["kl"].mean == pytest.approx(np.log(len(tokenizer)), abs=1e-4)
-    assert found["certain"]["entropy"].mean == pytest.approx(0, abs=1e-4)
-    assert found["certain"]["finished"].mean == found["certain"]["tokens"].mean == 1
+    certain = {"kl": np.log(len(tokenizer)), "entropy": 0, "finished": 1, "tokens": 1, "characters": 0}
+    assert {name: of.mean for name, of in found["certain"].items()} == pytest.approx(certain, abs=1e-4)
     assert found["uniform"]["kl"] == Estimate(0.0, 0.0)
     assert found["uniform"]["entropy"].mean == pytest.approx(np.log(len(tokenizer)), abs=1e-4)
 
 
 def test_kl_is_that_of_the_tokens_drawn(tiny_llama_dir, tokenizer):
     # Many of a random model's tokens are parts of a character, which a text does not keep
-    policies = {"policy": load(tiny_llama_dir, seed=0), "reference": load(tiny_llama_dir, seed=1)}
+    policies = {"policy": load(tiny_llama_dir), "reference": load(tiny_llama_dir, seed=1)}
     ids = tokenizer("The fox", return_tensors="pt")["input_ids"]
     logps, ref_logps = (of(ids).logits[0, -1].detach().double().log_softmax(-1) for of in policies.values())
     exact = (logps.exp() * (logps - ref_logps)).sum().item()
@@ -123,13 +119,13 @@ def test_where_the_kl_is_not_known(model, tokenizer, tiny_llama_dir, caplog):
     assert [name for name in policies if "kl" in found.estimates[name]] == ["policy"]
     assert caplog.messages.count("The KL of policies with another tokenizer than policy is not known.") == 1
     assert "entropy" in found.estimates["other"] and "entropy" not in found.estimates["best"]
-    assert "win_rate" in next(iter(found.judged.values()))["other"]  # texts are compared
+    assert "win_rate" in found.judged["FunctionRanker"]["other"]  # texts are compared
     found = evaluate({"policy": model}, tokenizer, reference="policy", temperature=0.7)
     assert set(found.estimates["policy"]) == {"tokens", "characters", "finished"}
 
 
 def test_wins_against_targets_count_ties_as_half(tiny_llama_dir, tokenizer):
-    policy = load(tiny_llama_dir, end_bias=100.0)  # every sample is empty
+    policy = biased(load(tiny_llama_dir), 100.0)  # every sample is empty
     rows = Dataset.from_dict({"prompt": PROMPTS, "target": [""] * 5 + ["longer"] * 5, "level": range(10)})
 
     def odd(prompts, completions, level):
@@ -142,9 +138,6 @@ def test_wins_against_targets_count_ties_as_half(tiny_llama_dir, tokenizer):
     assert found["odd"]["policy"]["win_rate"].mean == 0.2  # two ties in five prompts
     assert found["odd"]["policy"]["win_rate"].standard_error == pytest.approx(np.sqrt(0.3 / 4 / 5))
     assert [found["pairs"]["policy"][name].mean for name in ("win", "tie", "loss")] == [0.5, 0.5, 0]
-
-
-# What is evaluated
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
@@ -178,14 +171,12 @@ def test_greedy_stop_strings_and_several_judges(model, tokenizer):
         made = model.generate(**ids, do_sample=False, max_new_tokens=8)[0, ids["input_ids"].shape[1] :]
         assert completion == tokenizer.decode(made, skip_special_tokens=True)
     shorter = FunctionRanker(lambda prompts, completions: [-float(len(one)) for one in completions])
-    stopped = evaluate(
-        {"stopped": model, "target": ["xxx"] * 10}, tokenizer, judges={"long": LENGTH, "short": shorter},
-        against="target", max_new_tokens=40, generation_kwargs={"stop_strings": ["e", "o", "the"]},
-    )  # fmt: skip
-    of = stopped.policies["stopped"]
-    assert not any(stop in one for one in completions_of(stopped, "stopped") for stop in ("e", "o"))
-    assert of.finished.mean() > 0 and of.tokens.max() <= 40 and "entropy" in stopped.estimates["stopped"]
-    long, short = (stopped.judged[judge]["stopped"] for judge in ("long", "short"))
+    policies, judges = {"stopped": model, "target": ["xxx"] * 10}, {"long": LENGTH, "short": shorter}
+    options = {"max_new_tokens": 40, "generation_kwargs": {"stop_strings": ["e", "o"]}}
+    found = evaluate(policies, tokenizer, judges=judges, against="target", **options)
+    assert not any(stop in one for one in completions_of(found, "stopped") for stop in ("e", "o"))
+    assert found.estimates["stopped"]["finished"].mean > 0 and "entropy" in found.estimates["stopped"]
+    long, short = (found.judged[judge]["stopped"] for judge in judges)
     assert long["win_rate"].mean == 1 - short["win_rate"].mean > 0.5 and long["win"] == short["loss"]
 
 
@@ -193,7 +184,7 @@ def test_conversations_are_written_with_the_tools_and_arguments_of_their_row(tin
     reads, says = (AutoTokenizer.from_pretrained(tiny_llama_dir) for _ in range(2))
     reads.chat_template = "{{ style }}{{ tools[0]['name'] }}" + reads.chat_template
     says.chat_template = "tersesum" + says.chat_template
-    policies = {"policy": load(tiny_llama_dir, seed=0), "reference": load(tiny_llama_dir, seed=1)}
+    policies = {"policy": load(tiny_llama_dir), "reference": load(tiny_llama_dir, seed=1)}
     prompts = {"prompt": [[{"role": "user", "content": prompt}] for prompt in PROMPTS]}
 
     def measured(tokenizer, name="", style=""):
@@ -204,40 +195,34 @@ def test_conversations_are_written_with_the_tools_and_arguments_of_their_row(tin
     assert measured(reads, "sum", "terse") == measured(says) != measured(reads)
 
 
-# In pieces
-
-
 @pytest.fixture
 def in_shards(monkeypatch, model, tokenizer):
     """An evaluation in three shards, in a folder; and the calls that sample."""
     monkeypatch.setattr(module, "COMPLETIONS_PER_SHARD", 8)
     monkeypatch.setattr(store, "POLL_SECONDS", 0.01)
-    sampled, alone, own, own_logps = [], threading.Lock(), module.sample, module.drawn_logps  # threads share the model
+    sampled, alone = [], threading.Lock()  # threads share the model
 
-    def counted(*args):
-        with alone:
-            sampled.append(args)
-            return own(*args)
+    def counted(name, own):
+        def call(*args):
+            with alone:
+                sampled.append(name)
+                return own(*args)
 
-    def logps(*args):
-        with alone:
-            return own_logps(*args)
+        return call
 
-    monkeypatch.setattr(module, "sample", counted)
-    monkeypatch.setattr(module, "drawn_logps", logps)
+    for name in ("sample", "drawn_logps"):
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     rows = Dataset.from_dict({"prompt": PROMPTS, "target": ["four"] * 10})
     policies = {"policy": model, "best": BestOf(model, 2, LENGTH)}
 
     def call(folder, fails_at=None, **options):
-        asked = []
+        judge, asked = FunctionRanker(length), iter(range(1, 100))
 
         def score(*args, **given):
-            asked.append(args)
-            if len(asked) == fails_at:
+            if next(asked) == fails_at:
                 raise RuntimeError("The judge is gone.")
             return FunctionRanker.score_with_columns(judge, *args, **given)
 
-        judge = FunctionRanker(length)
         judge.score_with_columns = score
         how = {"against": "target", "reference": "policy", "num_completions": 2, "output_dir": folder}
         return evaluate(policies, tokenizer, rows, judge, **how | options)
@@ -259,16 +244,19 @@ def test_what_a_judge_interrupts_is_resumed_to_the_same_bytes(in_shards, tmp_pat
         "Row 0 of these 4 is row 4 of `prompts`.",
         f"Interrupted: 1 of 3 shards are saved in {tmp_path / 'resumed'}; the same call resumes.",
     ]
-    assert len(in_shards.sampled) == 6
-    for name, there in {"seed": "seed: 0 there, 1 now", "temperature": "temperature: 1.0 there, 0.5 now"}.items():
+    assert in_shards.sampled.count("sample") == 6
+    for change, there in ({"seed": 1}, "seed: 0 there, 1 now"), ({"top_k": 5}, "top_k: 0 there, 5 now"):
         with pytest.raises(ValueError, match=there):
-            in_shards.call(tmp_path / "resumed", **{name: float(there.split()[-2]) if name == "temperature" else 1})
+            in_shards.call(tmp_path / "resumed", **change)
     resumed = in_shards.call(tmp_path / "resumed")
-    assert len(in_shards.sampled) == 6
     assert contents(tmp_path / "resumed") == expected and resumed == whole
-    (tmp_path / "whole" / "shards").mkdir()  # of a run that was killed when all was written
-    assert in_shards.call(tmp_path / "whole", fails_at=1) == whole and len(in_shards.sampled) == 6
+    for path in ("shards/00000.judged.jsonl", "alpaca_eval/best/model_outputs.json.partial"):  # of a killed run
+        write_text(tmp_path / "whole" / path, "half")
+    assert in_shards.call(tmp_path / "whole", fails_at=1) == whole and in_shards.sampled.count("sample") == 6
     assert contents(tmp_path / "whole") == expected and not (tmp_path / "whole" / "shards").exists()
+
+
+def test_what_another_run_has_finished_is_not_made_again(in_shards, tmp_path, monkeypatch):
     own = store.ShardStore.held
 
     def after_another(held):
@@ -277,8 +265,7 @@ def test_what_a_judge_interrupts_is_resumed_to_the_same_bytes(in_shards, tmp_pat
         return own(held)
 
     monkeypatch.setattr(store.ShardStore, "held", after_another)
-    in_shards.sampled.clear()
-    assert in_shards.call(tmp_path / "raced") == whole and len(in_shards.sampled) == 6
+    assert in_shards.call(tmp_path).settings["seed"] == 0 and in_shards.sampled.count("sample") == 6
     with pytest.raises(RuntimeError) as caught:
         in_shards.call(None, fails_at=1)
     assert not any("saved" in note for note in caught.value.__notes__)  # its folder is gone
@@ -298,7 +285,7 @@ def test_two_processes_write_the_bytes_of_one(in_shards, tmp_path, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert made == [expected] * 2 and len(in_shards.sampled) == 6
+    assert made == [expected] * 2 and in_shards.sampled.count("sample") == 6
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     here.state = SimpleNamespace(process_index=0, num_processes=2, is_main_process=True)
     with pytest.raises(ValueError, match="Several processes share their results in `output_dir`. Give one"):
@@ -314,69 +301,41 @@ def test_the_weights_of_all_models_are_gathered(model, tokenizer, monkeypatch):
     assert {id(one) for one in held if one is not None} == {id(one) for one in (model, ranker.model, judge.model)}
 
 
-# Bad input
-
 MESSAGE = [{"role": "assistant", "content": "a"}]
 ROWS = {"prompt": PROMPTS[:3], "target": ["a", None, "b"], "lists": [["a"], [], ["b", "c"]], "number": [1, 2, 3]}
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
+    ("changes", "message"),
     [
-        (
-            {"against": "chosen"},
-            ValueError,
-            "'chosen' is neither a policy nor a column of `prompts`, which has prompt",
-        ),
-        (
-            {"against": "target"},
-            ValueError,
-            "the policy 'target', row 1 is NoneType; give it as text, .*Leave the row",
-        ),
-        (
-            {"policies": {"a": "lists"}},
-            ValueError,
-            "policy 'a' has no completion for row 1 of `prompts`. Leave the row",
-        ),
-        ({"policies": {"a": "number"}}, ValueError, "Completion 0 of the policy 'a', row 0 is int; give it as text"),
-        ({"policies": {"a": [MESSAGE[0]] * 3}}, ValueError, "of the policy 'a', row 0 is dict; give it as text"),
-        (
-            {"policies": {"a": ["a", MESSAGE, "b"]}},
-            ValueError,
-            "'a', row 1 is a list of messages, and its prompt text",
-        ),
-        ({"policies": {"a": ["a"]}}, ValueError, "The policy 'a' has completions of 1 prompts; there are 3"),
-        (
-            {"policies": {"a": BestOf(["a"] * 3, 2, LENGTH)}},
-            ValueError,
-            "`BestOf` of 'a' needs 2 completions, and row 0",
-        ),
-        ({"policies": {}}, ValueError, "`policies` and `judges` need at least one entry each"),
-        ({"judges": {}}, ValueError, "`policies` and `judges` need at least one entry each"),
-        ({"policies": 5}, TypeError, "The policy 'policy' is a int without a tokenizer. Give a model that generates"),
-        ({"prompts": PROMPTS[:1]}, ValueError, "`prompts` has 1 rows. Standard errors need at least 2 prompts"),
-        ({"prompts": "text"}, TypeError, "`prompts` is a single text. Give a list of prompts"),
-        ({"prompts": Dataset.from_dict({"text": ["a"]})}, ValueError, "`prompts` has no column `prompt`; it has text"),
-        ({"reference": "a"}, ValueError, "`reference` is 'a', which must be the name of a model among `policies`"),
-        ({"judges": {"mine": length}}, TypeError, "`judges` is a function, not a ranker. Wrap a function in `Func"),
-        (
-            {"judges": Reader(0.0)},
-            ValueError,
-            "The judge 'Reader' compares completions, so .*Give `against`: the name",
-        ),
-        ({"judges": FunctionRanker(lambda prompts, completions, level: [])}, ValueError, "needs the column `level`"),
-        ({"temprature": 1}, TypeError, "`temprature` is not an option .*Did you mean `temperature`"),
+        ({"against": "chosen"}, "'chosen' is neither a policy nor a column of `prompts`, which has prompt, target"),
+        ({"against": "target"}, "the policy 'target', row 1 is NoneType; give it as text, .* Leave the row out"),
+        ({"policies": {"a": "lists"}}, "policy 'a' has no completion for row 1 of `prompts`. Leave the row out"),
+        ({"policies": {"a": "number"}}, "Completion 0 of the policy 'a', row 0 is int; give it as text"),
+        ({"policies": {"a": [MESSAGE[0]] * 3}}, "Completion 0 of the policy 'a', row 0 is dict; give it as text"),
+        ({"policies": {"a": ["a", MESSAGE, "b"]}}, "'a', row 1 is a list of messages, and its prompt text. Give both"),
+        ({"policies": {"a": ["a"]}}, "The policy 'a' has completions of 1 prompts; there are 3"),
+        ({"policies": {"a": BestOf(["a"] * 3, 2, LENGTH)}}, "`BestOf` of 'a' needs 2 completions, and row 0 .* has 1"),
+        ({"policies": {}}, "`policies` and `judges` need at least one entry each"),
+        ({"policies": 5}, "The policy 'policy' is a int without a tokenizer. Give a model that generates"),
+        ({"prompts": PROMPTS[:1]}, "`prompts` has 1 rows. Standard errors need at least 2 prompts"),
+        ({"prompts": "text"}, "`prompts` is a single text. Give a list of prompts"),
+        ({"prompts": Dataset.from_dict({"text": ["a"]})}, "`prompts` has no column `prompt`; it has text. Rename one"),
+        ({"reference": "a"}, "`reference` is 'a', which must be the name of a model among `policies`"),
+        ({"judges": {"mine": length}}, "`judges` is a function, not a ranker. Wrap a function in `FunctionRanker`"),
+        ({"judges": Reader(0.0)}, "The judge 'Reader' compares completions, so it needs an opponent. Give `against`"),
+        ({"judges": FunctionRanker(lambda prompts, completions, level: [])}, "needs the column `level`.* Add it"),
+        ({"temprature": 1}, "`temprature` is not an option .*Did you mean `temperature`"),
     ],
 )
-def test_bad_input_is_named_with_its_row_and_remedy(changes, error, message):
+def test_bad_input_is_named_with_its_row_and_remedy(changes, message):
     given = {"policies": {"a": ["x", "", "y"]}, "prompts": Dataset.from_dict(ROWS), **changes}
-    with pytest.raises(error, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         evaluate(given.pop("policies"), None, given.pop("prompts"), given.pop("judges", LENGTH), **given)
 
 
-def test_one_policy_without_an_opponent_may_say_nothing():
-    found = evaluate({"a": ["x", "", "yy"]}, None, PROMPTS[:3])
-    assert set(found.judged["FunctionRanker"]["a"]) == {"reward", "sigmoid_reward"}
-    assert found.judged["FunctionRanker"]["a"]["reward"].mean == 1 and found.estimates["a"]["characters"].mean == 1
+def test_one_policy_needs_no_opponent():
+    found = evaluate({"a": ["x", "", "yy"]}, None, PROMPTS[:3]).judged["FunctionRanker"]["a"]
+    assert set(found) == {"reward", "sigmoid_reward"} and found["reward"].mean == 1
     with pytest.raises(ValueError, match="`n` of `BestOf` must be a whole number, at least 1, got 0"):
         BestOf(["a"], 0, LENGTH)
