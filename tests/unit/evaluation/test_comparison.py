@@ -1,6 +1,6 @@
 """What is computed, printed, drawn and written of the rows of samples, whose truth is known."""
 
-import json
+import itertools
 import math
 import sys
 
@@ -12,6 +12,7 @@ from scipy.stats import norm
 from prefopt_trl.evaluation.comparison import PolicyEvaluation, Samples
 from prefopt_trl.evaluation.metrics import Estimate
 from prefopt_trl.rankers.base import sigmoid
+from prefopt_trl.runtime.settings import read_json
 from tests.unit.evaluation.test_metrics import FEWEST, SIMULATIONS, holds
 
 
@@ -84,69 +85,66 @@ def test_measures_by_hand():
     assert set(them.measure()) == {"characters"}
 
 
-def evaluation(judges=("judge", "other"), against="base", names=("base", "much/better", "much_better", "worse")):
+NAMES = ["base", "much/better", "much_better", "worse"]
+
+
+def evaluation(judges=("judge", "other"), against="base", names=NAMES):
     rng = np.random.default_rng(0)
-    shift = dict(zip(names, [0, 2, 1, -1], strict=False))
-    samples = [
-        line(
-            name,
-            row,
-            sample,
-            f"{name} {row} {'word ' * (sample + 1)}",
-            tuple(rng.normal(by, 1, 2)),
-            tuple(rng.choice([0, 0.5, 1], 2)) if against else (None, None),
-            *(-10.0 - rng.exponential(), -11.0, 5),
-        )
-        for name, by in shift.items()
-        for row in range(8)
-        for sample in range(1 if name == against else 2)
-    ]
+    samples = []
+    for name, shift in zip(names, [0, 2, 1, -1], strict=False):
+        for row, sample in np.ndindex(8, 1 if name == against else 2):
+            given = {"completion": f"{name} {row} {'word ' * (sample + 1)}", "rewards": tuple(rng.normal(shift, 1, 2))}
+            won = tuple(rng.choice([0, 0.5, 1], 2)) if against else (None, None)
+            logps = {"logp": -10.0 - rng.exponential(), "ref_logp": -11.0, "tokens": 5}
+            samples.append(line(name, row, sample, wins=won, **given, **logps))
     return PolicyEvaluation(samples, list(judges), against, against, {"seed": 0})
 
 
 def cells(text):
-    """The rows of all Markdown tables, by the title of their table and column."""
+    """The cells of all Markdown tables, by the title of their table, their row and their column."""
     header, title = [], ""
     for row in text.splitlines():
+        values = [cell.strip() for cell in row.strip("|").split("|")]
         if row.startswith("## ") or row.endswith(":"):
             header, title = [], row
-        elif row.startswith("|") and not header:
-            header = [cell.strip() for cell in row.strip("|").split("|")]
-        elif row.startswith("|") and "---" not in row:
-            values = [cell.strip() for cell in row.strip("|").split("|")]
-            yield from ((title, values[0], *of) for of in zip(header[1:], values[1:], strict=True) if of[1])
+        elif row.startswith("|") and header:
+            yield from (
+                ((title, values[0], column), cell) for column, cell in zip(header, values, strict=True) if cell
+            )
+        elif row.startswith("|"):
+            header = values
 
 
 def test_the_tables_print_the_estimates():
     found = evaluation()
-    printed = {(title, policy, column): cell for title, policy, column, cell in cells(str(found))}
-    for judge, title in (("judge", "## Judge: judge, against: base"), ("other", "## Judge: other, against: base")):
-        for name in found.policies:
-            of = found.judged[judge][name]
-            mean, error = map(float, printed[title, name, "reward"].split(" ± "))
-            assert [mean, error] == pytest.approx([of["reward"].mean, of["reward"].standard_error], abs=0.01)
-            if name == "base":
-                assert (title, name, "win rate") not in printed
-                continue
-            rate = of["win_rate"]
-            percent = f"{100 * rate.mean:.0f}% ± {100 * rate.standard_error:.0f}%"
-            assert printed[title, name, "win rate"] == percent
-            assert printed[title, name, "win / tie / loss, %"].split(" / ") == [
-                f"{100 * of[key].mean:.0f}" for key in ("win", "tie", "loss")
-            ]
-            difference = found.difference(name, "base", judge)
-            mean, error = map(float, printed[title, name, "reward minus base"].split(" ± "))
-            assert [mean, error] == pytest.approx([difference.mean, difference.standard_error], abs=0.01)
-            p = printed[title, name, "p"]
-            assert difference.p_value() < 0.001 if p == "< 0.001" else f"{difference.p_value():.3f}" == p
-    paired = "Reward of the row minus that of the column, paired by prompt:"
-    assert sum(title == paired for title, *_ in printed) == 4 * 3
-    assert float(printed[paired, "worse", "much/better"].split()[0]) == pytest.approx(
-        found.difference("worse", "much/better", "other").mean, abs=0.01
-    )
-    texts = {column for title, _, column in printed if title == "## Texts"}
-    assert texts >= {"KL from base, nats per completion", "tokens", "distinct-2", "BLEU"} and "finished" not in texts
+    printed = dict(cells(str(found)))
+
+    def numbers(*place):
+        return Estimate(*map(float, printed[place].replace("%", "").split(" ± ")))
+
+    def equal(one, two, within):
+        return [one.mean, one.standard_error] == pytest.approx([two.mean, two.standard_error], abs=within)
+
+    for judge, name in itertools.product(found.judges, NAMES):
+        title, of = f"## Judge: {judge}, against: base", found.judged[judge][name]
+        assert equal(numbers(title, name, "reward"), of["reward"], 0.01)
+        if name == "base":
+            assert (title, name, "win rate") not in printed
+            continue
+        for column, key in (("win rate", "win_rate"), ("length-controlled", "lc_win_rate")):
+            assert equal(numbers(title, name, column), Estimate(*(100 * np.array([*vars(of[key]).values()]))), 0.51)
+        shares = [float(share) for share in printed[title, name, "win / tie / loss, %"].split(" / ")]
+        assert shares == pytest.approx([100 * of[key].mean for key in ("win", "tie", "loss")], abs=0.51)
+        difference = found.difference(name, "base", judge)
+        assert equal(numbers(title, name, "reward minus base"), difference, 0.01)
+        p = difference.p_value()
+        assert printed[title, name, "p"] == ("< 0.001" if p < 0.001 else f"{p:.3f}")
+    paired = "Reward of the row minus that of the column, paired by prompt:", "worse", "much/better"
+    assert equal(numbers(*paired), found.difference("worse", "much/better", "other"), 0.01)
+    kl = "KL from base, nats per completion"
+    assert equal(numbers("## Texts", "worse", kl), found.estimates["worse"]["kl"], 0.01)
     assert float(printed["## Texts", "worse", "BLEU"]) == pytest.approx(found.texts["worse"]["bleu"], rel=0.01)
+    assert ("## Texts", "worse", "finished") not in printed  # not known of any
 
 
 @pytest.mark.parametrize(("judges", "kinds"), [(("judge",), 3), (("judge", "other"), 3), (("judge",), 1)])
@@ -156,22 +154,18 @@ def test_the_plot_has_a_row_for_each_judge(monkeypatch, tmp_path, judges, kinds)
     evaluation(judges, *((None, ("base",)) if kinds == 1 else ())).save(tmp_path)
     axes = drawn[0].axes
     assert [one.get_title() for one in axes] == [judge for judge in judges for _ in range(kinds)]
-    if kinds == 3:
-        labels = [label.get_text() for label in axes[-1].get_legend().get_texts()]
-        assert labels == ["base", "much/better", "much_better", "worse"]
+    assert kinds == 1 or [label.get_text() for label in axes[-1].get_legend().get_texts()] == NAMES
 
 
 def test_alpaca_eval_reads_the_preferences(tmp_path):
     found = evaluation()
     found.save(tmp_path)
-    folders = {path.name for path in (tmp_path / "alpaca_eval").iterdir()}
-    assert folders == {"base", "much%2Fbetter", "much_better", "worse"}  # one for each
-    for name, folder in (("worse", "worse"), ("much/better", "much%2Fbetter")):
-        annotations = json.loads((tmp_path / "alpaca_eval" / folder / "other.json").read_text())
-        outputs = json.loads((tmp_path / "alpaca_eval" / folder / "model_outputs.json").read_text())
-        assert [one["output"] for one in outputs] == [one["output_2"] for one in annotations]
-        assert set(outputs[0]) == {"instruction", "output", "generator"}
-        assert {one["generator_1"] for one in annotations} == {"base"}
+    folders = {"base": "base", "much/better": "much%2Fbetter", "much_better": "much_better", "worse": "worse"}
+    assert {path.name for path in (tmp_path / "alpaca_eval").iterdir()} == {*folders.values()}  # one for each
+    for name in NAMES[1:]:
+        folder = tmp_path / "alpaca_eval" / folders[name]
+        annotations, outputs = (read_json(folder / f"{file}.json") for file in ("other", "model_outputs"))
+        assert outputs[3] == {"instruction": "Prompt 1", "generator": name, "output": f"{name} 1 word word "}
         assert annotations[3] == {
             **{"instruction": "Prompt 1", "annotator": "other", "generator_1": "base", "generator_2": name},
             **{"output_1": "base 1 word ", "output_2": f"{name} 1 word word "},
@@ -189,19 +183,15 @@ def test_what_is_not_known_is_empty_and_null(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     found = PolicyEvaluation(rows, ["judge", "other"], "them", None, {})
     found.save(tmp_path)
-    assert [message.split(".")[0] for message in caplog.messages] == [
-        "BLEU is left out",
-        "No plot was drawn: install matplotlib, with `pip install 'prefopt-trl[plots]'`",
-    ]
-    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [message[:15] for message in caplog.messages] == ["BLEU is left ou", "No plot was dra"]
+    written = read_json(tmp_path / "evaluation.json")
     silent, other = (written["policies"]["us"]["judges"][judge] for judge in ("judge", "other"))
     assert silent["reward"] == {"mean": None, "standard_error": None} and "win_rate" not in silent
     assert other["win_rate"] == other["lc_win_rate"] == {"mean": 0.5, "standard_error": 0.0}
     assert other["minus"]["them"] == {"mean": 0, "standard_error": 0}
-    annotated = json.loads((tmp_path / "alpaca_eval" / "us" / "judge.json").read_text())
+    annotated = read_json(tmp_path / "alpaca_eval" / "us" / "judge.json")
     assert [one["preference"] for one in annotated] == [None, None]
     assert set(written["policies"]["us"]) == {"characters", "distinct_1", "distinct_2", "judges"}
-    assert "entropy" not in (tmp_path / "evaluation.md").read_text()
     monkeypatch.undo()
     found.save(tmp_path)  # the plot of nothing
     assert (tmp_path / "evaluation.png").stat().st_size

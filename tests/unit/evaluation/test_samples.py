@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prefopt_trl import FunctionRanker
 from prefopt_trl.evaluation.samples import SamplingPlan, as_rows, best_of, given_samples, length, sample, verdicts
 from prefopt_trl.generation.options import GenerationOptions
+from prefopt_trl.rankers.base import logit
 from tests.unit.known_rankers import Reader, number, pointwise
 
 PROMPTS = ["a?", "b?"]
@@ -28,34 +29,30 @@ class Counting(Reader):
         return np.where(abs(probabilities - 0.5) > 0.35, probabilities > 0.5, 0.5 + 0 * probabilities)
 
 
-def counted(calls, **columns):
-    def rewards(prompts, completions, level=None):
-        calls.append(list(zip(prompts, completions, level or prompts, strict=False)))
-        return number(prompts, completions)
-
-    return FunctionRanker(rewards)
-
-
 COMPLETIONS = {"one": [["3", "0", "2"], ["none"]], "two": [["1"], ["5", "7"]], "them": [["1", "2"], ["5"]]}
 
 
 def test_a_judge_of_rewards_is_asked_once_about_each_prompt():
     calls = []
-    found = verdicts(counted(calls), PROMPTS, COMPLETIONS, "them", {"level": [1, 2]})
-    flat = [(name, text) for name in COMPLETIONS for text in COMPLETIONS[name][0]]
-    assert [call[: len(flat)] for call in calls] == [[("a?", text, 1) for _, text in flat]]
-    assert found["one"] == [  # the third meets their first
-        {"rewards": [3, 0, 2], "wins": [1, 0, 1]},
-        {"rewards": [None], "wins": [None]},
-    ]
-    assert found["two"] == [{"rewards": [1], "wins": [0.5]}, {"rewards": [5, 7], "wins": [0.5, 1]}]
-    assert found["them"][0] == {"rewards": [1, 2], "wins": [0.5, 0.5]}
+
+    def rewards(prompts, completions, level=None):
+        calls.append(list(zip(prompts, completions, level or "12121212", strict=False)))
+        return number(prompts, completions)
+
+    found = verdicts(FunctionRanker(rewards), PROMPTS, COMPLETIONS, "them", {"level": [1, 2]})
+    first, second = (["3", "0", "2", "1", "1", "2"], ["none", "5", "7", "5"])
+    assert calls == [[("a?", text, 1) for text in first] + [("b?", text, 2) for text in second]]
+    assert found == {
+        "one": [{"rewards": [3, 0, 2], "wins": [1, 0, 1]}, {"rewards": [None], "wins": [None]}],  # 2 meets 1
+        "two": [{"rewards": [1], "wins": [0.5]}, {"rewards": [5, 7], "wins": [0.5, 1]}],
+        "them": [{"rewards": [1, 2], "wins": [0.5, 0.5]}, {"rewards": [5], "wins": [0.5]}],
+    }
+    known = {"them": [np.array([9.0, 2]), np.array([5.0])]}  # not asked again
+    found = verdicts(FunctionRanker(rewards), PROMPTS, COMPLETIONS, "them", {}, known)
+    assert found["one"][0]["wins"] == [0, 0, 0] and found["them"][0]["rewards"] == [9, 2]
+    assert len(calls) == 2 and len(calls[1]) == 7
     alone = verdicts(pointwise(), PROMPTS, COMPLETIONS, None, {})
     assert alone["one"][0] == {"rewards": [3, 0, 2], "wins": [None] * 3}
-    calls.clear()
-    known = verdicts(counted(calls), PROMPTS, COMPLETIONS, "them", {}, {"them": [np.array([9.0, 2]), np.array([5.0])]})
-    assert known["one"][0]["wins"] == [0, 0, 0] and known["them"][0]["rewards"] == [9, 2]
-    assert len(calls) == 1 and len(calls[0]) == 7
 
 
 def test_a_judge_of_pairs_compares_with_the_opponent():
@@ -63,12 +60,9 @@ def test_a_judge_of_pairs_compares_with_the_opponent():
     found = verdicts(judge, PROMPTS, COMPLETIONS, "them", {})
     asked = "a? 3 1, a? 0 2, a? 2 1, a? 1 1, b? none 5, b? 5 5, b? 7 5"
     assert sorted(judge.asked) == sorted(tuple(one.split()) for one in asked.split(", "))
-    one, abstains = found["one"]
-    odds = [np.log(p / (1 - p)) for p in (Reader(1.0).compare(["a?"] * 3, ["3", "0", "2"], ["1", "2", "1"]))]
-    assert one["rewards"] == pytest.approx(odds)
-    assert one["wins"] == [0.5, 0.5, 0.5]  # 0.84, 0.16 and 0.68 are within its margin
-    assert abstains == {"rewards": [None], "wins": [None]}
-    assert found["two"][1]["rewards"][0] == 0 and found["two"][1]["wins"] == [0.5, 0.5]
+    odds = logit(Reader(1.0).compare(["a?"] * 3, ["3", "0", "2"], ["1", "2", "1"]))
+    assert found["one"][0] == {"rewards": pytest.approx(odds), "wins": [0.5] * 3}  # all are within its margin
+    assert found["one"][1] == {"rewards": [None], "wins": [None]} and found["two"][1]["rewards"][0] == 0
     assert found["them"] == [{"rewards": [0, 0], "wins": [0.5, 0.5]}, {"rewards": [0], "wins": [0.5]}]
 
 
@@ -93,13 +87,14 @@ def test_the_best_of_n_by_hand():
 def test_rows_and_lengths():
     judged = {"judge": [{"rewards": [1.5], "wins": [None]}, {"rewards": [None], "wins": [0.5]}]}
     sampled = [[{"completion": "x", "finished": True, "ids": [5, 6], "logp": -2.0}], given_samples([""])]
-    first, second = as_rows("us", 7, PROMPTS, sampled, [[-3.0], [None]], judged)
-    assert first == {
-        **{"row": 7, "sample": 0, "policy": "us", "prompt": "a?", "completion": "x", "num_tokens": 2},
-        **{"finished": True, "logp": -2.0, "ref_logp": -3.0, "rewards": {"judge": 1.5}, "wins": {"judge": None}},
-    }
-    unknown = {name: second[name] for name in ("row", "num_tokens", "finished", "logp", "ref_logp")}
-    assert unknown == {"row": 8, **dict.fromkeys(("num_tokens", "finished", "logp", "ref_logp"))}
+    rows = as_rows("us", 7, PROMPTS, sampled, [[-3.0], [None]], judged)
+    assert [rows[0], {**rows[1], "prompt": "a?"}] == [
+        {**{"row": row, "sample": 0, "policy": "us", "prompt": "a?", "completion": text, "rewards": {"judge": reward}},
+         **{"num_tokens": tokens, "finished": end, "logp": logp, "ref_logp": ref, "wins": {"judge": won}}}
+        for row, text, tokens, end, logp, ref, reward, won in [
+            (7, "x", 2, True, -2.0, -3.0, 1.5, None), (8, "", None, None, None, None, None, 0.5),
+        ]
+    ]  # fmt: skip
     messages = [{"role": "assistant", "content": "four"}]
     turns = [{"role": "user", "content": "More"}, *messages]
     assert (length("four"), length(messages), length(messages + turns)) == (4, 4, 35)
@@ -150,9 +145,5 @@ def test_samples_of_a_narrowed_distribution_have_no_log_probability(tiny, change
     sampled = sample(*tiny, [{"prompt": "The fox"}], plan, seed=0)
     assert [one["logp"] is not None for one in sampled[0]] == [is_of_policy] * 2
     assert set(plan.settings()) >= {"num_completions", "temperature", *(kwargs or {})}
-
-
-@pytest.mark.parametrize("num_completions", [0, True, 1.5])
-def test_a_number_of_completions_out_of_range_is_named(num_completions):
-    with pytest.raises(ValueError, match="`num_completions` must be a whole number, at least 1, got"):
-        SamplingPlan.of(num_completions, GenerationOptions(), None)
+    with pytest.raises(ValueError, match="`num_completions` must be a whole number, at least 1, got True"):
+        SamplingPlan.of(True, GenerationOptions(), None)
