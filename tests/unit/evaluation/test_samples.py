@@ -1,12 +1,14 @@
 """Samples, their log-probabilities, and what judges say of them, against values known beforehand."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt_trl import FunctionRanker
-from prefopt_trl.evaluation.samples import SamplingPlan, as_rows, best_of, given_samples, length, sample, verdicts
+from prefopt_trl.evaluation.samples import SamplingPlan, best_of, given_samples, length, sample, verdicts
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.rankers.base import logit
 from tests.unit.known_rankers import Reader, number, pointwise
@@ -78,72 +80,44 @@ def test_equal_texts_are_a_tie_and_prompts_without_a_question_are_not_asked():
 
 def test_the_best_of_n_by_hand():
     texts = [["1", "4", "3", "none", "none", "2", "8"], ["none", "none", "0"]]
-    kept = best_of(pointwise(), PROMPTS, [given_samples(of) for of in texts], 3, {})
-    assert [[one["completion"] for one in of] for of in kept] == [["4", "2"], ["0"]]
-    kept = best_of(pointwise(), PROMPTS, [given_samples(of) for of in texts], 2, {})
-    assert [[one["completion"] for one in of] for of in kept] == [["4", "3", "2"], ["none"]]
+    for n, best in (3, [["4", "2"], ["0"]]), (2, [["4", "3", "2"], ["none"]]):
+        kept = best_of(pointwise(), PROMPTS, [given_samples(of) for of in texts], n, {})
+        assert [[one["completion"] for one in of] for of in kept] == best
 
 
-def test_rows_and_lengths():
-    judged = {"judge": [{"rewards": [1.5], "wins": [None]}, {"rewards": [None], "wins": [0.5]}]}
-    sampled = [[{"completion": "x", "finished": True, "ids": [5, 6], "logp": -2.0}], given_samples([""])]
-    rows = as_rows("us", 7, PROMPTS, sampled, [[-3.0], [None]], judged)
-    assert [rows[0], {**rows[1], "prompt": "a?"}] == [
-        {**{"row": row, "sample": 0, "policy": "us", "prompt": "a?", "completion": text, "rewards": {"judge": reward}},
-         **{"num_tokens": tokens, "finished": end, "logp": logp, "ref_logp": ref, "wins": {"judge": won}}}
-        for row, text, tokens, end, logp, ref, reward, won in [
-            (7, "x", 2, True, -2.0, -3.0, 1.5, None), (8, "", None, None, None, None, None, 0.5),
-        ]
-    ]  # fmt: skip
+def test_lengths_are_in_characters_without_the_role_of_a_single_message():
     messages = [{"role": "assistant", "content": "four"}]
     turns = [{"role": "user", "content": "More"}, *messages]
     assert (length("four"), length(messages), length(messages + turns)) == (4, 4, 35)
 
 
-@pytest.fixture(scope="module")
-def tiny(tiny_llama_dir):
-    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir), AutoTokenizer.from_pretrained(tiny_llama_dir)
-
-
-STOPS = ["e", "o", "the", "q"]
+STOP = {"stop_strings": ["e", "o"]}
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
 @pytest.mark.parametrize("pad", ["<pad>", "</s>"])
-def test_log_probabilities_are_of_the_tokens_drawn_up_to_a_stop_string(tiny, tiny_llama_dir, share_prefix, pad):
-    model, tokenizer = tiny[0], AutoTokenizer.from_pretrained(tiny_llama_dir, pad_token=pad)
+def test_log_probabilities_are_of_the_tokens_drawn_up_to_a_stop_string(tiny_llama_dir, share_prefix, pad):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir, pad_token=pad)
     options = GenerationOptions(max_new_tokens=40, share_prefix=share_prefix)
-    plan = SamplingPlan.of(6, options, {"stop_strings": STOPS})
-    rows = [{"prompt": "The fox"}, {"prompt": "What is"}]
-    sampled = sample(model, tokenizer, rows, plan, seed=0)
-    assert sum(one["finished"] for of in sampled for one in of) > 6
-    for row, of in zip(rows, sampled, strict=True):
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        for one in of:
-            text = tokenizer.decode(one["ids"], skip_special_tokens=True)
-            assert one["completion"] == text[: min(text.find(stop) % (len(text) + 1) for stop in STOPS)]
-            if one["finished"] and one["ids"][-1] != tokenizer.eos_token_id:
-                before = tokenizer.decode(one["ids"][:-1], skip_special_tokens=True)
-                assert not any(stop in before for stop in STOPS)
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + one["ids"]])).logits[0, len(prompt) - 1 : -1].double()
-            expected = logits.log_softmax(-1).gather(1, torch.tensor(one["ids"])[:, None]).sum().item()
-            assert one["logp"] == pytest.approx(expected, abs=1e-3)
+    [sampled] = sample(model, tokenizer, [{"prompt": "The fox"}], SamplingPlan.of(12, options, STOP), seed=0)
+    assert sum(one["finished"] for one in sampled) > 6
+    prompt = tokenizer("The fox")["input_ids"]
+    for one in sampled:
+        before, text = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (one["ids"][:-1], one["ids"]))
+        assert one["completion"] == re.split("e|o", text)[0] and not re.search("e|o", before)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + one["ids"]])).logits[0, len(prompt) - 1 : -1].double()
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(one["ids"])[:, None]).sum().item()
+        assert one["logp"] == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("change", "is_of_policy"),
-    [
-        *[({}, True), ({"generation_kwargs": {"stop_strings": ["x"]}}, True), ({"max_new_tokens": 9}, True)],
-        *[({"temperature": 0.7}, False), ({"temperature": 0}, False), ({"top_p": 0.9}, False), ({"top_k": 5}, False)],
-        ({"generation_kwargs": {"min_p": 0.1}}, False),
-    ],
-)
-def test_samples_of_a_narrowed_distribution_have_no_log_probability(tiny, change, is_of_policy):
-    kwargs = change.pop("generation_kwargs", None)
-    plan = SamplingPlan.of(2, GenerationOptions(**{"max_new_tokens": 3, **change}), kwargs)
-    sampled = sample(*tiny, [{"prompt": "The fox"}], plan, seed=0)
-    assert [one["logp"] is not None for one in sampled[0]] == [is_of_policy] * 2
-    assert set(plan.settings()) >= {"num_completions", "temperature", *(kwargs or {})}
+def test_samples_of_a_narrowed_distribution_estimate_no_kl():
+    def plan(kwargs=None, **options):
+        return SamplingPlan.of(2, GenerationOptions(**options), kwargs)
+
+    assert all(one.is_of_policy for one in (plan(), plan(STOP), plan(max_new_tokens=9)))
+    narrow = plan(temperature=0.7), plan(temperature=0), plan(top_p=0.9), plan(top_k=5), plan({"min_p": 0.1})
+    assert not any(one.is_of_policy for one in narrow) and narrow[-1].settings()["min_p"] == 0.1
     with pytest.raises(ValueError, match="`num_completions` must be a whole number, at least 1, got True"):
         SamplingPlan.of(True, GenerationOptions(), None)
