@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -188,17 +189,11 @@ class PolicyEvaluation:
             title = f"Judge: {judge}" + (f", against: {self.against}" if self.against else "")
             parts += [f"## {title}", _without_empty(header, rows)]
             if len(by_policy) > 2:
-                matrix = [
-                    [
-                        one,
-                        *("" if one == two else rounded(self.difference(one, two, judge), "+") for two in by_policy),
-                    ]
-                    for one in by_policy
-                ]
-                parts += [
-                    "Reward of the row minus that of the column, paired by prompt:",
-                    table(["", *by_policy], matrix),
-                ]
+                pairs = {(one, two): self.difference(one, two, judge) for one, two in permutations(by_policy, 2)}
+                printed = {pair: rounded(difference, "+") for pair, difference in pairs.items()}
+                matrix = [[one, *(printed.get((one, two), "") for two in by_policy)] for one in by_policy]
+                caption = "Reward of the row minus that of the column, paired by prompt:"
+                parts += [caption, table(["", *by_policy], matrix)]
         header = ["policy", *(label.format(reference=self.reference) for label in COLUMNS.values())]
         return "\n\n".join([*parts, "## Texts", _without_empty(header, list(map(self._row_of_texts, self.policies)))])
 
