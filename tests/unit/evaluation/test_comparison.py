@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy.stats import norm
 
 from prefopt_trl.evaluation.comparison import PolicyEvaluation, Samples
 from prefopt_trl.evaluation.metrics import Estimate
+from prefopt_trl.evaluation.report import as_percentage, rounded
 from prefopt_trl.rankers.base import sigmoid
 from prefopt_trl.runtime.settings import read_json
 from tests.unit.evaluation.test_metrics import FEWEST, SIMULATIONS, holds
@@ -94,46 +96,27 @@ def evaluation(judges=("judge", "other"), against="base", names=NAMES):
     return PolicyEvaluation(samples, list(judges), against, against, {"seed": 0})
 
 
-def cells(text):
-    """The cells of all Markdown tables, by the title of their table, their row and their column."""
-    header, title = [], ""
-    for row in text.splitlines():
-        values = [cell.strip() for cell in row.strip("|").split("|")]
-        if row.startswith("## ") or row.endswith(":"):
-            header, title = [], row
-        elif row.startswith("|") and header:
-            yield from (
-                ((title, values[0], column), cell) for column, cell in zip(header, values, strict=True) if cell
-            )
-        elif row.startswith("|"):
-            header = values
-
-
 def test_the_tables_print_the_estimates():
     found = evaluation()
-    printed = dict(cells(str(found)))
-
-    def numbers(*place):
-        return Estimate(*map(float, printed[place].replace("%", "").split(" ± ")))
-
-    def equal(one, two, within):
-        return [one.mean, one.standard_error] == pytest.approx([two.mean, two.standard_error], abs=within)
-
-    for judge, name in itertools.product(found.judges, NAMES[1:]):
-        title, of = f"## Judge: {judge}, against: base", found.judged[judge][name]
-        assert equal(numbers(title, name, "reward"), of["reward"], 0.01)
-        for column, key in (("win rate", "win_rate"), ("length-controlled", "lc_win_rate")):
-            assert equal(numbers(title, name, column), Estimate(*(100 * np.array([*vars(of[key]).values()]))), 0.51)
-        difference = found.difference(name, "base", judge)
-        assert equal(numbers(title, name, "reward minus base"), difference, 0.01)
-        p = difference.p_value()
-        assert printed[title, name, "p"] == ("< 0.001" if p < 0.001 else f"{p:.3f}")
-    paired = "Reward of the row minus that of the column, paired by prompt:", "worse", "much/better"
-    assert equal(numbers(*paired), found.difference("worse", "much/better", "other"), 0.01)
-    kl = "KL from base, nats per completion"
-    assert equal(numbers("## Texts", "worse", kl), found.estimates["worse"]["kl"], 0.01)
-    assert float(printed["## Texts", "worse", "BLEU"]) == pytest.approx(found.texts["worse"]["bleu"], rel=0.01)
-    assert ("## Texts", "worse", "finished") not in printed  # not known of any
+    tables = [
+        [re.split(r"\s*\|\s*", line)[1:-1] for line in section.splitlines() if line.startswith("|")]
+        for section in str(found).split("\n## ")[1:]
+    ]
+    for (judge, place), name in itertools.product(zip(found.judges, tables, strict=False), NAMES):
+        of, row = found.judged[judge][name], place[2 + NAMES.index(name)]
+        minus = [found.difference(name, other, judge) for other in NAMES]
+        wins, difference = ["", "", ""], ["", ""]
+        if name != "base":
+            shares = " / ".join(f"{100 * of[key].mean:.0f}" for key in ("win", "tie", "loss"))
+            wins = [as_percentage(of["win_rate"]), shares, as_percentage(of["lc_win_rate"])]
+            p = minus[0].p_value()
+            difference = [rounded(minus[0], "+"), "< 0.001" if p < 0.001 else f"{p:.3f}"]
+        assert row == [name, *wins, rounded(of["reward"]), rounded(of["sigmoid_reward"]), *difference]
+        paired = ["" if other == name else rounded(one, "+") for one, other in zip(minus, NAMES, strict=True)]
+        assert place[8 + NAMES.index(name)] == [name, *paired]
+    texts, means = dict(zip(tables[2][0], tables[2][5], strict=True)), found.estimates["worse"]
+    assert texts["KL from base, nats per completion"] == rounded(means["kl"]) and "finished" not in texts
+    assert [texts["tokens"], texts["BLEU"]] == [rounded(means["tokens"]), f"{found.texts['worse']['bleu']:.3g}"]
 
 
 @pytest.mark.parametrize(("judges", "kinds"), [(("judge",), 3), (("judge", "other"), 3), (("judge",), 1)])

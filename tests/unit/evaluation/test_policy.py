@@ -1,7 +1,6 @@
 """Policies evaluated, against values known beforehand: sampled, given or chosen; in any number of pieces."""
 
 import json
-import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +17,7 @@ from prefopt_trl.runtime.settings import write_text
 from prefopt_trl.sampling import store
 from tests.hub_server import contents
 from tests.unit.known_rankers import Reader
+from tests.unit.sampling.test_shards import failing
 
 PROMPTS = [f"The fox number {number}" for number in range(10)]
 
@@ -198,30 +198,14 @@ def in_shards(monkeypatch, model, tokenizer):
     """An evaluation in three shards, in a folder; and the calls that sample."""
     monkeypatch.setattr(module, "COMPLETIONS_PER_SHARD", 8)
     monkeypatch.setattr(store, "POLL_SECONDS", 0.01)
-    sampled, alone = [], threading.Lock()  # threads share the model
-
-    def counted(name, own):
-        def call(*args):
-            with alone:
-                sampled.append(name)
-                return own(*args)
-
-        return call
-
-    for name in ("sample", "drawn_logps"):
-        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    sampled, own = [], module.sample
+    monkeypatch.setattr(module, "sample", lambda *args: sampled.append(args) or own(*args))
     rows = Dataset.from_dict({"prompt": PROMPTS, "target": ["four"] * 10})
     policies = {"policy": model, "best": BestOf(model, 2, LENGTH)}
 
     def call(folder, fails_at=None, **options):
-        judge, asked = FunctionRanker(length), iter(range(1, 100))
-
-        def score(*args, **given):
-            if next(asked) == fails_at:
-                raise RuntimeError("The judge is gone.")
-            return FunctionRanker.score_with_columns(judge, *args, **given)
-
-        judge.score_with_columns = score
+        judge = FunctionRanker(length)
+        judge.score_with_columns = failing(judge.score_with_columns, fails_at, RuntimeError("The judge is gone."))
         how = {"against": "target", "reference": "policy", "num_completions": 2, "output_dir": folder}
         return evaluate(policies, tokenizer, rows, judge, **how | options)
 
@@ -242,7 +226,7 @@ def test_what_a_judge_interrupts_is_resumed_to_the_same_bytes(in_shards, tmp_pat
         "Row 0 of these 4 is row 4 of `prompts`.",
         f"Interrupted: 1 of 3 shards are saved in {tmp_path / 'resumed'}; the same call resumes.",
     ]
-    assert in_shards.sampled.count("sample") == 6
+    assert len(in_shards.sampled) == 6
     for change, there in ({"seed": 1}, "seed: 0 there, 1 now"), ({"top_k": 5}, "top_k: 0 there, 5 now"):
         with pytest.raises(ValueError, match=there):
             in_shards.call(tmp_path / "resumed", **change)
@@ -250,7 +234,7 @@ def test_what_a_judge_interrupts_is_resumed_to_the_same_bytes(in_shards, tmp_pat
     assert contents(tmp_path / "resumed") == expected and resumed == whole
     for path in ("shards/00000.judged.jsonl", "alpaca_eval/best/model_outputs.json.partial"):  # of a killed run
         write_text(tmp_path / "whole" / path, "half")
-    assert in_shards.call(tmp_path / "whole", fails_at=1) == whole and in_shards.sampled.count("sample") == 6
+    assert in_shards.call(tmp_path / "whole", fails_at=1) == whole and len(in_shards.sampled) == 6
     assert contents(tmp_path / "whole") == expected and not (tmp_path / "whole" / "shards").exists()
 
 
@@ -263,29 +247,30 @@ def test_what_another_run_has_finished_is_not_made_again(in_shards, tmp_path, mo
         return own(held)
 
     monkeypatch.setattr(store.ShardStore, "held", after_another)
-    assert in_shards.call(tmp_path).settings["seed"] == 0 and in_shards.sampled.count("sample") == 6
+    assert in_shards.call(tmp_path).settings["seed"] == 0 and len(in_shards.sampled) == 6
     with pytest.raises(RuntimeError) as caught:
         in_shards.call(None, fails_at=1)
     assert not any("saved" in note for note in caught.value.__notes__)  # its folder is gone
 
 
 def test_two_processes_write_the_bytes_of_one(in_shards, tmp_path, monkeypatch):
-    expected, here, made = in_shards.call(tmp_path / "one"), threading.local(), [None, None]
-    monkeypatch.setattr(module, "process_state", lambda: here.state)
+    def become(index):
+        state = SimpleNamespace(process_index=index, num_processes=2, is_main_process=index == 0)
+        monkeypatch.setattr(module, "process_state", lambda: state)
 
-    def process(index):
-        here.state = SimpleNamespace(process_index=index, num_processes=2, is_main_process=index == 0)
-        made[index] = in_shards.call(tmp_path / "two")
+    def run_the_other(held):
+        become(1)
+        with pytest.raises(TimeoutError):
+            in_shards.call(tmp_path / "two")
+        assert held.shards_with("judged") == [0, 1, 2]
 
+    expected = in_shards.call(tmp_path / "one")
+    monkeypatch.setattr(store.ShardStore, "wait_for_shards", run_the_other)
+    monkeypatch.setattr(store.ShardStore, "wait_until_finished", failing(print, 1, TimeoutError()))
     in_shards.sampled.clear()
-    threads = [threading.Thread(target=process, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert made == [expected] * 2 and in_shards.sampled.count("sample") == 6
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
-    here.state = SimpleNamespace(process_index=0, num_processes=2, is_main_process=True)
+    become(0)
+    assert in_shards.call(tmp_path / "two") == expected == in_shards.call(tmp_path / "two")  # the latter as the other
+    assert len(in_shards.sampled) == 6 and contents(tmp_path / "two") == contents(tmp_path / "one")
     with pytest.raises(ValueError, match="Several processes share their results in `output_dir`. Give one"):
         in_shards.call(None)
 
