@@ -5,8 +5,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import permutations
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -19,15 +21,15 @@ from prefopt_trl.runtime.settings import Settings, write_json, write_lines, writ
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = {  # of the table of texts, with the form of their numbers
-    "kl": ("KL from {reference}, nats per completion", ".3g"),
-    "entropy": ("entropy, nats per token", ".3g"),
-    "tokens": ("tokens", ".1f"),
-    "characters": ("characters", ".1f"),
-    "finished": ("finished", "%"),
-    "distinct_1": ("distinct-1", ".3f"),
-    "distinct_2": ("distinct-2", ".3f"),
-    "bleu": ("BLEU", ".1f"),
+COLUMNS = {  # of the table of texts
+    "kl": "KL from {reference}, nats per completion",
+    "entropy": "entropy, nats per token",
+    "tokens": "tokens",
+    "characters": "characters",
+    "finished": "finished",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "bleu": "BLEU",
 }
 
 
@@ -85,15 +87,14 @@ class Samples:
 
     def minus(self, other: "Samples", judge: str) -> Estimate:
         """Return the paired difference of the mean rewards of each prompt, over prompts where both have one."""
-        means = []
+        means, num_prompts = [], 1 + max(self.prompts.max(), other.prompts.max())
         for one in (self, other):
             rewards = one.judged(judge, "rewards")
             known = ~np.isnan(rewards)
-            total = np.bincount(one.prompts[known], weights=rewards[known], minlength=1 + max(self.prompts.max(), 0))
-            with np.errstate(invalid="ignore"):
-                means.append(total / np.bincount(one.prompts[known], minlength=len(total)))
-        longest = min(map(len, means))
-        differences = means[0][:longest] - means[1][:longest]
+            total = np.bincount(one.prompts[known], rewards[known], num_prompts)
+            with np.errstate(invalid="ignore"):  # NaN for a prompt without a reward
+                means.append(total / np.bincount(one.prompts[known], minlength=num_prompts))
+        differences = means[0] - means[1]
         return Estimate.of(differences[~np.isnan(differences)])
 
 
@@ -188,41 +189,30 @@ class PolicyEvaluation:
             title = f"Judge: {judge}" + (f", against: {self.against}" if self.against else "")
             parts += [f"## {title}", _without_empty(header, rows)]
             if len(by_policy) > 2:
-                matrix = [
-                    [
-                        one,
-                        *("" if one == two else rounded(self.difference(one, two, judge), "+") for two in by_policy),
-                    ]
-                    for one in by_policy
-                ]
-                parts += [
-                    "Reward of the row minus that of the column, paired by prompt:",
-                    table(["", *by_policy], matrix),
-                ]
-        header = ["policy", *(label.format(reference=self.reference) for label, _ in COLUMNS.values())]
+                pairs = {(one, two): self.difference(one, two, judge) for one, two in permutations(by_policy, 2)}
+                printed = {pair: rounded(difference, "+") for pair, difference in pairs.items()}
+                matrix = [[one, *(printed.get((one, two), "") for two in by_policy)] for one in by_policy]
+                caption = "Reward of the row minus that of the column, paired by prompt:"
+                parts += [caption, table(["", *by_policy], matrix)]
+        header = ["policy", *(label.format(reference=self.reference) for label in COLUMNS.values())]
         return "\n\n".join([*parts, "## Texts", _without_empty(header, list(map(self._row_of_texts, self.policies)))])
 
     def _row_of_texts(self, policy: str) -> list[str]:
-        cells = [policy]
-        for name, (_, form) in COLUMNS.items():
-            found: Any = self.estimates[policy].get(name, self.texts[policy].get(name))
-            if found is None:
-                cells.append("")
-            elif isinstance(found, Estimate):
-                cells.append(as_percentage(found) if form == "%" else rounded(found))
-            else:
-                cells.append(f"{found:{form}}")
-        return cells
+        cells = {name: rounded(found) for name, found in self.estimates[policy].items()}
+        cells |= {name: f"{found:.3g}" for name, found in self.texts[policy].items()}
+        if "finished" in cells:
+            cells["finished"] = as_percentage(self.estimates[policy]["finished"])
+        return [policy, *(cells.get(name, "") for name in COLUMNS)]
 
     def save(self, folder: str | Path) -> None:
         """Write `evaluation.json` (unknown numbers are null), `.md` and, if matplotlib is installed, `.png`;
         `samples.jsonl`; and the outputs and annotations of each policy in AlpacaEval's layout, in `alpaca_eval/`."""
         folder = Path(folder)
         for name, of in self.policies.items():
-            write_json(folder / "alpaca_eval" / _file_name(name) / "model_outputs.json", self._alpaca_outputs(of))
+            of_policy = folder / "alpaca_eval" / quote(name, safe=" ")  # another folder for any other name
+            write_json(of_policy / "model_outputs.json", self._alpaca_outputs(of))
             for judge in self.judges if self.against not in (None, name) else ():
-                annotations = self._alpaca_annotations(of, judge)
-                write_json(folder / "alpaca_eval" / _file_name(name) / f"{_file_name(judge)}.json", annotations)
+                write_json(of_policy / f"{quote(judge, safe=' ')}.json", self._alpaca_annotations(of, judge))
         numbers = {
             "against": self.against,
             "reference": self.reference,
@@ -283,10 +273,6 @@ class PolicyEvaluation:
 def instruction(prompt: Prompt) -> str:
     """Return the prompt as AlpacaEval has it: the text of a single user message, and otherwise a transcript."""
     return prompt[0]["content"] if not isinstance(prompt, str) and len(prompt) == 1 else prompt_text(prompt)
-
-
-def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
 
 
 def _p(difference: Estimate) -> str:

@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-LENGTH_PENALTY = 0.01  # of phi^2: it keeps the regression finite where length separates all wins from all losses
+LENGTH_PENALTY = 0.01  # of phi^2: it keeps the regression finite if length separates all wins from all losses
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def length_controlled_win_rate(won: np.ndarray, lengths: np.ndarray, prompts: np
     where `d` is the length of the policy's completion minus that of the opponent's, and return `sigmoid(theta)`, the
     prediction at `d = 0`. AlpacaEval's term for the difficulty of its 805 instructions and its penalty towards
     annotations of gamed baselines are left out: both belong to its own prompts. `LENGTH_PENALTY * phi**2` is added
-    to the mean loss instead.
+    to the summed loss instead.
 
     Args:
         won, lengths, prompts (`np.ndarray` of shape `(n,)`):
@@ -70,7 +70,7 @@ def length_controlled_win_rate(won: np.ndarray, lengths: np.ndarray, prompts: np
     if len(won) == 0 or np.ptp(lengths) == 0 or np.ptp(won) == 0:
         return Estimate.of(won, prompts)
     features = np.column_stack([np.ones(len(won)), np.tanh(lengths / lengths.std(ddof=1))])
-    penalty = np.diag([0.0, 2 * LENGTH_PENALTY]) * len(won)
+    penalty = np.diag([0.0, 2 * LENGTH_PENALTY])
     weights = np.zeros(2)
     for _ in range(100):  # Newton's method; the loss is convex and smooth
         predicted = 1 / (1 + np.exp(-features @ weights))

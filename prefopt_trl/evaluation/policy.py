@@ -3,11 +3,13 @@
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from accelerate import PartialState
 from datasets import Dataset, Value
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,7 +118,8 @@ def evaluate_policy(
             The opponent of all others: the name of a policy, or of a column, such as `"chosen"`. It may be left out if
             the judges reward each completion separately.
         reference (`str`, *optional*):
-            The name of the model among `policies` from which the KL is measured, for models with the same tokenizer.
+            The name of the model among `policies` from which the KL is measured, for models with the same tokenizer
+            and samples whose distribution no option narrows.
         num_completions (`int`, *optional*, defaults to `1`):
             Samples of each prompt, for the policies that are sampled.
         options ([`GenerationOptions`], *optional*):
@@ -152,6 +155,8 @@ def evaluate_policy(
     prompts = as_prompts(prompts)
     judges = dict(judges) if isinstance(judges, Mapping) else {type(judges).__name__: judges}
     given = dict(policies) if isinstance(policies, Mapping) else {"policy": policies}
+    if not judges or not given:
+        raise ValueError("`policies` and `judges` need at least one entry each.")
     if against is not None and against not in given:
         given[against] = against  # the name of a column
     plan = SamplingPlan.of(num_completions, GenerationOptions.of(options, **changes), generation_kwargs)
@@ -160,7 +165,7 @@ def evaluate_policy(
         raise ValueError(f"`reference` is {reference!r}, which must be the name of a model among `policies`.")
     columns = {name for name in prompts.column_names if name != "prompt"}
     for name, judge in judges.items():
-        check_ranker(judge)
+        check_ranker(judge, "judges")
         judge.check_columns(columns)
         if against is None and judge.draws_baselines:
             raise ValueError(
@@ -171,18 +176,20 @@ def evaluate_policy(
     if output_dir is None and process.num_processes > 1:
         raise ValueError("Several processes share their results in `output_dir`. Give one, or start one process.")
     with ExitStack() as stack:
-        folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-        models = [policy.model for policy in made.values() if isinstance(policy, ModelPolicy)]
-        stack.enter_context(gathered(*models, *(judge.model for judge in judges.values())))
-        evaluation = _Evaluation(EvaluationStore(folder), prompts, made, judges, against, reference, plan, seed)
-        stack.enter_context(interruptible(lambda: f"Interrupted: {evaluation.store.saved()}; the same call resumes."))
-        return evaluation.run()
+        store = EvaluationStore(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        parts = [part for policy in made.values() for part in _parts(policy)]
+        rankers = [*judges.values(), *(part.ranker for part in parts if isinstance(part, BestOf))]
+        models = [part.model for part in parts if isinstance(part, ModelPolicy)]
+        stack.enter_context(gathered(*models, *(ranker.model for ranker in rankers)))
+        if output_dir is not None:
+            stack.enter_context(interruptible(lambda: f"Interrupted: {store.saved()}; the same call resumes."))
+        return _Evaluation(store, prompts, made, judges, against, reference, plan, seed, process).run()
 
 
 def as_prompts(prompts: Dataset | Sequence[Prompt]) -> Dataset:
     """Return the prompts of an evaluation, checked, as a dataset."""
     if not isinstance(prompts, Dataset):
-        check_prompts(prompts)
+        check_prompts(prompts)  # a single text is no list
         prompts = Dataset.from_dict({"prompt": list(prompts)})
     elif "prompt" not in prompts.column_names:
         raise ValueError(f"`prompts` has no column `prompt`; it has {', '.join(prompts.column_names)}. Rename one.")
@@ -197,7 +204,13 @@ def _policy(name: str, value: Any, tokenizer: PreTrainedTokenizerBase | None, pr
     if isinstance(value, ModelPolicy):
         return value
     if isinstance(value, BestOf):
-        return BestOf(_policy(name, value.policy, tokenizer, prompts), value.n, value.ranker)
+        value.ranker.check_columns({*prompts.column_names} - {"prompt"})
+        policy = _policy(name, value.policy, tokenizer, prompts)
+        for row, several in enumerate(policy if isinstance(policy, list) else ()):
+            if len(several) < value.n:
+                found = f"row {row} of `prompts` has {len(several)}"
+                raise ValueError(f"`BestOf` of {name!r} needs {value.n} completions, and {found}. Give more of them.")
+        return BestOf(policy, value.n, value.ranker)
     if isinstance(value, str):
         if value not in prompts.column_names:
             raise ValueError(
@@ -217,14 +230,19 @@ def _policy(name: str, value: Any, tokenizer: PreTrainedTokenizerBase | None, pr
     return ModelPolicy(lambda: model, own, model_fingerprint(model), model)
 
 
+def _parts(policy: Policy) -> list[Policy]:
+    """Return a policy and, of a best-of-n, the policies within."""
+    return [policy, *(_parts(policy.policy) if isinstance(policy, BestOf) else ())]
+
+
 def given_completions(name: str, values: list[Any], prompts: Dataset) -> GivenPolicy:
     """Return completions that the user has given, one or several for each prompt, checked."""
     if len(values) != len(prompts):
         raise ValueError(f"The policy {name!r} has completions of {len(values)} prompts; there are {len(prompts)}.")
     completions = []
     for row, (prompt, value) in enumerate(zip(prompts["prompt"], values, strict=True)):
-        is_one = isinstance(value, str) or (bool(value) and isinstance(value[0], Mapping))
-        several = [value] if is_one else list(value or [])
+        is_one = not isinstance(value, list | tuple) or (bool(value) and isinstance(value[0], Mapping))
+        several = [value] if is_one else list(value)
         if not several:
             raise ValueError(f"The policy {name!r} has no completion for row {row} of `prompts`. Leave the row out.")
         check_completions(prompt, several, f"the policy {name!r}, row {row}")
@@ -257,19 +275,23 @@ class _Evaluation:
     reference: str | None
     plan: SamplingPlan
     seed: int
-    process: Any = field(default_factory=process_state)
+    process: PartialState
 
     def run(self) -> PolicyEvaluation:
         settings = as_json(self.settings())
         if self.store.finished(settings):
             logger.info("Reusing the evaluation in %s, made with the same settings.", self.store.folder)
+            if self.process.is_main_process:
+                with suppress(OSError):  # a read-only disk
+                    self.store.clear()  # if the run that finished it was stopped before it had removed the shards
         elif self.process.is_main_process:
             with self.store.held():
-                per_shard = max(1, COMPLETIONS_PER_SHARD // self.plan.num_completions)
-                self.store.begin(settings, per_shard, -(-len(self.prompts) // per_shard))
-                self._make_shards()
-                self.store.wait_for_shards()
-                self._assemble(settings)
+                if not self.store.finished(settings):  # by another run, in the meantime
+                    per_shard = max(1, COMPLETIONS_PER_SHARD // self.plan.num_completions)
+                    self.store.begin(settings, per_shard, -(-len(self.prompts) // per_shard))
+                    self._make_shards()
+                    self.store.wait_for_shards()
+                    self._assemble(settings)
         else:
             self.store.wait_for_settings(settings)
             self._make_shards()
@@ -288,18 +310,18 @@ class _Evaluation:
             "reference": self.reference,
         }
         if not isinstance(self.prompts.features["prompt"], Value):
-            for policy in self.policies.values():
-                settings |= template_date(policy.tokenizer) if isinstance(policy, ModelPolicy) else {}
+            for part in (part for policy in self.policies.values() for part in _parts(policy)):
+                settings |= template_date(part.tokenizer) if isinstance(part, ModelPolicy) else {}
         return settings
 
     def _make_shards(self) -> None:
         """Make the shards of this process, one policy after the other, so that one model is loaded at a time."""
         mine = range(self.process.process_index, self.store.layout()[1], self.process.num_processes)
         for number, (name, policy) in enumerate(self.policies.items()):
-            self._each(mine, f"completions-{number}", f"Completions of {name}", self._completing(policy))
-        sampled = [number for number, policy in enumerate(self.policies.values()) if isinstance(policy, ModelPolicy)]
+            completing = partial(self._completing, policy, self.plan)
+            self._each(mine, f"completions-{number}", f"Completions of {name}", completing)
         if self.reference is not None and self.plan.is_of_policy:
-            self._each(mine, "reference", f"Log-probabilities under {self.reference}", self._referring(sampled))
+            self._each(mine, "reference", f"Log-probabilities under {self.reference}", self._referring)
         self._each(mine, "judged", "Verdicts", lambda: self._judge)
 
     def _each(self, mine: range, stage: str, title: str, begin: Callable[[], Callable[[int], list[Row]]]) -> None:
@@ -320,61 +342,46 @@ class _Evaluation:
                     raise
                 bar.update(len(rows))
 
-    def _completing(
-        self, policy: Policy, plan: SamplingPlan | None = None
-    ) -> Callable[[], Callable[[int], list[Row]]]:
-        """Return what loads a policy and returns the function that makes its completions of a shard."""
-        plan = plan or self.plan
+    def _completing(self, policy: Policy, plan: SamplingPlan) -> Callable[[int], list[Row]]:
+        """Load a policy, and return the function that makes its completions of a shard."""
+        if isinstance(policy, BestOf):
+            inner = self._completing(policy.policy, replace(plan, num_completions=policy.n * plan.num_completions))
 
-        def begin() -> Callable[[int], list[Row]]:
-            if isinstance(policy, BestOf):
-                n = policy.n
-                drawn = SamplingPlan(n * plan.num_completions, plan.options, plan.generation_kwargs)
-                inner = self._completing(policy.policy, drawn)()
+            def make(shard: int) -> list[Row]:
+                rows, sampled = self._given(shard), [row["samples"] for row in inner(shard)]
+                prompts, columns = [row["prompt"] for row in rows], user_columns(rows)
+                return [{"samples": of} for of in best_of(policy.ranker, prompts, sampled, policy.n, columns)]
 
-                def make(shard: int) -> list[Row]:
-                    rows = self._given(shard)
-                    sampled = [row["samples"] for row in inner(shard)]
-                    prompts = [row["prompt"] for row in rows]
-                    return [{"samples": of} for of in best_of(policy.ranker, prompts, sampled, n, user_columns(rows))]
+            return make
+        if isinstance(policy, ModelPolicy):
+            model = policy.load()
+            return lambda shard: [
+                {"samples": of}
+                for of in sample(model, policy.tokenizer, self._given(shard), plan, shard_seed(self.seed, shard), True)
+            ]
+        return lambda shard: [{"samples": given_samples(policy[row])} for row in self._rows(shard)]
 
-                return make
-            if isinstance(policy, ModelPolicy):
-                model, seed = policy.load(), self.seed
-                return lambda shard: [
-                    {"samples": of}
-                    for of in sample(model, policy.tokenizer, self._given(shard), plan, shard_seed(seed, shard), True)
-                ]
-            return lambda shard: [{"samples": given_samples(policy[row])} for row in self._rows(shard)]
-
-        return begin
-
-    def _referring(self, sampled: Sequence[int]) -> Callable[[], Callable[[int], list[Row]]]:
-        """Return what loads the reference and returns the function that computes its log-probabilities."""
-        policies = list(self.policies.values())
+    def _referring(self) -> Callable[[int], list[Row]]:
+        """Load the reference, and return the function that computes its log-probabilities of a shard's samples."""
         reference = self.policies[str(self.reference)]
         assert isinstance(reference, ModelPolicy)
-        known = tokenizer_fingerprint(reference.tokenizer)
-        same = [one for one in sampled if tokenizer_fingerprint(policies[one].tokenizer) == known]  # type: ignore[union-attr]
+        model, tokenizer, known = reference.load(), reference.tokenizer, tokenizer_fingerprint(reference.tokenizer)
+        sampled = {number: of for number, of in enumerate(self.policies.values()) if isinstance(of, ModelPolicy)}
+        same = [number for number, of in sampled.items() if tokenizer_fingerprint(of.tokenizer) == known]
         if len(same) < len(sampled) and self.process.is_main_process:
             logger.warning("The KL of policies with another tokenizer than %s is not known.", self.reference)
 
-        def begin() -> Callable[[int], list[Row]]:
-            model, tokenizer = reference.load(), reference.tokenizer
+        def make(shard: int) -> list[Row]:
+            rows = self._given(shard)
+            prompts = tokenize_prompts(tokenizer, [row["prompt"] for row in rows], list(map(chat_options, rows)))
+            logps: list[Row] = [{} for _ in rows]
+            for number in same if not model.config.is_encoder_decoder else ():
+                samples = [row["samples"] for row in self.store.read_shard(shard, f"completions-{number}")]
+                for row, of_row in zip(logps, drawn_logps(model, prompts, samples), strict=True):
+                    row[str(number)] = of_row
+            return logps
 
-            def make(shard: int) -> list[Row]:
-                rows = self._given(shard)
-                prompts = tokenize_prompts(tokenizer, [row["prompt"] for row in rows], list(map(chat_options, rows)))
-                logps: list[Row] = [{} for _ in rows]
-                for number in same if not model.config.is_encoder_decoder else ():
-                    samples = [row["samples"] for row in self.store.read_shard(shard, f"completions-{number}")]
-                    for row, of_row in zip(logps, drawn_logps(model, prompts, samples), strict=True):
-                        row[str(number)] = of_row
-                return logps
-
-            return make
-
-        return begin
+        return make
 
     def _judge(self, shard: int) -> list[Row]:
         rows, sampled = self._given(shard), self._completions(shard)

@@ -38,7 +38,7 @@ def with_error(estimate: Estimate, form: str = ".2f") -> str:
 def rounded(estimate: Estimate, sign: str = "") -> str:
     """`mean ± standard error`, both with the decimals that leave two digits of the error."""
     error = estimate.standard_error
-    if math.isnan(error) or error < 1e-12:  # the rounding of equal values
+    if not error > 1e-12 + 1e-6 * abs(estimate.mean):  # NaN, or the rounding of equal values
         return f"{estimate.mean:{sign}.4g}"
     decimals = max(0, 1 - math.floor(math.log10(error)))
     return f"{estimate.mean:{sign}.{decimals}f} ± {error:.{decimals}f}"
@@ -46,7 +46,7 @@ def rounded(estimate: Estimate, sign: str = "") -> str:
 
 def as_percentage(estimate: Estimate) -> str:
     """`mean ± standard error` of a share, in per cent."""
-    return f"{100 * estimate.mean:.0f}% ± {100 * estimate.standard_error:.0f}%"
+    return with_error(estimate, ".0%")
 
 
 def plot_reward_against_kl(

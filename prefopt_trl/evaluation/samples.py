@@ -144,7 +144,8 @@ def verdicts(
 ) -> dict[str, list[dict[str, list[float | None]]]]:
     """Ask a judge about all completions of each prompt at once.
 
-    The i-th completion of a policy meets the opponent's i-th (modulo their number). Equal texts are a tie.
+    The i-th completion of a policy meets the opponent's i-th (modulo their number). Equal texts are a tie, unless the
+    judge has no opinion.
 
     Args:
         against (`str`, *optional*):
@@ -168,20 +169,20 @@ def verdicts(
     elif against is not None:
         opponents = completions[against]
         for turn in range(max(map(len, opponents))):
-            meet = [row for row in rows if turn < len(opponents[row])]
-            picked = [
-                [at for at, (_, place) in enumerate(flat[row]) if place % len(opponents[row]) == turn] for row in meet
+            places = [
+                [at for at, (_, place) in enumerate(flat[row]) if place % len(opponents[row]) == turn] for row in rows
             ]
+            meet = [row for row in rows if places[row]]
             scored, _ = ask_rewards(
                 judge,
                 [prompts[row] for row in meet],
-                [[texts[row][at] for at in chosen] for row, chosen in zip(meet, picked, strict=True)],
+                [[texts[row][at] for at in places[row]] for row in meet],
                 baselines=[opponents[row][turn] for row in meet],
                 columns={name: [values[row] for row in meet] for name, values in columns.items()},
                 may_abstain=True,
             )
-            for row, chosen, of_row in zip(meet, picked, scored, strict=True):
-                rewards[row][chosen] = of_row
+            for row, of_row in zip(meet, scored, strict=True):
+                rewards[row][places[row]] = of_row
     found: dict[str, list[dict[str, list[float | None]]]] = {name: [] for name in completions}
     for row in rows:
         at = dict(zip(flat[row], rewards[row], strict=True))
@@ -193,7 +194,7 @@ def verdicts(
                 meets = [place % len(theirs) for place in range(len(own))]
                 is_tie = [one == theirs[place] for one, place in zip(of_policy[row], meets, strict=True)]
                 advantages = own if judge.draws_baselines else own - np.array([at[against, place] for place in meets])
-                advantages = np.where(is_tie, 0.0, advantages)
+                advantages = np.where(is_tie, 0 * advantages, advantages)
                 won = judge.verdicts(sigmoid(advantages))
                 own = advantages if judge.draws_baselines else own
             found[name].append({"rewards": as_numbers(own), "wins": as_numbers(won)})

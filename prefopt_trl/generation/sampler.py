@@ -1,6 +1,7 @@
 """Sample completions of the policy with transformers' `generate`, each prompt computed once."""
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -344,7 +345,7 @@ def _read(
 ) -> tuple[str, list[int], bool]:
     """Return the text of a row up to EOS or a stop string, its tokens including EOS, and whether it ended."""
 
-    def decode(skip_special_tokens: bool) -> str:
+    def decode(end: int, skip_special_tokens: bool) -> str:
         options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
         before, text = (cast(str, tokenizer.decode(part, **options)) for part in (context, context + ids[:end]))
         if text.startswith(before):
@@ -362,8 +363,11 @@ def _read(
         last -= 1
     context = prompt_ids[:last][-CONTEXT:]
     end = next((place for place, token in enumerate(ids) if token in eos_token_ids), len(ids))
-    text = decode(skip_special_tokens=True)
+    text = decode(end, skip_special_tokens=True)
     found = [text.index(stop) for stop in stop_strings if stop in text]
-    # A stop string may itself be a special token, such as the one that ends a turn
-    stopped = bool(found) or any(stop in decode(skip_special_tokens=False) for stop in stop_strings)
-    return text[: min(found, default=len(text))], ids[: end + 1], end < len(ids) or stopped
+
+    def has_stopped(place: int) -> bool:  # a stop string may itself be a special token, such as the end of a turn
+        return any(stop in decode(place + 1, special) for stop in stop_strings for special in (True, False))
+
+    last = bisect_left(range(end), True, key=has_stopped)  # padding follows a stop string
+    return text[: min(found, default=len(text))], ids[: last + 1], last < len(ids)

@@ -289,11 +289,11 @@ def logit(probabilities: np.ndarray) -> np.ndarray:
     return np.log(probabilities) - np.log1p(-probabilities)
 
 
-def check_ranker(ranker: object) -> None:
-    """Raise `TypeError` unless `ranker` is a [`Ranker`], naming the classes to wrap it in."""
+def check_ranker(ranker: object, name: str = "ranker") -> None:
+    """Raise `TypeError` unless `ranker` is a [`Ranker`], naming the argument and the classes to wrap it in."""
     if not isinstance(ranker, Ranker):
         raise TypeError(
-            f"`ranker` is a {type(ranker).__name__}, not a ranker. Wrap a function in `FunctionRanker`, a reward "
+            f"`{name}` is a {type(ranker).__name__}, not a ranker. Wrap a function in `FunctionRanker`, a reward "
             "model in `RewardModelRanker`, a causal language model in `PairwiseRanker`, a chat model or its server in "
             "`JudgeRanker`."
         )

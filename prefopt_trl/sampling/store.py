@@ -126,7 +126,7 @@ class ShardStore:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RuntimeError(
-                    f"Another run is making a dataset in {self.folder}. Wait for it, or stop it (killing `torchrun` "
+                    f"Another run is making {self.made} in {self.folder}. Wait for it, or stop it (killing `torchrun` "
                     "leaves its processes running), or choose another `output_dir`."
                 ) from None
             except OSError:  # a file system without locks
@@ -160,7 +160,7 @@ class ShardStore:
 
     def clear(self) -> None:
         """Remove the shards of finished results, and files whose writing was interrupted."""
-        for path in self.folder.glob("*.partial"):
+        for path in list(self.folder.rglob("*.partial")):
             remove(path)
         remove(self.shards)
 

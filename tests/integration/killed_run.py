@@ -1,4 +1,4 @@
-"""Builds one dataset again and again, in processes that are killed when test_killed.py says so.
+"""Builds one dataset, or evaluates, again and again, in processes that are killed when test_killed.py says so.
 
 It answers requests: one line of JSON on the standard input, one on the standard output. Each run is a fork of this
 process, so torch is imported once; no thread has been started before. Of two processes each gets the environment that
@@ -20,6 +20,7 @@ import matplotlib.figure  # noqa: F401  here, so that no run spends its time on 
 from accelerate import PartialState
 from transformers import GenerationMixin
 
+from prefopt_trl.evaluation import policy as evaluation
 from prefopt_trl.quickstart.tiny import tiny_llama, train_tokenizer
 from prefopt_trl.rankers import PairwiseRanker
 from prefopt_trl.sampling import pipeline
@@ -37,14 +38,20 @@ CALLS: list[tuple[Any, str]] = [
 LONGEST_RUN = 120.0  # seconds; one that waits for ever is ended, and its status says so
 
 
-def make_build() -> Callable[[str], None]:
-    """Return a function that builds the dataset in a folder."""
+def make_build() -> Callable[[str, bool], None]:
+    """Return a function that builds the dataset in a folder, or evaluates the policy."""
     tokenizer = train_tokenizer(PROMPTS, vocab_size=280)
     policy, judge = (tiny_llama(tokenizer, hidden_size=32, num_layers=2, seed=seed) for seed in (0, 1))
     pipeline.SHARD_COMPLETIONS = PROMPTS_PER_SHARD * NUM_CANDIDATES
+    evaluation.COMPLETIONS_PER_SHARD = PROMPTS_PER_SHARD * 2
 
-    def build(folder: str) -> None:
+    def build(folder: str, evaluate: bool) -> None:
         ranker = PairwiseRanker(judge, tokenizer)
+        if evaluate:
+            policies = {"policy": policy, "targets": ["fish"] * 8}
+            how = {"against": "targets", "reference": "policy", "num_completions": 2, "max_new_tokens": 8}
+            evaluation.evaluate_policy(policies, tokenizer, PROMPTS[:8], judges=ranker, output_dir=folder, **how)
+            return
         options = {"num_candidates": NUM_CANDIDATES, "num_samples": 4, "max_new_tokens": 8, "seed": 5}
         pipeline.build_preference_dataset(PROMPTS, policy, tokenizer, ranker, output_dir=folder, **options)
 
@@ -71,8 +78,9 @@ def watch(rank: int, log: int, killed_at: int | None) -> None:
 
 
 def run(
-    build: Callable[[str], None],
+    build: Callable[[str, bool], None],
     folder: str,
+    evaluate: bool = False,
     processes: int = 1,
     seconds: float | None = None,
     call: int | None = None,
@@ -101,7 +109,7 @@ def run(
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             assert PartialState(cpu=True).num_processes == processes
             watch(index, write, call if index == rank else None)
-            build(folder)
+            build(folder, evaluate)
             os._exit(0)
         except BaseException:
             traceback.print_exc()

@@ -1,4 +1,4 @@
-"""A sampled dataset is the same, to the byte, however often the processes that make it are killed (SIGKILL).
+"""A sampled dataset, or an evaluation, is the same, to the byte, however often its processes are killed (SIGKILL).
 
 Runs are forks of one driver, killed_run.py, which says what each run did. Moments are of two kinds: just before the
 n-th call that samples, ranks or changes the folder, so that every stage is hit on any machine; and at random by the
@@ -110,6 +110,22 @@ def test_killed_before_every_call(
         assert run(folder)["status"] == [0], f"call {moment}, {calls[moment]}"
         assert contents(folder) == expected, f"call {moment}, {calls[moment]}"
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.distributed])])
+def test_an_evaluation_killed_before_a_call_and_started_again(run: Run, tmp_path: Path, processes: int) -> None:
+    outcome = run(tmp_path / "undisturbed", evaluate=True)
+    assert outcome["status"] == [0]
+    calls, expected = outcome["calls"][0], contents(tmp_path / "undisturbed")
+    for call, fraction in [("generate", 0.5), ("fsync", 0.9), ("unlink", 0.5)]:
+        moments = [number for number, name in enumerate(calls) if name == call]
+        moment, folder = moments[int(fraction * len(moments))] // processes, tmp_path / call
+        first = run(folder, evaluate=True, processes=processes, call=moment)
+        assert killed(first) and contents(folder) != expected
+        again = run(folder, evaluate=True, processes=processes)
+        assert again["status"] == [0] * processes and contents(folder) == expected, call
+        done = sum(one.count("generate") for outcome in (first, again) for one in outcome["calls"])
+        assert done <= calls.count("generate") + 2 * processes
 
 
 # Two processes, one of them at given calls

@@ -513,7 +513,9 @@ def test_a_folder_that_another_run_holds_is_left_alone(build, undisturbed, tmp_p
             build(tmp_path / "pairs")
     before = contents(tmp_path / "pairs")
     with store.SampleStore(tmp_path / "pairs").held():
-        with pytest.raises(RuntimeError, match="Another run is making a dataset in .*or choose another `output_dir`"):
+        with pytest.raises(
+            RuntimeError, match="Another run is making a sampled dataset in .*or choose another `output_dir`"
+        ):
             build(tmp_path / "pairs")
         assert contents(tmp_path / "pairs") == before
     build(tmp_path / "pairs")

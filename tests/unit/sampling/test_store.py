@@ -229,7 +229,7 @@ def test_settings_that_json_cannot_write_are_refused_before_anything_is_made(fol
 
 
 def test_a_folder_is_held_by_one_at_a_time(folder: Path) -> None:
-    message = f"Another run is making a dataset in {folder}. Wait for it, or stop it"
+    message = f"Another run is making a sampled dataset in {folder}. Wait for it, or stop it"
     with SampleStore(folder).held():
         begun_store(folder)  # the holder may write
         with pytest.raises(RuntimeError) as error, SampleStore(folder).held():
@@ -258,7 +258,10 @@ def test_another_process_holds_a_folder_until_it_dies(folder: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], text=True, **pipes)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(RuntimeError, match="Another run is making a dataset in"), SampleStore(folder).held():
+        with (
+            pytest.raises(RuntimeError, match="Another run is making a sampled dataset in"),
+            SampleStore(folder).held(),
+        ):
             pass
     finally:
         holder.kill()
