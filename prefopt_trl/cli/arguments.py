@@ -133,10 +133,9 @@ class PreferenceArguments(TrainingData, RankerArguments):
 
 
 @dataclass(kw_only=True)
-class InferenceArguments(DataArguments, RankerArguments):
-    """Arguments of the commands that do not train: they load a policy and need a ranker."""
+class InferenceArguments(DataArguments):
+    """Arguments of the commands that sample policies."""
 
-    ranker: str = field(metadata=RANKER)
     seed: int = field(default=0, metadata={"help": "Random seed, at least 0."})
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow models with Python code from the Hub."})
@@ -146,9 +145,10 @@ class InferenceArguments(DataArguments, RankerArguments):
 
 
 @dataclass(kw_only=True)
-class SampleConfig(InferenceArguments, SamplingOptions):
+class SampleConfig(InferenceArguments, RankerArguments, SamplingOptions):
     """Arguments of [`build_preference_dataset`]."""
 
+    ranker: str = field(metadata=RANKER)
     output_dir: str = field(metadata={"help": "Folder for the pairs, candidates, statistics and dataset card."})
     dataset_split: str = field(default="train", metadata={"help": "Split with the prompts."})
     max_length: int | None = field(
@@ -172,7 +172,7 @@ class SampleConfig(InferenceArguments, SamplingOptions):
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(DataArguments, RankerTemplate, GenerationOptions):
+class EvaluateConfig(InferenceArguments, RankerTemplate, GenerationOptions):
     """Arguments of [`evaluate_policy`]."""
 
     output_dir: str = field(metadata={"help": "Folder for the numbers, the plot and every completion and verdict."})
@@ -183,36 +183,34 @@ class EvaluateConfig(DataArguments, RankerTemplate, GenerationOptions):
         default=None,
         metadata={
             "help": "Policies beside `model_name_or_path`, each as [NAME=]POLICY: a folder or Hub id of a model or "
-            "adapter; a .jsonl or .json file of completions (`samples.jsonl` of another evaluation, AlpacaEval's "
-            "outputs, or rows with `prompt` and `completion`); `column:COLUMN` of the dataset; or `best-of-N:POLICY`, "
-            "the best of N completions by the first judge."
+            "adapter; a .jsonl or .json file with `prompt` and `completion` or `completions`, or of AlpacaEval; "
+            "FILE:NAME for one of several policies in it, such as `samples.jsonl:sft` of another evaluation; "
+            "`column:COLUMN` of the dataset; or `best-of-N:POLICY`, the best of N completions by the first judge."
         },
     )
     reference: str | None = field(
         default=None,
-        metadata={"help": "Policy to measure the KL from: the name of a policy, or a model, which is evaluated too."},
+        metadata={"help": "Policy to measure the KL from: the name of one, or a model, which is evaluated too."},
     )
     against: str | None = field(
         default=None,
         metadata={
-            "help": "Opponent of all policies: the name of a policy, 'reference', or a column of completions. By "
-            "default the column `chosen` or `completion`, if there is one, and otherwise the reference."
+            "help": "Opponent of all policies: one of them, 'reference', or a column of completions. By default the "
+            "column `chosen` or `completion`, if there is one, and otherwise the reference."
         },
     )
     dataset_split: str = field(default="test", metadata={"help": "Split with the prompts."})
     num_completions: int = field(default=1, metadata={"help": "Completions sampled per prompt."})
     stop_strings: list[str] | None = field(
-        default=None, metadata={"help": "Texts that end a completion, such as '\\n\\nHuman:'. They are removed."}
+        default=None,
+        metadata={"help": "Texts that end a completion and are removed, in bash like $'\\n\\nHuman:'."},
     )
     ranker_batch_size: int = field(default=32, metadata=RANKER_BATCH_SIZE)
-    seed: int = field(default=0, metadata={"help": "Random seed, at least 0."})
-    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Allow models with Python code from the Hub."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        GenerationOptions.__post_init__(self)
         is_whole(self, "num_completions", 1)
-        is_whole(self, "seed", 0)
 
 
 @dataclass(kw_only=True)

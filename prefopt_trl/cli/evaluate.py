@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,41 +16,39 @@ from transformers.utils import find_adapter_config_file
 from trl import ModelConfig
 
 from prefopt_trl.cli.arguments import EvaluateConfig, RankerArguments
+from prefopt_trl.cli.data import require_columns
 from prefopt_trl.cli.models import check_model, load_tokenizer, model_to_run
-from prefopt_trl.cli.rankers import load_ranker
-from prefopt_trl.data.formats import Completion, Prompt, is_lost, wrap_completion
+from prefopt_trl.cli.rankers import is_model, load_ranker
+from prefopt_trl.data.formats import Completion, Prompt, Row, wrap_completion
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.evaluation.comparison import instruction
 from prefopt_trl.evaluation.policy import BestOf, ModelPolicy, evaluate_policy
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.runtime.processes import process_state
-from prefopt_trl.runtime.settings import folder_fingerprint
-
-TARGETS = ("chosen", "completion")  # columns, the first of which is the opponent by default
+from prefopt_trl.runtime.settings import folder_fingerprint, read_lines
 
 
 def run(own: EvaluateConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Evaluate, print the tables, and write them with the samples."""
     check_model(model, trains=False, is_optional=True)
-    state = PartialState(cpu=True) if own.use_cpu else process_state()
-    rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_split, own.num_rows)
-    if "prompt" not in rows.column_names:
-        raise ValueError(f"{own.dataset_name} has no column `prompt`; it has {', '.join(rows.column_names)}.")
-    judges = _named("judges", own.judges, partial(_judge, own))
-    ranker = next(iter(judges.values()))
-    given = [*([str(model.model_name_or_path)] if model.model_name_or_path else []), *(own.policies or [])]
-    load = partial(_policy, own=own, model=model, rows=rows, ranker=ranker, device=state.device)
-    policies, reference = _named("policies", given, load), own.reference
-    if reference is not None and reference not in policies:
-        policies["reference"], reference = load("reference", reference), "reference"
-    if not policies:
+    given = _by_name("policies", [one for one in (model.model_name_or_path, *(own.policies or [])) if one])
+    names = {what: name for name, what in given.items()}
+    reference = own.reference
+    if reference is not None and reference not in given:  # a model, which may be a policy already
+        reference = names.setdefault(reference, "reference")
+        given[reference] = str(own.reference)
+    if not given:
         raise ValueError("There is no policy. Give `model_name_or_path` or `policies`.")
-    against = own.against or next((name for name in TARGETS if name in rows.column_names), reference)
-    if state.is_main_process:
-        save_config()
+    rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_split, own.num_rows)
+    require_columns(rows, own.dataset_name, {"prompt"})
+    against = own.against or next((one for one in ("chosen", "completion") if one in rows.column_names), reference)
+    if against is not None and against not in given:
+        against = reference or against if against == "reference" else names.get(against, against)
+    state = PartialState(cpu=True) if own.use_cpu else process_state()
+    judges, load = _judges(own), partial(_model, own, model, state.device)
     found = evaluate_policy(
-        policies,
+        {name: _policy(what, rows, next(iter(judges.values())), load) for name, what in given.items()},
         None,
         rows,
         judges=judges,
@@ -61,55 +60,65 @@ def run(own: EvaluateConfig, model: ModelConfig, save_config: Callable[[], None]
         generation_kwargs={"stop_strings": own.stop_strings} if own.stop_strings else None,
         output_dir=own.output_dir,
     )
-    state.print(
-        f"{found}\n\nWritten: evaluation.json, .md and .png, samples.jsonl and alpaca_eval/, in {own.output_dir}"
-    )
+    if state.is_main_process:
+        save_config()
+        print(f"{found}\n\nWritten: evaluation.json and .md, samples.jsonl and alpaca_eval/, in {own.output_dir}")
+    state.destroy_process_group()
 
 
-def _named(argument: str, given: list[str], load: Callable[[str, str], Any]) -> dict[str, Any]:
-    """Load what is given as [NAME=]WHAT, by name; the default name is the last part of WHAT."""
-    loaded: dict[str, Any] = {}
+def _by_name(argument: str, given: list[str]) -> dict[str, str]:
+    """Split what is given as [NAME=]WHAT; the default name is the last part of WHAT."""
+    named: dict[str, str] = {}
     for one in given:
-        name, what = re.fullmatch(r"(?:([^=/:]+)=)?(.+)", one, re.DOTALL).groups()  # type: ignore[union-attr]
-        best = re.match(r"best-of-\d+(?=:)", what)
-        name = name or f"{f'{best[0]} ' if best else ''}{re.split('[/:]', what.rstrip('/'))[-1]}"
-        if name in loaded:
+        pattern = r"(?:([^=/:]+)=)?((?:(best-of-\d+):)?.*?([^/:]+)/*)"
+        name, what, best, last = re.fullmatch(pattern, one, re.DOTALL).groups()  # type: ignore[union-attr]
+        name = name or " ".join(filter(None, (best, last)))
+        if name in named:
             raise ValueError(f"`{argument}` has two with the name {name!r}. Give names: NAME={what}.")
-        loaded[name] = load(name, what)
-    return loaded
+        named[name] = what
+    return named
 
 
-def _judge(own: EvaluateConfig, name: str, what: str) -> Ranker:
-    options = {"ranker_template": own.ranker_template, "ranker_batch_size": own.ranker_batch_size}
-    has_options = not what.endswith((".yaml", ".yml")) and ":" not in Path(what).name
-    arguments = RankerArguments(ranker=what, **(options if has_options else {}))  # type: ignore[arg-type]
-    return load_ranker(arguments, own.trust_remote_code)
+def _judges(own: EvaluateConfig) -> dict[str, Ranker]:
+    given, load = _by_name("judges", own.judges), _naming("judges")(load_ranker)
+    options: Any = {"ranker_template": own.ranker_template, "ranker_batch_size": own.ranker_batch_size}
+    takers = [what for what in given.values() if is_model(what)] or [*given.values()]  # the latter refuse the options
+    return {
+        name: load(RankerArguments(ranker=what, **(options if what in takers else {})), own.trust_remote_code)
+        for name, what in given.items()
+    }
 
 
-def _policy(
-    name: str,
-    what: str,
-    own: EvaluateConfig,
-    model: ModelConfig,
-    rows: Dataset,
-    ranker: Ranker,
-    device: torch.device,
-) -> Any:
-    """Return a policy for [`evaluate_policy`], whose model is loaded when it is needed."""
+def _policy(what: str, rows: Dataset, ranker: Ranker, load: Callable[[str], ModelPolicy]) -> Any:
+    """Return a policy for [`evaluate_policy`]."""
     if best := re.fullmatch(r"best-of-(\d+):(.+)", what, re.DOTALL):
-        return BestOf(_policy(name, best[2], own, model, rows, ranker, device), int(best[1]), ranker)
+        return BestOf(_policy(best[2], rows, ranker, load), int(best[1]), ranker)
     if what.startswith("column:"):
         return what.removeprefix("column:")
-    if what.endswith((".jsonl", ".json")):
-        return _read_completions(what, name, rows["prompt"][:])
-    if is_lost(what):
-        raise FileNotFoundError(f"`policies`: there is no folder {what}. Check the path.")
-    if what != model.model_name_or_path:
-        model = replace(model, model_name_or_path=what, model_revision="main")
-    load = partial(model_to_run, what, model, device, own.trust_remote_code)
+    if file := re.fullmatch(r"(.+\.jsonl?)(?::(.+))?", what):
+        return _read_completions(file[1], file[2], rows["prompt"][:])
+    return load(what)
+
+
+def _model(own: EvaluateConfig, model: ModelConfig, device: torch.device, path: str) -> ModelPolicy:
+    """Return a model as a policy, which is loaded when it is needed."""
+    argument = {own.reference: "reference", model.model_name_or_path: "model_name_or_path"}.get(path, "policies")
+    if path != model.model_name_or_path:
+        model = replace(model, model_name_or_path=path, model_revision="main")
+    tokenizer = _naming(argument)(load_tokenizer)(path, model.model_revision, own.trust_remote_code)
     how = {key: value for key, value in vars(model).items() if key != "model_name_or_path"}
-    identity = f"{_fingerprint(what)} {json.dumps(how, sort_keys=True, default=str)}"
-    return ModelPolicy(load, load_tokenizer(what, model.model_revision, own.trust_remote_code), identity)
+    identity = f"{_fingerprint(path)} {json.dumps(how, sort_keys=True, default=str)}"
+    load = _naming(argument)(model_to_run)
+    return ModelPolicy(partial(load, model, device, own.trust_remote_code), tokenizer, identity)
+
+
+@contextmanager
+def _naming(argument: str) -> Iterator[None]:
+    """Within, errors name this argument instead of those of other commands."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(re.sub("`(model_name_or_path|ranker)`", f"`{argument}`", str(error))) from error
 
 
 def _fingerprint(path: str) -> str:
@@ -121,21 +130,24 @@ def _fingerprint(path: str) -> str:
     return folder_fingerprint(Path(path)) + (f" on {_fingerprint(base)}" if base else "")
 
 
-def _read_completions(path: str, name: str, prompts: list[Prompt]) -> list[list[Completion]]:
-    """Read the completions of each prompt from a file; of `samples.jsonl` those of the policy `name`."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"`policies`: there is no file {path}. Check the path.")
-    text = Path(path).read_text(encoding="utf-8")
-    lines = json.loads(text) if path.endswith(".json") else [json.loads(line) for line in text.splitlines() if line]
-    found: dict[str, list[Completion]] = {}
-    for line in lines:
-        if line.get("policy", name) == name:
-            key = instruction(line.get("prompt", line.get("instruction", "")))
-            given = line.get("completions") or [line[key] for key in ("completion", "output") if key in line]
-            found.setdefault(key, []).extend(given)
-    if missing := next((row for row, prompt in enumerate(prompts) if not found.get(instruction(prompt))), None):
+def _read_completions(path: str, policy: str | None, prompts: list[Prompt]) -> list[list[Completion]]:
+    """Read the completions of each prompt from a file that has those of one policy, or also of others."""
+    try:
+        lines: list[Row] = json.loads(Path(path).read_bytes()) if path.endswith(".json") else read_lines(Path(path))
+        found: dict[Any, dict[str, list[Completion]]] = {}
+        for line in lines:
+            key = instruction(line.get("prompt") or line["instruction"])
+            given = line.get("completions") or [line["completion" if "completion" in line else "output"]]
+            found.setdefault(line.get("policy", line.get("generator")), {}).setdefault(key, []).extend(given)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(
-            f"{path} has no completion of the policy {name!r} for row {missing} of the prompts. Its rows need "
-            "`prompt` and `completion` or `completions`, or `instruction` and `output`."
-        )
-    return [[wrap_completion(prompt, one) for one in found[instruction(prompt)]] for prompt in prompts]
+            f"`policies`: {path} cannot be read ({error!r}). It must be a file with `prompt` and `completion` or "
+            "`completions`, or with `instruction` and `output`, in each row."
+        ) from error
+    policy = next(iter(found)) if policy is None and len(found) == 1 else policy
+    if policy not in found:
+        raise ValueError(f"{path} has completions of {', '.join(map(str, found))}. Name one of them: {path}:NAME.")
+    of = found[policy]
+    if missing := next((row for row, prompt in enumerate(prompts) if not of.get(instruction(prompt))), None):
+        raise ValueError(f"`policies`: {path} has no completion for row {missing} of the prompts. Leave the row out.")
+    return [[wrap_completion(prompt, one) for one in of[instruction(prompt)]] for prompt in prompts]

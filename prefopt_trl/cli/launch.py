@@ -23,9 +23,9 @@ from prefopt_trl.cli.run import USER_ERRORS, fail
 
 MODULE = "prefopt_trl.cli.run"  # what each process runs
 ON_THE_CPU = (
-    "Two ways work without a GPU: `torchrun --nproc_per_node 2 -m prefopt_trl.cli.run COMMAND ... --use_cpu --bf16 "
-    "False`; and DeepSpeed, with DS_ACCELERATOR=cpu in the environment and `--num_processes 2 --ddp_backend gloo "
-    "--use_cpu False --bf16 False`."
+    "Two ways work without a GPU: `torchrun --nproc_per_node 2 -m prefopt_trl.cli.run COMMAND ... --use_cpu`, with "
+    "`--bf16 False` to train; and, to train, DeepSpeed, with DS_ACCELERATOR=cpu in the environment and "
+    "`--num_processes 2 --ddp_backend gloo --use_cpu False --bf16 False`."
 )
 
 

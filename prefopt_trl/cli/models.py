@@ -98,13 +98,11 @@ def model_to_train(model: ModelConfig, args: TrainingConfig, task: str | None = 
     return {"model": get_peft_model(loaded, peft_config)}
 
 
-def model_to_run(
-    path: str, model: ModelConfig, device: torch.device | str, trust_remote_code: bool
-) -> PreTrainedModel:
+def model_to_run(model: ModelConfig, device: torch.device | str, trust_remote_code: bool) -> PreTrainedModel:
     """Load a policy to sample from, or an adapter with its base model, onto a device."""
     init = {**_init_kwargs(model), "trust_remote_code": trust_remote_code}
-    argument = "model_name_or_path" if path == model.model_name_or_path else "reference"
-    with named(f"`{argument}`={path!r}"):
+    path = str(model.model_name_or_path)
+    with named(f"`model_name_or_path`={path!r}"):
         if find_adapter_config_file(path, revision=model.model_revision) is not None:
             loaded = load_adapter(path, model, init, is_trainable=False)
         else:

@@ -20,6 +20,7 @@ from prefopt_trl.rankers.inference import check_temperature, is_reward_model
 from prefopt_trl.rankers.pairwise import PairwiseRanker
 from prefopt_trl.rankers.pointwise import RewardModelRanker
 
+YAML = (".yaml", ".yml")
 CLASSES = [name for name in prefopt_trl.__all__ if name.endswith("Ranker")]
 
 
@@ -32,19 +33,23 @@ def load_ranker(arguments: RankerArguments, trust_remote_code: bool = False) -> 
     name = str(arguments.ranker)
     if name.endswith(".py"):
         raise ValueError(f"`ranker`={name!r} is a file. Name a function in it as {name}:function.")
-    is_file = name.endswith((".yaml", ".yml"))
-    is_function = not os.path.exists(name) and (":" in Path(name).name or ("/" not in name and "." in name))
-    if is_file or is_function:
+    if not is_model(name):
         for option in ("ranker_template", "ranker_batch_size"):
             if getattr(arguments, option) != getattr(RankerArguments(), option):
                 raise ValueError(f"`{option}` has no effect on `ranker`={name!r}. Leave it out.")
-        return _from_file(name) if is_file else FunctionRanker(_function(name))
+        return _from_file(name) if name.endswith(YAML) else FunctionRanker(_function(name))
     init = {"trust_remote_code": True} if trust_remote_code else {}
     given: dict[str, Any] = {"batch_size": arguments.ranker_batch_size, "model_init_kwargs": init}
     with named(f"`ranker`={name!r}"):
         if is_reward_model(name, **init):
             return RewardModelRanker(name, **given)
         return PairwiseRanker(name, template=arguments.ranker_template, **given)
+
+
+def is_model(name: str) -> bool:
+    """Return whether a ranker's name is that of a model, rather than of a function or YAML file."""
+    is_function = not os.path.exists(name) and (":" in Path(name).name or ("/" not in name and "." in name))
+    return not is_function and not name.endswith(YAML)
 
 
 def _function(path: str) -> Callable[..., Any]:

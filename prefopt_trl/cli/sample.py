@@ -17,24 +17,20 @@ from prefopt_trl.sampling.statistics import push_preference_dataset
 
 def run(own: SampleConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Build the dataset. Rows that have candidates already are not sampled again."""
-    has_model = model.model_name_or_path is not None
-    if has_model:
-        check_model(model, trains=False)
+    check_model(model, trains=False, is_optional=True)
     rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_split, own.num_rows)
     given = "completions" in rows.column_names
-    if not has_model and (own.keep_logps or not given):
-        check_model(model, trains=False)  # says that it is missing
+    needs_policy = own.keep_logps or not given
+    check_model(model, trains=False, is_optional=not needs_policy)
     state = PartialState(cpu=True) if own.use_cpu else process_state()
-    path = str(model.model_name_or_path)
-    tokenizer = load_tokenizer(path, model.model_revision, own.trust_remote_code) if has_model else None
+    path = model.model_name_or_path
+    tokenizer = load_tokenizer(path, model.model_revision, own.trust_remote_code) if path else None
     ranker = load_ranker(own, own.trust_remote_code)
     require_columns(rows, own.dataset_name, {"prompt"})
     rows = keep_given(rows)
     if not given and tokenizer is not None:
         rows = prompts_that_fit(rows, tokenizer, own.max_length, own.max_new_tokens)
-    policy = None  # not needed for given candidates, unless their log-probabilities are kept
-    if own.keep_logps or not given:
-        policy = model_to_run(path, model, state.device, own.trust_remote_code)
+    policy = model_to_run(model, state.device, own.trust_remote_code) if needs_policy else None
     build_preference_dataset(
         rows,
         policy,

@@ -181,9 +181,12 @@ def evaluate_policy(
         rankers = [*judges.values(), *(part.ranker for part in parts if isinstance(part, BestOf))]
         models = [part.model for part in parts if isinstance(part, ModelPolicy)]
         stack.enter_context(gathered(*models, *(ranker.model for ranker in rankers)))
+        evaluation = _Evaluation(store, prompts, made, judges, against, reference, plan, seed, process)
+        settings = as_json(evaluation.settings())
+        is_finished = store.finished(settings)  # raises for another evaluation, before this one begins
         if output_dir is not None:
             stack.enter_context(interruptible(lambda: f"Interrupted: {store.saved()}; the same call resumes."))
-        return _Evaluation(store, prompts, made, judges, against, reference, plan, seed, process).run()
+        return evaluation.run(settings, is_finished)
 
 
 def as_prompts(prompts: Dataset | Sequence[Prompt]) -> Dataset:
@@ -215,7 +218,7 @@ def _policy(name: str, value: Any, tokenizer: PreTrainedTokenizerBase | None, pr
         if value not in prompts.column_names:
             raise ValueError(
                 f"{value!r} is neither a policy nor a column of `prompts`, which has "
-                f"{', '.join(prompts.column_names)}. A model is given loaded."
+                f"{', '.join(prompts.column_names)}. Give a loaded model (the command: a folder), or name a column."
             )
         value = prompts[value][:]
     if isinstance(value, Sequence) and not isinstance(value, tuple):
@@ -256,6 +259,10 @@ class EvaluationStore(ShardStore):
     made, last_stage = "an evaluation", "judged"
     results, written = ("samples.jsonl",), ("evaluation.json", "samples.jsonl")
 
+    def saved(self) -> str:
+        shards = len(list(self.shards.glob("*.jsonl")))
+        return f"{shards} shards of completions or verdicts are saved in {self.folder}" if shards else super().saved()
+
     def advice(self) -> str:
         return (
             "To judge the same completions in another way, give the finished `samples.jsonl` as the completions of "
@@ -277,9 +284,8 @@ class _Evaluation:
     seed: int
     process: PartialState
 
-    def run(self) -> PolicyEvaluation:
-        settings = as_json(self.settings())
-        if self.store.finished(settings):
+    def run(self, settings: Settings, is_finished: bool) -> PolicyEvaluation:
+        if is_finished:
             logger.info("Reusing the evaluation in %s, made with the same settings.", self.store.folder)
             if self.process.is_main_process:
                 with suppress(OSError):  # a read-only disk

@@ -1,6 +1,5 @@
-"""What the commands write about their results: model cards, and the table of an evaluation."""
+"""What the commands write about their results: model cards."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -68,14 +67,3 @@ def test_a_token_that_may_not_write_is_refused_with_a_command(name, hub, trainin
     hub.fail("POST /api/repos/create", 401, "Invalid credentials")
     with pytest.raises(PushError, match=f"leave out `push_to_hub`.*\n\n    hf upload {REPO} out --exclude '_.'"):
         run_in_process(name, [*training, "--output_dir", "out", "--push_to_hub", "--hub_model_id", REPO])
-
-
-def test_an_evaluation_shows_small_numbers_and_counts(tiny, run_in_process, tiny_llama_dir, tmp_path):
-    rewards = "[-0.0005 if not 'Yes' in text and not 'No' in text else 0.0 for text in completions]"
-    (tmp_path / "tiny_reward.py").write_text(f"def rewards(prompts, completions, **kwargs):\n    return {rewards}\n")
-    own = ["--ranker", "tiny_reward.rewards", "--reference", tiny_llama_dir, "--max_new_tokens", "4"]
-    run_in_process("evaluate", [*tiny, *own, "--output_dir", "out"])
-    assert json.loads(Path("out/evaluation.json").read_text())["ranker_reward"]["mean"] == pytest.approx(-0.0005)
-    written = Path("out/evaluation.md").read_text()
-    assert re.search(r"\| reward by the ranker[^|]*\| +-0\.0005 ± 0 \|", written)
-    assert re.search(r"\| win rate against the target +\| +0% ± 0% \(0 of 6 prompts\) \|", written)

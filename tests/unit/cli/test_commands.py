@@ -218,17 +218,6 @@ def test_sample_pushes_what_is_finished(tiny, run_in_process, function_ranker, m
     assert pushed == [("sampled", "me/pairs", True)]
 
 
-def test_evaluate_writes_what_it_prints(tiny, run_in_process, function_ranker, tiny_llama_dir, capsys):
-    own = ["--reference", tiny_llama_dir, "--max_new_tokens", "4", "--output_dir", "out"]
-    run_in_process("evaluate", [*tiny, *function_ranker, *own])
-    results = json.loads(Path("out/evaluation.json").read_text())
-    assert results["num_prompts"] == 6
-    assert results["kl"] == {"mean": pytest.approx(0, abs=1e-5), "standard_error": pytest.approx(0, abs=1e-5)}
-    printed = capsys.readouterr().out
-    assert "KL from the reference (nats per completion)" in printed
-    assert Path("out/evaluation.md").read_text().split("\n\n")[1].strip() in printed
-
-
 def test_a_saved_configuration_has_no_tokens_in_it():
     arguments = "--dataset_name d --model_name_or_path m --output_dir out --use_cpu --bf16 no --hub_token hf_secret"
     init = ["--model_init_kwargs", '{"token": "hf_other", "use_cache": false}']

@@ -66,7 +66,7 @@ def test_an_adapter_comes_on_its_base_ready_to_be_trained(adapter, tiny_llama_di
     ids = torch.tensor([[1, 5, 9]])
     base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     with torch.no_grad():
-        adapted = model_to_run(adapter, ModelConfig(), "cpu", False)(ids).logits
+        adapted = model_to_run(ModelConfig(adapter), "cpu", False)(ids).logits
         assert torch.allclose(trained["model"].eval()(ids).logits, adapted)
         assert not torch.allclose(base(ids).logits, adapted, atol=1e-3)
 
@@ -88,10 +88,10 @@ def test_an_adapter_of_another_base_is_refused(adapter):
     settings = json.loads(Path(adapter, "adapter_config.json").read_text())
     Path(adapter, "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "other"}))
     with pytest.raises(ValueError, match="the adapter adapter on its base other cannot be loaded .*size mismatch"):
-        model_to_run(adapter, ModelConfig(), "cpu", False)
+        model_to_run(ModelConfig(adapter), "cpu", False)
     Path(adapter, "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="The adapter adapter names no base model"):
-        model_to_run(adapter, ModelConfig(), "cpu", False)
+        model_to_run(ModelConfig(adapter), "cpu", False)
 
 
 def test_an_adapter_on_top_of_an_adapter_is_refused(adapter):
@@ -123,15 +123,13 @@ def test_a_base_that_cannot_be_read_is_named_with_its_adapter(adapter):
         load_tokenizer(adapter, "main", False)
     message = "`base_model_name_or_path`='no/base' in adapter/adapter_config.json cannot be loaded"
     with pytest.raises(ValueError, match=message):
-        model_to_run(adapter, ModelConfig(adapter), "cpu", False)
+        model_to_run(ModelConfig(adapter), "cpu", False)
 
 
 def test_what_is_neither_here_nor_on_the_hub_is_named_with_its_argument():
     named = "cannot be loaded .*. Check the path, or the Hub id"
     with pytest.raises(ValueError, match=f"`model_name_or_path`='no/model' {named}"):
-        model_to_run("no/model", ModelConfig("no/model"), "cpu", False)
-    with pytest.raises(ValueError, match=f"`reference`='no/model' {named}"):
-        model_to_run("no/model", ModelConfig(), "cpu", False)
+        model_to_run(ModelConfig("no/model"), "cpu", False)
     with pytest.raises(ValueError, match=f"`ranker`='no/model' {named}"):
         load_ranker(RankerArguments(ranker="no/model"))
 

@@ -140,7 +140,7 @@ def test_bad_arguments_of_sample(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_evaluate_is_not_launched_and_takes_no_launch_options():
-    arguments = ["--dataset_name", "d", "--model_name_or_path", "m", "--output_dir", "o", "--reference", "m"]
+def test_evaluate_ranker_is_not_launched_and_takes_no_launch_options():
+    arguments = "--dataset_name d --output_dir o --ranker r --num_processes 2"
     with pytest.raises(ValueError, match="unknown argument 'num_processes'"):
-        parse("evaluate", [*arguments, "--ranker", "r", "--num_processes", "2"])
+        parse("evaluate-ranker", arguments.split())

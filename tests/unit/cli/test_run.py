@@ -61,17 +61,11 @@ def test_one_process_speaks_for_all_that_fail_alike(failing, monkeypatch, capsys
     assert "`num_rows` must be at least 1" in capsys.readouterr().err
 
 
-def test_a_command_without_a_launcher_ends_in_the_same_way(tiny, tiny_llama_dir, capsys):
-    (arguments := list(tiny))[arguments.index("pairs.jsonl")] = "prompts.jsonl"
-    with open("prompts.jsonl", "w") as file:
-        file.write('{"prompt": "Why?"}\n')
-    own = ["--reference", tiny_llama_dir, "--ranker", tiny_llama_dir, "--output_dir", "out"]
+def test_a_command_without_a_launcher_ends_in_the_same_way(capsys):
     with pytest.raises(SystemExit, match="^2$"):
-        main(["evaluate", *arguments, *own])
+        main(["evaluate-ranker", "--dataset_name", "none.jsonl", "--ranker", "r", "--output_dir", "out"])
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(
-        "prefopt-trl evaluate: error: prompts.jsonl must have at least 2 rows with columns `prompt`"
-    )
+    assert last.startswith("prefopt-trl evaluate-ranker: error: There is no file none.jsonl")
 
 
 def test_the_traceback_is_there_for_those_who_ask(failing):
