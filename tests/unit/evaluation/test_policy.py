@@ -224,7 +224,7 @@ def test_what_a_judge_interrupts_is_resumed_to_the_same_bytes(in_shards, tmp_pat
         in_shards.call(tmp_path / "resumed", fails_at=2)
     assert caught.value.__notes__ == [
         "Row 0 of these 4 is row 4 of `prompts`.",
-        f"Interrupted: 1 of 3 shards are saved in {tmp_path / 'resumed'}; the same call resumes.",
+        f"Interrupted: 13 shards of completions or verdicts are saved in {tmp_path}/resumed; the same call resumes.",
     ]
     assert len(in_shards.sampled) == 6
     for change, there in ({"seed": 1}, "seed: 0 there, 1 now"), ({"top_k": 5}, "top_k: 0 there, 5 now"):
