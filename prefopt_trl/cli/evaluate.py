@@ -148,6 +148,7 @@ def _read_completions(path: str, policy: str | None, prompts: list[Prompt]) -> l
     if policy not in found:
         raise ValueError(f"{path} has completions of {', '.join(map(str, found))}. Name one of them: {path}:NAME.")
     of = found[policy]
-    if missing := next((row for row, prompt in enumerate(prompts) if not of.get(instruction(prompt))), None):
+    missing = next((row for row, prompt in enumerate(prompts) if not of.get(instruction(prompt))), None)
+    if missing is not None:
         raise ValueError(f"`policies`: {path} has no completion for row {missing} of the prompts. Leave the row out.")
     return [[wrap_completion(prompt, one) for one in of[instruction(prompt)]] for prompt in prompts]
