@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from prefopt_trl.data.formats import Prompt, Row, completion_text, prompt_text
+from prefopt_trl.data.formats import Prompt, Row, completion_text
 from prefopt_trl.evaluation.metrics import Estimate, bleu, distinct, length_controlled_win_rate
 from prefopt_trl.evaluation.report import as_percentage, json_numbers, rounded, table
 from prefopt_trl.evaluation.samples import length
@@ -271,8 +271,11 @@ class PolicyEvaluation:
 
 
 def instruction(prompt: Prompt) -> str:
-    """Return the prompt as AlpacaEval has it: the text of a single user message, and otherwise a transcript."""
-    return prompt[0]["content"] if not isinstance(prompt, str) and len(prompt) == 1 else prompt_text(prompt)
+    """Return the prompt as AlpacaEval has it: the text of a single message, and of several all of them in turn."""
+    if isinstance(prompt, str):
+        return prompt
+    form = "{content}" if len(prompt) == 1 else "{role}: {content}"
+    return "\n\n".join(form.format(**message) for message in prompt)
 
 
 def _p(difference: Estimate) -> str:

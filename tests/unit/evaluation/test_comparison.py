@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from scipy.stats import norm
 
-from prefopt_trl.evaluation.comparison import PolicyEvaluation, Samples
+from prefopt_trl.evaluation.comparison import PolicyEvaluation, Samples, instruction
 from prefopt_trl.evaluation.metrics import Estimate
 from prefopt_trl.evaluation.report import as_percentage, rounded
 from prefopt_trl.rankers.base import sigmoid
@@ -147,6 +147,11 @@ def test_alpaca_eval_reads_the_preferences(tmp_path):
         assert ((preferences >= 1) & (preferences <= 2)).all()
         # Its win rate: a preference of 2 counts 1, and 1.5, a draw, a half
         assert (preferences - 1).mean() == found.judged["other"][name]["win_rate"].mean
+
+
+def test_the_instruction_of_a_conversation_may_have_any_roles():
+    messages = [{"role": role, "content": role[0]} for role in ("user", "tool")]
+    assert [instruction(one) for one in ("p", messages[:1], messages)] == ["p", "u", "user: u\n\ntool: t"]
 
 
 def test_what_is_not_known_is_empty_and_null(tmp_path, monkeypatch, caplog):
