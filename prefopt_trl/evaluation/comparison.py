@@ -12,10 +12,9 @@ from urllib.parse import quote
 
 import numpy as np
 
-from prefopt_trl.data.formats import Prompt, Row, completion_text
+from prefopt_trl.data.formats import Prompt, Row, completion_text, num_characters
 from prefopt_trl.evaluation.metrics import Estimate, bleu, distinct, length_controlled_win_rate
-from prefopt_trl.evaluation.report import as_percentage, json_numbers, rounded, table
-from prefopt_trl.evaluation.samples import length
+from prefopt_trl.evaluation.report import as_percentage, completions_side_by_side, json_numbers, rounded, table
 from prefopt_trl.rankers.base import sigmoid
 from prefopt_trl.runtime.settings import Settings, write_json, write_lines, write_text, writing
 
@@ -39,7 +38,7 @@ class Samples:
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
         self.prompts = np.array([row["row"] for row in rows], dtype=int)
-        self.characters = np.array([length(row["completion"]) for row in rows], dtype=float)
+        self.characters = np.array([num_characters(row["completion"]) for row in rows], dtype=float)
         self.finished, self.tokens, self.logps, self.ref_logps = (
             np.array([row[name] for row in rows], dtype=float)
             for name in ("finished", "num_tokens", "logp", "ref_logp")
@@ -48,6 +47,13 @@ class Samples:
     def judged(self, judge: str, what: str) -> np.ndarray:
         """Return the `"rewards"` or `"wins"` of a judge."""
         return np.array([row[what][judge] for row in self.rows], dtype=float)
+
+    def meet(self, opponent: "Samples") -> list[Row]:
+        """Return the row of the opponent that each row is compared with."""
+        theirs: dict[int, list[Row]] = {}
+        for row in opponent.rows:
+            theirs.setdefault(row["row"], []).append(row)
+        return [(of := theirs[row["row"]])[row["sample"] % len(of)] for row in self.rows]
 
     def estimate(self, values: np.ndarray) -> Estimate:
         """Return the mean of the values that are known, with its standard error by prompt."""
@@ -74,11 +80,7 @@ class Samples:
         known = ~np.isnan(won)
         if opponent is None or not known.any():
             return found
-        lengths_of: dict[int, list[float]] = {}
-        for prompt, characters in zip(opponent.prompts.tolist(), opponent.characters.tolist(), strict=True):
-            lengths_of.setdefault(prompt, []).append(characters)
-        theirs = [lengths_of[row["row"]] for row in self.rows]
-        longer = self.characters - [of[row["sample"] % len(of)] for of, row in zip(theirs, self.rows, strict=True)]
+        longer = self.characters - [num_characters(row["completion"]) for row in self.meet(opponent)]
         outcomes = {"win": won == 1, "tie": won == 0.5, "loss": won == 0}
         found |= {name: Estimate.of(of[known], self.prompts[known]) for name, of in outcomes.items()}
         found["win_rate"] = Estimate.of(won[known], self.prompts[known])
@@ -233,7 +235,10 @@ class PolicyEvaluation:
             "settings": self.settings,
         }
         write_json(folder / "evaluation.json", json_numbers(numbers))
-        write_text(folder / "evaluation.md", f"# Evaluation\n\n{self}\n")
+        base = self.policies.get(self.reference or self.against or "")
+        ordered = sorted(self.policies.items(), key=lambda policy: policy[1] is not base)  # the base is the first
+        shown = completions_side_by_side({name: [*of.rows] for name, of in ordered}) if len(ordered) > 1 else ()
+        write_text(folder / "evaluation.md", "\n\n".join([f"# Evaluation\n\n{self}", *shown]) + "\n")
         try:
             with writing(folder / "evaluation.png") as temporary:
                 plot_policies(self, temporary)
@@ -253,20 +258,17 @@ class PolicyEvaluation:
 
     def _alpaca_annotations(self, of: Samples, judge: str) -> list[Row]:
         """Return annotations with `preference` from 1 (the opponent's `output_1`) to 2 (the policy's `output_2`)."""
-        theirs: dict[int, list[str]] = {}
-        for row in self.policies[str(self.against)].rows:
-            theirs.setdefault(row["row"], []).append(completion_text(row["completion"]))
         return [
             {
                 "instruction": instruction(row["prompt"]),
-                "output_1": theirs[row["row"]][row["sample"] % len(theirs[row["row"]])],
+                "output_1": completion_text(other["completion"]),
                 "generator_1": self.against,
                 "output_2": completion_text(row["completion"]),
                 "generator_2": row["policy"],
                 "annotator": judge,
                 "preference": None if row["wins"][judge] is None else 1 + row["wins"][judge],
             }
-            for row in of.rows
+            for row, other in zip(of.rows, of.meet(self.policies[str(self.against)]), strict=True)
         ]
 
 
@@ -310,12 +312,12 @@ def plot_policies(evaluation: PolicyEvaluation, path: str | Path) -> None:
                 continue
             for number, name in enumerate(names):
                 reward, color = found[name]["reward"], f"C{number % 10}"
-                if kind == "difference" and name != base:
+                if kind == "difference":
                     reward = evaluation.difference(name, str(base), judge)
                 if kind != "kl":
-                    error = 1.96 * reward.standard_error if kind == "reward" or name != base else 0.0
-                    place = 0.0 if kind == "difference" and name == base else reward.mean
-                    axes.errorbar(place, name, xerr=error, fmt="o", capsize=4, color=color)
+                    axes.errorbar(
+                        reward.mean, name, xerr=1.96 * reward.standard_error, fmt="o", capsize=4, color=color
+                    )
                 elif name in kl:
                     distance = evaluation.estimates[name]["kl"]
                     errors = {"xerr": 1.96 * distance.standard_error, "yerr": 1.96 * reward.standard_error}

@@ -2,10 +2,14 @@
 
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from prefopt_trl.data.formats import Row
 from prefopt_trl.evaluation.metrics import Estimate
 
 
@@ -88,3 +92,43 @@ def plot_reward_against_kl(
         axes.grid(alpha=0.3)
     figure.axes[0].legend(frameon=False, title="star: checkpoint chosen")
     figure.savefig(path, dpi=120)
+
+
+def completions_side_by_side(policies: dict[str, list[Row]]) -> Iterator[str]:
+    """Yield tables in HTML of policies' first completions side by side, of prompts chosen by rule.
+
+    `policies` are rows of `samples.jsonl` by policy. Gains and losses are those of the last policy against the first,
+    by the first judge.
+    """
+    sides = [{row["row"]: row for row in rows if row["sample"] == 0} for rows in policies.values()]
+    change = f"in reward from {as_html(next(iter(policies)))} to {as_html([*policies][-1])}"
+    both = np.array(sorted(set.intersection(*(set(side) for side in sides))))
+    rewards = [np.array([[*side[row]["rewards"].values(), None][0] for row in both], dtype=float) for side in sides]
+    gains = rewards[-1] - rewards[0]  # NaN where a reward is not known
+    chosen = {
+        "The first ten prompts": [*range(len(both))][:10],
+        f"The five largest gains {change}": [one for one in np.argsort(-gains, kind="stable") if gains[one] > 0][:5],
+        f"The five largest losses {change}": [one for one in np.argsort(gains, kind="stable") if gains[one] < 0][:5],
+    }
+    for title, selected in chosen.items():
+        lines = [
+            f"## {title}\n\n<table>\n<tr><th>{'</th><th>'.join(['row', 'prompt', *map(as_html, policies)])}</th></tr>"
+        ]
+        for one in selected:
+            cells = [f"{both[one]}", as_html(sides[0][both[one]]["prompt"])]
+            for side, values in zip(sides, rewards, strict=True):
+                cells.append(f"<b>reward {values[one]:.3g}</b><br>{as_html(side[both[one]]['completion'])}")
+            lines.append("<tr><td>" + f'</td><td width="{100 // (len(sides) + 1)}%">'.join(cells) + "</td></tr>")
+        if selected:
+            yield "\n".join([*lines, "</table>"])
+
+
+def as_html(text: str | Sequence[dict[str, str]]) -> str:
+    """Return a text as one line of HTML that has no markup, no control characters and at most 800 characters."""
+    text = text if isinstance(text, str) else "\n".join(f"{one['role']}: {one['content']}" for one in text)
+    text = text if len(text) <= 800 else f"{text[:400]} [… {len(text) - 800:,} characters left out …] {text[-400:]}"
+    # Without control characters, and what UTF-8 cannot encode
+    text = re.sub(r"[\x00-\x09\x0b-\x1f\ud800-\udfff]", "�", "\n".join(text.expandtabs(4).splitlines()))
+    text = re.sub(r"(\S{40})(?=\S)", "\\1\0", text)  # where a long word may be broken
+    text = re.sub(r"[!-/:-@\[-`{-~]", lambda match: f"&#{ord(match[0])};", text)  # all ASCII punctuation
+    return text.replace("  ", "&nbsp; ").replace("\0", "<wbr>").replace("\n", "<br>")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt_trl.data.formats import Completion, Prompt, Row, completion_text, wrap_completion
+from prefopt_trl.data.formats import Completion, Prompt, Row, wrap_completion
 from prefopt_trl.data.tokenization import chat_options, tokenize_prompts
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.generation.sampler import check_generation_kwargs, sample_candidates
@@ -227,11 +227,3 @@ def as_rows(
         for at, prompt in enumerate(prompts)
         for place, one in enumerate(sampled[at])
     ]
-
-
-def length(completion: Completion) -> int:
-    """Return the length of a completion in characters, without the role of a single message."""
-    if isinstance(completion, str):
-        return len(completion)
-    only = completion[0] if len(completion) == 1 else None
-    return len(only["content"] or "") if only else len(completion_text(completion))

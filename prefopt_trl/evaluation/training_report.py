@@ -1,16 +1,15 @@
 """What a run leaves behind: its evaluations by step, its curves, and completions of its start and its end."""
 
 import logging
-import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from prefopt_trl.evaluation.metrics import Estimate
-from prefopt_trl.evaluation.report import rounded, table
+from prefopt_trl.evaluation.report import as_html, completions_side_by_side, rounded, table
 from prefopt_trl.runtime.settings import read_lines, write_text, writing
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ def write_training_report(output_dir: str | Path, log_history: Sequence[dict[str
             if isinstance(value, int | float) and np.isfinite(value):
                 series[name][entry["step"]] = value
     steps = sorted({step for name in COLUMNS for step in series[name]})
-    parts = [f"# {_escaped(folder.absolute().name)}", *(_evaluations(series, steps) if steps else [])]
+    parts = [f"# {as_html(folder.absolute().name)}", *(_evaluations(series, steps) if steps else [])]
     try:
         figures = {"curves": plot_curves(series)} if series["loss"] or series["eval_loss"] or steps else {}
         if len(series["eval_kl"].keys() & series["eval_reward"].keys()) > 1:
@@ -59,7 +58,7 @@ def write_training_report(output_dir: str | Path, log_history: Sequence[dict[str
         logger.warning("No plot was drawn: install matplotlib, with `pip install 'prefopt-trl[plots]'`.")
     files = {f"step {step}": folder / "evaluations" / f"step-{step:06}.jsonl" for step in steps}
     if len(there := [policy for policy, file in files.items() if file.is_file()]) > 1:
-        parts += _completions({policy: files[policy] for policy in (there[0], there[-1])})
+        parts += completions_side_by_side({policy: read_lines(files[policy]) for policy in (there[0], there[-1])})
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")
 
 
@@ -128,36 +127,3 @@ def plot_frontier(kl: dict[int, float], rewards: dict[int, float], errors: dict[
             labeled.append(pixel)
             axes.annotate(f"{step}", places[step], (8, -14), textcoords="offset points", backgroundcolor="#ffffffa0")
     return figure
-
-
-def _completions(files: dict[str, Path]) -> Iterator[str]:
-    """Yield tables of two policies' first completions side by side, of prompts chosen by rule."""
-    sides = [{row["row"]: row for row in read_lines(file) if row["sample"] == 0} for file in files.values()]
-    both = np.array(sorted(sides[0].keys() & sides[1].keys()))
-    rewards = [np.array([[*side[row]["rewards"].values(), None][0] for row in both], dtype=float) for side in sides]
-    gains = rewards[1] - rewards[0]  # NaN where a reward is not known
-    chosen = {
-        "The first ten prompts": [*range(len(both))][:10],
-        "The five largest gains in reward": [one for one in np.argsort(-gains, kind="stable") if gains[one] > 0][:5],
-        "The five largest losses in reward": [one for one in np.argsort(gains, kind="stable") if gains[one] < 0][:5],
-    }
-    for title, selected in chosen.items():
-        lines = [f"## {title}\n\n<table>\n<tr><th>{'</th><th>'.join(['row', 'prompt', *files])}</th></tr>"]
-        for one in selected:
-            cells = [f"{both[one]}", _escaped(sides[0][both[one]]["prompt"])]
-            for side, values in zip(sides, rewards, strict=True):
-                cells.append(f"<b>reward {values[one]:.3g}</b><br>{_escaped(side[both[one]]['completion'])}")
-            lines.append("<tr><td>" + '</td><td width="33%">'.join(cells) + "</td></tr>")
-        if selected:
-            yield "\n".join([*lines, "</table>"])
-
-
-def _escaped(text: str | Sequence[dict[str, str]]) -> str:
-    """Return a text as one line of HTML that has no markup, no control characters and at most 800 characters."""
-    text = text if isinstance(text, str) else "\n".join(f"{one['role']}: {one['content']}" for one in text)
-    text = text if len(text) <= 800 else f"{text[:400]} [… {len(text) - 800:,} characters left out …] {text[-400:]}"
-    # Without control characters, and what UTF-8 cannot encode
-    text = re.sub(r"[\x00-\x09\x0b-\x1f\ud800-\udfff]", "�", "\n".join(text.expandtabs(4).splitlines()))
-    text = re.sub(r"(\S{40})(?=\S)", "\\1\0", text)  # where a long word may be broken
-    text = re.sub(r"[!-/:-@\[-`{-~]", lambda match: f"&#{ord(match[0])};", text)  # all ASCII punctuation
-    return text.replace("  ", "&nbsp; ").replace("\0", "<wbr>").replace("\n", "<br>")

@@ -169,7 +169,7 @@ def test_options_of_rankers_are_for_the_judges_that_are_models(evaluate):
             "`reference` is 'chosen', which must be the name of a mod",
         ),
         ("--policies best-of-3:column:chosen", "`BestOf` of 'best-of-3 chosen' needs 3 completions, and row 0"),
-        ("--policies few.jsonl", "`policies`: few.jsonl has no completion for row 1 of the prompts."),
+        ("--policies few.jsonl", "`policies`: few.jsonl has no completion for row 0 of the prompts."),
         ("--policies none.jsonl", "`policies`: none.jsonl cannot be read (FileNotFoundError"),
         ("--policies judges.json", "`policies`: judges.json cannot be read (JSONDecodeError"),
         ("--policies two.jsonl", "two.jsonl has completions of a, b. Name one of them: two.jsonl:NAME."),
@@ -185,7 +185,7 @@ def test_options_of_rankers_are_for_the_judges_that_are_models(evaluate):
     ],
 )
 def test_errors_are_one_line_before_anything_begins(arguments, message, capsys):
-    prompt = read_lines(Path("pairs.jsonl"))[0]["prompt"]
+    prompt = read_lines(Path("pairs.jsonl"))[1]["prompt"]
     write_lines(Path("few.jsonl"), [{"prompt": prompt, "completion": "a"}])
     write_lines(Path("two.jsonl"), [{"prompt": prompt, "completion": "a", "policy": one} for one in "ab"])
     write_lines(Path("other.jsonl"), [{"question": "Why?"}] * 2)

@@ -6,6 +6,7 @@ from prefopt_trl.data.formats import (
     check_columns,
     completion_text,
     normalize_pairs,
+    num_characters,
     number_rows,
     prompt_text,
     transcript,
@@ -133,3 +134,8 @@ def test_lists_of_completions_are_not_taken_for_conversations(message):
     assert list(normalize_pairs(rows, "`pairs`")) == list(rows)
     assert are_candidates(rows.features["chosen"])
     assert not are_candidates(Dataset.from_list([{"chosen": message}]).features["chosen"])
+
+
+def test_a_length_is_that_of_the_contents():
+    messages = [{"role": "assistant", "content": "four"}, {"role": "tool", "content": None}]
+    assert (num_characters("four"), num_characters(messages)) == (4, 4)

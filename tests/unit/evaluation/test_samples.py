@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt_trl import FunctionRanker
-from prefopt_trl.evaluation.samples import SamplingPlan, best_of, given_samples, length, sample, verdicts
+from prefopt_trl.evaluation.samples import SamplingPlan, best_of, given_samples, sample, verdicts
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.rankers.base import logit
 from tests.unit.known_rankers import Reader, number, pointwise
@@ -83,12 +83,6 @@ def test_the_best_of_n_by_hand():
     for n, best in (3, [["4", "2"], ["0"]]), (2, [["4", "3", "2"], ["none"]]):
         kept = best_of(pointwise(), PROMPTS, [given_samples(of) for of in texts], n, {})
         assert [[one["completion"] for one in of] for of in kept] == best
-
-
-def test_lengths_are_in_characters_without_the_role_of_a_single_message():
-    messages = [{"role": "assistant", "content": "four"}]
-    turns = [{"role": "user", "content": "More"}, *messages]
-    assert (length("four"), length(messages), length(messages + turns)) == (4, 4, 35)
 
 
 STOP = {"stop_strings": ["e", "o"]}

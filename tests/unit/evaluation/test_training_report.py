@@ -10,7 +10,8 @@ from markdown import Markdown
 from markdown_it import MarkdownIt
 
 from prefopt_trl.evaluation import training_report
-from prefopt_trl.evaluation.training_report import _escaped, plot_curves, write_training_report
+from prefopt_trl.evaluation.report import as_html
+from prefopt_trl.evaluation.training_report import plot_curves, write_training_report
 
 HOSTILE = (
     "<script>alert(1)</script>\n\n# No title\n\n| a | b |\n| - | - |\n```\n</td></table><h1>Big</h1>\n[a](http://b.c) "
@@ -44,8 +45,8 @@ def test_the_prompts_shown_are_chosen_by_rule(tmp_path):
     rows = re.compile(r"<tr><td>(\d+)<")
     assert {part.split("\n")[0]: list(map(int, rows.findall(part))) for part in report.split("\n## ")[1:]} == {
         "The first ten prompts": list(range(10)),
-        "The five largest gains in reward": [6, 1, 3, 4, 8],  # ties in the order of rows
-        "The five largest losses in reward": [7, 2, 10, 12],
+        "The five largest gains in reward from step 0 to step 20": [6, 1, 3, 4, 8],  # ties in the order of rows
+        "The five largest losses in reward from step 0 to step 20": [7, 2, 10, 12],
     }
     column, end = '</td><td width="33%">', "<br>fine 20 0</td>"
     assert f"6{column}Why&#63;{column}<b>reward 0.25</b><br>fine 0 0{column}<b>reward 5.25</b>{end}" in report
@@ -117,7 +118,7 @@ def test_texts_are_shown_as_they_are(render, tmp_path):
 
 
 def test_a_long_text_is_shortened_and_a_long_word_broken():
-    shown = _escaped("a" * 400 + "b" * 1234 + "c" * 400).replace("<wbr>", "")
+    shown = as_html("a" * 400 + "b" * 1234 + "c" * 400).replace("<wbr>", "")
     assert shown == "a" * 400 + " &#91;… 1&#44;234 characters left out …&#93; " + "c" * 400
-    assert _escaped("d" * 81) == f"{'d' * 40}<wbr>{'d' * 40}<wbr>d"
-    assert _escaped("\ud800\r\n\u2028x") == "�<br><br>x"
+    assert as_html("d" * 81) == f"{'d' * 40}<wbr>{'d' * 40}<wbr>d"
+    assert as_html("\ud800\r\n\u2028x") == "�<br><br>x"
