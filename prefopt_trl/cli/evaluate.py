@@ -62,7 +62,7 @@ def run(own: EvaluateConfig, model: ModelConfig, save_config: Callable[[], None]
     )
     if state.is_main_process:
         save_config()
-        print(f"{found}\n\nWritten: evaluation.json and .md, samples.jsonl and alpaca_eval/, in {own.output_dir}")
+        print(f"{found}\n\nWritten, with every completion and verdict, to {own.output_dir}")
     state.destroy_process_group()
 
 

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from prefopt_trl.cli.arguments import SideBySideMakeConfig, SideBySideScoreConfig
-from prefopt_trl.evaluation.report import json_numbers, rounded, table
+from prefopt_trl.evaluation.metrics import Estimate
+from prefopt_trl.evaluation.report import as_percentage, json_numbers, rounded, table
 from prefopt_trl.evaluation.side_by_side import make_pages, score_answers
 from prefopt_trl.runtime.settings import as_json, write_json, write_text
 
@@ -18,9 +19,13 @@ def run(own: SideBySideMakeConfig | SideBySideScoreConfig, save_config: Callable
         print(f"Give each rater a page of {Path(own.output_dir, 'pages')}, and keep key.json.")
     else:
         scores = score_answers(own.study, own.answers)
-        rows = [[name, str(one) if isinstance(one, int) else rounded(one)] for name, one in scores.items()]
+        rows = [[name, str(one) if isinstance(one, int) else _written(name, one)] for name, one in scores.items()]
         report = table(["", "mean ± standard error"], rows)
         write_json(Path(own.output_dir, "side_by_side.json"), json_numbers(as_json(scores, default=asdict)))
         write_text(Path(own.output_dir, "side_by_side.md"), f"# Side by side\n\n{report}\n")
         print(report)
     save_config()
+
+
+def _written(name: str, estimate: Estimate) -> str:
+    return as_percentage(estimate) if name.startswith(("chosen", "win_rate", "agreement")) else rounded(estimate)

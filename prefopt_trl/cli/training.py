@@ -68,7 +68,9 @@ def train_and_save(
     with interruptible(partial(what_is_trained, args.output_dir, before)):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model(_internal_call=True)  # without it, `save_model` pushes before the message below
-        trainer.accelerator.print(f"The trained model is saved in {args.output_dir}.")
+        best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
+        which = f" It is that of {Path(best).name}, the best by {args.metric_for_best_model}." if best else ""
+        trainer.accelerator.print(f"The trained model is saved in {args.output_dir}.{which}")
         if trainer.accelerator.is_main_process:
             write_training_report(args.output_dir, trainer.state.log_history)
         if measure is not None:

@@ -20,6 +20,7 @@ from prefopt_trl.runtime.settings import Settings, write_json, write_lines, writ
 
 logger = logging.getLogger(__name__)
 
+FEW_PROMPTS = 30  # below, errors are those of a t-distribution with visibly longer tails
 COLUMNS = {  # of the table of texts
     "kl": "KL from {reference}, nats per completion",
     "entropy": "entropy, nats per token",
@@ -175,12 +176,14 @@ class PolicyEvaluation:
         """Return the numbers as Markdown tables."""
         prompts = len({row["row"] for row in self.samples})
         parts = [f"{prompts:,} prompts, {len(self.samples):,} completions. Means ± standard errors by prompt."]
+        parts += ["So few prompts make standard errors and p too small."] if prompts < FEW_PROMPTS else []
         base = self.reference or self.against
         for judge, by_policy in self.judged.items():
             rows = []
             for name, found in by_policy.items():
                 wins = " / ".join(f"{100 * found[key].mean:.0f}" for key in ("win", "tie", "loss") if key in found)
-                cells = [as_percentage(found[key]) if key in found else "" for key in ("win_rate", "lc_win_rate")]
+                rates = (found.get(key, Estimate(math.nan, math.nan)) for key in ("win_rate", "lc_win_rate"))
+                cells = ["" if math.isnan(rate.mean) else as_percentage(rate) for rate in rates]
                 cells += [rounded(found["reward"]), rounded(found["sigmoid_reward"])]
                 if base:
                     difference = self.difference(name, base, judge)
@@ -188,7 +191,7 @@ class PolicyEvaluation:
                 rows.append([name, *cells[:1], wins, *cells[1:]])
             header = ["policy", "win rate", "win / tie / loss, %", "length-controlled", "reward", "sigmoid(reward)"]
             header += [f"reward minus {base}", "p"] if base else []
-            title = f"Judge: {judge}" + (f", against: {self.against}" if self.against else "")
+            title = f"Judge: {judge}" + (f", against: {self.against}" if self.against else ", without an opponent")
             parts += [f"## {title}", _without_empty(header, rows)]
             if len(by_policy) > 2:
                 pairs = {(one, two): self.difference(one, two, judge) for one, two in permutations(by_policy, 2)}

@@ -8,6 +8,7 @@ from statistics import NormalDist
 import numpy as np
 
 LENGTH_PENALTY = 0.01  # of phi^2: it keeps the regression finite if length separates all wins from all losses
+UNDETERMINED = 3.0  # nats of theta's standard error by the likelihood
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def length_controlled_win_rate(won: np.ndarray, lengths: np.ndarray, prompts: np
 
     Returns:
         [`Estimate`], with the standard error of the delta method, by prompt. It is `won`'s own mean if all lengths
-        are equal or all verdicts are the same.
+        are equal or all verdicts are the same, and NaN if the lengths separate wins from losses.
     """
     if len(won) == 0 or np.ptp(lengths) == 0 or np.ptp(won) == 0:
         return Estimate.of(won, prompts)
@@ -79,9 +80,12 @@ def length_controlled_win_rate(won: np.ndarray, lengths: np.ndarray, prompts: np
         weights += step * min(1.0, 2.0 / np.abs(step).max(initial=1e-12))  # at most 2, where the loss is nearly flat
         if np.abs(step).max() < 1e-10:
             break
+    inverse = np.linalg.inv(hessian)
+    if inverse[0, 0] > UNDETERMINED**2:
+        return Estimate(math.nan, math.nan)
     _, cluster = np.unique(prompts, return_inverse=True)
     scores = np.column_stack([np.bincount(cluster, weights=column) for column in (features.T * (won - predicted))])
-    inverse, num_prompts = np.linalg.inv(hessian), len(scores)
+    num_prompts = len(scores)
     correction = num_prompts / (num_prompts - 1) if num_prompts > 1 else np.nan
     variance = correction * (inverse @ scores.T @ scores @ inverse)[0, 0]
     rate = 1 / (1 + math.exp(-weights[0]))

@@ -176,7 +176,7 @@ def evaluate_policy(
     if output_dir is None and process.num_processes > 1:
         raise ValueError("Several processes share their results in `output_dir`. Give one, or start one process.")
     with ExitStack() as stack:
-        store = EvaluationStore(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        store = EvaluationStore(output_dir or stack.enter_context(tempfile.TemporaryDirectory()), len(judges))
         parts = [part for policy in made.values() for part in _parts(policy)]
         rankers = [*judges.values(), *(part.ranker for part in parts if isinstance(part, BestOf))]
         models = [part.model for part in parts if isinstance(part, ModelPolicy)]
@@ -197,7 +197,7 @@ def as_prompts(prompts: Dataset | Sequence[Prompt]) -> Dataset:
     elif "prompt" not in prompts.column_names:
         raise ValueError(f"`prompts` has no column `prompt`; it has {', '.join(prompts.column_names)}. Rename one.")
     if len(prompts) < 2:
-        raise ValueError(f"`prompts` has {len(prompts)} rows. Standard errors need at least 2 prompts.")
+        raise ValueError(f"Standard errors need at least 2 prompts, and `prompts` has {len(prompts)}.")
     check_prompts(prompts["prompt"][:])
     return prompts.with_format(None)
 
@@ -256,8 +256,11 @@ def given_completions(name: str, values: list[Any], prompts: Dataset) -> GivenPo
 class EvaluationStore(ShardStore):
     """The folder of an evaluation."""
 
-    made, last_stage = "an evaluation", "judged"
-    results, written = ("samples.jsonl",), ("evaluation.json", "samples.jsonl")
+    made, results, written = "an evaluation", ("samples.jsonl",), ("evaluation.json", "samples.jsonl")
+
+    def __init__(self, folder: str | Path, num_judges: int) -> None:
+        super().__init__(folder)
+        self.last_stage = f"verdicts-{num_judges - 1}"
 
     def saved(self) -> str:
         shards = len(list(self.shards.glob("*.jsonl")))
@@ -326,9 +329,12 @@ class _Evaluation:
         for number, (name, policy) in enumerate(self.policies.items()):
             completing = partial(self._completing, policy, self.plan)
             self._each(mine, f"completions-{number}", f"Completions of {name}", completing)
-        if self.reference is not None and self.plan.is_of_policy:
+        if self.reference is not None and not self.plan.is_of_policy:
+            logger.warning("The KL is not known, as the options of sampling narrow the distribution of the policy.")
+        elif self.reference is not None:
             self._each(mine, "reference", f"Log-probabilities under {self.reference}", self._referring)
-        self._each(mine, "judged", "Verdicts", lambda: self._judge)
+        for number, name in enumerate(self.judges):
+            self._each(mine, f"verdicts-{number}", f"Verdicts of {name}", partial(partial, self._judge, name))
 
     def _each(self, mine: range, stage: str, title: str, begin: Callable[[], Callable[[int], list[Row]]]) -> None:
         """Make a stage of all shards, if any is missing: `begin` loads what it needs and returns what makes one."""
@@ -344,7 +350,7 @@ class _Evaluation:
                 try:
                     self.store.write_shard(shard, stage, make(shard))
                 except Exception as error:
-                    error.add_note(f"Row 0 of these {len(rows)} is row {rows.start} of `prompts`.")
+                    error.add_note(f"{title}: rows are counted from row {rows.start} of `prompts`.")
                     raise
                 bar.update(len(rows))
 
@@ -383,36 +389,35 @@ class _Evaluation:
             logps: list[Row] = [{} for _ in rows]
             for number in same if not model.config.is_encoder_decoder else ():
                 samples = [row["samples"] for row in self.store.read_shard(shard, f"completions-{number}")]
-                for row, of_row in zip(logps, drawn_logps(model, prompts, samples), strict=True):
+                own = [[one["logp"] for one in of] for of in samples] if sampled[number] is reference else None
+                for row, of_row in zip(logps, own or drawn_logps(model, prompts, samples), strict=True):
                     row[str(number)] = of_row
             return logps
 
         return make
 
-    def _judge(self, shard: int) -> list[Row]:
+    def _judge(self, judge: str, shard: int) -> list[Row]:
         rows, sampled = self._given(shard), self._completions(shard)
         completions = {
             name: [[one["completion"] for one in of] for of in rows_of] for name, rows_of in sampled.items()
         }
         prompts, columns = [row["prompt"] for row in rows], user_columns(rows)
-        found = {
-            name: verdicts(judge, prompts, completions, self.against, columns) for name, judge in self.judges.items()
-        }
-        return [
-            {judge: {name: by_policy[name][row] for name in by_policy} for judge, by_policy in found.items()}
-            for row in range(len(rows))
-        ]
+        found = verdicts(self.judges[judge], prompts, completions, self.against, columns)
+        return [{name: of[row] for name, of in found.items()} for row in range(len(rows))]
 
     def _assemble(self, settings: Settings) -> None:
         samples = []
         for shard in range(self.store.layout()[1]):
-            completions, judged = self._completions(shard), self.store.read_shard(shard, "judged")
+            completions = self._completions(shard)
+            judged = {
+                judge: self.store.read_shard(shard, f"verdicts-{number}") for number, judge in enumerate(self.judges)
+            }
             has_logps = self.store.has_shard(shard, "reference")
             referred = self.store.read_shard(shard, "reference") if has_logps else []
             prompts = [row["prompt"] for row in self._given(shard)]
             for number, (name, sampled) in enumerate(completions.items()):
                 ref_logps = [row[str(number)] for row in referred if str(number) in row] or None
-                verdicts_on = {judge: [row[judge][name] for row in judged] for judge in self.judges}
+                verdicts_on = {judge: [row[name] for row in of] for judge, of in judged.items()}
                 samples += as_rows(name, self._rows(shard).start, prompts, sampled, ref_logps, verdicts_on)
         PolicyEvaluation(samples, list(self.judges), self.against, self.reference, settings).save(self.store.folder)
         self.store.finish()

@@ -41,16 +41,16 @@ def with_error(estimate: Estimate, form: str = ".2f") -> str:
 
 def rounded(estimate: Estimate, sign: str = "") -> str:
     """`mean ± standard error`, both with the decimals that leave two digits of the error."""
-    error = estimate.standard_error
+    error, mean = estimate.standard_error, round(estimate.mean, 12) + 0.0  # no -0 of rounding
     if not error > 1e-12 + 1e-6 * abs(estimate.mean):  # NaN, or the rounding of equal values
-        return f"{estimate.mean:{sign}.4g}"
+        return f"{mean:{sign}.4g}"
     decimals = max(0, 1 - math.floor(math.log10(error)))
-    return f"{estimate.mean:{sign}.{decimals}f} ± {error:.{decimals}f}"
+    return f"{mean:{sign}.{decimals}f} ± {error:.{decimals}f}"
 
 
 def as_percentage(estimate: Estimate) -> str:
-    """`mean ± standard error` of a share, in per cent."""
-    return with_error(estimate, ".0%")
+    """`mean ± standard error` of a share, in per cent; the mean alone if all values are equal."""
+    return with_error(estimate, ".0%") if estimate.standard_error else f"{estimate.mean:.0%}"
 
 
 def plot_reward_against_kl(
@@ -97,23 +97,23 @@ def plot_reward_against_kl(
 def completions_side_by_side(policies: dict[str, list[Row]]) -> Iterator[str]:
     """Yield tables in HTML of policies' first completions side by side, of prompts chosen by rule.
 
-    `policies` are rows of `samples.jsonl` by policy. Gains and losses are those of the last policy against the first,
-    by the first judge.
+    `policies` are rows of `samples.jsonl` by policy. Gains and losses are those of the second policy against the
+    first, by the first judge.
     """
     sides = [{row["row"]: row for row in rows if row["sample"] == 0} for rows in policies.values()]
-    change = f"in reward from {as_html(next(iter(policies)))} to {as_html([*policies][-1])}"
+    names, judge = [*map(as_html, policies)], next(iter(next(iter(sides[0].values()))["rewards"]))
+    change = f"in reward from {names[0]} to {names[1]}"
     both = np.array(sorted(set.intersection(*(set(side) for side in sides))))
     rewards = [np.array([[*side[row]["rewards"].values(), None][0] for row in both], dtype=float) for side in sides]
-    gains = rewards[-1] - rewards[0]  # NaN where a reward is not known
+    gains = rewards[1] - rewards[0]  # NaN where a reward is not known
     chosen = {
         "The first ten prompts": [*range(len(both))][:10],
         f"The five largest gains {change}": [one for one in np.argsort(-gains, kind="stable") if gains[one] > 0][:5],
         f"The five largest losses {change}": [one for one in np.argsort(gains, kind="stable") if gains[one] < 0][:5],
     }
     for title, selected in chosen.items():
-        lines = [
-            f"## {title}\n\n<table>\n<tr><th>{'</th><th>'.join(['row', 'prompt', *map(as_html, policies)])}</th></tr>"
-        ]
+        head = "</th><th>".join(["row", "prompt", *names])
+        lines = [f"## {title}\n\nRewards are those of {as_html(judge)}.\n\n<table>\n<tr><th>{head}</th></tr>"]
         for one in selected:
             cells = [f"{both[one]}", as_html(sides[0][both[one]]["prompt"])]
             for side, values in zip(sides, rewards, strict=True):

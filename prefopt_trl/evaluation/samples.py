@@ -42,6 +42,8 @@ class SamplingPlan:
         check_generation_kwargs(generation_kwargs)
         if type(num_completions) is not int or num_completions < 1:
             raise ValueError(f"`num_completions` must be a whole number, at least 1, got {num_completions!r}.")
+        if num_completions > 1 and options.temperature == 0:
+            raise ValueError("With `temperature`=0 all completions of a prompt are equal. Set `num_completions` to 1.")
         return cls(num_completions, options, generation_kwargs or {})
 
     def settings(self) -> Settings:
@@ -81,14 +83,20 @@ def sample(
         keep_logps=True,  # and with them the tokens
         progress=progress,
     )
+    knows_logps = plan.is_of_policy and not for_encoder
     sampled: list[list[Sample]] = [
         [
-            {"completion": wrap_completion(prompt, text), "finished": finished, "ids": tokens.ids, "logp": None}
+            {
+                "completion": wrap_completion(prompt, text),
+                "finished": finished,
+                "ids": tokens.ids,
+                "logp": tokens.logp if knows_logps else None,
+            }
             for text, finished, tokens in zip(one.texts, one.finished, one.sampled, strict=True)
         ]
         for prompt, one in zip(prompts, drawn, strict=True)
     ]
-    if plan.is_of_policy and not for_encoder:
+    if knows_logps and sampled[0][0]["logp"] is None:  # prompts are not shared
         for samples, logps in zip(sampled, drawn_logps(model, prompt_ids, sampled), strict=True):
             for one, logp in zip(samples, logps, strict=True):
                 one["logp"] = logp

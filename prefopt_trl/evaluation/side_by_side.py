@@ -116,7 +116,7 @@ def score_answers(study: str | Path, answers: Sequence[str | Path]) -> dict[str,
                 choice = None if best is None else [*order, NO_PREFERENCE][best]
                 rows.append([task, rater, choice, *(quality[name] for name in policies)])
         except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{path} is not the one file that a rater of this study saved: {error!r}.") from error
+            raise ValueError(f"{path} is not the one file that a rater of this study saved: {error}.") from error
         given.append(rater)
     asked = pd.DataFrame(rows, columns=["task", "rater", "choice", *range(len(policies))])
     frame = asked.dropna()
@@ -157,7 +157,7 @@ def score_answers(study: str | Path, answers: Sequence[str | Path]) -> dict[str,
 def _turns(text: Prompt | Completion) -> list[list[str]]:
     """Return the role and text of each message; one with more than text, such as a tool call, is shown as JSON."""
     if isinstance(text, str):
-        return [["", text]]
+        return [["", text.strip()]]  # a leading space would tell policies apart
     messages = [{name: value for name, value in one.items() if value is not None} for one in text]
     return [
         [one["role"], one["content"] if one.keys() == {"role", "content"} else json.dumps(one)] for one in messages

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prefopt_trl.evaluation.metrics import Estimate
-from prefopt_trl.evaluation.report import as_html, completions_side_by_side, rounded, table
+from prefopt_trl.evaluation.report import as_html, as_percentage, completions_side_by_side, rounded, table
 from prefopt_trl.runtime.settings import read_lines, write_text, writing
 
 logger = logging.getLogger(__name__)
@@ -21,6 +21,7 @@ COLUMNS = {  # of the table of evaluations: titles by metric
     "eval_length": "length (tokens)",
     "eval_finished": "finished",
 }
+SHARES = ("eval_win_rate", "eval_lc_win_rate", "eval_finished")
 PANELS = [  # title, unit, and metrics by label
     ("Loss", "loss", {"training": "loss", "evaluation": "eval_loss"}),
     ("Margins", "nats", {"training": "rewards/margins", "evaluation": "eval_rewards/margins"}),
@@ -70,7 +71,8 @@ def _evaluations(series: dict[str, dict[int, float]], steps: list[int]) -> list[
     for name, title in COLUMNS.items():
         if values := series[name]:
             found = [Estimate(values.get(s, np.nan), series[f"{name}_se"].get(s, np.nan)) for s in shown]
-            columns.append([title, *("" if np.isnan(one.mean) else rounded(one) for one in found)])
+            form = as_percentage if name in SHARES else rounded
+            columns.append([title, *("" if np.isnan(one.mean) else form(one) for one in found)])
     header, *rows = zip(*columns, strict=True)
     return [f"{len(shown)} of {len(steps)} evaluations, means ± standard errors over prompts:", table(header, rows)]
 
@@ -125,5 +127,5 @@ def plot_frontier(kl: dict[int, float], rewards: dict[int, float], errors: dict[
         pixel = axes.transData.transform(places[step])
         if all(abs(pixel - other).max() > 40 for other in labeled):
             labeled.append(pixel)
-            axes.annotate(f"{step}", places[step], (8, -14), textcoords="offset points", backgroundcolor="#ffffffa0")
+            axes.annotate(f"{step}", places[step], (-7, 7), textcoords="offset points", ha="right")
     return figure

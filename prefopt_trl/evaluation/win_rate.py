@@ -183,6 +183,13 @@ class WinRateCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.is_over = True
         if state.is_world_process_zero:
+            rewards = [entry["eval_reward"] for entry in state.log_history if "eval_reward_se" in entry]
+            if len(rewards) > 1 and rewards[0] >= max(rewards[1:]):
+                logger.warning(
+                    "No checkpoint has a higher reward than the start: %.4g at most, and %.4g before training.",
+                    max(rewards[1:]),
+                    rewards[0],
+                )
             write_training_report(str(args.output_dir), state.log_history)
 
     def _begin(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
@@ -203,7 +210,13 @@ class WinRateCallback(TrainerCallback):
         if self.given is not None:
             return None, nullcontext
         if self.against != REFERENCE:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(self.against, dtype=model.dtype)
+            try:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(self.against, dtype=model.dtype)
+            except OSError as error:
+                raise ValueError(
+                    f"`against` is {self.against!r}, which is neither 'start', 'reference' nor a column of `prompts`, "
+                    "and no model can be loaded from it."
+                ) from error
             return loaded.to(model.device), nullcontext
         if (reference := self._reference(model))[0] is None:
             raise ValueError("`against` is the reference model, and there is none. Give `reference` or `trainer`.")

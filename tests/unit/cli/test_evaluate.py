@@ -136,10 +136,12 @@ def test_files_of_completions(chat, evaluate):
 
 
 def test_temperature_stop_strings_and_rows(evaluate):
-    found = evaluate("--judges judges.py:length --policies rso --temperature 0 --num_rows 3 --stop_strings e", "a")
+    found = evaluate(
+        "--judges judges.py:length --policies rso --temperature 0 --num_completions 1 --num_rows 3 --stop_strings e",
+        "a",
+    )
     samples = [row for row in read_lines(Path("out/samples.jsonl")) if row["policy"] == "rso"]
-    assert len(samples) == 6 and {row["row"] for row in samples} == {0, 1, 2}
-    assert samples[0]["completion"] == samples[1]["completion"] and "kl" not in found["policies"]["rso"]
+    assert [row["row"] for row in samples] == [0, 1, 2] and "kl" not in found["policies"]["rso"]
     assert not any("e" in row["completion"] or "a" in row["completion"] for row in samples)
     assert found["settings"]["stop_strings"] == ["e", "a"]
 
@@ -174,9 +176,10 @@ def test_options_of_rankers_are_for_the_judges_that_are_models(evaluate):
         ("--policies judges.json", "`policies`: judges.json cannot be read (JSONDecodeError"),
         ("--policies two.jsonl", "two.jsonl has completions of a, b. Name one of them: two.jsonl:NAME."),
         ("--policies two.jsonl:c", "two.jsonl has completions of a, b. Name one of them"),
-        ("--policies sft --dataset_name few.jsonl", "`prompts` has 1 rows. Standard errors need at least 2 prompts."),
+        ("--policies sft --dataset_name few.jsonl", "Standard errors need at least 2 prompts, and `prompts` has 1."),
         ("--policies sft --dataset_name other.jsonl", "other.jsonl has the columns question, and needs `prompt`."),
         ("--policies sft --dataset_name other.jsonl --judges sft", "other.jsonl has the columns question"),
+        ("--policies sft --temperature 0", "With `temperature`=0 all completions of a prompt are equal."),
         ("--policies sft --temperature -1", "`temperature` must be at least 0"),
         ("--policies sft --num_completions 0", "`num_completions` must be a whole number, at least 1"),
         ("--policies sft --seed -1", "`seed` must be a whole number, at least 0"),

@@ -108,7 +108,9 @@ def test_the_tables_print_the_estimates():
         wins, difference = ["", "", ""], ["", ""]
         if name != "base":
             shares = " / ".join(f"{100 * of[key].mean:.0f}" for key in ("win", "tie", "loss"))
-            wins = [as_percentage(of["win_rate"]), shares, as_percentage(of["lc_win_rate"])]
+            controlled = of["lc_win_rate"]
+            last = "" if np.isnan(controlled.mean) else as_percentage(controlled)
+            wins = [as_percentage(of["win_rate"]), shares, last]
             p = minus[0].p_value()
             difference = [rounded(minus[0], "+"), "< 0.001" if p < 0.001 else f"{p:.3f}"]
         assert row == [name, *wins, rounded(of["reward"]), rounded(of["sigmoid_reward"]), *difference]

@@ -223,7 +223,7 @@ def test_what_a_judge_interrupts_is_resumed_to_the_same_bytes(in_shards, tmp_pat
     with pytest.raises(RuntimeError, match="The judge is gone") as caught:
         in_shards.call(tmp_path / "resumed", fails_at=2)
     assert caught.value.__notes__ == [
-        "Row 0 of these 4 is row 4 of `prompts`.",
+        "Verdicts of FunctionRanker: rows are counted from row 4 of `prompts`.",
         f"Interrupted: 13 shards of completions or verdicts are saved in {tmp_path}/resumed; the same call resumes.",
     ]
     assert len(in_shards.sampled) == 6
@@ -232,7 +232,7 @@ def test_what_a_judge_interrupts_is_resumed_to_the_same_bytes(in_shards, tmp_pat
             in_shards.call(tmp_path / "resumed", **change)
     resumed = in_shards.call(tmp_path / "resumed")
     assert contents(tmp_path / "resumed") == expected and resumed == whole
-    for path in ("shards/00000.judged.jsonl", "alpaca_eval/best/model_outputs.json.partial"):  # of a killed run
+    for path in ("shards/00000.verdicts-0.jsonl", "alpaca_eval/best/model_outputs.json.partial"):  # of a killed run
         write_text(tmp_path / "whole" / path, "half")
     assert in_shards.call(tmp_path / "whole", fails_at=1) == whole and len(in_shards.sampled) == 6
     assert contents(tmp_path / "whole") == expected and not (tmp_path / "whole" / "shards").exists()
@@ -262,7 +262,7 @@ def test_two_processes_write_the_bytes_of_one(in_shards, tmp_path, monkeypatch):
         become(1)
         with pytest.raises(TimeoutError):
             in_shards.call(tmp_path / "two")
-        assert held.shards_with("judged") == [0, 1, 2]
+        assert held.shards_with("verdicts-0") == [0, 1, 2]
 
     expected = in_shards.call(tmp_path / "one")
     monkeypatch.setattr(store.ShardStore, "wait_for_shards", run_the_other)
@@ -300,7 +300,7 @@ ROWS = {"prompt": PROMPTS[:3], "target": ["a", None, "b"], "lists": [["a"], [], 
         ({"policies": {"a": BestOf(["a"] * 3, 2, LENGTH)}}, "`BestOf` of 'a' needs 2 completions, and row 0 .* has 1"),
         ({"policies": {}}, "`policies` and `judges` need at least one entry each"),
         ({"policies": 5}, "The policy 'policy' is a int without a tokenizer. Give a model that generates"),
-        ({"prompts": PROMPTS[:1]}, "`prompts` has 1 rows. Standard errors need at least 2 prompts"),
+        ({"prompts": PROMPTS[:1]}, "Standard errors need at least 2 prompts, and `prompts` has 1"),
         ({"prompts": Dataset.from_dict({"text": ["a"]})}, "`prompts` has no column `prompt`; it has text. Rename one"),
         ({"reference": "a"}, "`reference` is 'a', which must be the name of a model among `policies`"),
         ({"judges": {"mine": length}}, "`judges` is a function, not a ranker. Wrap a function in `FunctionRanker`"),

@@ -111,7 +111,7 @@ def test_samples_of_a_narrowed_distribution_estimate_no_kl():
         return SamplingPlan.of(2, GenerationOptions(**options), kwargs)
 
     assert all(one.is_of_policy for one in (plan(), plan(STOP), plan(max_new_tokens=9)))
-    narrow = plan(temperature=0.7), plan(temperature=0), plan(top_p=0.9), plan(top_k=5), plan({"min_p": 0.1})
+    narrow = plan(temperature=0.7), plan(top_p=0.9), plan(top_k=5), plan({"min_p": 0.1})
     assert not any(one.is_of_policy for one in narrow) and narrow[-1].settings()["min_p"] == 0.1
     with pytest.raises(ValueError, match="`num_completions` must be a whole number, at least 1, got True"):
         SamplingPlan.of(True, GenerationOptions(), None)

@@ -119,7 +119,7 @@ def test_of_three_the_others_are_compared_by_quality_and_incomplete_answers_are_
 
 @pytest.mark.parametrize(
     ("other", "message"),
-    [({"study": "old"}, "study old"), ({"rater": "1"}, "second one"), ({"rater": "9"}, "KeyError")],
+    [({"study": "old"}, "study old"), ({"rater": "1"}, "second one"), ({"rater": "9"}, "saved: '9'")],
 )
 def test_a_file_that_is_not_of_the_study_is_named(tmp_path, other, message):
     make_pages([write_samples(tmp_path / "s.jsonl", {"a": ["yes"], "b": ["no"]})], tmp_path)

@@ -62,7 +62,7 @@ def test_the_table_marks_the_first_of_the_highest_rewards(tmp_path):
     assert title == "# my&#95;run" and note.startswith("21 of 300 evaluations, means ± standard errors")
     assert re.split(r" *\| *", header)[1:-1] == ["step", "win rate", "reward", "KL (nats)", "length (tokens)"]
     (marked,) = [re.split(r" *\| *", row)[1:-1] for row in rows if "best" in row]
-    assert marked == ["330 (best reward)", "0.500 ± 0.050", "0.70 ± 0.10", "33", "20.4"]
+    assert marked == ["330 (best reward)", "50% ± 5%", "0.70 ± 0.10", "33", "20.4"]
     assert re.split(r" *\| *", first)[1:4] == ["0", "", "0.00 ± 0.10"]
     assert rows[19].startswith("| 2990 ") and rows[20] == ""
 
