@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -147,8 +148,12 @@ def _read_completions(path: str, policy: str | None, prompts: list[Prompt]) -> l
     policy = next(iter(found)) if policy is None and len(found) == 1 else policy
     if policy not in found:
         raise ValueError(f"{path} has completions of {', '.join(map(str, found))}. Name one of them: {path}:NAME.")
-    of = found[policy]
-    missing = next((row for row, prompt in enumerate(prompts) if not of.get(instruction(prompt))), None)
-    if missing is not None:
-        raise ValueError(f"`policies`: {path} has no completion for row {missing} of the prompts. Leave the row out.")
-    return [[wrap_completion(prompt, one) for one in of[instruction(prompt)]] for prompt in prompts]
+    keys, left = list(map(instruction, prompts)), found[policy]
+    shares = {key: len(left.get(key, [])) // count for key, count in Counter(keys).items()}  # of a repeated prompt
+    completions = []
+    for row, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
+        if not shares[key]:
+            raise ValueError(f"`policies`: {path} has no completion for row {row} of the prompts. Leave the row out.")
+        own, left[key] = left[key][: shares[key]], left[key][shares[key] :]
+        completions.append([wrap_completion(prompt, one) for one in own])
+    return completions

@@ -1,5 +1,6 @@
 """What an evaluation found: the numbers of each policy and judge, their tables, their plot and their files."""
 
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+import pandas as pd
 
 from prefopt_trl.data.formats import Prompt, Row, completion_text, num_characters
 from prefopt_trl.evaluation.metrics import Estimate, bleu, distinct, length_controlled_win_rate
@@ -38,7 +40,7 @@ class Samples:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
-        self.prompts = np.array([row["row"] for row in rows], dtype=int)
+        self.prompts = np.array([json.dumps(row["prompt"], sort_keys=True) for row in rows])  # clusters
         self.characters = np.array([num_characters(row["completion"]) for row in rows], dtype=float)
         self.finished, self.tokens, self.logps, self.ref_logps = (
             np.array([row[name] for row in rows], dtype=float)
@@ -90,15 +92,8 @@ class Samples:
 
     def minus(self, other: "Samples", judge: str) -> Estimate:
         """Return the paired difference of the mean rewards of each prompt, over prompts where both have one."""
-        means, num_prompts = [], 1 + max(self.prompts.max(), other.prompts.max())
-        for one in (self, other):
-            rewards = one.judged(judge, "rewards")
-            known = ~np.isnan(rewards)
-            total = np.bincount(one.prompts[known], rewards[known], num_prompts)
-            with np.errstate(invalid="ignore"):  # NaN for a prompt without a reward
-                means.append(total / np.bincount(one.prompts[known], minlength=num_prompts))
-        differences = means[0] - means[1]
-        return Estimate.of(differences[~np.isnan(differences)])
+        means = [pd.Series(one.judged(judge, "rewards")).groupby(one.prompts).mean() for one in (self, other)]
+        return Estimate.of((means[0] - means[1]).dropna().to_numpy())
 
 
 @dataclass(frozen=True)
@@ -120,6 +115,10 @@ class PolicyEvaluation:
     against: str | None
     reference: str | None
     settings: Settings = field(repr=False)
+
+    @cached_property
+    def num_prompts(self) -> int:
+        return len({prompt for of in self.policies.values() for prompt in of.prompts})
 
     @cached_property
     def policies(self) -> dict[str, Samples]:
@@ -174,9 +173,9 @@ class PolicyEvaluation:
 
     def __str__(self) -> str:
         """Return the numbers as Markdown tables."""
-        prompts = len({row["row"] for row in self.samples})
+        prompts = self.num_prompts
         parts = [f"{prompts:,} prompts, {len(self.samples):,} completions. Means ± standard errors by prompt."]
-        parts += ["So few prompts make standard errors and p too small."] if prompts < FEW_PROMPTS else []
+        parts += ["So few prompts make standard errors too small."] if prompts < FEW_PROMPTS else []
         base = self.reference or self.against
         for judge, by_policy in self.judged.items():
             rows = []
@@ -214,10 +213,14 @@ class PolicyEvaluation:
         `samples.jsonl`; and the outputs and annotations of each policy in AlpacaEval's layout, in `alpaca_eval/`."""
         folder = Path(folder)
         for name, of in self.policies.items():
-            of_policy = folder / "alpaca_eval" / quote(name, safe=" ")  # another folder for any other name
+            of_policy = (
+                folder / "alpaca_eval" / quote(name, safe=" ").replace("..", "%2E%2E")
+            )  # another folder for any other name
             write_json(of_policy / "model_outputs.json", self._alpaca_outputs(of))
             for judge in self.judges if self.against not in (None, name) else ():
-                write_json(of_policy / f"{quote(judge, safe=' ')}.json", self._alpaca_annotations(of, judge))
+                write_json(
+                    of_policy / f"annotations by {quote(judge, safe=' ')}.json", self._alpaca_annotations(of, judge)
+                )
         numbers = {
             "against": self.against,
             "reference": self.reference,
@@ -304,7 +307,7 @@ def plot_policies(evaluation: PolicyEvaluation, path: str | Path) -> None:
     height = max(2.4, 0.5 * len(names) + 1.2)
     size = (5 * len(kinds), 0.7 + height * len(evaluation.judges))
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(f"{len({row['row'] for row in evaluation.samples}):,} prompts; bars are 95% intervals by prompt")
+    figure.suptitle(f"{evaluation.num_prompts:,} prompts; error bars are 1.96 standard errors by prompt")
     grid = figure.subplots(len(evaluation.judges), len(kinds), squeeze=False)
     for panels, (judge, found) in zip(grid, evaluation.judged.items(), strict=True):
         for axes, kind in zip(panels, kinds, strict=True):

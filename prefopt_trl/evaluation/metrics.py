@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import NormalDist
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,6 +16,7 @@ class Estimate:
 
     mean: float
     standard_error: float
+    num_prompts: int = field(default=0, compare=False, repr=False)
 
     @classmethod
     def of(cls, values: np.ndarray, prompts: np.ndarray | None = None) -> "Estimate":
@@ -33,14 +33,27 @@ class Estimate:
             deviations = np.bincount(np.unique(prompts, return_inverse=True)[1], weights=deviations)
         num_prompts = len(deviations)
         correction = num_prompts / (num_prompts - 1) if num_prompts > 1 else np.nan
-        return cls(float(values.mean()), float(np.sqrt(correction * np.sum(deviations**2)) / len(values)))
+        error = np.sqrt(correction * np.sum(deviations**2)) / len(values)
+        return cls(float(values.mean()), float(error), num_prompts)
+
+    @property
+    def has_error(self) -> bool:
+        """Whether the standard error is known, and more than the rounding of equal values."""
+        return self.standard_error > 1e-12 + 1e-6 * abs(self.mean)
 
     def p_value(self, expected: float = 0.0) -> float:
-        """Return the two-sided p-value of `expected` as the true mean, by the normal distribution."""
-        difference = abs(self.mean - expected)
-        if not self.standard_error:  # all values are equal
-            return float(difference == 0)
-        return 2 * NormalDist().cdf(-difference / self.standard_error)
+        """Return the two-sided p-value of `expected` as the true mean, or NaN without a standard error.
+
+        It is that of Student's t with `num_prompts - 1` degrees of freedom, integrated over the arctangent of t.
+        """
+        if not self.has_error:
+            return math.nan
+        degrees = self.num_prompts - 1
+        angle = math.atan(abs(self.mean - expected) / self.standard_error / math.sqrt(degrees))
+        end = max(angle, min(math.pi / 2, 40 / math.sqrt(degrees)))  # nearly all of a narrow density is below it
+        grids = (np.linspace(start, end, 10_001) for start in (angle, 0.0))
+        tail, whole = (np.trapezoid(np.cos(grid) ** (degrees - 1), grid) for grid in grids)
+        return float(tail / whole)
 
 
 def wins(advantages: np.ndarray) -> np.ndarray:
@@ -89,7 +102,7 @@ def length_controlled_win_rate(won: np.ndarray, lengths: np.ndarray, prompts: np
     correction = num_prompts / (num_prompts - 1) if num_prompts > 1 else np.nan
     variance = correction * (inverse @ scores.T @ scores @ inverse)[0, 0]
     rate = 1 / (1 + math.exp(-weights[0]))
-    return Estimate(rate, rate * (1 - rate) * math.sqrt(variance))
+    return Estimate(rate, rate * (1 - rate) * math.sqrt(variance), num_prompts)
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

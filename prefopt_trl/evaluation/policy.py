@@ -25,6 +25,7 @@ from prefopt_trl.evaluation.samples import (
     drawn_logps,
     given_samples,
     sample,
+    seed_of,
     verdicts,
 )
 from prefopt_trl.generation.options import GenerationOptions
@@ -315,6 +316,7 @@ class _Evaluation:
             "prompts": dataset_fingerprint(self.prompts),
             "policies": {name: _identity(policy) for name, policy in self.policies.items()},
             "judges": {name: judge.settings() for name, judge in self.judges.items()},
+            "order": [list(self.policies), list(self.judges)],
             "against": self.against,
             "reference": self.reference,
         }
@@ -327,7 +329,7 @@ class _Evaluation:
         """Make the shards of this process, one policy after the other, so that one model is loaded at a time."""
         mine = range(self.process.process_index, self.store.layout()[1], self.process.num_processes)
         for number, (name, policy) in enumerate(self.policies.items()):
-            completing = partial(self._completing, policy, self.plan)
+            completing = partial(self._completing, policy, self.plan, seed_of(self.seed, name))
             self._each(mine, f"completions-{number}", f"Completions of {name}", completing)
         if self.reference is not None and not self.plan.is_of_policy:
             logger.warning("The KL is not known, as the options of sampling narrow the distribution of the policy.")
@@ -354,10 +356,11 @@ class _Evaluation:
                     raise
                 bar.update(len(rows))
 
-    def _completing(self, policy: Policy, plan: SamplingPlan) -> Callable[[int], list[Row]]:
+    def _completing(self, policy: Policy, plan: SamplingPlan, seed: int) -> Callable[[int], list[Row]]:
         """Load a policy, and return the function that makes its completions of a shard."""
         if isinstance(policy, BestOf):
-            inner = self._completing(policy.policy, replace(plan, num_completions=policy.n * plan.num_completions))
+            plan = replace(plan, num_completions=policy.n * plan.num_completions)
+            inner = self._completing(policy.policy, plan, seed)
 
             def make(shard: int) -> list[Row]:
                 rows, sampled = self._given(shard), [row["samples"] for row in inner(shard)]
@@ -369,7 +372,7 @@ class _Evaluation:
             model = policy.load()
             return lambda shard: [
                 {"samples": of}
-                for of in sample(model, policy.tokenizer, self._given(shard), plan, shard_seed(self.seed, shard), True)
+                for of in sample(model, policy.tokenizer, self._given(shard), plan, shard_seed(seed, shard), True)
             ]
         return lambda shard: [{"samples": given_samples(policy[row])} for row in self._rows(shard)]
 

@@ -4,7 +4,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ def with_error(estimate: Estimate, form: str = ".2f") -> str:
 def rounded(estimate: Estimate, sign: str = "") -> str:
     """`mean ± standard error`, both with the decimals that leave two digits of the error."""
     error, mean = estimate.standard_error, round(estimate.mean, 12) + 0.0  # no -0 of rounding
-    if not error > 1e-12 + 1e-6 * abs(estimate.mean):  # NaN, or the rounding of equal values
+    if not estimate.has_error:
         return f"{mean:{sign}.4g}"
     decimals = max(0, 1 - math.floor(math.log10(error)))
     return f"{mean:{sign}.{decimals}f} ± {error:.{decimals}f}"
@@ -50,48 +49,7 @@ def rounded(estimate: Estimate, sign: str = "") -> str:
 
 def as_percentage(estimate: Estimate) -> str:
     """`mean ± standard error` of a share, in per cent; the mean alone if all values are equal."""
-    return with_error(estimate, ".0%") if estimate.standard_error else f"{estimate.mean:.0%}"
-
-
-def plot_reward_against_kl(
-    curves: dict[str, list[dict[str, Estimate]]], chosen: dict[str, int], path: str | Path
-) -> None:
-    """Draw how each method's rewards change as its policy leaves the reference, as a PNG.
-
-    Args:
-        curves (`dict[str, list[dict[str, Estimate]]]`):
-            For each method, what [`evaluate_policy`] gave at each checkpoint, in the order of training.
-        chosen (`dict[str, int]`):
-            For each method, the index of the checkpoint chosen; it gets a large mark.
-        path (`str` or `Path`):
-            File to write.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for axes, name, title in zip(
-        figure.subplots(1, 2, sharex=True),
-        ("true_reward", "ranker_reward"),
-        ("True reward", "Ranker's reward, by which the checkpoint is chosen"),
-        strict=True,
-    ):
-        for method, points in curves.items():
-            kl, rewards = [[point[key].mean for point in points] for key in ("kl", name)]
-            (drawn,) = axes.plot(kl, rewards, marker="o", markersize=3.5, linewidth=1.2, label=method)
-            best = points[chosen[method]]
-            axes.errorbar(
-                best["kl"].mean,
-                best[name].mean,
-                yerr=best[name].standard_error,
-                marker="*",
-                markersize=15,
-                color=drawn.get_color(),
-                capsize=3,
-            )
-        axes.set(xlabel="KL from the SFT policy (nats per completion)", ylabel="mean reward", title=title)
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend(frameon=False, title="star: checkpoint chosen")
-    figure.savefig(path, dpi=120)
+    return with_error(estimate, ".0%") if estimate.has_error else f"{estimate.mean:.0%}"
 
 
 def completions_side_by_side(policies: dict[str, list[Row]]) -> Iterator[str]:

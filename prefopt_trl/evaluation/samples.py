@@ -1,5 +1,6 @@
 """Completions of policies, and what judges say of them: the steps of an evaluation, on some prompts at a time."""
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,12 @@ def sample(
             for one, logp in zip(samples, logps, strict=True):
                 one["logp"] = logp
     return sampled
+
+
+def seed_of(seed: int, policy: str) -> int:
+    """Return a seed for a policy, so that the samples of policies are independent of each other."""
+    digest = hashlib.sha256(policy.encode()).digest()
+    return int(np.random.SeedSequence([seed, int.from_bytes(digest[:8])]).generate_state(1)[0])
 
 
 def given_samples(completions: Sequence[Completion]) -> list[Sample]:

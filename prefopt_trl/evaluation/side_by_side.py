@@ -113,6 +113,8 @@ def score_answers(study: str | Path, answers: Sequence[str | Path]) -> dict[str,
                 raise ValueError(f"it is of study {saved['study']}, or a second one of rater {rater}")
             for task, order in key["raters"][rater]:
                 best, quality = by_task[task]["best"], dict(zip(order, by_task[task]["quality"], strict=True))
+                if best not in (None, *range(len(order) + 1)) or not {*quality.values()} <= {None, *range(1, 6)}:
+                    raise ValueError(f"task {task} has the quality {[*quality.values()]} and the best {best}")
                 choice = None if best is None else [*order, NO_PREFERENCE][best]
                 rows.append([task, rater, choice, *(quality[name] for name in policies)])
         except (ValueError, LookupError, TypeError) as error:

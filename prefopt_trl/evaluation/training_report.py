@@ -26,7 +26,7 @@ PANELS = [  # title, unit, and metrics by label
     ("Loss", "loss", {"training": "loss", "evaluation": "eval_loss"}),
     ("Margins", "nats", {"training": "rewards/margins", "evaluation": "eval_rewards/margins"}),
     ("Accuracies", "share", {"training": "rewards/accuracies", "evaluation": "eval_rewards/accuracies"}),
-    ("Reward of fresh samples", "reward", {"training": "reward", "evaluation": "eval_reward"}),
+    ("Reward of fresh samples", "reward", {"evaluation": "eval_reward"}),
     ("Win rate", "share", {"all": "eval_win_rate", "length-controlled": "eval_lc_win_rate"}),
     ("KL from the reference", "nats per completion", {"evaluation": "eval_kl"}),
     ("Length", "tokens", {"training": "completions/mean_length", "evaluation": "eval_length"}),
@@ -38,9 +38,17 @@ def write_training_report(output_dir: str | Path, log_history: Sequence[dict[str
     """Write `report.md`, `curves.png` and `frontier.png` (reward against KL) into `output_dir`, in one process.
 
     `log_history` is `trainer.state.log_history` of any Trainer of transformers or TRL. The figures need matplotlib,
-    and the frontier and the completions shown need two evaluations. Equal arguments give equal files.
+    and the frontier and the completions shown need two evaluations. Equal arguments give equal files. An error is
+    logged and not raised, because the trained model is worth more than its report.
     """
-    folder, series = Path(output_dir), defaultdict[str, dict[int, float]](dict)  # by metric and step
+    try:
+        _write(Path(output_dir), [entry for entry in log_history if "step" in entry])
+    except Exception:
+        logger.warning("No report could be written into %s.", output_dir, exc_info=True)
+
+
+def _write(folder: Path, log_history: Sequence[dict[str, Any]]) -> None:
+    series = defaultdict[str, dict[int, float]](dict)  # by metric and step
     for entry in sorted(log_history, key=lambda entry: entry["step"]):
         for name, value in entry.items():
             if isinstance(value, int | float) and np.isfinite(value):

@@ -1,6 +1,5 @@
 """Win rate, reward and KL of fresh samples as metrics of any Trainer, by which the best checkpoint is chosen."""
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,13 +21,14 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.utils import logging
 
 from prefopt_trl.data.formats import Completion, Prompt, Row
 from prefopt_trl.data.tokenization import chat_options, check_vocabulary, tokenize_prompts
 from prefopt_trl.evaluation.comparison import Samples
 from prefopt_trl.evaluation.metrics import Estimate
 from prefopt_trl.evaluation.policy import as_prompts, given_completions
-from prefopt_trl.evaluation.samples import SamplingPlan, as_rows, drawn_logps, given_samples, sample, verdicts
+from prefopt_trl.evaluation.samples import SamplingPlan, as_rows, drawn_logps, given_samples, sample, seed_of, verdicts
 from prefopt_trl.evaluation.training_report import write_training_report
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.rankers.base import Ranker, check_ranker
@@ -46,11 +46,11 @@ from prefopt_trl.sampling.selection import user_columns
 from prefopt_trl.sampling.shards import shard_seed
 
 PROMPTS_AT_ONCE = 8  # sampled by one process; samples do not depend on the number of processes
-FOLDER, OPPONENT = "evaluations", "opponent.jsonl"  # in `output_dir`
+FOLDER, OPPONENT = "evaluations", "opponent"  # in `output_dir`, and the name of its policy
 JUDGE = "judge"  # its name in the rows that are written
 START, REFERENCE = "start", "reference"
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 Policy: TypeAlias = tuple[Any, Callable[[], AbstractContextManager[object]]]  # a model, and in which context it is one
 
 
@@ -70,7 +70,9 @@ class WinRateCallback(TrainerCallback):
 
     `output_dir/evaluations/` gets every completion and verdict, of the start of training and of each evaluation. The
     opponent is sampled and rewarded once, and read again by a resumed run. Each process does its share. At the end of
-    training, [`write_training_report`] writes `report.md` and its plots.
+    training, [`write_training_report`] writes `report.md` and its plots. Both hold texts, and TRL's own trainers push
+    them with the model. In a hyperparameter search, give a `compute_objective`: the default is the sum of all metrics.
+    The `eval_reward` and `eval_kl` of [`~trl.GRPOTrainer`] are replaced in the metrics, with a warning.
 
     Args:
         judge ([`Ranker`]):
@@ -94,7 +96,7 @@ class WinRateCallback(TrainerCallback):
         options ([`GenerationOptions`], *optional*):
             How to sample.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the samples, the same at each evaluation.
+            Seed of the samples, the same at each evaluation, and another one for the opponent.
         generation_kwargs (`dict`, *optional*):
             As in [`sample_completions`].
         **changes:
@@ -149,7 +151,7 @@ class WinRateCallback(TrainerCallback):
         self.settings = as_json(self.plan.settings() | settings | {"against": self.given or against})
         self.opponent: list[Row] = []
         self.measured: dict[str, float] = {}
-        self.measured_as, self.is_over = "", False
+        self.measured_as, self.phase = "", "before"
         self.measured_with: set[frozenset[str]] = set()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -158,30 +160,34 @@ class WinRateCallback(TrainerCallback):
         if self.trainer is not None:  # ahead of `EarlyStoppingCallback`, which reads the metrics
             callbacks = self.trainer.callback_handler.callbacks
             callbacks.insert(0, callbacks.pop(callbacks.index(self)))
-        self.is_over, self.measured_as = False, ""
+        self.phase, self.measured_as, folder = "training", "", Path(str(args.output_dir), FOLDER)
         if not state.global_step:
-            return self._begin(args, state, **kwargs)
-        folder = Path(str(args.output_dir), FOLDER)
-        changed = differences(read_json(folder / "settings.json") or {}, self.settings)
-        if changed or not (folder / OPPONENT).is_file():
+            self.opponent = []
+            self.opponent = self._sample(OPPONENT, self._opponent(kwargs["model"]), **kwargs)
+            if state.is_world_process_zero:
+                write_json(folder / "settings.json", self.settings)
+                write_lines(folder / f"{OPPONENT}.jsonl", self.opponent)
+            return self._measure(self._sample("step 0", (kwargs["model"], nullcontext), **kwargs), args, state)
+        if changed := self._read_opponent(folder):
             raise ValueError(
                 f"This run resumes, but {folder} has no samples of the opponent that were made with the same "
-                f"settings ({', '.join(changed) or f'{OPPONENT} is missing'}). Restore them, or start anew."
+                f"settings ({changed}). Restore them, or start anew."
             )
-        self.opponent = read_lines(folder / OPPONENT)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if not self.opponent:  # `evaluate` before training
-            self._begin(args, state, **kwargs)
-        name = "after training" if self.is_over else f"step {state.global_step}"
+        if not self.opponent and self._read_opponent(Path(str(args.output_dir), FOLDER)):  # before training
+            self.opponent = self._sample(OPPONENT, self._opponent(kwargs["model"]), **kwargs)
+        name = f"step {state.global_step}" if self.phase == "training" else f"{self.phase} training"
         dataset = frozenset(kwargs["metrics"])  # the metrics of several have different names
         if name != self.measured_as or dataset in self.measured_with:
             self._measure(self._sample(name, (kwargs["model"], nullcontext), **kwargs), args, state)
         self.measured_with.add(dataset)
+        if theirs := sorted(dataset & self.measured.keys()):
+            logger.warning_once(f"The judge's {', '.join(theirs)} replaces the metric of the trainer with this name.")
         kwargs["metrics"].update(self.measured)  # in place: `metric_for_best_model` is looked up in this very dict
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.is_over = True
+        self.phase = "after"
         if state.is_world_process_zero:
             rewards = [entry["eval_reward"] for entry in state.log_history if "eval_reward_se" in entry]
             if len(rewards) > 1 and rewards[0] >= max(rewards[1:]):
@@ -192,27 +198,24 @@ class WinRateCallback(TrainerCallback):
                 )
             write_training_report(str(args.output_dir), state.log_history)
 
-    def _begin(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
-        """Sample the opponent and the start of training."""
-        self.opponent, model = [], kwargs["model"]
-        if self.against != START:
-            self.opponent = self._sample(self.against, self._opponent(model), **kwargs)
-        start = self._sample("step 0", (model, nullcontext), **kwargs)
-        self.opponent = self.opponent or [{**row, "policy": START} for row in start]
-        if state.is_world_process_zero:
-            folder = Path(str(args.output_dir), FOLDER)
-            write_json(folder / "settings.json", self.settings)
-            write_lines(folder / OPPONENT, self.opponent)
-        self._measure(start, args, state)
+    def _read_opponent(self, folder: Path) -> str | None:
+        """Read the opponent of an earlier run, or return why there is none."""
+        if not (folder / f"{OPPONENT}.jsonl").is_file():
+            return f"{OPPONENT}.jsonl is missing"
+        if changed := differences(read_json(folder / "settings.json") or {}, self.settings):
+            return ", ".join(changed)
+        self.opponent = read_lines(folder / f"{OPPONENT}.jsonl")
+        return None
 
     def _opponent(self, model: Any) -> Policy:
-        """Return the opponent, unless it is the start."""
         if self.given is not None:
             return None, nullcontext
+        if self.against == START:
+            return model, nullcontext
         if self.against != REFERENCE:
             try:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(self.against, dtype=model.dtype)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # a folder without a model is either
                 raise ValueError(
                     f"`against` is {self.against!r}, which is neither 'start', 'reference' nor a column of `prompts`, "
                     "and no model can be loaded from it."
@@ -246,6 +249,7 @@ class WinRateCallback(TrainerCallback):
         opponents, process = [list(of) for _, of in groupby(self.opponent, lambda row: row["row"])], process_state()
         starts = range(0, len(self.prompts), PROMPTS_AT_ONCE)[process.process_index :: process.num_processes]
         made: list[Row] = []
+        seed = seed_of(self.seed, OPPONENT if name == OPPONENT else "policy")  # the same at each step
         with gathered(sampled, reference, self.judge.model):
             for start in tqdm(starts, desc=f"Judging {name}", disable=not process.is_main_process, leave=False):
                 rows = self.prompts.select(range(start, min(start + PROMPTS_AT_ONCE, len(self.prompts)))).to_list()
@@ -254,18 +258,19 @@ class WinRateCallback(TrainerCallback):
                     samples = [given_samples(of) for of in (self.given or [])[start : start + len(rows)]]
                 else:
                     with as_policy():
-                        samples = sample(sampled, tokenizer, rows, self.plan, shard_seed(self.seed, start))
+                        samples = sample(sampled, tokenizer, rows, self.plan, shard_seed(seed, start))
                 if reference is not None and samples[0][0]["logp"] is not None:
                     ids = tokenize_prompts(tokenizer, prompts, list(map(chat_options, rows)))
                     with as_reference():
                         ref_logps = drawn_logps(reference, ids, samples)
-                against = self.against if opponents else name
-                theirs = opponents[start : start + len(rows)]
-                both = {name: samples, against: theirs or samples}
+                theirs = opponents[start : start + len(rows)] or samples
+                both = {name: samples, OPPONENT: theirs}
                 texts = {who: [[one["completion"] for one in of] for of in made_by] for who, made_by in both.items()}
-                rewards = [np.array([one["rewards"][JUDGE] for one in of], float) for of in theirs]
-                known = {against: rewards} if opponents else {}
-                found = verdicts(self.judge, prompts, texts, against, user_columns(rows), known)
+                rewards = (
+                    [np.array([one["rewards"][JUDGE] for one in of], float) for of in theirs] if opponents else []
+                )
+                known = {OPPONENT: rewards} if opponents else {}
+                found = verdicts(self.judge, prompts, texts, OPPONENT, user_columns(rows), known)
                 made += as_rows(name, start, prompts, samples, ref_logps, {JUDGE: found[name]})
         return sorted(gather_object(made), key=lambda row: (row["row"], row["sample"]))
 
@@ -284,8 +289,9 @@ class WinRateCallback(TrainerCallback):
         else:
             state.log_history.append({"epoch": state.epoch, **known, "step": state.global_step})
         if state.is_world_process_zero:
-            name = "after-training" if self.is_over else f"step-{state.global_step:06d}"
-            write_lines(Path(str(args.output_dir), FOLDER, f"{name}.jsonl"), rows)
+            names = {"training": f"step-{state.global_step:06d}.jsonl", "after": "after-training.jsonl"}
+            if self.phase in names:  # before, the folder may hold an earlier run
+                write_lines(Path(str(args.output_dir), FOLDER, names[self.phase]), rows)
             if "eval_win_rate" not in known:
                 logger.warning("The judge has no opinion on any completion of %s.", self.measured_as)
             if self.trainer is None:

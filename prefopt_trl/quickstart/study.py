@@ -26,17 +26,16 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from prefopt_trl.evaluation.comparison import Samples
 from prefopt_trl.evaluation.metrics import Estimate
 from prefopt_trl.evaluation.policy import evaluate_policy
-from prefopt_trl.evaluation.report import as_percentage, plot_reward_against_kl, table, with_error
-from prefopt_trl.evaluation.win_rate import JUDGE, WinRateCallback
+from prefopt_trl.evaluation.report import as_percentage, table, with_error
+from prefopt_trl.evaluation.win_rate import WinRateCallback
 from prefopt_trl.generation.sampler import sample_completions
 from prefopt_trl.quickstart.kitchen import MAX_NEW_TOKENS, ControlledTask, true_reward
 from prefopt_trl.rankers.function import FunctionRanker
 from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
 from prefopt_trl.rankers.templates import ANSWERS, dialogue
-from prefopt_trl.runtime.settings import read_lines, versions
+from prefopt_trl.runtime.settings import versions
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.trainers.base import PreferenceTrainer
 from prefopt_trl.trainers.pro_trainer import PROTrainer
@@ -157,7 +156,7 @@ def run_quickstart(output_dir: str, seed: int) -> None:
 
     # Checkpoints are chosen on one half of the evaluation prompts and reported on the other
     halves = task.eval_dataset.train_test_split(test_size=0.5, seed=seed)
-    policies, curves, best_step = {"SFT policy": sft}, {}, {}
+    policies, best_step = {"SFT policy": sft}, {}
     for name, method in METHODS.items():
         say(f"{name}: {POLICY['max_steps']} steps on {method.source}")
         policy = AutoModelForCausalLM.from_pretrained(folder / "sft")
@@ -166,7 +165,6 @@ def run_quickstart(output_dir: str, seed: int) -> None:
         )
         trained = folder / "policies" / name.replace(", ", "-").replace(" ", "-")
         best_step[name] = _train(policy, method, tokenizer, made[method.dataset], judged, trained, seed)
-        curves[name] = _curve(trained)
         policies[name] = policy
         if name == "rso":
             policy.save_pretrained(str(folder / "rso"))
@@ -198,7 +196,6 @@ def run_quickstart(output_dir: str, seed: int) -> None:
         "ranker_accuracy": accuracy,
         "results": measured,
         "best_step": best_step,
-        "curves": curves,
         "sampling": statistics,
         "settings": {
             "task": TASK,
@@ -211,12 +208,10 @@ def run_quickstart(output_dir: str, seed: int) -> None:
         "versions": versions(),
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2, default=asdict) + "\n")
-    best = {name: step // CHECKPOINT_EVERY for name, step in best_step.items()}
-    plot_reward_against_kl(curves, best, folder / "reward_against_kl.png")
     report = _report(measured, best_step, accuracy, statistics["pairs-rso"], seed, len(halves["test"]))
     (folder / "report.md").write_text(report)
     print("\n" + report.split("\n", 2)[2], flush=True)
-    say(f"Written: report.md, results.json, reward_against_kl.png and the RSO model, in {folder}")
+    say(f"Written: report.md, results.json, evaluation/ and the RSO model, in {folder}")
 
 
 def _quiet() -> None:
@@ -307,20 +302,6 @@ def _ranker_accuracy(
     return float((preferred == (truth > 0))[truth != 0].mean())
 
 
-def _curve(folder: Path) -> list[Measured]:
-    """Return the KL and both rewards at the start and at each checkpoint, from the samples that are written."""
-    curve = []
-    for path in sorted(folder.glob("evaluations/step-*.jsonl")):
-        rows = read_lines(path)
-        samples = Samples(rows)
-        truth = true_reward([row["prompt"] for row in rows], [row["completion"] for row in rows])
-        ranker = samples.estimate(samples.judged(JUDGE, "rewards"))
-        curve.append(
-            {"kl": samples.measure()["kl"], "ranker_reward": ranker, "true_reward": Estimate.of(np.array(truth))}
-        )
-    return curve
-
-
 def _report(
     measured: dict[str, Measured],
     best_step: dict[str, int],
@@ -362,5 +343,5 @@ The ranker agrees with the true reward on {100 * accuracy:.0f}% of pairs of SFT 
 labels a mean probability of {before:.2f} on random pairs of SFT samples, and of {after:.2f} after rejection
 with beta {BETA:g}, where the acceptance rate is {statistics["acceptance_rate"]:.3f}.{warning}
 
-![reward against KL](reward_against_kl.png)
+![wins, rewards and KL](evaluation/evaluation.png)
 """

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 def test_everything_promised_is_written(folder):
-    for name in ("results.json", "report.md", "reward_against_kl.png", "rso/model.safetensors"):
+    for name in ("results.json", "report.md", "evaluation/evaluation.png", "rso/model.safetensors"):
         assert (folder / name).stat().st_size > 0
     tokenizer = AutoTokenizer.from_pretrained(folder / "rso")
     model = AutoModelForCausalLM.from_pretrained(folder / "rso")
@@ -39,12 +39,13 @@ def test_results_hold_every_method_its_curve_and_the_seed(folder):
     results = json.loads((folder / "results.json").read_text())
     assert set(results["results"]) == {"SFT policy", *study.METHODS}
     assert results["seed"] == 1
-    assert results["results"]["SFT policy"]["kl"] == {"mean": 0.0, "standard_error": 0.0}
+    assert results["results"]["SFT policy"]["kl"]["mean"] == 0
     assert 0 <= results["ranker_accuracy"] <= 1
-    for method, curve in results["curves"].items():
-        rewards = [point["ranker_reward"]["mean"] for point in curve]
-        assert len(rewards) == 3  # with that of the start
-        assert results["best_step"][method] == 2 * (rewards[1:].index(max(rewards[1:])) + 1)
+    for method, step in results["best_step"].items():
+        state = folder / "policies" / method.replace(", ", "-").replace(" ", "-") / f"checkpoint-{step}"
+        history = json.loads((state / "trainer_state.json").read_text())["log_history"]
+        rewards = {entry["step"]: entry["eval_reward"] for entry in history if "eval_reward" in entry}
+        assert rewards[step] == max(reward for at, reward in rewards.items() if at) and 0 in rewards
 
 
 def test_report_prints_the_numbers_of_the_results(folder):

@@ -151,6 +151,15 @@ def test_options_of_rankers_are_for_the_judges_that_are_models(evaluate):
     assert found["policies"]["rejected"]["judges"].keys() == {"reward", "length"}
 
 
+def test_a_repeated_prompt_has_a_share_of_its_completions_in_a_file(evaluate):
+    write_lines(Path("pairs.jsonl"), [{"prompt": prompt} for prompt in ("Why?", "How?", "Why?")])
+    said = [("Why?", "a"), ("Why?", "bb"), ("How?", "c"), ("Why?", "ddd"), ("Why?", "e")]
+    write_lines(Path("said.jsonl"), [{"prompt": prompt, "completion": one} for prompt, one in said])
+    evaluate("--judges judges.py:length --policies said.jsonl")
+    rows = read_lines(Path("out/samples.jsonl"))
+    assert [(row["row"], row["completion"]) for row in rows] == [(0, "a"), (0, "bb"), (1, "c"), (2, "ddd"), (2, "e")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -20,5 +20,5 @@ def test_a_study_is_made_and_scored(tmp_path, capsys):
     assert "| quality/a            |                     5 |" in report
     assert report in Path("scores/side_by_side.md").read_text()
     found = json.loads(Path("scores/side_by_side.json").read_text())
-    assert found["agreement/raters"] == {"mean": 1.0, "standard_error": None}
+    assert found["agreement/raters"] == {"mean": 1.0, "standard_error": None, "num_prompts": 1}
     assert found["cohens_kappa/raters"]["mean"] is found["fleiss_kappa/raters"]["mean"] is None  # one choice only

@@ -138,7 +138,9 @@ def test_alpaca_eval_reads_the_preferences(tmp_path):
     assert {path.name for path in (tmp_path / "alpaca_eval").iterdir()} == {*folders.values()}  # one for each
     for name in NAMES[1:]:
         folder = tmp_path / "alpaca_eval" / folders[name]
-        annotations, outputs = (read_json(folder / f"{file}.json") for file in ("other", "model_outputs"))
+        annotations, outputs = (
+            read_json(folder / f"{file}.json") for file in ("annotations by other", "model_outputs")
+        )
         assert outputs[3] == {"instruction": "Prompt 1", "generator": name, "output": f"{name} 1 word word "}
         assert annotations[3] == {
             **{"instruction": "Prompt 1", "annotator": "other", "generator_1": "base", "generator_2": name},
@@ -165,10 +167,20 @@ def test_what_is_not_known_is_empty_and_null(tmp_path, monkeypatch, caplog):
     assert [message[:15] for message in caplog.messages] == ["BLEU is left ou", "No plot was dra"]
     written = read_json(tmp_path / "evaluation.json")
     silent, other = (written["policies"]["us"]["judges"][judge] for judge in ("judge", "other"))
-    assert silent["reward"] == {"mean": None, "standard_error": None} and "win_rate" not in silent
-    assert other["win_rate"] == other["lc_win_rate"] == {"mean": 0.5, "standard_error": 0.0}
-    assert other["minus"]["them"] == {"mean": 0, "standard_error": 0}
-    assert read_json(tmp_path / "alpaca_eval" / "us" / "judge.json")[1]["preference"] is None
+    assert silent["reward"] == {"mean": None, "standard_error": None, "num_prompts": 0} and "win_rate" not in silent
+    assert other["win_rate"] == other["lc_win_rate"] == {"mean": 0.5, "standard_error": 0.0, "num_prompts": 2}
+    assert other["minus"]["them"] == {"mean": 0, "standard_error": 0, "num_prompts": 2}
+    assert read_json(tmp_path / "alpaca_eval" / "us" / "annotations by judge.json")[1]["preference"] is None
     monkeypatch.undo()
     found.save(tmp_path)  # the plot of nothing
     assert (tmp_path / "evaluation.png").stat().st_size
+
+
+def test_rows_with_equal_prompts_are_one_prompt():
+    rows = [line(name, 10 * row + copy, 0, rewards=(row + shift, 0.0)) for name, shift in (("us", 0.5), ("them", 0))
+            for row in range(5) for copy in range(10)]  # fmt: skip
+    rows = [{**row, "prompt": f"Prompt {row['row'] // 10}"} for row in rows]
+    found = PolicyEvaluation(rows, ["judge"], None, None, {})
+    assert found.num_prompts == 5 and str(found).startswith("5 prompts, 100 completions.")
+    assert found.judged["judge"]["us"]["reward"] == Estimate.of(np.arange(5) + 0.5)
+    assert found.difference("us", "them") == Estimate(0.5, pytest.approx(0, abs=1e-12))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sacrebleu import BLEU
 from scipy.optimize import minimize
-from scipy.stats import binom, norm
+from scipy.stats import binom, t
 
 from prefopt_trl.evaluation.metrics import LENGTH_PENALTY, Estimate, bleu, distinct, length_controlled_win_rate, wins
 
@@ -35,8 +35,10 @@ def test_estimates_by_hand(values, prompts, mean, error):
 
 
 def test_p_values_and_wins_by_hand():
-    p_values = [Estimate(*one).p_value(0.5) for one in ((0.4, 0.05), (0.5, 0.0), (0.6, 0.0), (0.5, math.nan))]
-    assert p_values == pytest.approx([2 * norm.sf(2), 1, 0, math.nan], nan_ok=True)
+    for n in (2, 5, 30, 100_000):
+        assert Estimate(0.4, 0.05, n).p_value(0.5) == pytest.approx(2 * t.sf(2, n - 1), rel=1e-5)
+    unknown = Estimate(0.6, 0.0, 9), Estimate(0.6, math.nan, 9), Estimate.of(np.array([0.1 + 0.2, 0.3, 0.3]))
+    assert all(math.isnan(one.p_value(0.5)) for one in unknown)  # the last has an error of rounding
     assert wins(np.array([0.1, -3.0, 0.0, np.nan])) == pytest.approx([1, 0, 0.5, np.nan], nan_ok=True)
 
 

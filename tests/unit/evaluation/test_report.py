@@ -1,5 +1,5 @@
 from prefopt_trl.evaluation.metrics import Estimate
-from prefopt_trl.evaluation.report import as_percentage, plot_reward_against_kl, rounded, table, with_error
+from prefopt_trl.evaluation.report import as_percentage, rounded, table, with_error
 
 
 def test_table_aligns_and_is_markdown():
@@ -21,12 +21,3 @@ def test_numbers_come_with_their_errors():
         rounded(Estimate(123.456, 1.23)) == "123.5 ± 1.2" and rounded(Estimate(0.5, 0.0123), "+") == "+0.500 ± 0.012"
     )
     assert rounded(Estimate(4.8441, 3e-9)) == "4.844" and rounded(Estimate(0.0, 0.0)) == "0"  # rounding is no error
-
-
-def test_plot_is_a_png(tmp_path):
-    points = [
-        {"kl": Estimate(kl, 0.1), "true_reward": Estimate(kl, 0.2), "ranker_reward": Estimate(-kl, 0.2)}
-        for kl in (0.0, 1.0, 3.0)
-    ]
-    plot_reward_against_kl({"rso": points, "direct": points[:2]}, {"rso": 2, "direct": 0}, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

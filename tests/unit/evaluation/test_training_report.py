@@ -70,7 +70,7 @@ def test_the_table_marks_the_first_of_the_highest_rewards(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "titles"),
     [
-        ({"loss": 0.5, "reward": 1.0, "completions/mean_length": 9.0}, ["Loss", "Reward of fresh samples", "Length"]),
+        ({"loss": 0.5, "reward": 1.0, "completions/mean_length": 9.0}, ["Loss", "Length"]),
         ({"eval_loss": 0.5, "eval_rewards/margins": 1.0, "rewards/accuracies": 1}, ["Loss", "Margins", "Accuracies"]),
         ({"eval_win_rate": 0.5, "eval_kl": 0.0, "eval_lc_win_rate": None}, ["Win rate", "KL from the reference"]),
         ({"train_loss": 0.5, "loss": float("nan")}, []),  # a run shorter than `logging_steps`, and a diverged one

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallb
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from prefopt_trl import FunctionRanker, PROConfig, PROTrainer, RSOConfig, RSOTrainer, WinRateCallback
-from prefopt_trl.evaluation.samples import SamplingPlan, sample
+from prefopt_trl.evaluation.samples import SamplingPlan, sample, seed_of
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.runtime.settings import read_lines
 from prefopt_trl.sampling.shards import shard_seed
@@ -41,6 +41,7 @@ TRAINERS = {
 }
 ON_CPU = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
 STEPS = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "logging_steps": 1}
+SEED = 1  # with which no last checkpoint is the best one
 CHOOSING = {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward"}
 
 
@@ -105,15 +106,20 @@ def judging(judge, against="start", prompts=PROMPTS, **options):
     return WinRateCallback(judge, prompts, against, max_new_tokens=8, **options)
 
 
-def sampled(model, tokenizer, num_completions=1):
+def sampled(model, tokenizer, of="policy", seed=0, prompts=PROMPTS, num_completions=1):
     """The samples of each prompt, as the package's sampler makes them for these two parts."""
-    plan, rows = SamplingPlan.of(num_completions, GenerationOptions(max_new_tokens=8), None), PAIRS.to_list()
-    parts = [sample(model, tokenizer, rows[at : at + 8], plan, shard_seed(0, at)) for at in (0, 8)]
+    plan = SamplingPlan.of(num_completions, GenerationOptions(max_new_tokens=8), None)
+    rows, seed = [{"prompt": prompt} for prompt in prompts], seed_of(seed, of)
+    parts = [sample(model, tokenizer, rows[at : at + 8], plan, shard_seed(seed, at)) for at in (0, 8)]
     return parts[0] + parts[1]
 
 
-def texts_of(model, tokenizer):
-    return [one["completion"] for (one,) in sampled(model, tokenizer)]
+def texts_of(model, tokenizer, of="policy", seed=0):
+    return [one["completion"] for (one,) in sampled(model, tokenizer, of, seed)]
+
+
+def win_rate(rewards, opponents):
+    return ((np.sign(np.subtract(rewards, opponents)) + 1) / 2).mean()
 
 
 def plain_logp(model, prompt, ids):
@@ -134,21 +140,24 @@ def test_the_checkpoint_kept_is_that_computed_by_hand(case, folder, tmp_path):
     make(name, f"{folder}/a", tmp_path / "all", max_steps=6, eval_strategy="no").train()
     tokenizer = AutoTokenizer.from_pretrained(f"{folder}/a")
     models = [f"{folder}/a", *(f"{tmp_path}/all/checkpoint-{step}" for step in steps)]
-    texts = [texts_of(AutoModelForCausalLM.from_pretrained(model), tokenizer) for model in models]
-    start, *rewards = np.array([list(map(vowels, one)) for one in texts])
-    by_hand = {"reward": [one.mean() for one in rewards]}
-    by_hand["win_rate"] = [((np.sign(one - start) + 1) / 2).mean() for one in rewards]
-    best = steps[int(np.argmax(by_hand[metric]))]
+    models = [AutoModelForCausalLM.from_pretrained(model) for model in models]
+    texts = [
+        texts_of(models[0], tokenizer, "opponent", SEED),
+        *(texts_of(model, tokenizer, seed=SEED) for model in models),
+    ]
+    opponents, *rewards = [list(map(vowels, one)) for one in texts]
+    by_hand = {"reward": list(map(np.mean, rewards)), "win_rate": [win_rate(one, opponents) for one in rewards]}
+    best = steps[int(np.argmax(by_hand[metric][1:]))]
     assert best != steps[-1]
     choosing = CHOOSING | {"metric_for_best_model": f"eval_{metric}", "save_total_limit": 1, "max_steps": 6}
-    trainer = make(name, f"{folder}/a", tmp_path / "best", judging(Judge()), **choosing)
+    trainer = make(name, f"{folder}/a", tmp_path / "best", judging(Judge(), seed=SEED), **choosing)
     trainer.train()
     assert [path.name for path in (tmp_path / "best").glob("checkpoint-*")] == [f"checkpoint-{best}"]
     expected, loaded = load_file(tmp_path / "all" / f"checkpoint-{best}/model.safetensors"), trainer.model.state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in expected.items())
     for one, values in by_hand.items():
-        assert [measured(trainer)[step][f"eval_{one}"] for step in steps] == pytest.approx(values)
-    assert trainer.evaluate()[f"eval_{metric}"] == pytest.approx(max(by_hand[metric]))  # of the loaded one
+        assert [measured(trainer)[step][f"eval_{one}"] for step in (0, *steps)] == pytest.approx(values)
+    assert trainer.evaluate()[f"eval_{metric}"] == pytest.approx(by_hand[metric][best])  # of the loaded one
 
 
 @pytest.mark.parametrize("by_trainer", [False, True])
@@ -169,21 +178,23 @@ def test_it_changes_no_loss_and_is_logged_once(by_trainer, folder, tmp_path, rec
         seen = "loss", "grad_norm", "rewards/margins", "eval_one_loss", "eval_two_rewards/margins"
         histories.append([{key: log[key] for key in seen if key in log} for log in trainer.state.log_history])
     assert [*filter(None, histories[0])] == [*filter(None, histories[1])]
-    assert len(judge.asked) == 4 * 12 and [*measured(trainer)] == [0, 1, 2, 3]
+    assert len(judge.asked) == 5 * 12 and [*measured(trainer)] == [0, 1, 2, 3]
     saved = json.loads((tmp_path / "with" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert [log["step"] for log in saved if "eval_win_rate" in log] == [0, 1, 2]
     assert not [one for one in (*recwarn, *caplog.messages) if "use_cache" in str(one)]
     assert "<th>step 0</th><th>step 3</th>" in (tmp_path / "with" / "report.md").read_text()
-    assert trainer.evaluate() and len(judge.asked) == 5 * 12  # again, after training
+    assert trainer.evaluate() and len(judge.asked) == 6 * 12  # again, after training
 
 
 def test_values_are_those_computed_by_hand(folder, tmp_path):
     reference = AutoModelForCausalLM.from_pretrained(f"{folder}/b")
-    callback = judging(Judge(), TARGETS, num_completions=2, reference=reference)
+    prompts = PROMPTS[:10] + PROMPTS[:2]  # two of them twice
+    callback = judging(Judge(), TARGETS, prompts, num_completions=2, reference=reference)
     trainer = make("SFT", f"{folder}/a", tmp_path, callback, eval_steps=9, save_steps=9, max_steps=9)
     trainer.train()
     policy, tokenizer, by_hand = trainer.model, trainer.processing_class, defaultdict(list)
-    for text, target, samples in zip(PROMPTS, TARGETS, sampled(policy, tokenizer, 2), strict=True):
+    of_prompts = sampled(policy, tokenizer, prompts=prompts, num_completions=2)
+    for text, target, samples in zip(prompts, TARGETS, of_prompts, strict=True):
         prompt = tokenizer(text)["input_ids"]
         for one in samples:
             ids, reward = one["ids"], vowels(one["completion"])
@@ -197,8 +208,10 @@ def test_values_are_those_computed_by_hand(folder, tmp_path):
     for name, values in by_hand.items():
         assert found[f"eval_{name}"] == pytest.approx(np.mean(values), rel=1e-4), name
         if f"eval_{name}_se" in found:
-            of_prompts = np.reshape(values, (12, 2)).mean(1)
-            assert found[f"eval_{name}_se"] == pytest.approx(of_prompts.std(ddof=1) / math.sqrt(12), rel=1e-3), name
+            deviations = np.subtract(values, np.mean(values)).reshape(12, 2).sum(1)
+            by_text = np.append(deviations[:2] + deviations[10:], deviations[2:10])
+            error = math.sqrt(10 / 9 * (by_text**2).sum()) / 24
+            assert found[f"eval_{name}_se"] == pytest.approx(error, rel=1e-3), name
     assert 0 < found["eval_lc_win_rate"] < 1 and found["eval_lc_win_rate_se"] > 0
 
 
@@ -227,14 +240,15 @@ def test_the_opponent_is_made_once_and_kept_over_a_resume(kind, folder, tmp_path
         return measured(trainer), judge.asked
 
     whole, asked = trained()
-    assert len(asked) == 12 * (4 if kind == "start" else 5)
+    assert len(asked) == 12 * 5
     name = "b" if kind in ("given", "ref_model", "path") else "a"
     model = AutoModelForCausalLM.from_pretrained(f"{folder}/{name}")
     if kind == "copy":
         model = PeftModel.from_pretrained(model, f"{folder}/adapter")
-    expected = targets if kind in ("column", "texts") else texts_of(model, tokenizer)
-    opponent = read_lines(tmp_path / "run/evaluations/opponent.jsonl")
-    assert [row["completion"] for row in opponent] == expected
+    expected = targets if kind in ("column", "texts") else texts_of(model, tokenizer, "opponent")
+    opponent, start = (read_lines(tmp_path / f"run/evaluations/{name}.jsonl") for name in ("opponent", "step-000000"))
+    assert [row["completion"] for row in opponent] == expected and {row["policy"] for row in opponent} == {"opponent"}
+    assert not {*expected} & {row["completion"] for row in start}  # of another seed
     assert [row["rewards"]["judge"] for row in opponent] == [vowels(text) for text in expected]
     at_reference = kind in ("start", "column", "texts", "path", "copy")  # the policy when training begins
     assert (abs(whole[0]["eval_kl"]) < 1e-3) == at_reference
@@ -243,9 +257,42 @@ def test_the_opponent_is_made_once_and_kept_over_a_resume(kind, folder, tmp_path
     assert resumed == {step: pytest.approx(found) for step, found in whole.items()}
 
 
+def test_an_evaluation_before_training_leaves_the_files_of_an_earlier_run(folder, tmp_path):
+    def files():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def evaluated(output_dir=tmp_path, **options):
+        judge = Judge()
+        trainer = make("SFT", f"{folder}/b", output_dir, judging(judge, **options))
+        found = trainer.evaluate()
+        assert files() == of_run
+        return [found[f"eval_{name}"] for name in ("reward", "win_rate")], len(judge.asked), trainer
+
+    def by_hand(opponent, seed=0):
+        """Of `b`, against the start of another or of its own."""
+        rewards = [*map(vowels, texts_of(models["b"], tokenizer, seed=seed))]
+        opponents = [*map(vowels, texts_of(models[opponent], tokenizer, "opponent", seed))]
+        return pytest.approx([np.mean(rewards), win_rate(rewards, opponents)])
+
+    models = {name: AutoModelForCausalLM.from_pretrained(f"{folder}/{name}") for name in "ab"}
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/a")
+    make("SFT", f"{folder}/a", tmp_path, judging(Judge())).train()
+    of_run = files()
+    assert tmp_path / "evaluations/step-000000.jsonl" in of_run and by_hand("a") != by_hand("b").expected
+    assert evaluated(seed=SEED)[:2] == (by_hand("b", SEED), 24)  # other settings: an opponent of its own
+    assert evaluated(tmp_path / "other")[:2] == (by_hand("b"), 24)
+    *found, trainer = evaluated()
+    assert found == [by_hand("a"), 12]
+    assert trainer.evaluate()["eval_reward"] == found[0][0] and files() == of_run
+    trainer.train()  # begins anew
+    assert [measured(trainer)[0][f"eval_{name}"] for name in ("reward", "win_rate")] == by_hand("b")
+    opponent = read_lines(tmp_path / "evaluations/opponent.jsonl")
+    assert [row["completion"] for row in opponent] == texts_of(models["b"], tokenizer, "opponent")
+
+
 def test_what_is_refused(folder, tmp_path):
-    trainer = make("SFT", f"{folder}/a", tmp_path, judging(Judge()))
-    assert trainer.evaluate()["eval_win_rate"] == 0.5  # the start against itself
+    trainer = make("SFT", f"{folder}/a", tmp_path, judging(Judge()), max_steps=1)
+    trainer.train()
 
     def begin(error, args=trainer.args, step=1, tokenizer=trainer.processing_class, **changes):
         with pytest.raises(ValueError, match=error):
@@ -256,6 +303,8 @@ def test_what_is_refused(folder, tmp_path):
     begin("Set `eval_strategy`", args=SFTConfig(str(tmp_path), **ON_CPU))
     begin("Give `reference` or `trainer`", step=0, against="reference")
     begin("Give the trainer one", step=0, tokenizer=None)
+    for against in ("targets", f"{tmp_path}/nowhere", f"{tmp_path}/evaluations"):
+        begin(f"`against` is '{against}', which is neither .* nor a column", step=0, against=against)
     (tmp_path / "evaluations/opponent.jsonl").unlink()
     begin("opponent.jsonl is missing")
 
@@ -287,16 +336,28 @@ def test_judges_of_chats_with_an_empty_completion(judge, expected, folder, tmp_p
     trainer.callback_handler.processing_class = SimpleNamespace(tokenizer=trainer.processing_class)  # a processor
     found = trainer.evaluate()
     assert (found["eval_win_rate"], found["eval_reward"]) == pytest.approx(expected, nan_ok=True)
-    assert ("no opinion on any completion of step 0" in caplog.text) == math.isnan(expected[0])
+    assert ("no opinion on any completion" in caplog.text) == math.isnan(expected[0])
     logged = [log for log in trainer.state.log_history if "eval_length" in log]
     assert len(logged) == 1 and "NaN" not in json.dumps(logged)
 
 
-def test_grpo_gets_the_metrics(folder, tmp_path):
-    how = {"reward_funcs": lambda completions, **_: [*map(vowels, completions)], "max_completion_length": 4}
-    trainer = make("GRPO", f"{folder}/a", tmp_path, judging(Judge()), **how | CHOOSING, num_generations=2)
+def test_the_metrics_replace_those_of_grpo(folder, tmp_path, caplog):
+    transformers.utils.logging.warning_once.cache_clear()
+    how = {
+        "reward_funcs": lambda completions, **_: [100.0] * len(completions),
+        "max_completion_length": 4,
+        "beta": 0.1,
+    }
+    trainer = make("GRPO", f"{folder}/a", tmp_path, **how | CHOOSING, num_generations=2)
+    trainer.add_callback(judging(Judge(), trainer=trainer))
     trainer.train()
-    assert trainer.state.best_metric == max(measured(trainer)[step]["eval_reward"] for step in (1, 2, 3))
+    assert [log["eval_reward"] for log in trainer.state.log_history if "eval_reward_std" in log] == [100.0] * 3
+    found = measured(trainer)
+    assert trainer.state.best_metric == max(found[step]["eval_reward"] for step in (1, 2, 3)) < 100
+    after, best = trainer.evaluate(), found[int(trainer.state.best_model_checkpoint.rsplit("-")[-1])]
+    assert after["eval_reward_std"] == 0 and best.items() <= after.items()
+    assert caplog.text.count("replaces the metric") == 1
+    assert "The judge's eval_kl, eval_reward replaces the metric of the trainer" in caplog.text
 
 
 def test_the_example_trains(folder, tmp_path):
