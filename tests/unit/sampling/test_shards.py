@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -449,7 +450,7 @@ def test_the_main_process_says_what_it_waits_for(build, run_processes, tmp_path,
 
     def slowly(self: shards.Shards, shard: int) -> None:
         if shard % 2:
-            pipeline.time.sleep(0.2)
+            time.sleep(0.2)
         make(self, shard)
 
     monkeypatch.setattr(shards.Shards, "make", slowly)
