@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Completion, Prompt
 from prefopt_trl.generation.chat_server import Answer, ChatServer, SavedAnswers, ServerError
-from prefopt_trl.generation.options import GenerationOptions
+from prefopt_trl.generation.options import GenerationOptions, is_number
 from prefopt_trl.generation.sampler import sample_completions
 from prefopt_trl.rankers.base import Columns, check_inputs, sigmoid
 from prefopt_trl.rankers.comparative import ComparativeRanker
@@ -103,6 +103,7 @@ class JudgeRanker(ComparativeRanker):
     ) -> None:
         self.prompt = JudgePrompt.load(prompt)
         self.options = GenerationOptions(max_new_tokens=max_new_tokens, temperature=sampling_temperature)
+        is_number(self.options, "temperature", "Votes are samples.", above_zero=True)
         self.request_options, self.seed = dict(request_options or {}), seed
         self.is_pair = self.draws_baselines = self.prompt.kind == "pair"
         if votes is not None and (type(votes) is not int or votes < 1 or (self.is_pair and votes % 2)):

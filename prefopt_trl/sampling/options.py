@@ -55,8 +55,8 @@ class SamplingOptions(GenerationOptions):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         is_number(self, "temperature", "Algorithm 1 assumes 1.", above_zero=True)
+        super().__post_init__()
         is_one_of(self, "strategy", STRATEGIES)
         is_one_of(self, "pairing", [*PAIRINGS, RANKING])
         is_whole(self, "num_candidates", 1)

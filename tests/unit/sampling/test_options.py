@@ -20,7 +20,7 @@ def test_they_are_read_without_torch_and_trl() -> None:
         ({"max_new_tokens": 0}, "`max_new_tokens` must be a whole number, at least 1, got 0"),
         ({"max_new_tokens": 2.0}, "`max_new_tokens` must be a whole number, at least 1, got 2.0"),
         ({"temperature": 0.0}, "`temperature` must be greater than 0 and finite, got 0.0. Algorithm 1 assumes 1."),
-        ({"temperature": math.nan}, "`temperature` must be at least 0 and finite, got nan"),
+        ({"temperature": math.nan}, "`temperature` must be greater than 0 and finite, got nan"),
         ({"temperature": "1"}, "`temperature` must be a number, got '1'"),
         ({"top_p": 0.0}, "`top_p` must be a number in .0, 1., got 0.0"),
         ({"top_p": 1.01}, "`top_p` must be a number in .0, 1., got 1.01"),
