@@ -82,7 +82,7 @@ def test_rso_is_better_by_its_reward_and_a_killed_evaluation_gives_the_same_byte
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     printed = run(folder, *words, "--output_dir", "killed")
-    assert run(folder, *words, "--output_dir", "whole") == printed.replace("in killed", "in whole")
+    assert run(folder, *words, "--output_dir", "whole") == printed.replace("to killed", "to whole")
     left, right = contents(folder / "killed"), contents(folder / "whole")
     assert {name for name in left.keys() | right.keys() if left.get(name) != right.get(name)} <= {"config.yaml"}
 
