@@ -43,6 +43,7 @@ from prefopt_trl.runtime.settings import Settings
 from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
 from prefopt_trl.sampling.options import SamplingOptions
 from prefopt_trl.shared_prefix.forward import add_shared_prefix
+from prefopt_trl.trainers import resuming
 from prefopt_trl.trainers.base_config import PreferenceConfig
 from prefopt_trl.trainers.callbacks import LogPreferencesCallback, epoch_of, first_examples
 from prefopt_trl.trainers.policy import (
@@ -65,7 +66,6 @@ from prefopt_trl.trainers.prepare import (
     with_sampled_logps,
 )
 from prefopt_trl.trainers.publishing import Published, check_repository
-from prefopt_trl.trainers.resuming import check_length, check_settings, save_settings, training_settings
 
 # TRL's private names; the contract test says what each must do
 TESTED = "trl 1.15 to 1.16 with transformers 5.17 to 5.24"
@@ -239,16 +239,16 @@ class PreferenceTrainer(Published, DPOTrainer):
         output_dir = self.args.output_dir
         checkpoint = last_checkpoint(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         if checkpoint:
-            check_settings(checkpoint, self._settings())
-            check_length(checkpoint, self.args)
-        before = [] if checkpoint else checkpoints(output_dir)
-        with interruptible(partial(what_is_trained, output_dir, before)):
+            resuming.check_settings(checkpoint, self._settings())
+            resuming.check_length(checkpoint, self.args)
+            resuming.load_trained_adapter(checkpoint, self.model)
+        with interruptible(partial(what_is_trained, output_dir, [] if checkpoint else checkpoints(output_dir))):
             return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Trial | None) -> None:
         if self.args.should_save:  # before the checkpoint is pushed
             folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            save_settings(folder, self._settings())
+            resuming.save_settings(folder, self._settings())
         super()._save_checkpoint(model, trial)
 
     def _settings(self) -> Settings:
@@ -256,7 +256,7 @@ class PreferenceTrainer(Published, DPOTrainer):
         dataset = self.train_dataset
         if isinstance(dataset, Dataset):
             dataset = self._remove_unused_columns(dataset)
-        return training_settings(self._name, self.args, self.model, dataset, self.training_data.ranker)
+        return resuming.training_settings(self._name, self.args, self.model, dataset, self.training_data.ranker)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         # transformers truncates what it gathers to the number of examples, but an example has several rows of logits.

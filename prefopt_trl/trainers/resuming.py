@@ -4,9 +4,12 @@ import logging
 from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import transformers
 from datasets import Dataset, IterableDataset
+from packaging.version import Version
 from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
@@ -143,3 +146,15 @@ def check_length(checkpoint: str | Path, args: PreferenceConfig) -> None:
             f"{checkpoint} was trained for {done} {name.split('_')[-1]} already, and this run ends before, at "
             f"`{name}`={end}. Raise it, or resume an earlier checkpoint."
         )
+
+
+def load_trained_adapter(checkpoint: str | Path, model: Any) -> None:
+    """Load the adapter that a checkpoint has beside TRL's copy of it, the reference.
+
+    transformers before 5.23 loads the copy alone, from its subfolder, so that training would begin anew. To go when
+    these versions are not supported any more.
+    """
+    has_copy = isinstance(model, PeftModel) and "ref" in model.peft_config
+    is_whole = Path(checkpoint, "adapter_config.json").is_file()  # and no engine's own checkpoint
+    if has_copy and is_whole and Version(transformers.__version__) < Version("5.23"):
+        model.load_adapter(str(checkpoint), "default", is_trainable=True)

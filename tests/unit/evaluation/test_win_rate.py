@@ -41,6 +41,8 @@ TRAINERS = {
 }
 ON_CPU = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
 STEPS = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "logging_steps": 1}
+# The name before transformers 5.23
+CHECKPOINTING = ("activation" if hasattr(SFTConfig, "activation_checkpointing") else "gradient") + "_checkpointing"
 SEED = 1  # with which no last checkpoint is the best one
 CHOOSING = {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward"}
 
@@ -97,7 +99,7 @@ def folder(tiny_llama_dir, tmp_path_factory):
 def make(name, model, output_dir, *callbacks, **options):
     trainer_class, config_class, data = TRAINERS[name]
     others = {key: options.pop(key) for key in ("peft_config", "ref_model", "reward_funcs") if key in options}
-    sizes = {"learning_rate": 1e-2, "per_device_train_batch_size": 4, "activation_checkpointing": False}
+    sizes = {"learning_rate": 1e-2, "per_device_train_batch_size": 4, CHECKPOINTING: False}
     args = config_class(str(output_dir), **ON_CPU | STEPS | sizes | options)
     return trainer_class(model, args=args, train_dataset=data, eval_dataset=data, callbacks=[*callbacks], **others)
 
@@ -166,7 +168,7 @@ def test_it_changes_no_loss_and_is_logged_once(by_trainer, folder, tmp_path, rec
     histories = []
     for output_dir in ("without", "with"):
         torch.manual_seed(0)
-        how = {"disable_dropout": False, "activation_checkpointing": True, "eval_on_start": True}
+        how = {"disable_dropout": False, CHECKPOINTING: True, "eval_on_start": True}
         lora = LoraConfig(lora_dropout=0.5)
         trainer = make("DPO", f"{folder}/a", tmp_path / output_dir, peft_config=lora, **how)
         trainer.model.config.use_cache = False
