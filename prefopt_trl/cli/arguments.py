@@ -128,6 +128,9 @@ class PreferenceArguments(TrainingData, RankerArguments):
 
     def __post_init__(self) -> None:
         is_whole(self, "num_judged", 2)
+        for option in ("against", "num_judged"):
+            if self.judge is None and getattr(self, option) != getattr(PreferenceArguments, option):
+                raise ValueError(f"`{option}` has no effect without `judge`. Give one, or leave it out.")
         if self.only_prompts and self.ranker is None:
             raise ValueError("`only_prompts` needs a `ranker` to label the completions sampled for them. Give one.")
 

@@ -3,8 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from trl import ModelConfig
 
 from prefopt_trl.cli.arguments import EvaluateConfig, RankerArguments
 from prefopt_trl.cli.data import require_columns
-from prefopt_trl.cli.models import check_model, load_tokenizer, model_to_run
+from prefopt_trl.cli.models import check_model, load_tokenizer, model_to_run, renaming
 from prefopt_trl.cli.rankers import is_model, load_ranker
 from prefopt_trl.data.formats import Completion, Prompt, Row, wrap_completion
 from prefopt_trl.data.loading import load_rows
@@ -81,7 +80,7 @@ def _by_name(argument: str, given: list[str]) -> dict[str, str]:
 
 
 def _judges(own: EvaluateConfig) -> dict[str, Ranker]:
-    given, load = _by_name("judges", own.judges), _naming("judges")(load_ranker)
+    given, load = _by_name("judges", own.judges), renaming("judges")(load_ranker)
     options: Any = {"ranker_template": own.ranker_template, "ranker_batch_size": own.ranker_batch_size}
     takers = [what for what in given.values() if is_model(what)] or [*given.values()]  # the latter refuse the options
     return {
@@ -106,20 +105,11 @@ def _model(own: EvaluateConfig, model: ModelConfig, device: torch.device, path: 
     argument = {own.reference: "reference", model.model_name_or_path: "model_name_or_path"}.get(path, "policies")
     if path != model.model_name_or_path:
         model = replace(model, model_name_or_path=path, model_revision="main")
-    tokenizer = _naming(argument)(load_tokenizer)(path, model.model_revision, own.trust_remote_code)
+    tokenizer = renaming(argument)(load_tokenizer)(path, model.model_revision, own.trust_remote_code)
     how = {key: value for key, value in vars(model).items() if key != "model_name_or_path"}
     identity = f"{_fingerprint(path)} {json.dumps(how, sort_keys=True, default=str)}"
-    load = _naming(argument)(model_to_run)
+    load = renaming(argument)(model_to_run)
     return ModelPolicy(partial(load, model, device, own.trust_remote_code), tokenizer, identity)
-
-
-@contextmanager
-def _naming(argument: str) -> Iterator[None]:
-    """Within, errors name this argument instead of those of other commands."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise ValueError(re.sub("`(model_name_or_path|ranker)`", f"`{argument}`", str(error))) from error
 
 
 def _fingerprint(path: str) -> str:
@@ -147,7 +137,8 @@ def _read_completions(path: str, policy: str | None, prompts: list[Prompt]) -> l
         ) from error
     policy = next(iter(found)) if policy is None and len(found) == 1 else policy
     if policy not in found:
-        raise ValueError(f"{path} has completions of {', '.join(map(str, found))}. Name one of them: {path}:NAME.")
+        names = ", ".join(map(str, found))
+        raise ValueError(f"`policies`: {path} has completions of {names}. Name one of them: {path}:NAME.")
     keys, left = list(map(instruction, prompts)), found[policy]
     shares = {key: len(left.get(key, [])) // count for key, count in Counter(keys).items()}  # of a repeated prompt
     completions = []

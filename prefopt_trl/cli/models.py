@@ -1,5 +1,6 @@
 """Load models, adapters and tokenizers by the names given on the command line."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -151,6 +152,15 @@ def named(argument: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{argument} cannot be loaded ({in_short(error)}). Check the path, or the Hub id.") from error
+
+
+@contextmanager
+def renaming(argument: str) -> Iterator[None]:
+    """Within, errors name this argument instead of those of other commands."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(re.sub("`(model_name_or_path|ranker)`", f"`{argument}`", str(error))) from error
 
 
 def in_short(error: Exception) -> str:

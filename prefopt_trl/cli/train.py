@@ -11,6 +11,7 @@ from trl import ModelConfig
 import prefopt_trl
 from prefopt_trl.cli.arguments import PreferenceArguments
 from prefopt_trl.cli.data import GIVEN, completions_that_fit, keep_given, load_data, prompts_that_fit, require_columns
+from prefopt_trl.cli.models import renaming
 from prefopt_trl.cli.rankers import load_ranker
 from prefopt_trl.cli.training import prepare, train_and_save
 from prefopt_trl.evaluation.win_rate import WinRateCallback
@@ -48,14 +49,15 @@ def run(own: PreferenceArguments, args: PreferenceConfig, model: ModelConfig, sa
             rows = completions_that_fit(rows, tokenizer, args.max_length)
         splits[name] = rows
     ranker = None if own.ranker is None else load_ranker(own, args.trust_remote_code)
-    trainer = trainer_class(args=args, ranker=ranker, processing_class=tokenizer, **trained, **splits)
-    if prompts is not None:
+    judged = None
+    if prompts is not None:  # before completions are sampled, as its errors end the command
         judge = ranker if own.judge == own.ranker else None  # loaded once
-        judge = judge or load_ranker(replace(own, ranker=own.judge), args.trust_remote_code)
-        options = GenerationOptions.of(args)
-        trainer.add_callback(
-            WinRateCallback(judge, prompts, own.against, trainer=trainer, options=options, seed=args.seed)
-        )
+        judge = judge or renaming("judge")(load_ranker)(replace(own, ranker=own.judge), args.trust_remote_code)
+        judged = WinRateCallback(judge, prompts, own.against, options=GenerationOptions.of(args), seed=args.seed)
+    trainer = trainer_class(args=args, ranker=ranker, processing_class=tokenizer, **trained, **splits)
+    if judged is not None:
+        judged.trainer = trainer
+        trainer.add_callback(judged)
     train_and_save(trainer, own, save_config)
 
 

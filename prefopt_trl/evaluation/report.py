@@ -59,10 +59,10 @@ def completions_side_by_side(policies: dict[str, list[Row]]) -> Iterator[str]:
     first, by the first judge.
     """
     sides = [{row["row"]: row for row in rows if row["sample"] == 0} for rows in policies.values()]
-    names, judge = [*map(as_html, policies)], next(iter(next(iter(sides[0].values()))["rewards"]))
+    names, judge = [*map(as_html, policies)], next(iter(next(iter(policies.values()))[0]["rewards"]))
     change = f"in reward from {names[0]} to {names[1]}"
     both = np.array(sorted(set.intersection(*(set(side) for side in sides))))
-    rewards = [np.array([[*side[row]["rewards"].values(), None][0] for row in both], dtype=float) for side in sides]
+    rewards = [np.array([side[row]["rewards"][judge] for row in both], dtype=float) for side in sides]
     gains = rewards[1] - rewards[0]  # NaN where a reward is not known
     chosen = {
         "The first ten prompts": [*range(len(both))][:10],

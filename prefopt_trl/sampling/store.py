@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ POLL_SECONDS = 0.5
 ROWS_IN_MEMORY = 100  # prompts with all their candidates, in the Arrow writer
 
 
-class ShardStore:
+class ShardStore(ABC):
     """Manifest, shards and results of work that is made in shards, in a folder.
 
     `manifest.json` holds every setting the results depend on, and whether they are finished. Each file or folder is
@@ -204,9 +205,9 @@ class ShardStore:
         shards = f"{done} of {manifest['num_shards']} shards are" if manifest else "Nothing is"
         return f"{shards} saved in {self.folder}"
 
+    @abstractmethod
     def advice(self) -> str:
         """Return a sentence on what to do with results that were made with other settings."""
-        raise NotImplementedError
 
     def _manifest(self) -> Settings | None:
         if not self.manifest.exists():  # before it is read: the main process may write it in between

@@ -65,6 +65,14 @@ def test_prompts_alone_are_sampled_and_ranked(name, training, run_in_process, fu
         assert all(row["chosen_reward"] == -len(row["chosen"]) for row in sampled)
 
 
+def test_a_judge_that_cannot_be_loaded_ends_the_command_before_it_samples(training, run_in_process, function_ranker):
+    halves = "--dataset_train_split train[:50%] --dataset_test_split train[50%:] --eval_strategy steps --eval_steps 1"
+    words = [*training, *function_ranker, *SAMPLING.split(), *halves.split(), "--only_prompts", "--output_dir", "out"]
+    with pytest.raises(ValueError, match="`judge`='none.py:judge' is not a folder"):
+        run_in_process("rso", [*words, "--judge", "none.py:judge"])
+    assert not Path("out/sampled").exists()
+
+
 def sequence_logp(folder, prompt, completion):
     """Summed over the tokens of the completion and EOS, row by row without any of the package."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

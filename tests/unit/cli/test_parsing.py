@@ -52,6 +52,8 @@ def test_environment_variables_of_the_file_are_set(read, tmp_path, monkeypatch):
         (["--gamma", "much"], "argument --gamma: invalid float value: 'much'"),
         (["--strategy", "best"], "invalid choice: 'best'"),
         (["--only_prompts"], "`only_prompts` needs a `ranker`"),
+        (["--num_judged", "9"], "`num_judged` has no effect without `judge`"),
+        (["--against", "chosen"], "`against` has no effect without `judge`"),
         (["--config"], "argument --config: expected one argument"),
         (["--config", "a.yaml", "--config=b.yaml"], "--config is given twice. Give one file"),
         (["--config", "missing.yaml"], "--config missing.yaml is not a readable YAML file: [Errno 2]"),
