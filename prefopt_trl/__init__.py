@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers
     from prefopt_trl.rankers.pointwise import RewardModelRanker as RewardModelRanker
     from prefopt_trl.rankers.process import ProcessRewardRanker as ProcessRewardRanker
     from prefopt_trl.rankers.remote import RemoteRewardRanker as RemoteRewardRanker
+    from prefopt_trl.rounds.options import RoundsOptions as RoundsOptions
+    from prefopt_trl.rounds.rounds import Rounds as Rounds
+    from prefopt_trl.rounds.rounds import train_in_rounds as train_in_rounds
     from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling as DataCollatorForRejectionSampling
     from prefopt_trl.sampling.options import SamplingOptions as SamplingOptions
     from prefopt_trl.sampling.pairing import all_pairs as all_pairs
@@ -65,6 +68,8 @@ _HOME = {
     "RankerQuality": "evaluation.ranker_quality",
     "RemoteRewardRanker": "rankers.remote",
     "RewardModelRanker": "rankers.pointwise",
+    "Rounds": "rounds.rounds",
+    "RoundsOptions": "rounds.options",
     "SamplingOptions": "sampling.options",
     "WinRateCallback": "evaluation.win_rate",
     "all_pairs": "sampling.pairing",
@@ -79,6 +84,7 @@ _HOME = {
     "sample_completions": "generation.sampler",
     "statistical_rejection_sampling": "sampling.rejection",
     "tournament_pairs": "sampling.pairing",
+    "train_in_rounds": "rounds.rounds",
     **{
         f"{method.name}{kind}": f"trainers.{command.replace('-', '_')}_{kind.lower()}"
         for command, method in _METHODS.items()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from prefopt_trl.generation.options import GenerationOptions, is_whole
+from prefopt_trl.rounds.options import RoundsOptions
 from prefopt_trl.sampling.options import SamplingOptions
 
 RANKER = {
@@ -11,6 +12,7 @@ RANKER = {
     "reward function with the signature of TRL's `reward_funcs`, as `module:function` or `path/to/file.py:function`; "
     "or a YAML file with the `class` of any ranker, such as JudgeRanker, and its arguments."
 }
+NUM_JUDGED = {"help": "Prompts that are sampled and judged, at most."}
 RANKER_BATCH_SIZE = {"help": "Comparisons or completions per batch of a ranker model."}
 
 
@@ -124,7 +126,7 @@ class PreferenceArguments(TrainingData, RankerArguments):
             "model."
         },
     )
-    num_judged: int = field(default=256, metadata={"help": "Prompts that are sampled and judged, at most."})
+    num_judged: int = field(default=256, metadata=NUM_JUDGED)
 
     def __post_init__(self) -> None:
         is_whole(self, "num_judged", 2)
@@ -133,6 +135,26 @@ class PreferenceArguments(TrainingData, RankerArguments):
                 raise ValueError(f"`{option}` has no effect without `judge`. Give one, or leave it out.")
         if self.only_prompts and self.ranker is None:
             raise ValueError("`only_prompts` needs a `ranker` to label the completions sampled for them. Give one.")
+
+
+@dataclass(kw_only=True)
+class RoundsArguments(TrainingData, RankerArguments, RoundsOptions):
+    """Arguments of [`train_in_rounds`]."""
+
+    ranker: str = field(metadata=RANKER)
+    judges: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rankers that judge samples for prompts of the test split after each round, each as "
+            "[NAME=]RANKER; the first decides which round is the best. By default `ranker`, which the policy has "
+            "learned to please."
+        },
+    )
+    num_judged: int = field(default=256, metadata=NUM_JUDGED)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_whole(self, "num_judged", 2)
 
 
 @dataclass(kw_only=True)

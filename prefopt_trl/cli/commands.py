@@ -10,6 +10,7 @@ from prefopt_trl.cli.arguments import (
     PreferenceArguments,
     RankerData,
     RewardModelData,
+    RoundsArguments,
     SampleConfig,
     SideBySideMakeConfig,
     SideBySideScoreConfig,
@@ -33,6 +34,13 @@ COMMANDS = {
     "reward-model": Command("fine-tune a model to reward the preferred completion: Bradley-Terry", RewardModelData),
     "sample": Command("sample completions, rank and reject them, and make preference pairs or rankings", SampleConfig),
     **{name: Command(method.summary, PreferenceArguments) for name, method in METHODS.items()},
+    **{
+        f"rounds {name}": Command(
+            "train a method (rso, slic, ...) in rounds: sample the policy as it then is, train, judge, again",
+            RoundsArguments,
+        )
+        for name in METHODS
+    },
     "evaluate": Command(
         "compare policies by their samples: win rates and rewards of judges, KL, lengths, with standard errors",
         EvaluateConfig,

@@ -14,16 +14,19 @@ from prefopt_trl.cli.arguments import RewardModelData, TrainingData
 from prefopt_trl.data.formats import check_columns
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.data.tokenization import chat_options, tokenize_completions, tokenize_prompts
+from prefopt_trl.trainers.base_config import PreferenceConfig
 
 GIVEN = {"chosen": "given_chosen", "rejected": "given_rejected"}  # names that sampled completions do not take
+COMPLETIONS = {"chosen", "rejected", "completions", "rewards"}
+ORDER_SEED = 0  # of the prompts that are judged, so that every run has the same
 
 Splits = dict[str, Dataset | None]  # a trainer's arguments `train_dataset` and `eval_dataset`
 
 
-def load_data(own: TrainingData, args: TrainingArguments) -> Splits:
-    """Load the rows to train on, and those to evaluate on unless `eval_strategy` is "no"."""
+def load_data(own: TrainingData, evaluates: bool) -> Splits:
+    """Load the rows to train on, and those to evaluate on if there is an evaluation."""
     evaluated, path = None, Path(own.dataset_name)
-    if args.eval_strategy != "no":
+    if evaluates:
         if (path.is_file() or (path / "state.json").is_file()) and "[" not in own.dataset_test_split:
             raise ValueError(
                 f"{path} has no splits, so evaluation would be on the training data. Hold out a part of it: "
@@ -89,6 +92,24 @@ def keep_given(rows: Dataset) -> Dataset:
     """Rename the dataset's `chosen` and `rejected` to [`GIVEN`], so that sampled ones do not replace them."""
     names = {old: new for old, new in GIVEN.items() if old in rows.column_names and new not in rows.column_names}
     return rows.rename_columns(names)
+
+
+def without_completions(rows: Dataset, kept: str | None = None) -> Dataset:
+    """Return the rows with their prompts and other columns, and of those with completions the one that is kept."""
+    rows = keep_given(rows)
+    dropped = {*COMPLETIONS, *GIVEN.values()} - {kept}
+    return rows.remove_columns([column for column in rows.column_names if column in dropped])
+
+
+def prompts_to_judge(
+    rows: Dataset, dataset_name: str, num_judged: int, tokenizer: PreTrainedTokenizerBase, args: PreferenceConfig
+) -> Dataset:
+    """Return the prompts that are sampled and judged: so many different ones, at random."""
+    require_columns(rows, dataset_name, {"prompt"})
+    first = dict(reversed(list(zip(map(json.dumps, rows["prompt"]), range(len(rows)), strict=True))))
+    rows = rows.select(sorted(first.values())).shuffle(seed=ORDER_SEED)
+    rows = prompts_that_fit(rows, tokenizer, args.max_length, args.max_new_tokens)
+    return rows.select(range(min(num_judged, len(rows))))
 
 
 def prompts_that_fit(

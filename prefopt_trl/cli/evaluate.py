@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers.utils import find_adapter_config_file
 from trl import ModelConfig
 
-from prefopt_trl.cli.arguments import EvaluateConfig, RankerArguments
+from prefopt_trl.cli.arguments import EvaluateConfig
 from prefopt_trl.cli.data import require_columns
 from prefopt_trl.cli.models import check_model, load_tokenizer, model_to_run, renaming
-from prefopt_trl.cli.rankers import is_model, load_ranker
+from prefopt_trl.cli.rankers import by_name, load_judges
 from prefopt_trl.data.formats import Completion, Prompt, Row, wrap_completion
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.evaluation.comparison import instruction
@@ -26,13 +25,13 @@ from prefopt_trl.evaluation.policy import BestOf, ModelPolicy, evaluate_policy
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.runtime.processes import process_state
-from prefopt_trl.runtime.settings import folder_fingerprint, read_lines
+from prefopt_trl.runtime.settings import path_fingerprint, read_lines
 
 
 def run(own: EvaluateConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Evaluate, print the tables, and write them with the samples."""
     check_model(model, trains=False, is_optional=True)
-    given = _by_name("policies", [one for one in (model.model_name_or_path, *(own.policies or [])) if one])
+    given = by_name("policies", [one for one in (model.model_name_or_path, *(own.policies or [])) if one])
     names = {what: name for name, what in given.items()}
     reference = own.reference
     if reference is not None and reference not in given:  # a model, which may be a policy already
@@ -46,7 +45,7 @@ def run(own: EvaluateConfig, model: ModelConfig, save_config: Callable[[], None]
     if against is not None and against not in given:
         against = reference or against if against == "reference" else names.get(against, against)
     state = PartialState(cpu=True) if own.use_cpu else process_state()
-    judges, load = _judges(own), partial(_model, own, model, state.device)
+    judges, load = load_judges(own.judges, own, own.trust_remote_code), partial(_model, own, model, state.device)
     found = evaluate_policy(
         {name: _policy(what, rows, next(iter(judges.values())), load) for name, what in given.items()},
         None,
@@ -64,29 +63,6 @@ def run(own: EvaluateConfig, model: ModelConfig, save_config: Callable[[], None]
         save_config()
         print(f"{found}\n\nWritten, with every completion and verdict, to {own.output_dir}")
     state.destroy_process_group()
-
-
-def _by_name(argument: str, given: list[str]) -> dict[str, str]:
-    """Split what is given as [NAME=]WHAT; the default name is the last part of WHAT."""
-    named: dict[str, str] = {}
-    for one in given:
-        pattern = r"(?:([^=/:]+)=)?((?:(best-of-\d+):)?.*?([^/:]+)/*)"
-        name, what, best, last = re.fullmatch(pattern, one, re.DOTALL).groups()  # type: ignore[union-attr]
-        name = name or " ".join(filter(None, (best, last)))
-        if name in named:
-            raise ValueError(f"`{argument}` has two with the name {name!r}. Give names: NAME={what}.")
-        named[name] = what
-    return named
-
-
-def _judges(own: EvaluateConfig) -> dict[str, Ranker]:
-    given, load = _by_name("judges", own.judges), renaming("judges")(load_ranker)
-    options: Any = {"ranker_template": own.ranker_template, "ranker_batch_size": own.ranker_batch_size}
-    takers = [what for what in given.values() if is_model(what)] or [*given.values()]  # the latter refuse the options
-    return {
-        name: load(RankerArguments(ranker=what, **(options if what in takers else {})), own.trust_remote_code)
-        for name, what in given.items()
-    }
 
 
 def _policy(what: str, rows: Dataset, ranker: Ranker, load: Callable[[str], ModelPolicy]) -> Any:
@@ -107,18 +83,9 @@ def _model(own: EvaluateConfig, model: ModelConfig, device: torch.device, path: 
         model = replace(model, model_name_or_path=path, model_revision="main")
     tokenizer = renaming(argument)(load_tokenizer)(path, model.model_revision, own.trust_remote_code)
     how = {key: value for key, value in vars(model).items() if key != "model_name_or_path"}
-    identity = f"{_fingerprint(path)} {json.dumps(how, sort_keys=True, default=str)}"
+    identity = f"{path_fingerprint(path)} {json.dumps(how, sort_keys=True, default=str)}"
     load = renaming(argument)(model_to_run)
     return ModelPolicy(partial(load, model, device, own.trust_remote_code), tokenizer, identity)
-
-
-def _fingerprint(path: str) -> str:
-    """Return what recognizes a model: the contents of a folder, with those of an adapter's base, or a Hub id."""
-    if not Path(path).is_dir():
-        return path
-    config = find_adapter_config_file(path)
-    base = str(json.loads(Path(config).read_text())["base_model_name_or_path"]) if config else ""
-    return folder_fingerprint(Path(path)) + (f" on {_fingerprint(base)}" if base else "")
 
 
 def _read_completions(path: str, policy: str | None, prompts: list[Prompt]) -> list[list[Completion]]:

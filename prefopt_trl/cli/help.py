@@ -70,9 +70,9 @@ def own_options(name: str) -> dict[str, Options]:
     groups = {"data" if issubclass(COMMANDS[name].own, TrainingData) else "data, sampling and results": own}
     if ranker:
         groups["ranker"] = ranker
-    if name in METHODS:
+    if (method := name.split()[-1]) in METHODS:
         sampling = _options_of(SamplingOptions)
-        groups["method"] = METHODS[name].options
+        groups["method"] = METHODS[method].options
         groups["sampling, for prompts without completions"] = {option: sampling[option] for option in SAMPLING}
     return groups
 

@@ -20,8 +20,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 import prefopt_trl
 from prefopt_trl.cli.parsing import LaunchOptions, read
 from prefopt_trl.cli.run import USER_ERRORS, fail
+from prefopt_trl.runtime.settings import read_json
 
 MODULE = "prefopt_trl.cli.run"  # what each process runs
+ONE_PHASE = "PREFOPT_ONE_PHASE"  # in the environment of `rounds`, whose phases are launched one after the other
 ON_THE_CPU = (
     "Two ways work without a GPU: `torchrun --nproc_per_node 2 -m prefopt_trl.cli.run COMMAND ... --use_cpu`, with "
     "`--bf16 False` to train; and, to train, DeepSpeed, with DS_ACCELERATOR=cpu in the environment and "
@@ -41,7 +43,11 @@ def launch(name: str, arguments: Sequence[str]) -> None:
         launched = launch_arguments(options, [name, *arguments], given.use_cpu, backend)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _leave_to_children)
+        if name.startswith("rounds "):
+            os.environ[ONE_PHASE] = "1"
         launch_command(launched)
+        while ONE_PHASE in os.environ and not _is_finished(given.output_dir):
+            launch_command(launch_arguments(options, [name, *arguments], given.use_cpu, backend))
     except USER_ERRORS as error:
         fail(name, error)
     except SignalException as error:  # torchrun's
@@ -49,6 +55,11 @@ def launch(name: str, arguments: Sequence[str]) -> None:
     except (subprocess.CalledProcessError, ChildFailedError) as error:
         code = error.get_first_failure()[1].exitcode if isinstance(error, ChildFailedError) else error.returncode
         raise SystemExit(code if code >= 0 else 128 - code) from None  # as a shell does if a signal ended the process
+
+
+def _is_finished(output_dir: str | None) -> bool:
+    """Return whether rounds have no phase left; the first process has written that."""
+    return bool(read_json(Path(output_dir or "trainer_output", "rounds.json"))["finished"])
 
 
 def launch_arguments(

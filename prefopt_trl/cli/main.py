@@ -1,6 +1,7 @@
 """The `prefopt-trl` command."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 
@@ -50,7 +51,8 @@ def _run_study_or_env(arguments: list[str]) -> None:
     )
     parser.add_argument("--version", action="version", version=f"prefopt-trl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, command in COMMANDS.items():
+    names = {re.sub("^rounds .+", "rounds METHOD", name): command for name, command in COMMANDS.items()}
+    for name, command in names.items():
         commands.add_parser(name, help=command.summary)
     summary = "compare ways to sample preferences in a text world whose true reward is known (six minutes, offline)"
     quickstart = commands.add_parser("quickstart", help=summary, description=summary)

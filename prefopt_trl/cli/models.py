@@ -66,7 +66,7 @@ def model_to_train(model: ModelConfig, args: TrainingConfig, task: str | None = 
     paths, `args.model_init_kwargs` is completed with the arguments of `model`.
     """
     path = str(model.model_name_or_path)
-    init = {**_init_kwargs(model), **(args.model_init_kwargs or {})}  # type: ignore[dict-item]  # no text any more
+    init = {**init_kwargs(model), **(args.model_init_kwargs or {})}  # type: ignore[dict-item]  # no text any more
     if find_adapter_config_file(path, revision=model.model_revision) is not None:
         if model.use_peft:
             raise ValueError(
@@ -101,7 +101,7 @@ def model_to_train(model: ModelConfig, args: TrainingConfig, task: str | None = 
 
 def model_to_run(model: ModelConfig, device: torch.device | str, trust_remote_code: bool) -> PreTrainedModel:
     """Load a policy to sample from, or an adapter with its base model, onto a device."""
-    init = {**_init_kwargs(model), "trust_remote_code": trust_remote_code}
+    init = {**init_kwargs(model), "trust_remote_code": trust_remote_code}
     path = str(model.model_name_or_path)
     with named(f"`model_name_or_path`={path!r}"):
         if find_adapter_config_file(path, revision=model.model_revision) is not None:
@@ -173,7 +173,8 @@ def _is_encoder_decoder(path: str, model: ModelConfig, trust_remote_code: bool) 
     return config.is_encoder_decoder
 
 
-def _init_kwargs(model: ModelConfig) -> dict[str, object]:
+def init_kwargs(model: ModelConfig) -> dict[str, object]:
+    """Return the arguments of `from_pretrained`, without the quantization."""
     return {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,

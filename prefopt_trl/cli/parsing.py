@@ -79,8 +79,8 @@ def make_parser(name: str) -> TrlParser:
     """Return the parser of a command, without the options of `accelerate launch`."""
     own, model = COMMANDS[name].own, [ModelConfig] if COMMANDS[name].takes_model else []
     configs = [RewardConfig if own is RewardModelData else SFTConfig] if issubclass(own, TrainingData) else []
-    if name in METHODS:
-        configs = [getattr(prefopt_trl, f"{METHODS[name].name}Config")]
+    if (method := name.split()[-1]) in METHODS:
+        configs = [getattr(prefopt_trl, f"{METHODS[method].name}Config")]
     dataclasses = map(DataClassType, [own, *configs, *model])
     usage = f"prefopt-trl {name} [--config FILE.yaml] [--OPTION VALUE ...], or --help for the options"
     parser = TrlParser(list(dataclasses), prog=f"prefopt-trl {name}", usage=usage, allow_abbrev=False)

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -12,8 +13,8 @@ from typing import Any
 import yaml
 
 import prefopt_trl
-from prefopt_trl.cli.arguments import RankerArguments
-from prefopt_trl.cli.models import in_short, named
+from prefopt_trl.cli.arguments import EvaluateConfig, RankerArguments, RoundsArguments
+from prefopt_trl.cli.models import in_short, named, renaming
 from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.rankers.function import FunctionRanker
 from prefopt_trl.rankers.inference import check_temperature, is_reward_model
@@ -44,6 +45,32 @@ def load_ranker(arguments: RankerArguments, trust_remote_code: bool = False) -> 
         if is_reward_model(name, **init):
             return RewardModelRanker(name, **given)
         return PairwiseRanker(name, template=arguments.ranker_template, **given)
+
+
+def load_judges(
+    judges: list[str], own: EvaluateConfig | RoundsArguments, trust_remote_code: bool
+) -> dict[str, Ranker]:
+    """Make the rankers that judge, by name, with the options of those that take them."""
+    given, load = by_name("judges", judges), renaming("judges")(load_ranker)
+    options: Any = {"ranker_template": own.ranker_template, "ranker_batch_size": own.ranker_batch_size}
+    takers = [what for what in given.values() if is_model(what)] or [*given.values()]  # the latter refuse the options
+    return {
+        name: load(RankerArguments(ranker=what, **(options if what in takers else {})), trust_remote_code)
+        for name, what in given.items()
+    }
+
+
+def by_name(argument: str, given: list[str]) -> dict[str, str]:
+    """Split what is given as [NAME=]WHAT; the default name is the last part of WHAT."""
+    named: dict[str, str] = {}
+    for one in given:
+        pattern = r"(?:([^=/:]+)=)?((?:(best-of-\d+):)?.*?([^/:]+)/*)"
+        name, what, best, last = re.fullmatch(pattern, one, re.DOTALL).groups()  # type: ignore[union-attr]
+        name = name or " ".join(filter(None, (best, last)))
+        if name in named:
+            raise ValueError(f"`{argument}` has two with the name {name!r}. Give names: NAME={what}.")
+        named[name] = what
+    return named
 
 
 def is_model(name: str) -> bool:

@@ -12,7 +12,7 @@ from prefopt_trl.cli.training import SupervisedTrainer, prepare, train_and_save
 def run(own: TrainingData, args: SFTConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Fine-tune a model on completions; for preference pairs, on the chosen ones."""
     tokenizer, trained = prepare(args, model)
-    splits = load_data(own, args)
+    splits = load_data(own, args.eval_strategy != "no")
     for name, rows in splits.items():
         if rows is None:
             continue

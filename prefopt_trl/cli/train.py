@@ -1,16 +1,23 @@
 """`prefopt-trl {rso,slic,pro,listwise-dpo,rrhf}`: the trainers of `METHODS`, selected by their configuration."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 import prefopt_trl
 from prefopt_trl.cli.arguments import PreferenceArguments
-from prefopt_trl.cli.data import GIVEN, completions_that_fit, keep_given, load_data, prompts_that_fit, require_columns
+from prefopt_trl.cli.data import (
+    COMPLETIONS,
+    GIVEN,
+    completions_that_fit,
+    load_data,
+    prompts_that_fit,
+    prompts_to_judge,
+    require_columns,
+    without_completions,
+)
 from prefopt_trl.cli.models import renaming
 from prefopt_trl.cli.rankers import load_ranker
 from prefopt_trl.cli.training import prepare, train_and_save
@@ -21,26 +28,26 @@ from prefopt_trl.trainers.base_config import PreferenceConfig
 from prefopt_trl.trainers.slic_config import SLiCConfig
 
 TRAINERS = [getattr(prefopt_trl, f"{method.name}Trainer") for method in METHODS.values()]
-ORDER_SEED = 0  # of the prompts that are judged, so that every run has the same
-COMPLETIONS = {"chosen", "rejected", "completions", "rewards"}
 
 
 def run(own: PreferenceArguments, args: PreferenceConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Train, and save the result in `args.output_dir`."""
     tokenizer, trained = prepare(args, model)
-    splits = load_data(own, args)
-    trainer_class = next(trainer for trainer in TRAINERS if trainer.config_class is type(args))
+    splits = load_data(own, args.eval_strategy != "no")
+    trainer_class = trainer_of(args)
     target = args.target_column if isinstance(args, SLiCConfig) else None
     given_target = GIVEN.get(target or "", target)
-    prompts = None if own.judge is None else _judged(own, args, splits["eval_dataset"], tokenizer)
+    prompts = None
+    if own.judge is not None:
+        if (held_out := splits["eval_dataset"]) is None:
+            raise ValueError("`judge` has no effect with `eval_strategy='no'`. Set it to 'steps' or 'epoch'.")
+        prompts = prompts_to_judge(held_out, own.dataset_name, own.num_judged, tokenizer, args)
     for name, rows in splits.items():
         if rows is None:
             continue
         require_columns(rows, own.dataset_name, {"prompt"}, {"chosen", "rejected"})
         if own.only_prompts:
-            rows = keep_given(rows)
-            dropped = {*COMPLETIONS, *GIVEN.values()} - {given_target}
-            rows = rows.remove_columns([column for column in rows.column_names if column in dropped])
+            rows = without_completions(rows, given_target)
         if isinstance(args, SLiCConfig) and target not in rows.column_names and given_target in rows.column_names:
             args.target_column = given_target
         if not COMPLETIONS & set(rows.column_names):
@@ -61,14 +68,6 @@ def run(own: PreferenceArguments, args: PreferenceConfig, model: ModelConfig, sa
     train_and_save(trainer, own, save_config)
 
 
-def _judged(
-    own: PreferenceArguments, args: PreferenceConfig, rows: Dataset | None, tokenizer: PreTrainedTokenizerBase
-) -> Dataset:
-    """Return the prompts that are sampled and judged: `num_judged` different ones of the test split, at random."""
-    if rows is None:
-        raise ValueError("`judge` has no effect with `eval_strategy='no'`. Set it to 'steps' or 'epoch'.")
-    require_columns(rows, own.dataset_name, {"prompt"})
-    first = dict(reversed(list(zip(map(json.dumps, rows["prompt"]), range(len(rows)), strict=True))))
-    rows = rows.select(sorted(first.values())).shuffle(seed=ORDER_SEED)
-    rows = prompts_that_fit(rows, tokenizer, args.max_length, args.max_new_tokens)
-    return rows.select(range(min(own.num_judged, len(rows))))
+def trainer_of(args: PreferenceConfig) -> Any:
+    """Return the class of the trainer that takes a configuration."""
+    return next(trainer for trainer in TRAINERS if trainer.config_class is type(args))

@@ -23,10 +23,13 @@ from prefopt_trl.trainers.publishing import Published, check_repository
 def prepare(
     args: TrainingConfig, model: ModelConfig, task: str | None = "CAUSAL_LM"
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
-    """Return the tokenizer, and a trainer's arguments for its model, as [`model_to_train`] does.
+    """Return the tokenizer, and a trainer's arguments for its model, as [`model_to_train`] does."""
+    tokenizer = check_and_load_tokenizer(args, model)
+    return tokenizer, model_to_train(model, args, task)
 
-    Errors that would otherwise occur after hours of sampling are raised first.
-    """
+
+def check_and_load_tokenizer(args: TrainingConfig, model: ModelConfig) -> PreTrainedTokenizerBase:
+    """Return the tokenizer. Errors that would otherwise occur after hours of sampling are raised first."""
     if "8bit" in args.optim:
         check_bitsandbytes("optim")
     installed = get_available_reporting_integrations()
@@ -37,8 +40,7 @@ def prepare(
         )
     check_model(model)
     _check_resumed(args)
-    tokenizer = load_tokenizer(str(model.model_name_or_path), model.model_revision, args.trust_remote_code)
-    return tokenizer, model_to_train(model, args, task)
+    return load_tokenizer(str(model.model_name_or_path), model.model_revision, args.trust_remote_code)
 
 
 def _check_resumed(args: TrainingConfig) -> None:

@@ -11,7 +11,28 @@ MAX_NEW_TOKENS = {"help": "Longest completion to sample, in tokens."}
 
 
 @dataclass(kw_only=True)
-class GenerationOptions:
+class Options:
+    """Options that a configuration may have among others."""
+
+    @classmethod
+    def of(cls, options: object | None = None, **changes: Any) -> Self:
+        """Return the options alone, those of a configuration if one is given, with changes by name.
+
+        Raises:
+            TypeError: for a name that is no option, with the nearest one.
+        """
+        names = [option.name for option in fields(cls)]
+        for name in changes:
+            if name not in names:
+                nearest = get_close_matches(name, names, n=1, cutoff=0.4)
+                hint = f"Did you mean `{nearest[0]}`?" if nearest else f"The options are {', '.join(names)}."
+                raise TypeError(f"`{name}` is not an option of {cls.__name__}. {hint}")
+        given = {} if options is None else {name: getattr(options, name) for name in names}
+        return cls(**{**given, **changes})
+
+
+@dataclass(kw_only=True)
+class GenerationOptions(Options):
     """How completions are generated. The help of each field says what it means.
 
     Raises:
@@ -64,22 +85,6 @@ class GenerationOptions:
         is_number(self, "generation_memory_budget", "It is in GiB.", above_zero=True)
         if not isinstance(self.share_prefix, bool):
             raise ValueError(f"`share_prefix` must be True or False, got {self.share_prefix!r}.")
-
-    @classmethod
-    def of(cls, options: "GenerationOptions | None" = None, **changes: Any) -> Self:
-        """Return the options alone that a configuration has among others, with changes by name.
-
-        Raises:
-            TypeError: for a name that is no option, with the nearest one.
-        """
-        names = [option.name for option in fields(cls)]
-        for name in changes:
-            if name not in names:
-                nearest = get_close_matches(name, names, n=1, cutoff=0.4)
-                hint = f"Did you mean `{nearest[0]}`?" if nearest else f"The options are {', '.join(names)}."
-                raise TypeError(f"`{name}` is not an option of {cls.__name__}. {hint}")
-        given = {} if options is None else {name: getattr(options, name) for name in names}
-        return cls(**{**given, **changes})
 
 
 def is_one_of(config: object, name: str, choices: Iterable[str]) -> None:

@@ -24,6 +24,7 @@ from datasets.utils._dill import Pickler  # independent of the order of sets and
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 Settings = dict[str, Any]  # by name, and serializable as JSON
 
@@ -220,6 +221,16 @@ def folder_fingerprint(folder: Path) -> str:
                 content.seek(size * piece // 64)
                 digest.update(content.read(1024))
     return digest.hexdigest()
+
+
+def path_fingerprint(path: str) -> str:
+    """Return what recognizes a model by its path: the contents of a folder, with those of an adapter's base, or an
+    id on the Hub."""
+    if not Path(path).is_dir():
+        return path
+    config = find_adapter_config_file(path)
+    base = str(json.loads(Path(config).read_text())["base_model_name_or_path"]) if config else ""
+    return folder_fingerprint(Path(path)) + (f" on {path_fingerprint(base)}" if base else "")
 
 
 def function_fingerprint(function: Callable[..., object]) -> str:

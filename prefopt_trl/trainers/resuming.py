@@ -69,12 +69,16 @@ def training_settings(
         TRAINING_DATA: data_fingerprint(dataset),
         **{f"peft_config.{name}": value for name, value in adapter.items()},
     }
-    may_change = {name for name in settings if any(fnmatch(name, pattern) for pattern in MAY_CHANGE.split())}
+    kept = determining(settings)
     if args.sampling == "online":  # what is sampled also depends on the batches of `generate`
-        settings["ranker"] = ranker
-        may_change -= {option.name for option in fields(SamplingOptions)}
-    kept = {name: settings[name] for name in sorted(settings.keys() - may_change)}
+        kept |= {"ranker": ranker, **{option.name: settings[option.name] for option in fields(SamplingOptions)}}
     return as_json(kept, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+
+
+def determining(settings: Settings) -> Settings:
+    """Return the settings that determine what is trained: all except [`MAY_CHANGE`]."""
+    patterns = MAY_CHANGE.split()
+    return {name: settings[name] for name in sorted(settings) if not any(fnmatch(name, one) for one in patterns)}
 
 
 def data_fingerprint(dataset: Dataset | IterableDataset) -> str | None:

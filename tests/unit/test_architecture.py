@@ -21,6 +21,7 @@ FLOORS = [
     {"rankers"},
     {"sampling"},
     {"trainers", "evaluation"},
+    {"rounds"},
     {"prefopt_trl"},  # __init__.py, the public names
     {"quickstart"},
     {"cli"},
@@ -38,6 +39,8 @@ LIGHT = {
     "prefopt_trl.cli.help",
     "prefopt_trl.cli.main",
     "prefopt_trl.generation.options",
+    "prefopt_trl.rounds",
+    "prefopt_trl.rounds.options",
     "prefopt_trl.runtime.quiet",
     "prefopt_trl.sampling.options",
     "prefopt_trl.trainers",

@@ -1,0 +1,291 @@
+"""Rounds make what sampling, training and judging make one after the other, resume anywhere, and keep their word."""
+
+import gc
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_from_disk
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import prefopt_trl
+from prefopt_trl import (
+    FunctionRanker,
+    PairwiseRanker,
+    RoundsOptions,
+    RSOConfig,
+    RSOTrainer,
+    build_preference_dataset,
+    train_in_rounds,
+)
+from prefopt_trl.rounds.models import load
+from prefopt_trl.rounds.report import best_round, measured
+from prefopt_trl.runtime.settings import read_lines
+from prefopt_trl.sampling.logps import pair_logps
+
+PROMPTS = [f"Tell me of {what}" for what in ("bread", "France", "the dog", "water", "salt", "a fox")]
+HELD_OUT = ["What is flour?", "The capital is", "Mix the"]
+SMALL = {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6, "max_length": 64}
+TRAINING = {
+    "max_steps": 2,
+    "save_steps": 1,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+}
+QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False}
+
+
+def nothing(prompts, completions, **columns):
+    return [0.0] * len(completions)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fast_collection():
+    """Each phase collects garbage, which takes longer than the phase unless the libraries are left out."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def vowels(prompts, completions, **columns):
+    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+
+
+@pytest.fixture
+def rounds(tiny_llama_dir, tmp_path):
+    """Train in rounds, in `tmp_path`; `args` are those of the configuration, `options` of the rounds."""
+
+    def train(name="RSO", args=None, model=tiny_llama_dir, ranker=None, judges=None, folder="rounds", **options):
+        config = getattr(prefopt_trl, f"{name}Config")
+        settings = {**SMALL, **TRAINING, **QUIET, **({"gamma": 0.1} if name == "RSO" else {}), **(args or {})}
+        return train_in_rounds(
+            options.pop("trainer_class", getattr(prefopt_trl, f"{name}Trainer")),
+            model,
+            config(str(tmp_path / folder), **settings),
+            options.pop("prompts", PROMPTS),
+            ranker or FunctionRanker(vowels),
+            eval_prompts=HELD_OUT,
+            judges=judges,
+            **{"num_rounds": 2, **options},
+        )
+
+    return train
+
+
+def weights(folder):
+    return torch.cat([one.flatten() for one in AutoModelForCausalLM.from_pretrained(str(folder)).parameters()])
+
+
+def losses(folder):
+    history = json.loads(Path(folder, "checkpoint-2", "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history]
+
+
+def test_a_round_is_sampling_from_the_round_before_and_training_on_the_samples(rounds, tiny_llama_dir, tmp_path):
+    made = rounds()
+    before, record = made.model_of(1), made.record(2)["phases"]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    policy = AutoModelForCausalLM.from_pretrained(before)
+    by_hand = {**SMALL, "seed": record["sample"]["seed"]}
+    max_length = by_hand.pop("max_length")
+    pairs = build_preference_dataset(
+        PROMPTS, policy, tokenizer, FunctionRanker(vowels), tmp_path / "hand", max_length=max_length, **by_hand
+    )
+    assert pairs.to_list() == load_from_disk(str(tmp_path / "rounds/round-2/sampled/pairs")).to_list()
+    assert pairs["chosen"] != load_from_disk(str(tmp_path / "rounds/round-1/sampled/pairs"))["chosen"]
+    trainer = RSOTrainer(
+        before,
+        ref_model=AutoModelForCausalLM.from_pretrained(tiny_llama_dir),
+        args=RSOConfig(str(tmp_path / "trained"), gamma=0.1, **SMALL, **TRAINING, **QUIET),
+        train_dataset=pairs,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model()
+    torch.testing.assert_close(weights(made.model_of(2)), weights(tmp_path / "trained"), rtol=0, atol=0)
+    assert record["train"]["loss"] == losses(made.model_of(2))[-1] != losses(made.model_of(1))[-1]
+    samples = read_lines(tmp_path / "rounds/round-2/evaluation/samples.jsonl")
+    of_round = [row["rewards"]["FunctionRanker"] for row in samples if row["policy"] == "round 2"]
+    assert record["judge"]["judges"]["FunctionRanker"]["reward"]["mean"] == pytest.approx(np.mean(of_round))
+
+
+class Watched(RSOTrainer):
+    """Writes down the log-probabilities under the reference model, from what the first step logs."""
+
+    ref_logps: list[float] = []
+    holds_model: list[bool] = []
+
+    def train(self, *args, **kwargs):
+        self.holds_model.append(self.ref_model is not None)
+        result = super().train(*args, **kwargs)
+        first = next(log for log in self.state.log_history if "logps/chosen" in log)
+        self.ref_logps.append(first["logps/chosen"] - first["rewards/chosen"] / self.args.gamma)
+        return result
+
+
+@pytest.mark.parametrize(
+    "options, adapter, reference, holds_model",
+    [
+        ({}, False, 0, True),
+        ({"reference": "previous"}, False, 1, True),
+        ({"start": "first", "reference": "previous"}, False, 1, True),
+        ({"start": "first"}, False, 0, True),
+        ({}, True, 0, False),
+        ({"reference": "previous"}, True, 1, False),
+        ({"start": "first", "reference": "previous"}, True, 1, True),
+    ],
+)
+def test_the_reference_of_the_second_round(rounds, options, adapter, reference, holds_model, monkeypatch):
+    monkeypatch.setattr(prefopt_trl.Rounds, "_judge", lambda self, number: {"judges": {}})
+    Watched.ref_logps, Watched.holds_model = [], []
+    peft = LoraConfig(r=4, lora_alpha=64, task_type="CAUSAL_LM") if adapter else None
+    one_batch = {"per_device_train_batch_size": 64, "learning_rate": 3e-2}
+    made = rounds(trainer_class=Watched, args=one_batch, peft_config=peft, **options)
+    pairs = made._data(2)
+    both = list(zip(pairs["chosen"], pairs["rejected"], strict=True))
+    models = [load(made.model_of(number), made.args, None) for number in (0, 1)]
+    expected = [pair_logps(model, made.tokenizer, pairs["prompt"], both, 64)[:, 0].mean() for model in models]
+    assert abs(expected[0] - expected[1]) > 0.5
+    assert Watched.ref_logps[1] == pytest.approx(expected[reference], abs=0.01)
+    assert Watched.holds_model[1] == holds_model
+
+
+def test_what_a_round_trains_on_and_which_prompts_it_has(rounds):
+    made = rounds(num_rounds=3, prompts_per_round=4, judges=FunctionRanker(nothing), args={"max_steps": 1})
+    parts = [made._prompts(number)["prompt"][:] for number in (1, 2, 3, 4)]
+    assert all(len(set(part)) == 4 for part in parts)
+    assert sorted([*parts[0], *parts[1], *parts[2]]) == sorted(2 * PROMPTS) and parts[3] == parts[0]
+    assert made.record(2)["phases"]["sample"]["prompts"] == 4
+
+    own = [load_from_disk(str(made.round_folder(one) / "sampled/pairs")).to_list() for one in (1, 2, 3)]
+    trained = {
+        data: replace(made, options=RoundsOptions(data=data))._data(3).to_list()
+        for data in ("replace", "accumulate", "mix")
+    }
+    assert trained["replace"] == own[2] and trained["accumulate"] == [*own[0], *own[1], *own[2]]
+    earlier, last = trained["mix"][: len(own[2])], trained["mix"][len(own[2]) :]
+    assert last == own[2] and all(row in own[0] + own[1] for row in earlier)
+    assert any(row in own[0] for row in earlier) and any(row in own[1] for row in earlier)
+
+
+@pytest.mark.parametrize("name", ["SLiC", "PRO", "ListwiseDPO", "RRHF"])
+def test_every_trainer_trains_in_rounds(rounds, name):
+    made = rounds(name)
+    assert [record["round"] for record in made.records] == [0, 1, 2]
+    moved = [weights(made.model_of(number)) for number in (0, 1, 2)]
+    assert (moved[0] - moved[1]).norm() > 0.01 < (moved[1] - moved[2]).norm()
+
+
+def test_more_rounds_follow_and_nothing_is_done_again(rounds, tmp_path, monkeypatch):
+    rounds(num_rounds=1)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("round-[01]/**/*") if path.is_file()}
+    phases = []
+    for phase in ("sample", "train", "judge"):
+        run = getattr(prefopt_trl.Rounds, f"_{phase}")
+        monkeypatch.setattr(
+            prefopt_trl.Rounds,
+            f"_{phase}",
+            lambda self, number, run=run, phase=phase: phases.append((number, phase)) or run(self, number),
+        )
+    grown = rounds(num_rounds=2)
+    assert phases == [(2, "sample"), (2, "train"), (2, "judge")]
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if "cache" not in path.name)
+    whole = rounds(num_rounds=2, folder="at once")
+    torch.testing.assert_close(weights(grown.model_of(2)), weights(whole.model_of(2)), rtol=0, atol=0)
+
+
+def test_other_settings_are_refused_by_name(rounds, tmp_path):
+    rounds(num_rounds=1)
+    for changed, message in [
+        ({"args": {"learning_rate": 1e-3}}, "args.learning_rate: 0.01 there, 0.001 now"),
+        ({"args": {"num_candidates": 8}}, "args.num_candidates: 6 there, 8 now"),
+        ({"start": "first"}, "start: 'previous' there, 'first' now"),
+        ({"prompts": PROMPTS[1:]}, "prompts: "),
+        ({"num_rounds": 2, "ranker": FunctionRanker(vowels, version="2")}, r"ranker\.\w+: "),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            rounds(**{"num_rounds": 1, **changed})
+    rounds(num_rounds=1, folder="other", args={"seed": 1})
+    shutil.copytree(tmp_path / "other/round-1", tmp_path / "rounds/round-2")
+    with pytest.raises(ValueError, match=r"round-2.record\.json belongs to rounds with other settings"):
+        rounds()
+
+
+def test_a_missing_parent_is_named(rounds, tmp_path):
+    rounds(num_rounds=1)
+    shutil.rmtree(tmp_path / "rounds/round-1/model")
+    with pytest.raises(FileNotFoundError, match=r"round-1.model\. Restore the folder"):
+        rounds()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"args": {"sampling": "online"}}, "`sampling` .* leave it at 'offline'"),
+        ({"args": {"eval_strategy": "steps"}}, "`eval_strategy` .*eval_prompts"),
+        ({"args": {"push_to_hub": True}}, "`push_to_hub`"),
+        ({"args": {"reference_logps": "sampled"}}, "`reference_logps` .* set `reference` to 'previous'"),
+        ({"name": "SLiC", "reference": "previous"}, "SLiCTrainer has no reference model"),
+        ({"prompts_per_round": 7}, "There are 6 prompts"),
+        ({"metric": "accuracy"}, "`metric` must be one of reward, win_rate, lc_win_rate"),
+        ({"num_rounds": 0}, "`num_rounds` must be a whole number, at least 1"),
+        ({"against": "best"}, "'best' is neither a policy nor a column"),
+    ],
+)
+def test_bad_input(rounds, given, message, monkeypatch):
+    monkeypatch.setattr("prefopt_trl.trainers.publishing.HfApi", None)
+    with pytest.raises(ValueError, match=message):
+        rounds(**given)
+
+
+def test_a_model_object_is_refused(rounds, tiny_llama_dir):
+    with pytest.raises(TypeError, match="`model` is a LlamaForCausalLM. Give the folder or Hub id"):
+        rounds(model=AutoModelForCausalLM.from_pretrained(tiny_llama_dir))
+
+
+def record(number, **found):
+    estimates = {name: {"mean": mean, "standard_error": 0.1, "num_prompts": 9} for name, mean in found.items()}
+    return {"round": number, "phases": {"judge": {"judges": {"judge": estimates} if estimates else {}}}}
+
+
+def test_the_best_round():
+    records = [record(0, reward=1.0), record(1, reward=None, win_rate=0.4), record(2, reward=1.5, win_rate=0.4)]
+    assert best_round(records, "reward") == 2
+    assert best_round(records, "win_rate") == 0  # against itself the start wins half
+    assert best_round([record(0), record(1, reward=-0.1)], "reward") == 0
+    assert best_round([record(0), record(1, reward=0.1)], "reward") == 1
+    assert measured(record(0), "lc_win_rate").mean == 0.5
+
+
+def test_rounds_that_do_not_help_end_them(rounds, capsys):
+    made = rounds(num_rounds=5, patience=2, judges=FunctionRanker(nothing))
+    assert [one["round"] for one in made.records] == [0, 1, 2]
+    assert made.best_model == made.model and "no round is better" in capsys.readouterr().out
+
+
+def test_a_ranker_that_only_compares_judges_against_the_start(rounds, tiny_llama_dir):
+    judge = PairwiseRanker(
+        AutoModelForCausalLM.from_pretrained(tiny_llama_dir), AutoTokenizer.from_pretrained(tiny_llama_dir)
+    )
+    made = rounds(num_rounds=1, judges={"judge": judge})
+    assert made.record(0)["phases"]["judge"]["judges"] == {}
+    assert 0 <= measured(made.record(1), "win_rate").mean <= 1
+    assert "| 0     |" in str(made)
+
+
+def test_rounds_leave_nothing_behind(rounds):
+    def held():
+        gc.collect()
+        tensors = (one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.is_floating_point())
+        return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+
+    rounds(num_rounds=1)
+    after_one = held()
+    rounds(num_rounds=3)
+    assert held() <= after_one + 1000  # the model has more than 100,000 bytes
