@@ -1,4 +1,4 @@
-"""Builds one dataset, or evaluates, again and again, in processes that are killed when test_killed.py says so.
+"""Builds one dataset, evaluates, or trains in rounds, again and again, in processes that test_killed.py kills.
 
 It answers requests: one line of JSON on the standard input, one on the standard output. Each run is a fork of this
 process, so torch is imported once; no thread has been started before. Of two processes each gets the environment that
@@ -11,6 +11,7 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from typing import Any
 
 import matplotlib.figure  # noqa: F401  here, so that no run spends its time on it
 from accelerate import PartialState
-from transformers import GenerationMixin
+from transformers import GenerationMixin, Trainer
 
+from prefopt_trl import Rounds, RSOConfig, RSOTrainer, train_in_rounds
 from prefopt_trl.evaluation import policy as evaluation
 from prefopt_trl.quickstart.tiny import tiny_llama, train_tokenizer
 from prefopt_trl.rankers import PairwiseRanker
@@ -33,21 +35,42 @@ CALLS: list[tuple[Any, str]] = [
     (GenerationMixin, "generate"),
     (PairwiseRanker, "score"),
     (PairwiseRanker, "compare"),
+    (Trainer, "training_step"),
+    *((Rounds, phase) for phase in ("_sample", "_train", "_judge")),
     *((os, name) for name in ("mkdir", "fsync", "replace", "unlink", "rmdir")),
 ]
 LONGEST_RUN = 120.0  # seconds; one that waits for ever is ended, and its status says so
 
 
-def make_build() -> Callable[[str, bool], None]:
-    """Return a function that builds the dataset in a folder, or evaluates the policy."""
+def make_build() -> Callable[[str, str], None]:
+    """Return a function that builds the dataset in a folder ("pairs"), evaluates the policy, or trains in rounds."""
     tokenizer = train_tokenizer(PROMPTS, vocab_size=280)
     policy, judge = (tiny_llama(tokenizer, hidden_size=32, num_layers=2, seed=seed) for seed in (0, 1))
     pipeline.SHARD_COMPLETIONS = PROMPTS_PER_SHARD * NUM_CANDIDATES
     evaluation.COMPLETIONS_PER_SHARD = PROMPTS_PER_SHARD * 2
+    model = tempfile.mkdtemp()
+    policy.save_pretrained(model)
+    tokenizer.save_pretrained(model)
 
-    def build(folder: str, evaluate: bool) -> None:
+    def build(folder: str, what: str) -> None:
         ranker = PairwiseRanker(judge, tokenizer)
-        if evaluate:
+        if what == "rounds":
+            training = {"max_steps": 3, "save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4}
+            quiet = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
+            sampling = {"num_candidates": NUM_CANDIDATES, "num_samples": 4, "max_new_tokens": 8, "gamma": 0.1}
+            args = RSOConfig(folder, **training, **quiet, **sampling)
+            train_in_rounds(
+                RSOTrainer,
+                model,
+                args,
+                PROMPTS[:8],
+                ranker,
+                eval_prompts=PROMPTS[8:12],
+                num_rounds=2,
+                data="accumulate",
+            )
+            return
+        if what == "evaluation":
             policies = {"policy": policy, "targets": ["fish"] * 8}
             how = {"against": "targets", "reference": "policy", "num_completions": 2, "max_new_tokens": 8}
             evaluation.evaluate_policy(policies, tokenizer, PROMPTS[:8], judges=ranker, output_dir=folder, **how)
@@ -78,9 +101,9 @@ def watch(rank: int, log: int, killed_at: int | None) -> None:
 
 
 def run(
-    build: Callable[[str, bool], None],
+    build: Callable[[str, str], None],
     folder: str,
-    evaluate: bool = False,
+    what: str = "pairs",
     processes: int = 1,
     seconds: float | None = None,
     call: int | None = None,
@@ -109,7 +132,7 @@ def run(
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             assert PartialState(cpu=True).num_processes == processes
             watch(index, write, call if index == rank else None)
-            build(folder, evaluate)
+            build(folder, what)
             os._exit(0)
         except BaseException:
             traceback.print_exc()

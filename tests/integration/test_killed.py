@@ -1,4 +1,4 @@
-"""A sampled dataset, or an evaluation, is the same, to the byte, however often its processes are killed (SIGKILL).
+"""A sampled dataset, an evaluation or rounds are the same, to the byte, however often they are killed (SIGKILL).
 
 Runs are forks of one driver, killed_run.py, which says what each run did. Moments are of two kinds: just before the
 n-th call that samples, ranks or changes the folder, so that every stage is hit on any machine; and at random by the
@@ -114,15 +114,15 @@ def test_killed_before_every_call(
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.distributed])])
 def test_an_evaluation_killed_before_a_call_and_started_again(run: Run, tmp_path: Path, processes: int) -> None:
-    outcome = run(tmp_path / "undisturbed", evaluate=True)
+    outcome = run(tmp_path / "undisturbed", what="evaluation")
     assert outcome["status"] == [0]
     calls, expected = outcome["calls"][0], contents(tmp_path / "undisturbed")
     for call, fraction in [("generate", 0.5), ("fsync", 0.9), ("unlink", 0.5)]:
         moments = [number for number, name in enumerate(calls) if name == call]
         moment, folder = moments[int(fraction * len(moments))] // processes, tmp_path / call
-        first = run(folder, evaluate=True, processes=processes, call=moment)
+        first = run(folder, what="evaluation", processes=processes, call=moment)
         assert killed(first) and contents(folder) != expected
-        again = run(folder, evaluate=True, processes=processes)
+        again = run(folder, what="evaluation", processes=processes)
         assert again["status"] == [0] * processes and contents(folder) == expected, call
         done = sum(one.count("generate") for outcome in (first, again) for one in outcome["calls"])
         assert done <= calls.count("generate") + 2 * processes
@@ -175,3 +175,46 @@ def test_killed_at_random_moments(run: Run, expected: dict, tmp_path: Path, proc
             assert run(folder, processes=processes)["status"] == [0] * processes, f"after {hit[-1]} at {moment}"
             assert contents(folder) == expected, f"after {hit[-1]} at {moment}"
         shutil.rmtree(folder, ignore_errors=True)
+
+
+PHASES = {"_sample": "sample", "_train": "train", "_judge": "judge"}
+
+
+def data_and_losses(folder: Path) -> dict[str, Any]:
+    """What rounds have made: the files of data and samples as bytes, and the loss of every step."""
+    files = [*folder.glob("round-*/sampled/**/*"), *folder.glob("round-*/evaluation/samples.jsonl")]
+    made: dict[str, Any] = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in files
+        if path.is_file() and not path.name.startswith("cache-")  # of `Dataset.map`, while training
+    }
+    for state in folder.glob("round-*/model/checkpoint-3/trainer_state.json"):
+        made[state.parts[-4]] = [entry["loss"] for entry in json.loads(state.read_text())["log_history"]]
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.distributed)])
+def test_rounds_killed_at_random_moments(run: Run, tmp_path: Path, processes: int) -> None:
+    """At least 20 moments, and until each phase of each round has been hit, for at most 60."""
+    random = np.random.default_rng([SEED, 100 + processes])
+    outcome = run(tmp_path / "undisturbed", what="rounds", processes=processes)
+    assert outcome["status"] == [0] * processes
+    expected, calls = data_and_losses(tmp_path / "undisturbed"), outcome["calls"][0]
+    assert [len(expected[f"round-{number}"]) for number in (1, 2)] == [3, 3]
+    hit: list[str] = []
+    for moment in range(3 * NUM_MOMENTS):
+        if len(hit) >= NUM_MOMENTS and len(set(hit)) == 7:
+            break
+        folder, call = tmp_path / "rounds", int((moment + random.random()) % NUM_MOMENTS / NUM_MOMENTS * len(calls))
+        rank = int(random.integers(processes))
+        first = run(folder, what="rounds", processes=processes, rank=rank, call=call)
+        if not killed(first):  # this process makes fewer calls
+            continue
+        begun = [name for name in first["calls"][rank] if name in PHASES]
+        hit.append(f"{len(begun)} {PHASES[begun[-1]]}" if begun else "before")
+        assert run(folder, what="rounds", processes=processes)["status"] == [0] * processes, f"after {hit[-1]}, {call}"
+        assert data_and_losses(folder) == expected, f"after {hit[-1]}, call {call}, {first['last']}"
+        shutil.rmtree(folder)
+    assert len(set(hit) - {"before"}) == 7, hit
+    print(hit)
