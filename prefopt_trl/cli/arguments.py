@@ -1,5 +1,6 @@
 """Arguments of the commands beside those of TRL's and the trainers' configurations."""
 
+import re
 from dataclasses import dataclass, field
 
 from prefopt_trl.generation.options import GenerationOptions, is_whole
@@ -187,6 +188,13 @@ class SampleConfig(InferenceArguments, RankerArguments, SamplingOptions):
         default=False,
         metadata={"help": "Save the policy's log-probabilities of the pairs, for `rso --reference_logps sampled`."},
     )
+    shard: str | None = field(
+        default=None,
+        metadata={
+            "help": "Make part i of n, as 'i/n' from 1/n to n/n, for jobs without a common start, such as a Slurm "
+            "array's. The same command without it assembles the dataset afterwards."
+        },
+    )
     hub_dataset_id: str | None = field(
         default=None, metadata={"help": "Push the finished dataset to this dataset repository on the Hub."}
     )
@@ -194,6 +202,14 @@ class SampleConfig(InferenceArguments, RankerArguments, SamplingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         SamplingOptions.__post_init__(self)
+        if self.shard is not None and not (re.fullmatch(r"\d+/\d+", self.shard) and 1 <= self.job[0] <= self.job[1]):
+            raise ValueError(f"`shard` must be a part such as 3/8, from 1/8 to 8/8, got {self.shard!r}.")
+
+    @property
+    def job(self) -> tuple[int, int]:
+        """The part of the shards that this run makes, and how many parts there are."""
+        part, _, parts = (self.shard or "1/1").partition("/")
+        return int(part), int(parts)
 
 
 @dataclass(kw_only=True)

@@ -41,8 +41,11 @@ def run(own: SampleConfig, model: ModelConfig, save_config: Callable[[], None]) 
         seed=own.seed,
         max_length=own.max_length,
         keep_logps=own.keep_logps,
+        job=own.job,
     )
-    if state.is_main_process:
+    if state.is_main_process and own.job[1] > 1:
+        print(f"Part {own.shard} is in {own.output_dir}. Once all are, the command without `shard` assembles them.")
+    elif state.is_main_process:
         save_config()
         if own.hub_dataset_id is not None:
             print(f"Pushed to {push_preference_dataset(own.output_dir, own.hub_dataset_id)}.")

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -54,6 +54,7 @@ def build_preference_dataset(
     max_length: int | None = None,
     keep_logps: bool = False,
     generation_kwargs: dict[str, object] | None = None,
+    job: tuple[int, int] = (1, 1),
     **changes: object,
 ) -> Dataset:
     """Build a dataset of preference pairs from prompts, a policy to sample from, and a ranker.
@@ -101,13 +102,16 @@ def build_preference_dataset(
             Given candidates need a column `logps`, and the policy if one of them is None.
         generation_kwargs (`dict`, *optional*):
             As in [`sample_completions`].
+        job (`tuple[int, int]`, *optional*):
+            `(i, n)` makes the shards of job i of n alone, from 1, for clusters without a common start: run all n, at
+            any time, and then the call without `job`, which assembles the dataset and makes what is missing.
         **changes:
             Fields of `options` to change, by name.
 
     Returns:
         [`~datasets.Dataset`] with `prompt`, `chosen`, `rejected` in the prompts' format, `chosen_reward`,
         `rejected_reward` (the ranker's scores) and `label_probability` (the ranker's probability of the label, in
-        [0.5, 1]); for rankings, `prompt`, `completions` and `rewards`, best first.
+        [0.5, 1]); for rankings, `prompt`, `completions` and `rewards`, best first. With `job`, the rows of that job.
 
     Raises:
         TypeError: if `prompts` is not a dataset, list or file, `ranker` is not a ranker, or an option is unknown.
@@ -135,6 +139,8 @@ def build_preference_dataset(
     check_generation_kwargs(generation_kwargs)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"`seed` must be a whole number, at least 0, got {seed!r}.")
+    if not 1 <= job[0] <= job[1]:
+        raise ValueError(f"`job` is {job[0]} of {job[1]}. The first number is from 1 to the second.")
     if keep_logps and options.pairing == RANKING:
         raise ValueError("`keep_logps` is for pairs only, and pairing='ranking' makes rankings. Leave it out.")
     if isinstance(tokenizer, str):
@@ -176,6 +182,8 @@ def build_preference_dataset(
         if not store.finished(settings):
             layout = shard_layout(len(dataset), prompts_at_once(shards))
             with interruptible(lambda: f"Interrupted: {store.saved()}; the same call resumes from there."):
+                if job[1] > 1:
+                    return _make_part(shards, settings, layout, process, job)
                 _make(shards, settings, layout, process)
         elif process.is_main_process:
             with contextlib.suppress(OSError):  # a read-only disk
@@ -221,6 +229,17 @@ def _make(shards: Shards, settings: Settings, layout: tuple[int, int], process: 
         _assemble(shards, settings)
 
 
+def _make_part(
+    shards: Shards, settings: Settings, layout: tuple[int, int], process: PartialState, job: tuple[int, int]
+) -> Dataset:
+    """Make the shards of this process of a job, and return the rows of the dataset that they make."""
+    with shards.store.held(shared=True):
+        shards.store.begin(settings, *layout)  # all jobs write the same
+        rows = list(shards.preference_rows(_make_shards(shards, process, job)))
+        features = shards.preference_features()
+        return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+
+
 def prompts_at_once(shards: Shards) -> int:
     """Return how many prompts to handle at a time; raise `ValueError` with the row of a prompt that is too long."""
     prompts = shards.prompts
@@ -246,29 +265,33 @@ def shard_layout(num_prompts: int, at_once: int) -> tuple[int, int]:
     return prompts_per_shard, -(-num_prompts // prompts_per_shard)
 
 
-def _make_shards(shards: Shards, process: PartialState) -> None:
-    """Make the shards of this process; on the main process, also wait for those of the others."""
+def _make_shards(shards: Shards, process: PartialState, job: tuple[int, int] = (1, 1)) -> list[int]:
+    """Make the shards of this process, and return them; on the main process, also wait for those of the others."""
     store, num_prompts = shards.store, len(shards.prompts)
     prompts_per_shard, num_shards = store.layout()
+    of_job = {shard for shard in range(num_shards) if shard // process.num_processes % job[1] == job[0] - 1}
+    mine = [shard for shard in sorted(of_job) if shard % process.num_processes == process.process_index]
+
+    def num_in(some: Iterable[int]) -> int:
+        return sum(min(prompts_per_shard, num_prompts - shard * prompts_per_shard) for shard in some)
 
     def num_ranked() -> int:
-        return sum(
-            min(prompts_per_shard, num_prompts - shard * prompts_per_shard) for shard in store.shards_with("ranked")
-        )
+        return num_in(of_job.intersection(store.shards_with("ranked")))
 
     with tqdm(
-        total=num_prompts,
+        total=num_in(of_job),
         initial=num_ranked(),
         desc="Sampling and ranking",
         unit="prompt",
         disable=not process.is_main_process,
     ) as bar:
-        for shard in range(process.process_index, num_shards, process.num_processes):
+        for shard in mine:
             if not store.has_shard(shard, "ranked") and not store.is_finished():  # which removes the shards
                 shards.make(shard)
                 bar.update(num_ranked() - bar.n)
-        if process.is_main_process:
+        if process.is_main_process and job[1] == 1:
             store.wait_for_shards(lambda: bar.update(num_ranked() - bar.n))
+    return mine
 
 
 def _warn_of_contradictions(pairs: Dataset) -> None:

@@ -1,6 +1,6 @@
 """The work in shards: consecutive prompts that one process samples, ranks and writes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -189,9 +189,9 @@ class Shards:
         """Return the rows of the candidates of a shard."""
         return self._given(shard) if self.are_given else self.store.read_shard(shard, "candidates")
 
-    def selected(self) -> Iterator[tuple[Row, SelectedPrompt]]:
-        """Yield the row of candidates of each prompt, and what was selected of it."""
-        for shard in range(self.store.layout()[1]):
+    def selected(self, shards: Iterable[int] | None = None) -> Iterator[tuple[Row, SelectedPrompt]]:
+        """Yield the row of candidates of each prompt of all or some shards, and what was selected of it."""
+        for shard in range(self.store.layout()[1]) if shards is None else shards:
             ranked = (SelectedPrompt(**row) for row in self.store.read_shard(shard, "ranked"))
             yield from zip(self.candidates(shard), ranked, strict=True)
 
@@ -200,9 +200,9 @@ class Shards:
         for row, selected in self.selected():
             yield {"rewards": selected.rewards, **selected.scored} | row
 
-    def preference_rows(self) -> Iterator[Row]:
-        """Yield the rows of all pairs or rankings."""
-        for row, selected in self.selected():
+    def preference_rows(self, shards: Iterable[int] | None = None) -> Iterator[Row]:
+        """Yield the rows of the pairs or rankings of all or some shards."""
+        for row, selected in self.selected(shards):
             yield from preference_rows(row, selected, self.options.pairing, self.max_length)
 
     def candidate_features(self) -> Features:

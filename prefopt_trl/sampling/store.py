@@ -115,8 +115,8 @@ class ShardStore(ABC):
             time.sleep(POLL_SECONDS)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Lock the folder against other runs; raise `RuntimeError` if another run has locked it.
+    def held(self, shared: bool = False) -> Iterator[None]:
+        """Lock the folder against other runs, but for those that share it; raise `RuntimeError` if one has locked it.
 
         The lock ends with the process.
         """
@@ -124,7 +124,7 @@ class ShardStore(ABC):
         descriptor = os.open(self.folder, os.O_RDONLY)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RuntimeError(
                     f"Another run is making {self.made} in {self.folder}. Wait for it, or stop it (killing `torchrun` "

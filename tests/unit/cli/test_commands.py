@@ -202,6 +202,19 @@ def test_sample_makes_pairs_that_rso_trains_on(tiny, training, run_in_process, f
     assert load_from_disk("again/candidates")["completions"] == candidates["completions"]
 
 
+def test_sample_in_parts_that_a_last_command_assembles(tiny, run_in_process, function_ranker, capsys):
+    given = [*tiny, *function_ranker, *SAMPLING.split()]
+    for part in ("2/2", "1/2"):
+        run_in_process("sample", [*given, "--output_dir", "parts", "--shard", part])
+        assert not Path("parts/pairs").exists() and f"Part {part} is in parts" in capsys.readouterr().out
+    run_in_process("sample", [*given, "--output_dir", "parts"])
+    run_in_process("sample", [*given, "--output_dir", "whole"])
+    for file in ("statistics.json", "pairs/data-00000-of-00001.arrow"):
+        assert Path("parts", file).read_bytes() == Path("whole", file).read_bytes()
+    with pytest.raises(ValueError, match="`shard` must be a part such as 3/8"):
+        run_in_process("sample", [*given, "--output_dir", "parts", "--shard", "3/2"])
+
+
 def test_sample_leaves_out_prompts_without_room(tiny, run_in_process, function_ranker, capsys):
     arguments = [*tiny, *function_ranker, *SAMPLING.split(), "--output_dir", "sampled"]
     with open("pairs.jsonl", "a") as file:

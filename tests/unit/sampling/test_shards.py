@@ -528,7 +528,7 @@ def test_what_another_run_has_finished_in_the_meantime_is_read(
 ) -> None:
     folder, held, sampled = tmp_path / "pairs", store.SampleStore.held, []
 
-    def after_another(own: store.SampleStore) -> Any:
+    def after_another(own: store.SampleStore, shared: bool = False) -> Any:
         monkeypatch.setattr(store.SampleStore, "held", held)
         build(folder)
         monkeypatch.setattr(shards, "sample_candidates", lambda *args, **options: sampled.append(args))
@@ -539,3 +539,25 @@ def test_what_another_run_has_finished_in_the_meantime_is_read(
     assert sampled == []
     assert contents(folder) == undisturbed and not (folder / "shards").exists()
     assert pairs.to_dict() == load_from_disk(str(folder / "pairs")).to_dict()
+
+
+# Jobs without a common start
+
+
+def test_jobs_in_any_order_make_the_bytes_of_one(build, undisturbed, tmp_path: Path, monkeypatch) -> None:
+    folder, sampled = tmp_path / "pairs", []
+    make = shards.Shards.make
+    monkeypatch.setattr(shards.Shards, "make", lambda self, shard: sampled.append(shard) or make(self, shard))
+    parts = {job: build(folder, job=(job, 3))["prompt"] for job in (3, 1)}
+    assert [set(parts[job]) for job in (1, 3)] == [set(PROMPTS[0:2]) | set(PROMPTS[6:]), set(PROMPTS[4:6])]
+    with store.SampleStore(folder).held(), pytest.raises(RuntimeError, match="Another run"):
+        build(folder, job=(2, 3))
+    with store.SampleStore(folder).held(shared=True), pytest.raises(RuntimeError, match="Another run"):
+        build(folder)
+    with store.SampleStore(folder).held(shared=True):  # another job's
+        build(folder, job=(1, 3))
+    assert sampled == [2, 0, 3]
+    assert len(build(folder)) and sampled == [2, 0, 3, 1]  # what no job has made, the last call makes
+    assert contents(folder) == undisturbed
+    with pytest.raises(ValueError, match="`job` is 3 of 2"):
+        build(folder, job=(3, 2))
