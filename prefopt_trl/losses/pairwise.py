@@ -17,11 +17,15 @@ Raises: `ValueError` if a tensor has another shape or a number is out of its ran
 floating point.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from prefopt_trl.losses.checks import as_float, check_not_negative, check_positive
+
+PairLoss = Callable[[Tensor], Tensor]
 
 
 def sigmoid_norm(logratios: Tensor, gamma: float) -> Tensor:
@@ -123,6 +127,31 @@ def unlikelihood(logps: Tensor, alpha: float = 1.0) -> Tensor:
     check_not_negative("alpha", alpha)
     chosen, rejected = _chosen_rejected("logps", logps)
     return -chosen + alpha * rejected
+
+
+def with_labels(
+    loss: PairLoss, pairs: Tensor, label_probabilities: Tensor | None = None, margins: Tensor | None = None
+) -> Tensor:
+    """
+    Return a loss on pairs, such as [`sigmoid_norm`], with soft labels or margins, both of shape `(batch_size,)`.
+
+    `p * loss(chosen - margin, rejected) + (1 - p) * loss(rejected, chosen - margin)`, where `p` in [0, 1] is the
+    probability of the label, 1 by default: conservative DPO (https://ericmitchell.ai/cdpo.pdf) with a `p` per pair.
+    Margins, in the unit of `pairs`, are ODPO's offsets (arXiv 2402.10571). The logistic loss becomes a cross-entropy,
+    smallest where `gamma` times the difference is `logit(p)`; the hinge losses weight pairs by `p`, too.
+
+    >>> pairs, p = torch.tensor([[0.0, 0.0], [3.0, -1.0]]), torch.tensor([0.9, 0.9])
+    >>> with_labels(lambda pairs: sigmoid_norm(pairs, gamma=0.5), pairs, label_probabilities=p)
+    tensor([0.6931, 0.3269])
+    """
+    chosen, rejected = _chosen_rejected("pairs", pairs)
+    for name, values in (("label_probabilities", label_probabilities), ("margins", margins)):
+        if values is not None and values.shape != chosen.shape:
+            raise ValueError(f"`{name}` must have shape {tuple(chosen.shape)}, but has {tuple(values.shape)}.")
+    pairs = torch.stack([chosen if margins is None else chosen - margins, rejected], dim=1)
+    if label_probabilities is None:
+        return loss(pairs)
+    return label_probabilities * loss(pairs) + (1 - label_probabilities) * loss(pairs.flip(1))
 
 
 def _chosen_rejected(name: str, values: Tensor) -> tuple[Tensor, Tensor]:

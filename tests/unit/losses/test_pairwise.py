@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from prefopt_trl.losses import hinge, hinge_norm, sigmoid_norm, slic, unlikelihood
+from prefopt_trl.losses import hinge, hinge_norm, sigmoid_norm, slic, unlikelihood, with_labels
 
 # (the loss on a tensor, the same on two Python floats as the paper prints it, its tensor argument's name)
 LOSSES = {
@@ -168,3 +168,54 @@ def test_slic_target_logps():
         slic(logps, delta=1.0, target_logps=torch.zeros(3, 3), regularization_weight=0.5)
     with pytest.raises(TypeError, match="`target_logps` must be floating point"):
         slic(logps, delta=1.0, target_logps=torch.zeros(3, dtype=torch.int64), regularization_weight=0.5)
+
+
+LABELS = {
+    "soft": {"label_probabilities": torch.linspace(0, 1, 16, dtype=torch.float64)},
+    "margin": {"margins": torch.linspace(-2, 3, 16, dtype=torch.float64)},
+}
+LABELS["both"] = LABELS["soft"] | LABELS["margin"]
+
+
+@all_losses
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_labels_match_the_equation_and_have_its_gradient(loss, naive, argument, labels):
+    pairs = random_pairs(16).requires_grad_()
+    expected = []
+    for row, (chosen, rejected) in enumerate(pairs.tolist()):
+        p = labels["label_probabilities"][row].item() if "label_probabilities" in labels else 1.0
+        chosen -= labels["margins"][row].item() if "margins" in labels else 0.0
+        expected.append(p * naive(chosen, rejected) + (1 - p) * naive(rejected, chosen))
+    values = with_labels(loss, pairs, **labels)
+    torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda pairs: with_labels(loss, pairs, **labels), (pairs,))
+
+
+@all_losses
+def test_limits_of_labels(loss, naive, argument):
+    pairs, ones = random_pairs(16), torch.ones(16, dtype=torch.float64)
+    assert torch.equal(with_labels(loss, pairs, ones, 0 * ones), loss(pairs))
+    assert torch.equal(with_labels(loss, pairs, 0 * ones), loss(pairs.flip(1)))
+    torch.testing.assert_close(with_labels(loss, pairs, ones / 2), with_labels(loss, pairs.flip(1), ones / 2))
+
+
+@pytest.mark.parametrize(("p", "margin"), [(0.5, 0.0), (0.9, 0.0), (0.75, 2.0)])
+def test_a_soft_sigmoid_is_smallest_at_the_log_odds(p, margin):
+    pairs = torch.tensor([[math.log(p / (1 - p)) / 0.3 + margin, 0.0]], dtype=torch.float64, requires_grad=True)
+    labels = (torch.tensor([value], dtype=torch.float64) for value in (p, margin))
+    value = with_labels(lambda pairs: sigmoid_norm(pairs, gamma=0.3), pairs, *labels)
+    value.sum().backward()
+    assert value.item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), abs=1e-12)
+    assert pairs.grad.abs().max() < 1e-15
+
+
+def test_the_margin_of_slic_adds_to_delta():
+    logps, margins = random_pairs(16), torch.full((16,), 1.5, dtype=torch.float64)
+    values = with_labels(lambda pairs: slic(pairs, delta=2.0), logps, margins=margins)
+    torch.testing.assert_close(values, slic(logps, delta=3.5))
+
+
+@pytest.mark.parametrize("name", ["label_probabilities", "margins"])
+def test_labels_of_another_shape_are_refused(name):
+    with pytest.raises(ValueError, match=rf"`{name}` must have shape \(3,\), but has \(3, 1\)"):
+        with_labels(unlikelihood, torch.zeros(3, 2), **{name: torch.ones(3, 1)})
