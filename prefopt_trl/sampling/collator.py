@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, field
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,7 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
         eos_token_ids(self.policy, self.tokenizer)  # raises if there is none
         make = DataCollatorForRanking if self.pairing == RANKING else DataCollatorForPreference
         pad_token_id = self.tokenizer.pad_token_id
-        self._collate = make(
+        self.data_collator = make(
             pad_token_id=self.tokenizer.eos_token_id if pad_token_id is None else pad_token_id,
             max_length=self.max_length,
             truncation_mode=self.truncation_mode,
@@ -119,7 +120,7 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
 
     def torch_call(self, examples: list[Row]) -> dict[str, torch.Tensor]:
         if "prompt_ids" in examples[0]:
-            return self._collate(examples)
+            return self.data_collator(examples)
         if get_worker_info() is not None:
             raise RuntimeError(
                 "`DataCollatorForRejectionSampling` generates inside the training process, not in a worker of the "
@@ -137,7 +138,7 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
         drawn = json.dumps([self.seed, self.epoch, rows, prompts]).encode()
         seed = int.from_bytes(hashlib.sha256(drawn).digest()[:4], "little")
         with gathered(self.policy, self.ranker.model):
-            return self._collate(self._prefer(examples, prompts, seed))
+            return self.data_collator(self._prefer(examples, prompts, seed))
 
     def _prefer(self, examples: list[Row], prompts: list[Prompt], seed: int) -> list[Row]:
         with self.while_sampling():
@@ -164,18 +165,21 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
         # constant
         members = [np.resize(row if len(row) else [0], max(2, len(row))) for row in kept]
 
+        known = list(map(np.nan_to_num, rewards))
         if self.pairing == RANKING:
-            known = map(np.nan_to_num, rewards)
             ranked = [rank(*scored) for scored in zip(completions, known, members, strict=True)]
             return [self._tokenize(example, **ranking) for example, ranking in zip(examples, ranked, strict=True)]
         labeled = label_pairs(self.ranker, prompts, completions, columns, members, self.pairing, streams)
         n = self.num_samples
         num_pairs = {"first-round": n // 2, "tournament": n - 1, "all": n * (n - 1) // 2}[self.pairing]
         return [
-            self._tokenize(example, [row[chosen], row[rejected]])
-            for example, row, pairs in zip(examples, completions, labeled, strict=True)
+            {
+                **self._tokenize(example, [row[chosen], row[rejected]]),
+                **{"chosen_reward": scores[chosen], "rejected_reward": scores[rejected], "label_probability": label},
+            }
+            for example, row, scores, pairs in zip(examples, completions, known, labeled, strict=True)
             # Repeated where there are few: TRL gathers a value of each pair, as many from every process
-            for chosen, rejected in np.resize(decided(pairs), (num_pairs, 2))
+            for chosen, rejected, label in islice(cycle(decided(pairs)), num_pairs)
         ]
 
     def _count_short(self, kept: list[np.ndarray]) -> None:
@@ -201,10 +205,10 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
         return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "rewards": rewards}
 
 
-def decided(pairs: Pairs) -> np.ndarray:
-    """Return the pairs on which the ranker has an opinion, shape `(n, 2)`, or else one of a completion and itself."""
-    both = np.stack([pairs.chosen, pairs.rejected], axis=1)[np.isfinite(pairs.probability)]
-    return both if len(both) else np.full((1, 2), pairs.chosen[0])
+def decided(pairs: Pairs) -> list[tuple[int, int, float]]:
+    """Return the pairs on which the ranker has an opinion, or else one of a completion and itself."""
+    known = [pair for pair in zip(*pairs, strict=True) if np.isfinite(pair[2])]
+    return known or [(pairs.chosen[0], pairs.chosen[0], 0.5)]
 
 
 def sample_for(

@@ -59,6 +59,7 @@ from prefopt_trl.trainers.prepare import (
     Datasets,
     TrainingData,
     are_prompts,
+    check_pairs,
     check_prompts,
     check_text,
     splits,
@@ -358,14 +359,7 @@ class PreferenceTrainer(Published, DPOTrainer):
                 truncation_mode=args.truncation_mode,
                 num_proc=args.dataset_num_proc,
             )
-        missing = [column for column in ("chosen", "rejected") if column not in columns]
-        if missing:
-            raise ValueError(
-                f"The {dataset_name} dataset has no column {' and no column '.join(map(repr, missing))}; it has "
-                f"{columns}. Pairs have `prompt`, `chosen` and `rejected`: rename yours with "
-                "`dataset.rename_column(old, new)`. Prompts to sample from need a `ranker`, and are passed to the "
-                "trainer's constructor."
-            )
+        check_pairs(dataset, dataset_name, columns, self.args.label_columns)
         dataset = normalize_pairs(dataset, f"the {dataset_name} dataset")
         if isinstance(processing_class, PreTrainedTokenizerBase) and num_appended_tokens(processing_class):
             processing_class = WithoutAppendedTokens(processing_class)
@@ -378,7 +372,7 @@ class PreferenceTrainer(Published, DPOTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns  # set by the call above
-        own = ["completion_ids", "rewards", "row", "target_prompt_ids", "target_ids"]
+        own = ["completion_ids", "rewards", "row", "target_prompt_ids", "target_ids", *self.args.label_columns]
         own += self.train_dataset.column_names if self.args.sampling == "online" else []  # type: ignore[union-attr]
         columns += [column for column in own if column not in columns]
 

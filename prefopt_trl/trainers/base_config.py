@@ -6,7 +6,7 @@ from typing import Any
 
 from trl import DPOConfig
 
-from prefopt_trl.generation.options import is_one_of
+from prefopt_trl.generation.options import is_number, is_one_of
 from prefopt_trl.sampling.options import NUM_SAMPLES, PAIRING, PAIRINGS, RANKING, STRATEGY, SamplingOptions
 from prefopt_trl.trainers.callbacks import TABLE_TRACKERS
 
@@ -68,6 +68,15 @@ class PreferenceConfig(SamplingOptions, DPOConfig):
         },
     )
 
+    soft_labels: bool = field(
+        default=False,
+        metadata={"help": "Train on the ranker's probability of a pair's label (`label_probability`), not the label."},
+    )
+    margin_weight: float = field(
+        default=0.0,
+        metadata={"help": "Alpha of ODPO: demand this times `chosen_reward` - `rejected_reward` more of a pair."},
+    )
+
     def __post_init__(self) -> None:
         is_one_of(self, "sampling", ["offline", "online"])
         is_one_of(self, "sampling_policy", ["current", "reference"])
@@ -81,6 +90,9 @@ class PreferenceConfig(SamplingOptions, DPOConfig):
                 "`precompute_ref_log_probs` needs the pairs before training, and `sampling='online'` samples them "
                 "later. Set one of them."
             )
+        is_number(self, "margin_weight", "It is ODPO's alpha.")
+        if self.soft_labels and self.margin_weight:
+            raise ValueError("`soft_labels` and `margin_weight` would count the rewards twice. Set one of them.")
         SamplingOptions.__post_init__(self)
         is_one_of(self, "pairing", self._pairings)
         DPOConfig.__post_init__(self)
@@ -111,6 +123,13 @@ class PreferenceConfig(SamplingOptions, DPOConfig):
         """Whether the log-probabilities of what is sampled are written down."""
         return False
 
+    @property
+    def label_columns(self) -> list[str]:
+        """Columns of pairs that the loss reads."""
+        if self.soft_labels:
+            return ["label_probability"]
+        return ["chosen_reward", "rejected_reward"] if self.margin_weight else []
+
 
 @dataclass
 class RankingConfig(PreferenceConfig):
@@ -125,7 +144,7 @@ class RankingConfig(PreferenceConfig):
 
     def __post_init__(self) -> None:
         names = TRL_LOSS_ARGUMENTS if self._has_losses else [*TRL_LOSS_ARGUMENTS, "loss_type"]
-        refuse(self, names, "it is for TRL's losses on pairs")
+        refuse(self, [*names, "soft_labels", "margin_weight"], "it is for losses on pairs")
         super().__post_init__()
 
 

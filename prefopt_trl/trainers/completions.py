@@ -1,10 +1,13 @@
 """Trainers with a loss over all completions of a prompt: one row per prompt, one column per completion."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DataCollator
 from transformers.utils import ModelOutput
 
 from prefopt_trl.shared_prefix.packing import IGNORE_INDEX, pair_groups
@@ -28,6 +31,8 @@ class ScoredCompletions:
             As `logps`, under the reference model, without gradient.
         target_logps (`torch.Tensor` of shape `(batch_size,)`, *optional*):
             As `logps`, for an additional completion of each prompt that is not compared with the others.
+        labels (`dict`):
+            Arguments of [`losses.with_labels`] that the configuration asks for.
     """
 
     logps: Tensor
@@ -36,6 +41,7 @@ class ScoredCompletions:
     rewards: Tensor
     ref_logps: Tensor | None = None
     target_logps: Tensor | None = None
+    labels: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def mean_logps(self) -> Tensor:
@@ -126,6 +132,14 @@ class CompletionTrainer(PreferenceTrainer):
         """Return what the method takes as the policy's reward of each completion, shape `(batch_size, n)`."""
         raise NotImplementedError
 
+    def _set_up(self, *arguments: Any) -> None:
+        if self.args.label_columns:
+            owner: Any = self.data_collator if self.args.sampling == "online" else self
+            owner.data_collator = partial(collate_with_labels, owner.data_collator, self.args.margin_weight)
+
+    def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return super().compute_ref_log_probs(model, {name: inputs[name] for name in inputs.keys() - LABELS})
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -133,6 +147,8 @@ class CompletionTrainer(PreferenceTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, ModelOutput]:
+        if not self.has_own_loss:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         completion_mask = inputs["completion_mask"]
         group_ids = inputs.get("group_ids")
         if group_ids is None:  # TRL's pairs: chosen rows, then rejected rows
@@ -159,8 +175,9 @@ class CompletionTrainer(PreferenceTrainer):
             num_tokens=by_prompt(asked[~is_target].sum(dim=1), groups),
             mask=by_prompt(torch.ones_like(groups, dtype=torch.bool), groups),
             rewards=by_prompt(rewards, groups),
-            ref_logps=by_prompt(self._ref_logps(model_inputs | asking, asked), groups) if self.has_reference else None,
+            ref_logps=by_prompt(self._ref_logps(inputs, asking, asked), groups) if self.has_reference else None,
             target_logps=logps[is_target] if "is_target" in inputs else None,
+            labels={name: inputs[name] for name in LABELS & inputs.keys()},
         )
         losses, parts = self.loss_per_prompt(completions)
         loss = losses.mean()
@@ -179,17 +196,30 @@ class CompletionTrainer(PreferenceTrainer):
         with torch.no_grad():  # `label_statistics` builds no logits
             return loss, model(**model_inputs)
 
-    def _ref_logps(self, inputs: dict[str, object], asked: Tensor) -> Tensor:
+    def _ref_logps(self, inputs: dict[str, Tensor], asking: dict[str, object], asked: Tensor) -> Tensor:
         """Return the log-probability of each row under the reference model, in nats, summed over tokens."""
+        if self.args.precompute_ref_log_probs:
+            return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         model = self.model if self.ref_model is None else self.ref_model
-        inputs = {name: value for name, value in inputs.items() if name != "output_router_logits"}
+        rows = {name: value for name, value in inputs.items() if name not in OWN_INPUTS}
         with warnings.catch_warnings(), torch.no_grad(), self._as_reference(), self.accelerator.autocast():
             warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # of reentrant checkpointing
-            return _of_tokens(model(**inputs).log_probs, asked).sum(dim=1)
+            return _of_tokens(model(**rows, **asking, use_cache=False).log_probs, asked).sum(dim=1)
 
 
 # What a batch has beside the model's own inputs
-OWN_INPUTS = {"completion_mask", "group_ids", "is_target", "rewards"}
+LABELS = {"label_probabilities", "margins"}
+REF_LOGPS = {"ref_chosen_logps", "ref_rejected_logps"}
+OWN_INPUTS = {"completion_mask", "group_ids", "is_target", "rewards"} | REF_LOGPS | LABELS
+
+
+def collate_with_labels(collate: DataCollator, margin_weight: float, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Collate pairs with their `margins` if these have a weight, or else with their `label_probabilities`."""
+    if margin_weight:
+        gaps = torch.tensor([float(example["chosen_reward"] - example["rejected_reward"]) for example in examples])
+        return {**collate(examples), "margins": margin_weight * gaps}
+    probabilities = torch.tensor([float(example["label_probability"]) for example in examples])
+    return {**collate(examples), "label_probabilities": probabilities}
 
 
 def _of_tokens(per_token: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:

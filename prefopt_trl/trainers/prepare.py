@@ -238,6 +238,24 @@ def check_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_leng
     return number_rows(dataset)  # gives repeated prompts different samples
 
 
+def check_pairs(dataset: Data, name: str, columns: list[str], label_columns: list[str]) -> None:
+    """Require columns of pairs, and in those of the labels finite numbers and probabilities, naming the first row."""
+    if missing := [column for column in ("chosen", "rejected", *label_columns) if column not in columns]:
+        raise ValueError(
+            f"The {name} dataset has no column {' and no column '.join(map(repr, missing))}; it has {columns}. Pairs "
+            "have `prompt`, `chosen`, `rejected` and what `soft_labels` or `margin_weight` reads: rename yours with "
+            "`dataset.rename_column(old, new)`. Prompts need a `ranker`, and are passed to the trainer's constructor."
+        )
+    for column in label_columns if isinstance(dataset, Dataset) else []:
+        values = np.array(list(dataset[column]), dtype=float)  # None is NaN
+        wrong = ~np.isfinite(values) | (column == "label_probability") & (np.abs(values - 0.5) > 0.5)
+        if wrong.any():
+            raise ValueError(
+                f"`{column}` of row {wrong.argmax()} of the {name} dataset is {values[wrong.argmax()]}. Give a finite "
+                "number, and as `label_probability` one in [0, 1], or leave the row out."
+            )
+
+
 def with_sampled_logps(dataset: Dataset, name: str, max_length: int | None) -> Dataset:
     """Require the log-probabilities of the reference model that were saved when the pairs were sampled.
 

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, field
 
 from prefopt_trl.generation.options import is_one_of
-from prefopt_trl.trainers.base_config import PreferenceConfig
+from prefopt_trl.trainers.base_config import TRL_LOSS_ARGUMENTS, PreferenceConfig, refuse
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,12 @@ class RSOConfig(PreferenceConfig):
     def __post_init__(self) -> None:
         is_one_of(self, "reference_logps", ["computed", "sampled"])
         if self.reference_logps == "sampled":
-            self._use_sampled_logps()
+            if self.sampling == "online" or self.truncation_mode != "keep_start":
+                raise ValueError(
+                    "`reference_logps='sampled'` needs pairs sampled before training, and cut at their end. Leave "
+                    "`sampling` at 'offline' and `truncation_mode` at 'keep_start'."
+                )
+            self.precompute_ref_log_probs = True  # to TRL they are precomputed
         if self.gamma is not None and self.beta is not None and self.gamma != self.beta:
             raise ValueError(
                 f"`gamma`={self.gamma} and `beta`={self.beta} are two names of the same temperature of the loss. Set "
@@ -83,6 +88,12 @@ class RSOConfig(PreferenceConfig):
             )
         loss_types = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
         self.loss_type = [LOSS_NAMES.get(loss_type, loss_type) for loss_type in loss_types]
+        if self.label_columns:
+            refuse(self, TRL_LOSS_ARGUMENTS, "with `soft_labels` or `margin_weight` the loss is not TRL's")
+            if self.loss_type not in (["sigmoid"], ["hinge"]):
+                raise ValueError(
+                    f"`soft_labels` and `margin_weight` need 'sigmoid-norm' or 'hinge-norm', not {self.loss_type}."
+                )
         super().__post_init__()
         if given is None and self.process_index == 0:
             logger.warning(
@@ -94,14 +105,6 @@ class RSOConfig(PreferenceConfig):
                 "`loss_type='sigmoid_norm'` is TRL's length-normalized loss. RSO's sigmoid-norm (eq. 10) is "
                 "'sigmoid-norm', TRL's 'sigmoid'."
             )
-
-    def _use_sampled_logps(self) -> None:
-        if self.sampling == "online" or self.truncation_mode != "keep_start":
-            raise ValueError(
-                "`reference_logps='sampled'` needs pairs sampled before training, and cut at their end. Leave "
-                "`sampling` at 'offline' and `truncation_mode` at 'keep_start'."
-            )
-        self.precompute_ref_log_probs = True  # to TRL they are precomputed
 
     @property
     def keep_logps(self) -> bool:

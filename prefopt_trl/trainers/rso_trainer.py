@@ -2,16 +2,20 @@
 
 import textwrap
 
-from prefopt_trl.trainers.base import PreferenceTrainer
+import torch
+
+from prefopt_trl import losses
+from prefopt_trl.trainers.completions import CompletionTrainer, ScoredCompletions
 from prefopt_trl.trainers.rso_config import RSOConfig
 
 
-class RSOTrainer(PreferenceTrainer):
+class RSOTrainer(CompletionTrainer):
     """Minimize RSO eq. 10 (`"sigmoid-norm"`) or eq. 12 (`"hinge-norm"`) on pairs, given or sampled from prompts.
 
     A drop-in for [`~trl.DPOTrainer`]: on pairs it gives the same losses and metrics, faster, because a prompt is
     computed once for both completions. The two losses *are* TRL's `"sigmoid"` and `"hinge"`, run by TRL's code with
-    `beta = gamma`. One default differs: `gamma` is 0.05, as in the paper, and `DPOConfig`'s `beta` is 0.1.
+    `beta = gamma`. One default differs: `gamma` is 0.05, as in the paper, and `DPOConfig`'s `beta` is 0.1. With
+    `soft_labels` or `margin_weight`, which TRL does not have, the loss is [`losses.with_labels`] of the same two.
 
     On prompts with a `ranker` it first builds the pairs of RSO section 5 with the initial policy: 64 candidates per
     prompt, 8 kept by statistical rejection sampling, 4 random pairs of them labeled by the ranker. They are saved in
@@ -65,3 +69,15 @@ class RSOTrainer(PreferenceTrainer):
                 url       = {https://arxiv.org/abs/2309.06657},
             }"""),
     }
+
+    @property
+    def has_own_loss(self) -> bool:  # type: ignore[override]
+        return bool(self.args.label_columns)
+
+    def loss_per_prompt(self, completions: ScoredCompletions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = losses.sigmoid_norm if self.args.loss_type == ["sigmoid"] else losses.hinge_norm
+        scores = self.scores(completions)
+        return losses.with_labels(lambda pairs: loss(pairs, gamma=1.0), scores, **completions.labels), {}
+
+    def scores(self, completions: ScoredCompletions) -> torch.Tensor:
+        return self.args.gamma * completions.logratios

@@ -101,6 +101,8 @@ class SLiCConfig(PreferenceConfig):
                 "`regularization_weight` has no effect with `loss_type='unlikelihood'`, which raises the chosen "
                 "completion already. Leave it out, or lower `unlikelihood_weight`."
             )
+        if unlikelihood and self.label_columns:
+            raise ValueError("`soft_labels` and `margin_weight` need `loss_type='slic'`. Set it, or leave them out.")
         if not unlikelihood and self.unlikelihood_weight != 1.0:
             raise ValueError("`unlikelihood_weight` needs `loss_type='unlikelihood'`. Set both, or leave it out.")
         if self.target_column is not None and not self.regularization_weight:

@@ -1,6 +1,7 @@
 """Sequence Likelihood Calibration (SLiC): a margin between chosen and rejected, without a reference model."""
 
 import textwrap
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,8 +68,10 @@ class SLiCTrainer(CompletionTrainer):
         if self.args.loss_type == ["unlikelihood"]:
             return losses.unlikelihood(pairs, alpha=self.args.unlikelihood_weight), {}
         target_logps = pairs[:, 0] if completions.target_logps is None else completions.target_logps
-        loss = losses.slic(pairs, self.args.delta, target_logps, self.args.regularization_weight)
-        calibration = losses.slic(pairs, self.args.delta)
+        slic, weight = partial(losses.slic, delta=self.args.delta), self.args.regularization_weight
+        calibration = losses.with_labels(slic, pairs, **completions.labels)
+        regularized = partial(slic, target_logps=target_logps, regularization_weight=weight)
+        loss = losses.with_labels(regularized, pairs, **completions.labels)
         return loss, {"calibration": calibration, "regularization": loss - calibration}
 
     def scores(self, completions: ScoredCompletions) -> torch.Tensor:

@@ -49,6 +49,7 @@ def cells(engine: str) -> list[Cell]:
         *(Cell("RSO", "tied", data) for data in ("given", "offline", "online")),
         # Without a reference model, which full fine-tunes have otherwise
         Cell("RSO", options={"precompute_ref_log_probs": True}),
+        Cell("RSO", options={"soft_labels": True}),
         Cell("RSO", data="offline", options={"reference_logps": "sampled"}),
         *(Cell(trainer, weights, "offline") for trainer in ("RSO", "PRO") for weights in ("full", "lora")),
         *(Cell(trainer, weights, "online") for trainer in ("RSO", "ListwiseDPO") for weights in ("full", "lora")),

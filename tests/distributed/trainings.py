@@ -169,6 +169,7 @@ def examples(cell: Cell) -> Dataset:
     completions = [[" " + WORDS[(3 * row + place) % 8] for place in range(3)] for row in range(len(PROMPTS))]
     if cell.trainer in ("RSO", "SLiC"):
         pairs = {"chosen": [row[0] for row in completions], "rejected": [row[1] for row in completions]}
-        return Dataset.from_dict({"prompt": PROMPTS, **pairs})
+        labels = [0.5 + row / 16 for row in range(len(PROMPTS))]
+        return Dataset.from_dict({"prompt": PROMPTS, **pairs, "label_probability": labels})
     rewards = {} if cell.data == "scored" else {"rewards": [[2.0, 0.5, -1.0]] * len(PROMPTS)}
     return Dataset.from_dict({"prompt": PROMPTS, "completions": completions, **rewards})
