@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers
     from prefopt_trl.evaluation.ranker_quality import RankerQuality as RankerQuality
     from prefopt_trl.evaluation.ranker_quality import evaluate_ranker as evaluate_ranker
     from prefopt_trl.evaluation.win_rate import WinRateCallback as WinRateCallback
+    from prefopt_trl.generation.generators import Generator as Generator
+    from prefopt_trl.generation.generators import SharedPrefixGenerator as SharedPrefixGenerator
     from prefopt_trl.generation.options import GenerationOptions as GenerationOptions
     from prefopt_trl.generation.sampler import sample_completions as sample_completions
     from prefopt_trl.rankers.calibration import Calibration as Calibration
@@ -61,6 +63,7 @@ _HOME = {
     "EnsembleRanker": "rankers.ensemble",
     "FunctionRanker": "rankers.function",
     "GenerationOptions": "generation.options",
+    "Generator": "generation.generators",
     "JudgeRanker": "rankers.judge",
     "PairwiseRanker": "rankers.pairwise",
     "PolicyEvaluation": "evaluation.comparison",
@@ -71,6 +74,7 @@ _HOME = {
     "Rounds": "rounds.rounds",
     "RoundsOptions": "rounds.options",
     "SamplingOptions": "sampling.options",
+    "SharedPrefixGenerator": "generation.generators",
     "WinRateCallback": "evaluation.win_rate",
     "all_pairs": "sampling.pairing",
     "build_preference_dataset": "sampling.pipeline",

@@ -15,12 +15,11 @@ from prefopt_trl.data.formats import Prompt, check_columns, check_prompts
 from prefopt_trl.data.jsonl import check_candidates, read_jsonl
 from prefopt_trl.data.tokenization import (
     chat_options,
-    check_positions,
     check_prompts_fit,
     check_vocabulary,
     tokenize_prompts,
 )
-from prefopt_trl.generation.sampler import check_generation_kwargs, sizes_of_batch
+from prefopt_trl.generation.generators import Generator, SharedPrefixGenerator
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.runtime.processes import gathered, interruptible, process_state
 from prefopt_trl.runtime.settings import Settings, write_json, write_text, writing
@@ -55,6 +54,7 @@ def build_preference_dataset(
     keep_logps: bool = False,
     generation_kwargs: dict[str, object] | None = None,
     job: tuple[int, int] = (1, 1),
+    generator: Generator | None = None,
     **changes: object,
 ) -> Dataset:
     """Build a dataset of preference pairs from prompts, a policy to sample from, and a ranker.
@@ -105,6 +105,9 @@ def build_preference_dataset(
         job (`tuple[int, int]`, *optional*):
             `(i, n)` makes the shards of job i of n alone, from 1, for clusters without a common start: run all n, at
             any time, and then the call without `job`, which assembles the dataset and makes what is missing.
+        generator ([`Generator`], *optional*):
+            What samples candidates, in place of `policy`, such as [`OpenAIGenerator`]. By default
+            [`SharedPrefixGenerator`] with `policy`, `tokenizer` and `generation_kwargs`.
         **changes:
             Fields of `options` to change, by name.
 
@@ -136,13 +139,19 @@ def build_preference_dataset(
     dataset = _as_dataset(prompts)
     check_ranker(ranker)
     ranker.check_columns(set(dataset.column_names) - OWN_COLUMNS)
-    check_generation_kwargs(generation_kwargs)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"`seed` must be a whole number, at least 0, got {seed!r}.")
     if not 1 <= job[0] <= job[1]:
         raise ValueError(f"`job` is {job[0]} of {job[1]}. The first number is from 1 to the second.")
     if keep_logps and options.pairing == RANKING:
         raise ValueError("`keep_logps` is for pairs only, and pairing='ranking' makes rankings. Leave it out.")
+    if generator is not None:
+        if policy is not None or generation_kwargs or (generator.tokenizer is not None and tokenizer is not None):
+            raise ValueError(
+                "`generator` takes the place of `policy` and `generation_kwargs`, and of `tokenizer` if it has one. "
+                "Leave these out."
+            )
+        policy, tokenizer = generator.model, tokenizer if generator.tokenizer is None else generator.tokenizer
     if isinstance(tokenizer, str):
         raise TypeError(f"`tokenizer` is {tokenizer!r}. Load it, with `AutoTokenizer.from_pretrained`.")
     if "completions" in dataset.column_names:
@@ -157,19 +166,26 @@ def build_preference_dataset(
             f"`policy` is the path {policy!r}. Load the model, with `AutoModelForCausalLM.from_pretrained`, and its "
             "tokenizer."
         )
-    elif policy is None or tokenizer is None:
+    elif generator is None and (policy is None or tokenizer is None):
         raise ValueError(
             "`policy` and `tokenizer` are needed to sample candidates. Give them, or a column `completions` in "
             f"`prompts`; it has {', '.join(dataset.column_names)}."
         )
-    elif keep_logps and policy.config.is_encoder_decoder:
+    elif keep_logps and policy is None:
+        raise ValueError(
+            "`keep_logps` needs the log-probabilities of the policy's tokens, which a generator without a `model` "
+            "does not give. Leave it out."
+        )
+    elif keep_logps and policy is not None and policy.config.is_encoder_decoder:
         raise ValueError("`keep_logps` is for training, which takes no encoder-decoder. Leave it out.")
-    else:
+    elif policy is not None and tokenizer is not None:
         check_vocabulary(tokenizer, policy)
+    if generator is None and policy is not None and tokenizer is not None:
+        generator = SharedPrefixGenerator(policy, tokenizer, generation_kwargs or {})
 
     store, process = SampleStore(output_dir), process_state()
-    how = (options, generation_kwargs or {}, seed, keep_logps, max_length)
-    shards = Shards(store, dataset, policy, tokenizer, ranker, *how)
+    how = (options, seed, keep_logps, max_length)
+    shards = Shards(store, dataset, generator, policy, tokenizer, ranker, *how)
     run = [None if shards.are_given and not keep_logps else policy, ranker.model]
     models = [model for model in run if model is not None]
     with gathered(*models):
@@ -245,14 +261,14 @@ def prompts_at_once(shards: Shards) -> int:
     prompts = shards.prompts
     if shards.are_given:
         return GIVEN_COMPLETIONS * len(prompts) // max(1, sum(map(len, prompts["completions"])))
-    (policy, tokenizer), options = shards.sampler, shards.options
-    prompt_ids = tokenize_prompts(tokenizer, list(prompts["prompt"]), list(map(chat_options, prompts)))
-    check_prompts_fit(prompt_ids, shards.max_length)
-    check_positions(policy, prompt_ids, options.max_new_tokens)
-    longest = max(map(len, prompt_ids))
-    at_once, _ = sizes_of_batch(policy, options.num_candidates, longest, options, shards.share_prompts)
+    assert shards.generator is not None
+    options, policy, prompt_ids = shards.options, shards.generator.model, None
+    if shards.tokenizer is not None:
+        prompt_ids = tokenize_prompts(shards.tokenizer, list(prompts["prompt"]), list(map(chat_options, prompts)))
+        check_prompts_fit(prompt_ids, shards.max_length)
+    at_once = shards.generator.prompts_at_once(prompt_ids, options.num_candidates, options)
     at_once = min(at_once, SHARD_COMPLETIONS // options.num_candidates)
-    if policy.device.type == "cpu":
+    if policy is not None and policy.device.type == "cpu":
         flops = 2 * sum(map(torch.numel, policy.parameters())) * options.num_candidates * options.max_new_tokens
         at_once = min(at_once, int(SHARD_FLOPS // flops))
     return at_once

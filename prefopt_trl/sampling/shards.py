@@ -8,13 +8,12 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Row, wrap_completion
-from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training, tokenize_prompts
-from prefopt_trl.generation.sampler import eos_token_ids, sample_candidates
+from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training
+from prefopt_trl.generation.generators import Generator
 from prefopt_trl.rankers.base import Ranker, ask_rewards
 from prefopt_trl.runtime.settings import (
     Settings,
     dataset_fingerprint,
-    model_fingerprint,
     template_date,
     tokenizer_fingerprint,
 )
@@ -29,7 +28,6 @@ from prefopt_trl.sampling.selection import (
     user_columns,
 )
 from prefopt_trl.sampling.store import SampleStore
-from prefopt_trl.shared_prefix.support import reason_not_to_share_prefix
 
 SELECTING = ("strategy", "num_samples", "pairing", "rejection_beta")  # options that given candidates depend on, too
 
@@ -40,11 +38,11 @@ class Shards:
 
     store: SampleStore  # where shards are written, and found again after a restart
     prompts: Dataset  # with a column `completions`, candidates are given and nothing is sampled
-    policy: PreTrainedModel | None
+    generator: Generator | None  # of candidates that are not given
+    policy: PreTrainedModel | None  # for log-probabilities
     tokenizer: PreTrainedTokenizerBase | None  # of the policy; its chat template decides which candidates are distinct
     ranker: Ranker
     options: SamplingOptions
-    generation_kwargs: dict[str, object]
     seed: int  # of all shards
     keep_logps: bool  # whether candidates have `logps`, which pairs keep
     max_length: int | None  # of prompt and completion in tokens, for these log-probabilities
@@ -58,17 +56,6 @@ class Shards:
     def has_rewards(self) -> bool:
         """Whether candidates are given with rewards, so that they are not scored again."""
         return self.are_given and "rewards" in self.prompts.column_names
-
-    @property
-    def sampler(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Policy and tokenizer, which sampling needs."""
-        assert self.policy is not None and self.tokenizer is not None
-        return self.policy, self.tokenizer
-
-    @property
-    def share_prompts(self) -> bool:
-        """Whether the policy computes a prompt once for all its completions."""
-        return self.options.share_prefix and reason_not_to_share_prefix(self.sampler[0], 2) is None
 
     def settings(self) -> Settings:
         """Return all settings that the dataset depends on, for its manifest."""
@@ -84,17 +71,10 @@ class Shards:
         if self.keep_logps:
             settings["max_length"] = self.max_length
         if not self.are_given:
-            policy, tokenizer = self.sampler
-            settings |= {
-                **vars(self.options),
-                **self.generation_kwargs,
-                # The result of the probe, which must be the same in every process and after a restart
-                "prompts_are_shared": self.share_prompts,
-                "eos_token_ids": eos_token_ids(policy, tokenizer),
-                "policy": model_fingerprint(policy),
-            }
-            if not isinstance(self.prompts.features["prompt"], Value):
-                settings |= template_date(tokenizer)
+            assert self.generator is not None
+            settings |= {**vars(self.options), **self.generator.settings(self.options)}
+            if self.tokenizer is not None and not isinstance(self.prompts.features["prompt"], Value):
+                settings |= template_date(self.tokenizer)
         return settings
 
     def make(self, shard: int) -> None:
@@ -114,26 +94,34 @@ class Shards:
 
     def _sample(self, shard: int) -> list[Row]:
         """Sample rows with `completions`, `finished` (see [`Candidates`]) and, with `keep_logps`, `logps`."""
-        policy, tokenizer = self.sampler
-        rows = self._given(shard)
-        prompts, chat = [row["prompt"] for row in rows], list(map(chat_options, rows))
-        sampled = sample_candidates(
-            policy,
-            tokenizer,
-            tokenize_prompts(tokenizer, prompts, chat, for_encoder=policy.config.is_encoder_decoder),
-            self.options.num_candidates,
+        assert self.generator is not None
+        rows, number = self._given(shard), self.options.num_candidates
+        chat = list(map(chat_options, rows))
+        sampled = self.generator.generate(
+            [row["prompt"] for row in rows],
+            number,
             self.options,
             seed=shard_seed(self.seed, shard),
-            generation_kwargs=self.generation_kwargs,
+            chat=chat,
             keep_logps=self.keep_logps,
         )
+        for place, row_number in enumerate(self._rows(shard)):
+            found = len(sampled[place].texts) if place < len(sampled) else 0
+            if found != number:
+                raise ValueError(
+                    f"`generator` returned {found} completions of row {row_number} of `prompts`, and was asked for "
+                    f"{number}. Return as many of each prompt."
+                )
         made = []
         for row, how, candidates in zip(rows, chat, sampled, strict=True):
             prompt = row["prompt"]
             completions = [wrap_completion(prompt, text) for text in candidates.texts]
             made.append({**carried(row), "completions": completions, "finished": candidates.finished})
             if self.keep_logps:
-                made[-1]["logps"] = sampled_logps(tokenizer, prompt, completions, candidates, self.max_length, **how)
+                assert self.tokenizer is not None
+                made[-1]["logps"] = sampled_logps(
+                    self.tokenizer, prompt, completions, candidates, self.max_length, **how
+                )
         return made
 
     def _select(self, rows: list[Row], first_row: int) -> list[SelectedPrompt]:
@@ -168,18 +156,17 @@ class Shards:
             pairs = list(zip(one.chosen, one.rejected, strict=True))
             logps = [(candidates["logps"][chosen], candidates["logps"][rejected]) for chosen, rejected in pairs]
             unknown = [place for place, both in enumerate(logps) if None in both]
-            if unknown and (self.policy is None or self.tokenizer is None):
-                raise ValueError(
-                    f"Row {row} of `prompts` has a candidate without a log-probability in `logps`. Give `policy` and "
-                    "`tokenizer` to compute it, or leave `keep_logps` out."
-                )
             if unknown:
+                if self.policy is None or self.tokenizer is None:
+                    raise ValueError(
+                        f"Row {row} of `prompts` has a candidate without a log-probability in `logps`. Give `policy` "
+                        "and `tokenizer` to compute it, or leave `keep_logps` out."
+                    )
                 texts = candidates["completions"]
                 to_score = [(texts[pairs[place][0]], texts[pairs[place][1]]) for place in unknown]
                 prompts = [candidates["prompt"]] * len(unknown)
-                policy, tokenizer = self.sampler
                 chat = chat_options(candidates)
-                scored = pair_logps(policy, tokenizer, prompts, to_score, self.max_length, **chat)
+                scored = pair_logps(self.policy, self.tokenizer, prompts, to_score, self.max_length, **chat)
                 for place, (chosen, rejected) in zip(unknown, scored.tolist(), strict=True):
                     logps[place] = (chosen, rejected)
             made.append(replace(one, ref_logps=logps))

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from prefopt_trl import SamplingOptions
+from prefopt_trl.generation import generators
 from prefopt_trl.generation.sampler import sample_completions
 from prefopt_trl.rankers import FunctionRanker
 from prefopt_trl.rankers.base import PointwiseRanker, sigmoid
@@ -118,8 +119,8 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(prompt_ids))
         return sample_candidates(model, tokenizer, prompt_ids, *args, **options)
 
-    sample_candidates = shards.sample_candidates
-    monkeypatch.setattr(shards, "sample_candidates", count)
+    sample_candidates = generators.sample_candidates
+    monkeypatch.setattr(generators, "sample_candidates", count)
     return calls
 
 
@@ -372,9 +373,9 @@ def test_ctrl_c_says_what_is_saved(stopping: str, build, tmp_path: Path, monkeyp
             raise KeyboardInterrupt
         return call(*args, **options)
 
-    name = {"sampling": "sample_candidates", "ranking": "select_and_pair"}[stopping]
-    call = getattr(shards, name)
-    monkeypatch.setattr(shards, name, stop)
+    step = {"sampling": (generators, "sample_candidates"), "ranking": (shards, "select_and_pair")}[stopping]
+    call = getattr(*step)
+    monkeypatch.setattr(*step, stop)
     with pytest.raises(KeyboardInterrupt) as stopped:
         build(tmp_path / "pairs")
     folder = tmp_path / "pairs"
@@ -399,8 +400,9 @@ def test_a_shard_is_what_is_sampled_at_a_time(
     monkeypatch.setattr(pipeline, "SHARD_FLOPS", flops * 2 * policy.num_parameters())
     prompts, sampling = Dataset.from_dict({"prompt": PROMPTS}), {"num_samples": 2, "max_new_tokens": 6}
     options = SamplingOptions(num_candidates=num_candidates, generation_batch_size=batch_size, **sampling)
-    how = (options, {}, 0, False, None)
-    made = shards.Shards(store.SampleStore(tmp_path), prompts, policy, tokenizer, RANKER, *how)
+    generator = generators.SharedPrefixGenerator(policy, tokenizer)
+    how = (generator, policy, tokenizer, RANKER, options, 0, False, None)
+    made = shards.Shards(store.SampleStore(tmp_path), prompts, *how)
     assert pipeline.prompts_at_once(made) == expected
 
 

@@ -19,6 +19,7 @@ import pytest
 from datasets import Dataset, Features, List, Value, load_dataset, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prefopt_trl.generation import generators
 from prefopt_trl.rankers import FunctionRanker
 from prefopt_trl.sampling import pipeline, shards, store
 from prefopt_trl.sampling.pipeline import build_preference_dataset
@@ -66,7 +67,7 @@ def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "SHARD_COMPLETIONS", 12)
     monkeypatch.setattr(pipeline, "GIVEN_COMPLETIONS", 12)
     monkeypatch.setattr(store, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(shards, "sample_candidates", fake_candidates)
+    monkeypatch.setattr(generators, "sample_candidates", fake_candidates)
     monkeypatch.setattr(shards, "sampled_logps", lambda tokenizer, prompt, completions, *others: logps_of(completions))
     monkeypatch.setattr(pipeline, "plot_statistics", lambda *given: given[-1].write_bytes(b"drawn"))
 
@@ -295,7 +296,7 @@ def test_what_is_sampled_and_ranked_is_not_done_again(at: int, build, undisturbe
         sampled.append(seed)
         return fake_candidates(*args, seed=seed, **options)
 
-    monkeypatch.setattr(shards, "sample_candidates", count)
+    monkeypatch.setattr(generators, "sample_candidates", count)
     select = shards.select_and_pair
     with monkeypatch.context() as patch:
         patch.setattr(shards, "select_and_pair", failing(select, (at + 2) // 3, RuntimeError("the judge is out")))
@@ -330,7 +331,7 @@ def test_candidates_of_an_unfinished_folder_can_be_kept(build, tmp_path: Path, m
 
 def test_a_manifest_with_nothing_made_may_be_overwritten(build, undisturbed, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "sample_candidates", failing(fake_candidates, 1, RuntimeError("out of memory")))
+        patch.setattr(generators, "sample_candidates", failing(fake_candidates, 1, RuntimeError("out of memory")))
         with pytest.raises(RuntimeError, match="out of memory"):
             build(tmp_path / "stopped", rejection_beta=2.0)
     build(tmp_path / "stopped")
@@ -531,7 +532,7 @@ def test_what_another_run_has_finished_in_the_meantime_is_read(
     def after_another(own: store.SampleStore, shared: bool = False) -> Any:
         monkeypatch.setattr(store.SampleStore, "held", held)
         build(folder)
-        monkeypatch.setattr(shards, "sample_candidates", lambda *args, **options: sampled.append(args))
+        monkeypatch.setattr(generators, "sample_candidates", lambda *args, **options: sampled.append(args))
         return held(own)
 
     monkeypatch.setattr(store.SampleStore, "held", after_another)
