@@ -16,7 +16,9 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers
     from prefopt_trl.evaluation.ranker_quality import RankerQuality as RankerQuality
     from prefopt_trl.evaluation.ranker_quality import evaluate_ranker as evaluate_ranker
     from prefopt_trl.evaluation.win_rate import WinRateCallback as WinRateCallback
+    from prefopt_trl.generation.generators import ContinuousBatchingGenerator as ContinuousBatchingGenerator
     from prefopt_trl.generation.generators import Generator as Generator
+    from prefopt_trl.generation.generators import OpenAIGenerator as OpenAIGenerator
     from prefopt_trl.generation.generators import SharedPrefixGenerator as SharedPrefixGenerator
     from prefopt_trl.generation.options import GenerationOptions as GenerationOptions
     from prefopt_trl.generation.sampler import sample_completions as sample_completions
@@ -58,6 +60,7 @@ __version__ = "0.1.0"
 _HOME = {
     "BestOf": "evaluation.policy",
     "Calibration": "rankers.calibration",
+    "ContinuousBatchingGenerator": "generation.generators",
     "DataCollatorForRanking": "data.collators",
     "DataCollatorForRejectionSampling": "sampling.collator",
     "EnsembleRanker": "rankers.ensemble",
@@ -65,6 +68,7 @@ _HOME = {
     "GenerationOptions": "generation.options",
     "Generator": "generation.generators",
     "JudgeRanker": "rankers.judge",
+    "OpenAIGenerator": "generation.generators",
     "PairwiseRanker": "rankers.pairwise",
     "PolicyEvaluation": "evaluation.comparison",
     "ProcessRewardRanker": "rankers.process",

@@ -17,7 +17,8 @@ REPO_ROOT = Path(__file__).parents[1]
 class Chat(ThreadingHTTPServer):
     """Answers each request with `answer(body)`: a text, a choice, or raw bytes after which the connection closes.
 
-    `requests` has the bodies of all requests and `answered` those that were answered with a text or a choice.
+    `requests` has the bodies of all requests and `answered` those that were answered with a text or a choice. `pages`
+    has what the server tells of itself, by path.
     """
 
     def __init__(self, answer: Callable[[Body], str | Body | bytes]) -> None:
@@ -27,6 +28,7 @@ class Chat(ThreadingHTTPServer):
         self.requests: list[Body] = []
         self.answered: list[Body] = []
         self.keys: set[str | None] = set()
+        self.pages: dict[str, Body] = {}
 
     @property
     def url(self) -> str:
@@ -37,9 +39,13 @@ class Handler(BaseHTTPRequestHandler):
     server: Chat
     protocol_version = "HTTP/1.1"
 
+    def do_GET(self) -> None:
+        page = self.server.pages.get(self.path)
+        self.wfile.write(response(404) if page is None else response(200, json.dumps(page)))
+
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/chat/completions"
+        assert self.path == ("/v1/completions" if "prompt" in body else "/v1/chat/completions")
         self.server.requests.append(body)
         self.server.keys.add(self.headers["Authorization"])
         answer = self.server.failures.pop(0) if self.server.failures else self.server.answer(body)
@@ -74,7 +80,7 @@ def serving(answer: Callable[[Body], str | Body | bytes]) -> Iterator[Chat]:
 
 
 def question(body: Body) -> str:
-    return body["messages"][-1]["content"]
+    return body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
 
 
 def killed_halfway(command: list[str], answer: Callable[[Body], str | Body | bytes], num_answers: int) -> list[str]:

@@ -21,10 +21,14 @@ TIMEOUT = 300  # seconds that an attempt waits for its answer, which is long if 
 
 
 class Answer(NamedTuple):
-    """The text of an answer, and with `logprobs` its tokens, each with likely alternatives and their log-probs."""
+    """The text of an answer, and with `logprobs` its tokens, each with likely alternatives and their log-probs.
+
+    `finish_reason` is "stop" at its end and "length" at the longest answer that was asked for.
+    """
 
     text: str
     tokens: list[tuple[str, dict[str, float]]]
+    finish_reason: str | None = None
 
 
 class ServerError(ConnectionError):
@@ -50,8 +54,8 @@ class SavedAnswers(dict[str, Answer]):
         self._file = path.open("ab", buffering=0)
         for line in path.read_bytes().splitlines():
             with suppress(ValueError, TypeError):
-                key, text, tokens = json.loads(line)
-                self[key] = Answer(text, [(token, among) for token, among in tokens])
+                key, text, tokens, *reason = json.loads(line)
+                self[key] = Answer(text, [(token, among) for token, among in tokens], *reason)
 
     @staticmethod
     def key(request: dict[str, Any]) -> str:
@@ -69,7 +73,9 @@ class SavedAnswers(dict[str, Answer]):
 
 
 class ChatServer:
-    """A server of OpenAI's chat completions, with `concurrency` requests under way at a time.
+    """A server of OpenAI's completions, with `concurrency` requests under way at a time.
+
+    Requests with `messages` are for chat completions, and those with a `prompt` for completions of plain text.
 
     The client of openai retries after connection errors, timeouts and the statuses 408, 409, 429 and 500 and above.
     Each attempt counts towards `max_requests`. A server that takes requests and never answers fails after 13
@@ -128,6 +134,32 @@ class ChatServer:
                 threads.shutdown(wait=False, cancel_futures=True)  # leaving the block waits
         return [self.saved[key] for key in keys]
 
+    def describe(self, model: str) -> dict[str, str]:
+        """Return what the server tells of itself, of `owned_by` (of the model) and `version`.
+
+        Raises:
+            ServerError: if the server does not answer.
+        """
+        self._is_stopped = False
+        models = self._get(f"{self.base_url.rstrip('/')}/models").get("data") or []
+        told = {
+            "owned_by": next((one.get("owned_by") for one in models if one.get("id") == model), None),
+            "version": self._get(self.base_url.rstrip("/").removesuffix("/v1") + "/version").get("version"),
+        }
+        return {name: str(value) for name, value in told.items() if value}
+
+    def _get(self, address: str) -> dict[str, Any]:
+        """Return the JSON object at an address of the server, or an empty one."""
+        import openai
+
+        try:
+            found = self._client.get(address, cast_to=object)
+        except openai.APIConnectionError as failure:
+            raise ServerError(f"The server at {self.base_url} did not answer ({failure.__cause__}).") from None
+        except (openai.APIStatusError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def _key_of_attempt(self) -> str:
         """Return the key, and count the attempt: the client calls this before each."""
         with self._lock:
@@ -144,19 +176,19 @@ class ChatServer:
 
         status = None
         sent = {name: value for name, value in request.items() if value is not None and name != "vote"}
+        endpoint: Any = self._client.completions if "prompt" in sent else self._client.chat.completions
+        what = {name: sent[name] for name in ("model", "prompt", "messages") if name in sent}
         try:
-            response = self._client.chat.completions.with_raw_response.create(
-                model=request["model"], messages=request["messages"], stream=False, extra_body=sent
-            )
+            response = endpoint.with_raw_response.create(**what, stream=False, extra_body=sent)
         except openai.APIStatusError as failure:
             status = failure.status_code
             problem = f"answered status {status} ({failure.response.text})"
         except openai.APIConnectionError as failure:  # or a timeout
             problem = f"did not answer ({failure.__cause__})"
         else:
-            if (answer := _read(response.content)) is not None:
+            if (answer := _read(response.content, "prompt" in sent)) is not None:
                 return self.saved.add(key, answer)
-            problem = f"answered no chat completion ({response.text})"
+            problem = f"answered no completion ({response.text})"
         for key in (self._key, json.dumps(self._key)[1:-1]):  # which the server may repeat
             problem = problem.replace(key, "***")
         problem = shorten(problem, 300, placeholder="...")
@@ -166,15 +198,15 @@ class ChatServer:
         raise error
 
 
-def _read(content: bytes) -> Answer | None:
-    """Return the answer in the body of a response, or None if it is not a chat completion."""
+def _read(content: bytes, is_plain: bool) -> Answer | None:
+    """Return the answer in the body of a response, or None if it is not a completion of plain text, or of a chat."""
     try:
         choice = json.loads(content)["choices"][0]
-        text = choice["message"]["content"] or ""
+        text = choice["text"] if is_plain else choice["message"]["content"] or ""
         tokens = [
             (one["token"], {other["token"]: float(other["logprob"]) for other in one["top_logprobs"]})
             for one in (choice.get("logprobs") or {}).get("content") or []
         ]
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
-    return Answer(text, tokens) if isinstance(text, str) else None
+    return Answer(text, tokens, choice.get("finish_reason")) if isinstance(text, str) else None

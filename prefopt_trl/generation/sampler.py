@@ -229,7 +229,7 @@ def sample_candidates(
     )
     if not bar.disable:
         criteria.append(CountTokens(bar.update))
-    with bar, _sampling_mode(model):
+    with bar, sampling_mode(model):
         for start, rows in zip(starts, batches, strict=False):
             inputs = _pad([prompt_ids[row] for row in rows], pad_token_id, model)
             begin = 1 if in_decoder else inputs["input_ids"].shape[1]  # of the completions
@@ -247,7 +247,7 @@ def sample_candidates(
                 for index, (ids, logp) in enumerate(zip(completions, logps, strict=True)):
                     row = rows[index // count]
                     before = [] if in_decoder else prompt_ids[row]
-                    text, token_ids, finished = _read(tokenizer, before, ids, end_ids, stop_strings)
+                    text, token_ids, finished = read_row(tokenizer, before, ids, end_ids, stop_strings)
                     results[row].texts.append(text)
                     results[row].finished.append(finished)
                     if keep_logps:
@@ -265,7 +265,7 @@ def _shares_prefix(model: PreTrainedModel, config: GenerationConfig, row_length:
         return False
     if reason_not_to_share_prefix(model, row_length) is not None:
         return False
-    with _sampling_mode(model):
+    with sampling_mode(model):
         return reason_not_to_decode(model) is None
 
 
@@ -280,14 +280,9 @@ def sizes_of_batch(
     """
     batch_size = options.generation_batch_size
     if batch_size is None:
-        config: Any = model.config.get_text_config()
-        all_heads = getattr(config, "num_attention_heads", 1)  # a recurrent model has none
-        num_heads = getattr(config, "num_key_value_heads", None) or all_heads
-        sizes = (getattr(config, name, None) for name in ("head_dim", "d_kv"))  # the latter in T5
-        head_size = next(filter(None, sizes), config.hidden_size // all_heads)
-        per_token = 2 * 2 * config.num_hidden_layers * num_heads * head_size * model.dtype.itemsize
+        per_token = 2 * bytes_per_token(model)
         num_tokens = options.max_new_tokens + (0 if shares else prompt_length)
-        per_completion = per_token * num_tokens + 24 * config.vocab_size
+        per_completion = per_token * num_tokens + 24 * model.config.get_text_config().vocab_size
         per_prompt = per_token * prompt_length if shares else 0
         budget = options.generation_memory_budget * 2**30
         prompts = int(budget // (per_prompt + num_completions * per_completion))
@@ -302,6 +297,16 @@ def sizes_of_batch(
     return max(batch_size // num_completions, 1), min(batch_size, num_completions)
 
 
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """Return the memory of a token's keys and values."""
+    config: Any = model.config.get_text_config()
+    all_heads = getattr(config, "num_attention_heads", 1)  # a recurrent model has none
+    num_heads = getattr(config, "num_key_value_heads", None) or all_heads
+    sizes = (getattr(config, name, None) for name in ("head_dim", "d_kv"))  # the latter in T5
+    head_size = next(filter(None, sizes), config.hidden_size // all_heads)
+    return 2 * config.num_hidden_layers * num_heads * head_size * model.dtype.itemsize
+
+
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the EOS tokens of the tokenizer and of the model, which may have others that end a turn."""
     if tokenizer.eos_token_id is None:
@@ -311,7 +316,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 @contextmanager
-def _sampling_mode(model: PreTrainedModel) -> Iterator[None]:
+def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
     """Within, use evaluation mode, a forked random state and an empty generation config."""
     # `generate` fills unset options from the model's config, which may narrow the distribution. A PEFT model may have
     # a second config.
@@ -336,7 +341,7 @@ def _pad(prompt_ids: list[list[int]], pad_token_id: int, model: PreTrainedModel)
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
-def _read(
+def read_row(
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[int],
     ids: list[int],

@@ -15,6 +15,7 @@ from prefopt_trl.data.formats import Prompt, check_columns, check_prompts
 from prefopt_trl.data.jsonl import check_candidates, read_jsonl
 from prefopt_trl.data.tokenization import (
     chat_options,
+    check_positions,
     check_prompts_fit,
     check_vocabulary,
     tokenize_prompts,
@@ -151,7 +152,11 @@ def build_preference_dataset(
                 "`generator` takes the place of `policy` and `generation_kwargs`, and of `tokenizer` if it has one. "
                 "Leave these out."
             )
+        if "completions" in dataset.column_names:
+            raise ValueError("`generator` has nothing to sample, because `prompts` have `completions`. Leave one out.")
         policy, tokenizer = generator.model, tokenizer if generator.tokenizer is None else generator.tokenizer
+        if max_length is not None and tokenizer is None:
+            raise ValueError("`max_length` is in tokens, and needs `tokenizer`, that of the model to be trained.")
     if isinstance(tokenizer, str):
         raise TypeError(f"`tokenizer` is {tokenizer!r}. Load it, with `AutoTokenizer.from_pretrained`.")
     if "completions" in dataset.column_names:
@@ -266,6 +271,8 @@ def prompts_at_once(shards: Shards) -> int:
     if shards.tokenizer is not None:
         prompt_ids = tokenize_prompts(shards.tokenizer, list(prompts["prompt"]), list(map(chat_options, prompts)))
         check_prompts_fit(prompt_ids, shards.max_length)
+        if policy is not None:
+            check_positions(policy, prompt_ids, options.max_new_tokens)
     at_once = shards.generator.prompts_at_once(prompt_ids, options.num_candidates, options)
     at_once = min(at_once, SHARD_COMPLETIONS // options.num_candidates)
     if policy is not None and policy.device.type == "cpu":

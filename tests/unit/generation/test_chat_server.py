@@ -185,7 +185,7 @@ def test_saved_answers_of_all_processes_are_read_and_unfinished_lines_are_not(tm
     first.add(one, Answer("1\n\u2028é", [("1", {"1": -0.25, "2": -2.0})]))
     with (tmp_path / "answers.jsonl").open("a") as file:
         file.write(f'\n["{two}", "cut o')
-    second.add(three, Answer("3", []))
+    second.add(three, Answer("3", [], "length"))
     assert SavedAnswers(tmp_path) == {**first, **second}
 
 

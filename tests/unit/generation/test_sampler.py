@@ -848,7 +848,7 @@ def test_nothing_of_a_prompt_that_ends_in_bytes_is_part_of_a_completion(
         "H i": "Hi",
     }.items():
         ids = [*tokenizer.convert_tokens_to_ids(drawn.split()), tokenizer.eos_token_id]
-        assert sampler._read(tokenizer, prompt_ids, ids, [tokenizer.eos_token_id], []) == (text, ids, True)
+        assert sampler.read_row(tokenizer, prompt_ids, ids, [tokenizer.eos_token_id], []) == (text, ids, True)
     assert caplog.records == []
 
 
@@ -856,7 +856,7 @@ def test_a_decoder_that_changes_the_end_of_a_prompt_is_told_of(tokenizer, caplog
     tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "")])
     a, b, c = tokenizer("abc")["input_ids"]
     assert tokenizer.decode([c, a]) == "ca" and tokenizer.decode([c, a, b, c]) == "cc"
-    assert sampler._read(tokenizer, [c, a], [b, c], [EOS], []) == ("bc", [b, c], False)
+    assert sampler.read_row(tokenizer, [c, a], [b, c], [EOS], []) == ("bc", [b, c], False)
     (record,) = caplog.records
     assert "decodes the end of a prompt differently before a completion" in record.getMessage()
 
