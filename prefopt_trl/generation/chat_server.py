@@ -135,25 +135,20 @@ class ChatServer:
         return [self.saved[key] for key in keys]
 
     def describe(self, model: str) -> dict[str, str]:
-        """Return what the server tells of itself, of `owned_by` (of the model) and `version`.
-
-        Raises:
-            ServerError: if the server does not answer.
-        """
-        self._is_stopped = False
-        models = self._get(f"{self.base_url.rstrip('/')}/models").get("data") or []
-        told = {
-            "owned_by": next((one.get("owned_by") for one in models if one.get("id") == model), None),
-            "version": self._get(self.base_url.rstrip("/").removesuffix("/v1") + "/version").get("version"),
-        }
-        return {name: str(value) for name, value in told.items() if value}
+        """Return `owned_by` of the model, and the server's `version`, if it tells them; raise `ServerError`."""
+        address = self.base_url.rstrip("/")
+        models = self._get(f"{address}/models").get("data") or []
+        owner = next((one.get("owned_by") for one in models if one.get("id") == model), None)
+        version = self._get(f"{address.removesuffix('/v1')}/version").get("version")
+        return {name: value for name, value in (("owned_by", owner), ("version", version)) if value}
 
     def _get(self, address: str) -> dict[str, Any]:
         """Return the JSON object at an address of the server, or an empty one."""
         import openai
 
+        self._is_stopped = False
         try:
-            found = self._client.get(address, cast_to=object)
+            found: Any = self._client.get(address, cast_to=object)
         except openai.APIConnectionError as failure:
             raise ServerError(f"The server at {self.base_url} did not answer ({failure.__cause__}).") from None
         except (openai.APIStatusError, ValueError):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -22,7 +23,6 @@ from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.generation.sampler import (
     Candidates,
     Sampled,
-    bytes_per_token,
     check_generation_kwargs,
     eos_token_ids,
     read_row,
@@ -36,19 +36,30 @@ from prefopt_trl.shared_prefix.support import reason_not_to_share_prefix
 
 logger = logging.getLogger(__name__)
 
-# Of the paged cache of `generate_batch`: its defaults in transformers 5.23
-BLOCK = 256  # tokens of a block
-BATCH_TOKENS = 8192  # tokens that go through the model at once
+# Of `generate_batch`: tokens of a block of its cache, as by default; completions under way and tokens of a step, at most
+BLOCK, MOST_ROWS, STEP_TOKENS = 256, 1024, 2048
 ROUNDS = 16  # requests of a shard per connection to a server: the last ones to end are few among them
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a generator is asked for: `num_completions` of each prompt, drawn with `seed` as `options` say."""
+
+    prompts: list[Prompt]
+    chat: list[ChatOptions]  # the arguments of each prompt's chat template
+    num_completions: int
+    options: GenerationOptions
+    seed: int
+    keep_logps: bool = False  # whether candidates have the tokens drawn, each with its log-probability or None
 
 
 class Generator(ABC):
     """Samples completions of prompts for [`build_preference_dataset`].
 
     Attributes:
-        model ([`~transformers.PreTrainedModel`] or None):
-            The policy, if it is in this process. Its weights are gathered before sampling where they are sharded.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or None):
+        model ([`~transformers.PreTrainedModel`], *optional*):
+            The policy, if it is in this process.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Its tokenizer.
     """
 
@@ -56,30 +67,15 @@ class Generator(ABC):
     tokenizer: PreTrainedTokenizerBase | None = None
 
     @abstractmethod
-    def generate(
-        self,
-        prompts: list[Prompt],
-        num_completions: int,
-        options: GenerationOptions,
-        *,
-        seed: int,
-        chat: list[ChatOptions],
-        keep_logps: bool = False,
-    ) -> list[Candidates]:
-        """Return `num_completions` completions of each prompt, in the order of `prompts`.
-
-        `chat` has the arguments of each prompt's chat template. With `keep_logps`, [`Candidates`] also have the tokens
-        drawn, with their log-probability or None.
-        """
+    def generate(self, request: Request) -> list[Candidates]:
+        """Return the completions of each prompt, in the order of the prompts."""
 
     @abstractmethod
     def settings(self, options: GenerationOptions) -> Settings:
         """Return what the completions depend on beside prompts, options and seed, for the manifest."""
 
-    def prompts_at_once(
-        self, prompt_ids: list[list[int]] | None, num_completions: int, options: GenerationOptions
-    ) -> int:
-        """Return how many prompts a shard has at most. The tokens of the prompts are None without a tokenizer."""
+    def prompts_at_once(self, longest: int, num_completions: int, options: GenerationOptions) -> int:
+        """Return how many prompts a shard has at most, if the longest has so many tokens (0 without a tokenizer)."""
         return sys.maxsize  # the pipeline has its own bound
 
 
@@ -97,19 +93,18 @@ class SharedPrefixGenerator(Generator):
     def __post_init__(self) -> None:
         check_generation_kwargs(self.generation_kwargs)
 
-    def generate(
-        self,
-        prompts: list[Prompt],
-        num_completions: int,
-        options: GenerationOptions,
-        *,
-        chat: list[ChatOptions],
-        **how: Any,
-    ) -> list[Candidates]:
+    def generate(self, request: Request) -> list[Candidates]:
         in_encoder = self.model.config.is_encoder_decoder
-        prompt_ids = tokenize_prompts(self.tokenizer, prompts, chat, for_encoder=in_encoder)
-        how["generation_kwargs"] = self.generation_kwargs
-        return sample_candidates(self.model, self.tokenizer, prompt_ids, num_completions, options, **how)
+        return sample_candidates(
+            self.model,
+            self.tokenizer,
+            tokenize_prompts(self.tokenizer, request.prompts, request.chat, for_encoder=in_encoder),
+            request.num_completions,
+            request.options,
+            seed=request.seed,
+            generation_kwargs=self.generation_kwargs,
+            keep_logps=request.keep_logps,
+        )
 
     def settings(self, options: GenerationOptions) -> Settings:
         return {
@@ -120,11 +115,7 @@ class SharedPrefixGenerator(Generator):
             "policy": model_fingerprint(self.model),
         }
 
-    def prompts_at_once(
-        self, prompt_ids: list[list[int]] | None, num_completions: int, options: GenerationOptions
-    ) -> int:
-        assert prompt_ids is not None
-        longest = max(map(len, prompt_ids))
+    def prompts_at_once(self, longest: int, num_completions: int, options: GenerationOptions) -> int:
         return sizes_of_batch(self.model, num_completions, longest, options, self._shares(options))[0]
 
     def _shares(self, options: GenerationOptions) -> bool:
@@ -135,9 +126,8 @@ class SharedPrefixGenerator(Generator):
 class ContinuousBatchingGenerator(Generator):
     """The policy in this process, by `generate_batch` of transformers: paged caches, and rows refilled as they end.
 
-    `generation_batch_size` bounds the completions under way, `generation_memory_budget` the paged cache, and
-    `share_prefix` is whether blocks of equal prefixes are shared. Where another number of processes, device or
-    version of transformers batches otherwise, the same seed draws other completions, with the same law.
+    `generation_batch_size` and `generation_memory_budget` bound the completions under way, and `share_prefix` is
+    whether they share the blocks of equal prefixes. The same seed may draw other completions on another machine.
 
     Example:
 
@@ -150,88 +140,71 @@ class ContinuousBatchingGenerator(Generator):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
-    def generate(
-        self,
-        prompts: list[Prompt],
-        num_completions: int,
-        options: GenerationOptions,
-        *,
-        seed: int,
-        chat: list[ChatOptions],
-        keep_logps: bool = False,
-    ) -> list[Candidates]:
-        prompt_ids = tokenize_prompts(self.tokenizer, prompts, chat)
-        end_ids, model = eos_token_ids(self.model, self.tokenizer), cast(Any, self.model)
-        longest = BLOCK * -(-(max(map(len, prompt_ids)) + options.max_new_tokens) // BLOCK)
-        # What scores take of a token: a row of the attention mask, in float32
-        budget = options.generation_memory_budget * 2**30 // (bytes_per_token(self.model) + 4 * BATCH_TOKENS)
-        tokens = min(max(int(budget), longest), longest * len(prompts) * num_completions)
-        cache = ContinuousBatchingConfig(
-            num_blocks=1 + tokens // BLOCK,
-            max_batch_tokens=BATCH_TOKENS,
-            max_requests_per_batch=options.generation_batch_size,
-            allow_block_sharing=options.share_prefix,
-            return_logprobs=keep_logps,
-            seed=seed,
-        )
+    def generate(self, request: Request) -> list[Candidates]:
+        prompt_ids, number = tokenize_prompts(self.tokenizer, request.prompts, request.chat), request.num_completions
+        options, end_ids = request.options, eos_token_ids(self.model, self.tokenizer)
+        longest = max(map(len, prompt_ids))
+        at_once = math.prod(sizes_of_batch(self.model, number, longest, options, shares=False))
+        at_once = min(at_once, len(prompt_ids) * number, MOST_ROWS)
         # Before 5.23, `generate_batch` returned one of several sequences
-        num_copies = num_completions if Version(transformers.__version__) < Version("5.23") else 1
+        num_copies = number if Version(transformers.__version__) < Version("5.23") else 1
         config = GenerationConfig(
             do_sample=options.temperature > 0,
             max_new_tokens=options.max_new_tokens,
-            num_return_sequences=num_completions // num_copies,
+            num_return_sequences=number // num_copies,
             temperature=options.temperature or 1.0,
             top_k=options.top_k,
             top_p=options.top_p,
             eos_token_id=end_ids,
         )
+        cache = ContinuousBatchingConfig(
+            num_blocks=1 + at_once * -(-(longest + options.max_new_tokens) // BLOCK),
+            max_batch_tokens=STEP_TOKENS,
+            max_requests_per_batch=at_once,
+            allow_block_sharing=options.share_prefix,
+            return_logprobs=request.keep_logps,
+            seed=request.seed,
+        )
         with sampling_mode(self.model):
-            torch.manual_seed(seed)
+            torch.manual_seed(request.seed)
             inputs = [ids for ids in prompt_ids for _ in range(num_copies)]
-            made = model.generate_batch(inputs, generation_config=config, continuous_batching_config=cache)
-        left = defaultdict(list)  # by prompt: what fails is missing
+            made = cast(Any, self.model).generate_batch(inputs, config, continuous_batching_config=cache)
+        left = defaultdict(list)  # by prompt; one that failed is missing
         for output in made.values():
             if output.error is None:
                 left[tuple(output.prompt_ids)].append(output)
         is_whole = (options.temperature, options.top_k, options.top_p) == (1, 0, 1)  # the policy's own distribution
         results = []
         for ids in prompt_ids:
-            result = Candidates([], [])
-            for _ in range(min(num_completions, len(left[tuple(ids)]))):
-                output = left[tuple(ids)].pop()
+            results.append(Candidates([], []))
+            for output in [left[tuple(ids)].pop() for _ in range(min(number, len(left[tuple(ids)])))]:
                 text, token_ids, finished = read_row(self.tokenizer, ids, output.generated_tokens, end_ids, [])
-                result.texts.append(text)
-                result.finished.append(finished)
-                if keep_logps:
-                    result.sampled.append(Sampled(token_ids, sum(output.logprobs) if is_whole else None))
-            results.append(result)
+                results[-1].texts.append(text)
+                results[-1].finished.append(finished)
+                if request.keep_logps:
+                    results[-1].sampled.append(Sampled(token_ids, sum(output.logprobs) if is_whole else None))
         return results
 
     def settings(self, options: GenerationOptions) -> Settings:
-        return {
-            "generator": type(self).__name__,
-            "eos_token_ids": eos_token_ids(self.model, self.tokenizer),
-            "policy": model_fingerprint(self.model),
-        }
+        eos = eos_token_ids(self.model, self.tokenizer)
+        return {"generator": type(self).__name__, "eos_token_ids": eos, "policy": model_fingerprint(self.model)}
 
 
 class OpenAIGenerator(Generator):
     """A server of OpenAI's API: vLLM, SGLang, llama.cpp, `transformers serve` and others.
 
-    A completion is a request of its own. Conversational prompts go to `/chat/completions`, where the server applies
-    the chat template, and plain text goes to `/completions`. Each request has `temperature`, `top_p`, `top_k`
-    (-1 for all tokens), `min_p`, `repetition_penalty`, `max_tokens` and a seed, because servers apply the defaults of
-    a model otherwise. `transformers serve` gets them as its `generation_config`.
+    Conversational prompts go to `/chat/completions`, where the server applies the chat template, and plain text goes
+    to `/completions`. Each completion is a request, with every option of sampling and a seed, because servers apply
+    the defaults of a model otherwise.
 
     Nothing shows whether the weights at the server have changed, and the same seed need not draw the same completions.
-    The manifest has the model's name, and its owner and the server's version where it tells them.
+    The manifest has the model's name, and its owner and the server's version where the server tells them.
 
     Args:
         model (`str`):
             Name of the model at the server.
         base_url (`str`):
-            Address of the server, such as `"http://localhost:8000/v1"`. The key is the environment's
-            `OPENAI_API_KEY`.
+            Address of the server. The key is the environment's `OPENAI_API_KEY`.
         concurrency (`int`, *optional*, defaults to `8`):
             Requests under way at a time, of each process.
         request_options (`dict`, *optional*):
@@ -252,78 +225,49 @@ class OpenAIGenerator(Generator):
     """
 
     def __init__(
-        self,
-        model: str,
-        base_url: str,
-        *,
-        concurrency: int = 8,
-        request_options: Mapping[str, Any] | None = None,
+        self, model: str, base_url: str, *, concurrency: int = 8, request_options: Mapping[str, Any] | None = None
     ) -> None:
         self.name, self.request_options = model, dict(request_options or {})
         self.server = ChatServer(base_url, AnswersOfShard(None), concurrency, None)
-        self.in_config = False  # whether the server takes options of sampling in a `generation_config`
+        self.takes_top_k = True  # until it refuses one
 
-    def generate(
-        self,
-        prompts: list[Prompt],
-        num_completions: int,
-        options: GenerationOptions,
-        *,
-        seed: int,
-        chat: list[ChatOptions],
-        keep_logps: bool = False,
-    ) -> list[Candidates]:
+    def generate(self, request: Request) -> list[Candidates]:
         self.server.saved.clear()
-        seeds = np.random.SeedSequence(seed).generate_state(len(prompts) * num_completions) >> 1  # 31 bits
+        number = request.num_completions
+        seeds = np.random.SeedSequence(request.seed).generate_state(len(request.prompts) * number) >> 1  # 31 bits
         asked = [
-            {**_question(prompt, how), "seed": int(seeds[row * num_completions + number]), "vote": number}
-            for row, (prompt, how) in enumerate(zip(prompts, chat, strict=True))
-            for number in range(num_completions)
+            {**_question(prompt, how), "seed": int(seeds[row * number + place]), "vote": place}
+            for row, (prompt, how) in enumerate(zip(request.prompts, request.chat, strict=True))
+            for place in range(number)
         ]
         try:
-            answers = self._answers(asked, options)
+            answers = self._answers(asked, request.options)
         except ServerError as error:
-            if self.in_config or "top_k" not in str(error):
+            if not self.takes_top_k or "top_k" not in str(error):
                 raise
-            self.in_config = True
-            logger.info("The server takes no `top_k`. It is asked with a `generation_config` instead.")
-            answers = self._answers(asked, options)
-        of_prompts = [answers[at : at + num_completions] for at in range(0, len(answers), num_completions)]
+            self.takes_top_k = False  # `transformers serve` takes it in a `generation_config`
+            answers = self._answers(asked, request.options)
         return [
             Candidates([one.text for one in several], [one.finish_reason == "stop" for one in several])
-            for several in of_prompts
+            for several in (answers[at : at + number] for at in range(0, len(answers), number))
         ]
 
     def _answers(self, asked: list[dict[str, Any]], options: GenerationOptions) -> list[Answer]:
-        sampling: dict[str, Any] = {"temperature": options.temperature, "top_p": options.top_p}
+        how: dict[str, Any] = {"temperature": options.temperature, "top_p": options.top_p}
         neutral = {"min_p": 0.0, "repetition_penalty": 1.0}
-        if self.in_config:
-            sampling["generation_config"] = json.dumps({"do_sample": True, "top_k": options.top_k, **neutral})
+        if self.takes_top_k:
+            how |= {"top_k": options.top_k or -1, **neutral}  # SGLang refuses 0
         else:
-            sampling |= {"top_k": options.top_k or -1, **neutral}  # SGLang refuses 0
-        sampling |= {"model": self.name, "max_tokens": options.max_new_tokens}
-        return self.server.answers([{**sampling, **one, **self.request_options} for one in asked])
+            how["generation_config"] = json.dumps({"do_sample": True, "top_k": options.top_k, **neutral})
+        how |= {"model": self.name, "max_tokens": options.max_new_tokens}
+        return self.server.answers([{**how, **one, **self.request_options} for one in asked])
 
     def settings(self, options: GenerationOptions) -> Settings:
-        told = self.server.describe(self.name)
-        logger.info(
-            "Completions come from %s at a server (%s). Its weights have no fingerprint: sample into another "
-            "`output_dir` when they change.",
-            self.name,
-            told or "which tells nothing of itself",
-        )
-        return {
-            "generator": {
-                "class": type(self).__name__,
-                "model": public_name(self.name),
-                "request_options": self.request_options,
-                **told,
-            }
-        }
+        made_by = {"class": type(self).__name__, "model": public_name(self.name), **self.server.describe(self.name)}
+        logger.info("Completions come from a server, %s, whose weights have no fingerprint.", made_by)
+        return {"generator": {**made_by, "request_options": self.request_options}}
 
-    def prompts_at_once(
-        self, prompt_ids: list[list[int]] | None, num_completions: int, options: GenerationOptions
-    ) -> int:
+    def prompts_at_once(self, longest: int, num_completions: int, options: GenerationOptions) -> int:
         return ROUNDS * self.server.concurrency // num_completions
 
 
@@ -339,7 +283,5 @@ def _question(prompt: Prompt, how: ChatOptions) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"prompt": prompt}
     if "tools" in how:
-        raise ValueError(
-            "`prompts` have `tools`, and a server returns calls of them apart from the text. Leave them out."
-        )
-    return {"messages": prompt, **({"chat_template_kwargs": how} if how else {})}
+        raise ValueError("`prompts` have `tools`, whose calls a server returns apart from the text. Leave them out.")
+    return {"messages": prompt, "chat_template_kwargs": how or None}

@@ -280,9 +280,14 @@ def sizes_of_batch(
     """
     batch_size = options.generation_batch_size
     if batch_size is None:
-        per_token = 2 * bytes_per_token(model)
+        config: Any = model.config.get_text_config()
+        all_heads = getattr(config, "num_attention_heads", 1)  # a recurrent model has none
+        num_heads = getattr(config, "num_key_value_heads", None) or all_heads
+        sizes = (getattr(config, name, None) for name in ("head_dim", "d_kv"))  # the latter in T5
+        head_size = next(filter(None, sizes), config.hidden_size // all_heads)
+        per_token = 2 * 2 * config.num_hidden_layers * num_heads * head_size * model.dtype.itemsize
         num_tokens = options.max_new_tokens + (0 if shares else prompt_length)
-        per_completion = per_token * num_tokens + 24 * model.config.get_text_config().vocab_size
+        per_completion = per_token * num_tokens + 24 * config.vocab_size
         per_prompt = per_token * prompt_length if shares else 0
         budget = options.generation_memory_budget * 2**30
         prompts = int(budget // (per_prompt + num_completions * per_completion))
@@ -295,16 +300,6 @@ def sizes_of_batch(
             "there is more memory."
         )
     return max(batch_size // num_completions, 1), min(batch_size, num_completions)
-
-
-def bytes_per_token(model: PreTrainedModel) -> int:
-    """Return the memory of a token's keys and values."""
-    config: Any = model.config.get_text_config()
-    all_heads = getattr(config, "num_attention_heads", 1)  # a recurrent model has none
-    num_heads = getattr(config, "num_key_value_heads", None) or all_heads
-    sizes = (getattr(config, name, None) for name in ("head_dim", "d_kv"))  # the latter in T5
-    head_size = next(filter(None, sizes), config.hidden_size // all_heads)
-    return 2 * config.num_hidden_layers * num_heads * head_size * model.dtype.itemsize
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

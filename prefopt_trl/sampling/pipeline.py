@@ -267,13 +267,14 @@ def prompts_at_once(shards: Shards) -> int:
     if shards.are_given:
         return GIVEN_COMPLETIONS * len(prompts) // max(1, sum(map(len, prompts["completions"])))
     assert shards.generator is not None
-    options, policy, prompt_ids = shards.options, shards.generator.model, None
+    options, policy, longest = shards.options, shards.generator.model, 0
     if shards.tokenizer is not None:
         prompt_ids = tokenize_prompts(shards.tokenizer, list(prompts["prompt"]), list(map(chat_options, prompts)))
         check_prompts_fit(prompt_ids, shards.max_length)
         if policy is not None:
             check_positions(policy, prompt_ids, options.max_new_tokens)
-    at_once = shards.generator.prompts_at_once(prompt_ids, options.num_candidates, options)
+        longest = max(map(len, prompt_ids))
+    at_once = shards.generator.prompts_at_once(longest, options.num_candidates, options)
     at_once = min(at_once, SHARD_COMPLETIONS // options.num_candidates)
     if policy is not None and policy.device.type == "cpu":
         flops = 2 * sum(map(torch.numel, policy.parameters())) * options.num_candidates * options.max_new_tokens

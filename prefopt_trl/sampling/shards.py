@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Row, wrap_completion
 from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training
-from prefopt_trl.generation.generators import Generator
+from prefopt_trl.generation.generators import Generator, Request
 from prefopt_trl.rankers.base import Ranker, ask_rewards
 from prefopt_trl.runtime.settings import (
     Settings,
@@ -95,22 +95,13 @@ class Shards:
     def _sample(self, shard: int) -> list[Row]:
         """Sample rows with `completions`, `finished` (see [`Candidates`]) and, with `keep_logps`, `logps`."""
         assert self.generator is not None
-        rows, number = self._given(shard), self.options.num_candidates
-        chat = list(map(chat_options, rows))
-        sampled = self.generator.generate(
-            [row["prompt"] for row in rows],
-            number,
-            self.options,
-            seed=shard_seed(self.seed, shard),
-            chat=chat,
-            keep_logps=self.keep_logps,
-        )
+        rows, number, seed = self._given(shard), self.options.num_candidates, shard_seed(self.seed, shard)
+        prompts, chat = [row["prompt"] for row in rows], list(map(chat_options, rows))
+        sampled = self.generator.generate(Request(prompts, chat, number, self.options, seed, self.keep_logps))
         for place, row_number in enumerate(self._rows(shard)):
-            found = len(sampled[place].texts) if place < len(sampled) else 0
-            if found != number:
+            if (found := len(sampled[place].texts) if place < len(sampled) else 0) != number:
                 raise ValueError(
-                    f"`generator` returned {found} completions of row {row_number} of `prompts`, and was asked for "
-                    f"{number}. Return as many of each prompt."
+                    f"`generator` returned {found} of {number} completions of row {row_number} of `prompts`."
                 )
         made = []
         for row, how, candidates in zip(rows, chat, sampled, strict=True):

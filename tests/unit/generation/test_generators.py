@@ -23,6 +23,7 @@ from prefopt_trl import (
 )
 from prefopt_trl.generation import chat_server, generators
 from prefopt_trl.generation.chat_server import ServerError
+from prefopt_trl.generation.generators import Request
 from prefopt_trl.generation.sampler import Candidates
 from prefopt_trl.sampling.logps import row_logps
 from tests.chat_server import question, response, serving
@@ -106,23 +107,20 @@ class Stingy(Generator):
     def __init__(self, leaves_out: bool) -> None:
         self.leaves_out = leaves_out
 
-    def generate(self, prompts, num_completions, options, **how):
-        texts = [f" {number}" for number in range(num_completions)]
-        made = [Candidates(texts[place == 1 :], [True] * (num_completions - (place == 1))) for place in range(2)]
+    def generate(self, request):
+        made = [Candidates([f" {number}" for number in range(4 - row)], [True] * (4 - row)) for row in range(2)]
         return made[:1] if self.leaves_out else made
 
     def settings(self, options):
         return {}
 
-    def prompts_at_once(self, prompt_ids, num_completions, options):
+    def prompts_at_once(self, longest, num_completions, options):
         return 2
 
 
 @pytest.mark.parametrize(("leaves_out", "found"), [(False, 3), (True, 0)])
 def test_too_few_completions_are_refused_with_the_row(leaves_out: bool, found: int, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=f"`generator` returned {found} completions of row 1 of `prompts`.*asked for 4"
-    ):
+    with pytest.raises(ValueError, match=f"`generator` returned {found} of 4 completions of row 1 of `prompts`"):
         build(tmp_path, Stingy(leaves_out))
 
 
@@ -173,8 +171,8 @@ def test_generate_batch_has_the_law_of_the_policy(options: dict) -> None:
     model, tokenizer, prompts = random_model(), letter_tokenizer(), ["abcgh", "d", "d"]
     narrow = {name: value for name, value in options.items() if name != "generation_batch_size"}
     how = GenerationOptions(max_new_tokens=2, generation_memory_budget=1.0, **options)
-    asked = {"seed": 3, "chat": [{}] * 3, "keep_logps": True}
-    drawn = ContinuousBatchingGenerator(model, tokenizer).generate(prompts, 1000, how, **asked)
+    request = Request(prompts, [{}] * 3, 1000, how, seed=3, keep_logps=True)
+    drawn = ContinuousBatchingGenerator(model, tokenizer).generate(request)
     assert [len(row.texts) for row in drawn] == [1000] * 3 and model.training
     assert drawn[1].texts != drawn[2].texts
     for prompt, row in zip(prompts, drawn, strict=True):
@@ -196,9 +194,8 @@ def test_generate_batch_ends_at_each_eos_and_keeps_log_probabilities_of_pairs(po
     model, tokenizer = random_model(), letter_tokenizer()
     model.generation_config.eos_token_id = [EOS, TURN]
     how = GenerationOptions(max_new_tokens=20, generation_memory_budget=1.0)
-    (row,) = ContinuousBatchingGenerator(model, tokenizer).generate(
-        ["ab"], 200, how, seed=0, chat=[{}], keep_logps=True
-    )
+    request = Request(["ab"], [{}], 200, how, seed=0, keep_logps=True)
+    (row,) = ContinuousBatchingGenerator(model, tokenizer).generate(request)
     ends = {one.ids[-1] for one, finished in zip(row.sampled, row.finished, strict=True) if finished}
     assert ends == {EOS, TURN} and not any({EOS, TURN} & set(one.ids[:-1]) for one in row.sampled)
     pairs = build(tmp_path, ContinuousBatchingGenerator(*policy), keep_logps=True)
