@@ -22,8 +22,8 @@ from prefopt_trl.evaluation.samples import (
     SamplingPlan,
     as_rows,
     best_of,
-    drawn_logps,
     given_samples,
+    ids_of,
     sample,
     seed_of,
     verdicts,
@@ -40,6 +40,7 @@ from prefopt_trl.runtime.settings import (
     template_date,
     tokenizer_fingerprint,
 )
+from prefopt_trl.sampling.logps import drawn_logps
 from prefopt_trl.sampling.selection import user_columns
 from prefopt_trl.sampling.shards import shard_seed
 from prefopt_trl.sampling.store import ShardStore
@@ -393,7 +394,7 @@ class _Evaluation:
             for number in same if not model.config.is_encoder_decoder else ():
                 samples = [row["samples"] for row in self.store.read_shard(shard, f"completions-{number}")]
                 own = [[one["logp"] for one in of] for of in samples] if sampled[number] is reference else None
-                for row, of_row in zip(logps, own or drawn_logps(model, prompts, samples), strict=True):
+                for row, of_row in zip(logps, own or drawn_logps(model, prompts, ids_of(samples)), strict=True):
                     row[str(number)] = of_row
             return logps
 

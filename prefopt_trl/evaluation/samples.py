@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Completion, Prompt, Row, wrap_completion
@@ -16,12 +15,11 @@ from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.generation.sampler import check_generation_kwargs, sample_candidates
 from prefopt_trl.rankers.base import Columns, Ranker, ask_rewards, sigmoid
 from prefopt_trl.runtime.settings import Settings
-from prefopt_trl.sampling.logps import row_logps
+from prefopt_trl.sampling.logps import drawn_logps
 from prefopt_trl.sampling.selection import as_numbers
 
 logger = logging.getLogger(__name__)
 
-ROWS_AT_ONCE = 32  # completions whose log-probabilities are computed at a time
 
 Sample = dict[str, Any]  # a completion and what is known of it, as JSON
 Completions = Mapping[str, Sequence[Sequence[Completion]]]  # of each policy, for each prompt
@@ -53,8 +51,7 @@ class SamplingPlan:
     @property
     def is_of_policy(self) -> bool:
         """Whether samples follow the policy's own distribution, so that log-ratios of the tokens estimate a KL."""
-        options, narrowing = self.options, self.generation_kwargs.keys() - {"stop_strings"}
-        return (options.temperature, options.top_p, options.top_k) == (1, 1, 0) and not narrowing
+        return self.options.is_whole_distribution(self.generation_kwargs)
 
 
 def sample(
@@ -98,7 +95,7 @@ def sample(
         for prompt, one in zip(prompts, drawn, strict=True)
     ]
     if knows_logps and sampled[0][0]["logp"] is None:  # prompts are not shared
-        for samples, logps in zip(sampled, drawn_logps(model, prompt_ids, sampled), strict=True):
+        for samples, logps in zip(sampled, drawn_logps(model, prompt_ids, ids_of(sampled)), strict=True):
             for one, logp in zip(samples, logps, strict=True):
                 one["logp"] = logp
     return sampled
@@ -115,20 +112,9 @@ def given_samples(completions: Sequence[Completion]) -> list[Sample]:
     return [{"completion": one, "finished": None, "ids": None, "logp": None} for one in completions]
 
 
-def drawn_logps(
-    model: PreTrainedModel, prompt_ids: Sequence[list[int]], sampled: Sequence[Sequence[Sample]]
-) -> list[list[float]]:
-    """Return the log-probability of the tokens of each sample under a model, in nats, summed."""
-    rows = [
-        (ids, one["ids"], row) for row, (ids, of) in enumerate(zip(prompt_ids, sampled, strict=True)) for one in of
-    ]
-    logps: list[float] = []
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = rows[start : start + ROWS_AT_ONCE]
-        groups = torch.tensor([row - part[0][2] for _, _, row in part])  # rows of a prompt are adjacent
-        logps += row_logps(model, [(prompt, ids) for prompt, ids, _ in part], group_ids=groups).tolist()
-    left = iter(logps)
-    return [[next(left) for _ in samples] for samples in sampled]
+def ids_of(sampled: Sequence[Sequence[Sample]]) -> list[list[list[int]]]:
+    """Return the tokens of samples, for [`drawn_logps`]."""
+    return [[one["ids"] for one in samples] for samples in sampled]
 
 
 def best_of(

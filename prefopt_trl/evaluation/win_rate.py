@@ -28,7 +28,7 @@ from prefopt_trl.data.tokenization import chat_options, check_vocabulary, tokeni
 from prefopt_trl.evaluation.comparison import Samples
 from prefopt_trl.evaluation.metrics import Estimate
 from prefopt_trl.evaluation.policy import as_prompts, given_completions
-from prefopt_trl.evaluation.samples import SamplingPlan, as_rows, drawn_logps, given_samples, sample, seed_of, verdicts
+from prefopt_trl.evaluation.samples import SamplingPlan, as_rows, given_samples, ids_of, sample, seed_of, verdicts
 from prefopt_trl.evaluation.training_report import write_training_report
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.rankers.base import Ranker, check_ranker
@@ -42,6 +42,7 @@ from prefopt_trl.runtime.settings import (
     write_json,
     write_lines,
 )
+from prefopt_trl.sampling.logps import drawn_logps
 from prefopt_trl.sampling.selection import user_columns
 from prefopt_trl.sampling.shards import shard_seed
 
@@ -262,7 +263,7 @@ class WinRateCallback(TrainerCallback):
                 if reference is not None and samples[0][0]["logp"] is not None:
                     ids = tokenize_prompts(tokenizer, prompts, list(map(chat_options, rows)))
                     with as_reference():
-                        ref_logps = drawn_logps(reference, ids, samples)
+                        ref_logps = drawn_logps(reference, ids, ids_of(samples))
                 theirs = opponents[start : start + len(rows)] or samples
                 both = {name: samples, OPPONENT: theirs}
                 texts = {who: [[one["completion"] for one in of] for of in made_by] for who, made_by in both.items()}

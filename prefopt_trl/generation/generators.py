@@ -36,7 +36,7 @@ from prefopt_trl.shared_prefix.support import reason_not_to_share_prefix
 
 logger = logging.getLogger(__name__)
 
-# Of `generate_batch`: tokens of a block of its cache, as by default; completions under way and tokens of a step, at most
+# Of `generate_batch`: tokens of a block of its cache, by default; at most, completions under way and tokens of a step
 BLOCK, MOST_ROWS, STEP_TOKENS = 256, 1024, 2048
 ROUNDS = 16  # requests of a shard per connection to a server: the last ones to end are few among them
 

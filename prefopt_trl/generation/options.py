@@ -86,6 +86,11 @@ class GenerationOptions(Options):
         if not isinstance(self.share_prefix, bool):
             raise ValueError(f"`share_prefix` must be True or False, got {self.share_prefix!r}.")
 
+    def is_whole_distribution(self, generation_kwargs: Iterable[str] = ()) -> bool:
+        """Return whether samples follow the model's own distribution, which their log-probabilities are of."""
+        whole = (self.temperature, self.top_p, self.top_k) == (1, 1, 0)
+        return whole and not set(generation_kwargs) - {"stop_strings"}
+
 
 def is_one_of(config: object, name: str, choices: Iterable[str]) -> None:
     """Require an option to be one of its choices; the `ValueError` names the option and the choices."""

@@ -47,6 +47,21 @@ class RoundsOptions(Options):
             "last. By default every round has all prompts."
         },
     )
+    importance_correction: bool = field(
+        default=False,
+        metadata={
+            "help": "Correct later rounds for sampling another policy than the reference model: Algorithm 1 runs on "
+            "reward - rejection_beta * log-ratio, so that the pairs follow RSO's target in every round. For "
+            "strategy='rso' and reference='first'."
+        },
+    )
+    proposal_clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "Limit of the distance of a log-ratio from the median of its prompt, in nats, for "
+            "`importance_correction`."
+        },
+    )
     against: str = field(
         default="start",
         metadata={"help": "Opponent of the samples that are judged: 'start', the model you gave, or a column."},
@@ -66,6 +81,10 @@ class RoundsOptions(Options):
         is_one_of(self, "reference", ["first", "previous"])
         is_one_of(self, "data", ["replace", "accumulate", "mix"])
         is_one_of(self, "metric", METRICS)
+        if self.importance_correction and self.reference == "previous":
+            raise ValueError("`importance_correction` has no effect if `reference`, 'previous', is sampled.")
+        if self.proposal_clip is not None and not self.importance_correction:
+            raise ValueError("`proposal_clip` has no effect without `importance_correction`. Leave it out.")
         for name in ("prompts_per_round", "patience"):
             if getattr(self, name) is not None:
                 is_whole(self, name, 1)

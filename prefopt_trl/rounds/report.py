@@ -70,8 +70,8 @@ def _row(record: Settings) -> dict[str, str]:
         statistics = phases["sample"]["statistics"]
         row[statistics["made"]] = f"{statistics['num_pairs']:,}"
         row["label probability"] = f"{statistics['label_probability_after']:.2f}"
-        if statistics["acceptance_rate"] is not None:
-            row["acceptance"] = f"{statistics['acceptance_rate']:.3f}"
+        for name, key in {"acceptance": "acceptance_rate", "effective size": "effective_size"}.items():
+            row |= {name: f"{statistics[key]:.3g}"} if statistics[key] is not None else {}
     if "train" in phases and phases["train"]["loss"] is not None:
         row["loss"] = f"{phases['train']['loss']:.4g}"
     row["minutes"] = " + ".join(f"{phases[phase]['seconds'] / 60:.1f}" for phase in phases)
@@ -97,6 +97,7 @@ def _curves(records: Sequence[Settings]) -> Iterator[tuple[str, list[Estimate]]]
     for title, key in {
         "mean probability of the labels": "label_probability_after",
         "acceptance rate (Theorem 1)": "acceptance_rate",
+        "effective sample size": "effective_size",
     }.items():
         values = [found.get(key) for found in statistics]
         yield title, [Estimate(math.nan if value is None else value, math.nan) for value in values]

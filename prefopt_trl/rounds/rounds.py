@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
@@ -186,9 +187,17 @@ class Rounds:
                 f"{name} has no reference model.",
             ),
             "reference_logps": (
-                args.keep_logps and (options.reference, options.data) != ("previous", "replace"),
+                args.keep_logps
+                and not options.importance_correction
+                and (options.reference, options.data) != ("previous", "replace"),
                 "'sampled' log-probabilities are those of the policy that is sampled: set `reference` to 'previous' "
-                "and `data` to 'replace'.",
+                "and `data` to 'replace'; or they are those of the first model, with `importance_correction`.",
+            ),
+            "importance_correction": (
+                options.importance_correction
+                and not (args.is_whole_distribution() and 0 < args.effective_beta < math.inf),
+                "It corrects Algorithm 1 on samples of the policy's own distribution: set `strategy` to 'rso', a "
+                "`rejection_beta` above 0, `temperature` and `top_p` to 1 and `top_k` to 0.",
             ),
             "prompts_per_round": (
                 (options.prompts_per_round or 0) > len(self.prompts),
@@ -302,8 +311,12 @@ class Rounds:
 
     def _sample(self, number: int) -> Settings:
         seed, folder = shard_seed(self.args.seed, number), self.round_folder(number)
+        sampled, correction = self.model_of(number - 1), {}
+        corrects = self.options.importance_correction and number > 1
         with loading_whole(self.args):
-            ranker, policy = self.load_ranker(), self._load(self.model_of(number - 1))
+            ranker, policy = self.load_ranker(), self._load(self.model if corrects else sampled)
+            if corrects:
+                correction = {"proposal": self._load(sampled), "proposal_clip": self.options.proposal_clip}
         with gathered(ranker.model):
             self._same_as_before({"ranker": ranker.settings()})
         prompts = self._prompts(number)
@@ -317,10 +330,11 @@ class Rounds:
             seed=seed,
             max_length=self.args.max_length,
             keep_logps=self.args.keep_logps,
+            **correction,
         )
-        sampled = read_sampled(folder / "sampled")
-        assert sampled is not None
-        return {"seed": seed, "prompts": len(prompts), "statistics": sampled[1].as_dict()}
+        made = read_sampled(folder / "sampled")
+        assert made is not None
+        return {"seed": seed, "prompts": len(prompts), "statistics": made[1].as_dict()}
 
     def _train(self, number: int) -> Settings:
         args, before = copy(self.args), self.model_of(number - 1)

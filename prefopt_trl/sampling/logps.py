@@ -14,6 +14,7 @@ from prefopt_trl.shared_prefix.scoring import completion_logps
 from prefopt_trl.shared_prefix.support import evaluating
 
 ROWS_AT_ONCE = 8  # two of each pair
+DRAWN_AT_ONCE = 32  # completions
 
 
 def sampled_logps(
@@ -58,6 +59,23 @@ def pair_logps(
     parts = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
     logps = [row_logps(model, part, max_length, torch.arange(len(part)) // 2) for part in parts]
     return np.concatenate([np.empty(0), *logps]).reshape(-1, 2)
+
+
+def drawn_logps(
+    model: PreTrainedModel, prompt_ids: Sequence[list[int]], drawn: Sequence[Sequence[list[int]]]
+) -> list[list[float]]:
+    """Return the log-probability of the tokens of each completion under a model, in nats, summed.
+
+    `drawn` are the tokens of the completions of each prompt, as they were drawn, with EOS if it was.
+    """
+    rows = [(ids, one, row) for row, (ids, of) in enumerate(zip(prompt_ids, drawn, strict=True)) for one in of]
+    logps: list[float] = []
+    for start in range(0, len(rows), DRAWN_AT_ONCE):
+        part = rows[start : start + DRAWN_AT_ONCE]
+        groups = torch.tensor([row - part[0][2] for _, _, row in part])  # rows of a prompt are adjacent
+        logps += row_logps(model, [(prompt, ids) for prompt, ids, _ in part], group_ids=groups).tolist()
+    left = iter(logps)
+    return [[next(left) for _ in of] for of in drawn]
 
 
 def row_logps(

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def build_preference_dataset(
     generation_kwargs: dict[str, object] | None = None,
     job: tuple[int, int] = (1, 1),
     generator: Generator | None = None,
+    proposal: PreTrainedModel | None = None,
+    proposal_clip: float | None = None,
     **changes: object,
 ) -> Dataset:
     """Build a dataset of preference pairs from prompts, a policy to sample from, and a ranker.
@@ -109,6 +112,14 @@ def build_preference_dataset(
         generator ([`Generator`], *optional*):
             What samples candidates, in place of `policy`, such as [`OpenAIGenerator`]. By default
             [`SharedPrefixGenerator`] with `policy`, `tokenizer` and `generation_kwargs`.
+        proposal ([`~transformers.PreTrainedModel`], *optional*):
+            What samples candidates in place of `policy`, from which the pairs are still to come: an importance
+            correction for rounds, where the policy has moved and `policy` is the reference model. Algorithm 1 runs on
+            `reward - rejection_beta * log_ratio`, with the log-probability of a candidate under `proposal` minus that
+            under `policy`, which are saved in its column `log_ratios`. For `strategy="rso"`.
+        proposal_clip (`float`, *optional*):
+            Limit of the distance of a log-ratio from the median of its prompt, in nats: less noise, and some bias
+            towards the proposal.
         **changes:
             Fields of `options` to change, by name.
 
@@ -185,13 +196,18 @@ def build_preference_dataset(
         raise ValueError("`keep_logps` is for training, which takes no encoder-decoder. Leave it out.")
     elif policy is not None and tokenizer is not None:
         check_vocabulary(tokenizer, policy)
+    has_ratios = "log_ratios" in dataset.column_names
+    if proposal is not None:
+        _check_proposal(dataset, policy, generator, options, generation_kwargs or {})
+    if proposal_clip is not None and not ((proposal is not None or has_ratios) and proposal_clip > 0):
+        raise ValueError(f"`proposal_clip` is {proposal_clip!r}. It must be above 0, and needs a `proposal`.")
     if generator is None and policy is not None and tokenizer is not None:
-        generator = SharedPrefixGenerator(policy, tokenizer, generation_kwargs or {})
+        generator = SharedPrefixGenerator(proposal or policy, tokenizer, generation_kwargs or {})
 
     store, process = SampleStore(output_dir), process_state()
-    how = (options, seed, keep_logps, max_length)
+    how = (options, seed, keep_logps, max_length, proposal_clip)
     shards = Shards(store, dataset, generator, policy, tokenizer, ranker, *how)
-    run = [None if shards.are_given and not keep_logps else policy, ranker.model]
+    run = [None if shards.are_given and not keep_logps else policy, proposal, ranker.model]
     models = [model for model in run if model is not None]
     with gathered(*models):
         if sharded := [model for model in models if partition_reason(model)]:
@@ -211,6 +227,27 @@ def build_preference_dataset(
                 store.clear()  # if the run that finished it was stopped before it had removed the shards
             logger.info("Reusing the dataset in %s, made with the same settings.", output_dir)
         return store.pairs()
+
+
+def _check_proposal(
+    dataset: Dataset,
+    policy: PreTrainedModel | None,
+    generator: Generator | None,
+    options: SamplingOptions,
+    generation_kwargs: dict[str, object],
+) -> None:
+    """Refuse what the importance correction cannot be made for, naming the argument."""
+    if policy is None or generator is not None or "completions" in dataset.column_names:
+        raise ValueError("`proposal` samples in place of `policy`. Give both, and neither `generator` nor candidates.")
+    if policy.config.is_encoder_decoder:
+        raise ValueError("`proposal` and `policy` must be causal language models.")
+    if not 0 < options.effective_beta < math.inf:
+        raise ValueError("`proposal` corrects Algorithm 1: set strategy='rso' and a `rejection_beta` above 0.")
+    if not options.is_whole_distribution(generation_kwargs):
+        raise ValueError(
+            "`proposal` needs samples of its own distribution. Leave `temperature` and `top_p` at 1, `top_k` at 0, "
+            "and of `generation_kwargs` all but `stop_strings` out."
+        )
 
 
 def _as_dataset(prompts: Dataset | list[Prompt] | str | Path) -> Dataset:

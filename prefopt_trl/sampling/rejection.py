@@ -101,6 +101,17 @@ def accept(rewards: NDArray[np.float64], num_samples: int, beta: float, rng: np.
     return np.lexsort((rng.random(rewards.shape), num_rejections))[..., :num_samples]
 
 
+def effective_sample_size(rewards: NDArray[np.float64], beta: float) -> float:
+    """
+    Return of how many samples of the optimal policy a prompt's candidates are worth: from 1 to their number.
+
+    It is `sum(w)^2 / sum(w^2)` of the weights `w = exp(reward / beta)`. With fewer than `num_samples`, those that are
+    accepted fill up with candidates that the optimal policy rarely produces. `beta` is greater than 0.
+    """
+    weights = np.exp((rewards - rewards.max()) / beta)
+    return float(weights.sum() ** 2 / (weights**2).sum())
+
+
 def acceptance_rate(rewards: NDArray[np.float64], beta: float) -> float:
     """
     Return the expected share of a prompt's candidates that the first pass of Algorithm 1 accepts (RSO Theorem 1).

@@ -11,11 +11,11 @@ from prefopt_trl.data.formats import Completion, Prompt, Row, completion_text
 from prefopt_trl.rankers.base import Columns, Ranker, ask_probabilities
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
 from prefopt_trl.sampling.pairing import Pairs, play
-from prefopt_trl.sampling.rejection import accept, acceptance_rate
+from prefopt_trl.sampling.rejection import accept, acceptance_rate, effective_sample_size
 
 # Columns of candidates, and of the pairs made of them: any other is the user's, and is kept
 OWN_COLUMNS = {
-    *("prompt", "completions", "rewards", "finished", "logps"),
+    *("prompt", "completions", "rewards", "finished", "logps", "log_ratios"),
     *("chosen", "rejected", "chosen_reward", "rejected_reward", "label_probability"),
     *("ref_chosen_logps", "ref_rejected_logps", "ref_max_length", "disagreement"),
 }
@@ -42,6 +42,7 @@ class SelectedPrompt:
     scored: dict[str, list[float | None]] = field(
         default_factory=dict
     )  # the ranker's `score_columns`, for each candidate
+    effective_size: float | None = None  # samples of the optimal policy that the candidates are worth
 
 
 def select_and_pair(
@@ -54,6 +55,7 @@ def select_and_pair(
     seed: int,
     first_row: int = 0,
     columns: Columns | None = None,
+    log_ratios: Sequence[np.ndarray] | None = None,
 ) -> list[SelectedPrompt]:
     """Keep `num_samples` candidates of each prompt, and let the ranker label pairs of them.
 
@@ -62,6 +64,10 @@ def select_and_pair(
     leaves, and so does a pair on which the ranker has no opinion. A pair of two equal texts is not made: no ranker
     prefers one of them, and every loss of a difference has gradient zero. A prompt is skipped if all its candidates
     are equal, or all those kept that met. `columns` are the other columns of the prompts' dataset.
+
+    `log_ratios` are, for each candidate, the log-probability under the proposal that drew it minus that under the
+    reference model, in nats. Algorithm 1 then runs on `reward - beta * log_ratio`, so that what it accepts follows
+    `pi_ref(y | x) exp(reward(x, y) / beta)`, and not the same times `proposal / pi_ref`.
     """
     texts = [first_occurrences(row) for row in completions]
     distinct = [without_nan(np.unique(row), scores) for row, scores in zip(texts, rewards, strict=True)]
@@ -76,7 +82,10 @@ def select_and_pair(
         for row, stream in zip(rows, streams, strict=True)
     ]
     before = label(at_random, "first-round", streams)
-    accepted = [keep(rewards[row], texts[row], options, stream) for row, stream in zip(rows, streams, strict=True)]
+    beta, corrected = options.effective_beta, list(rewards)
+    if log_ratios is not None:
+        corrected = [of - beta * ratios for of, ratios in zip(rewards, log_ratios, strict=True)]
+    accepted = [keep(corrected[row], texts[row], options, stream) for row, stream in zip(rows, streams, strict=True)]
     is_ranking = options.pairing == RANKING
     after = label(accepted, "first-round" if is_ranking else options.pairing, streams)
 
@@ -88,7 +97,8 @@ def select_and_pair(
             rewards=as_numbers(rewards[row]),
             num_distinct=len(distinct[row]),
             accepted=kept.tolist(),
-            acceptance_rate=acceptance_rate(rewards[row][distinct[row]], options.effective_beta),
+            acceptance_rate=acceptance_rate(corrected[row][distinct[row]], beta),
+            effective_size=effective_sample_size(corrected[row][distinct[row]], beta) if 0 < beta < np.inf else None,
             random_probabilities=random_pairs.probability[np.isfinite(random_pairs.probability)].tolist(),
             chosen=pairs.chosen[differ].tolist(),
             rejected=pairs.rejected[differ].tolist(),

@@ -7,17 +7,19 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt_trl.data.formats import Row, wrap_completion
-from prefopt_trl.data.tokenization import chat_options, merge_equal_in_training
+from prefopt_trl.data.formats import Prompt, Row, wrap_completion
+from prefopt_trl.data.tokenization import ChatOptions, chat_options, merge_equal_in_training, tokenize_prompts
 from prefopt_trl.generation.generators import Generator, Request
+from prefopt_trl.generation.sampler import Candidates, Sampled
 from prefopt_trl.rankers.base import Ranker, ask_rewards
 from prefopt_trl.runtime.settings import (
     Settings,
     dataset_fingerprint,
+    model_fingerprint,
     template_date,
     tokenizer_fingerprint,
 )
-from prefopt_trl.sampling.logps import pair_logps, sampled_logps
+from prefopt_trl.sampling.logps import drawn_logps, pair_logps, sampled_logps
 from prefopt_trl.sampling.options import RANKING, SamplingOptions
 from prefopt_trl.sampling.selection import (
     SelectedPrompt,
@@ -46,6 +48,7 @@ class Shards:
     seed: int  # of all shards
     keep_logps: bool  # whether candidates have `logps`, which pairs keep
     max_length: int | None  # of prompt and completion in tokens, for these log-probabilities
+    proposal_clip: float | None = None  # of the log-ratios of a generator other than the policy
 
     @property
     def are_given(self) -> bool:
@@ -56,6 +59,11 @@ class Shards:
     def has_rewards(self) -> bool:
         """Whether candidates are given with rewards, so that they are not scored again."""
         return self.are_given and "rewards" in self.prompts.column_names
+
+    @property
+    def has_proposal(self) -> bool:
+        """Whether candidates come from another policy than the one whose optimal policy they shall follow."""
+        return self.generator is not None and self.policy is not self.generator.model
 
     def settings(self) -> Settings:
         """Return all settings that the dataset depends on, for its manifest."""
@@ -70,11 +78,16 @@ class Shards:
             settings["tokenizer"] = tokenizer_fingerprint(self.tokenizer)
         if self.keep_logps:
             settings["max_length"] = self.max_length
+        if self.has_proposal or "log_ratios" in self.prompts.column_names:
+            settings["proposal_clip"] = self.proposal_clip
         if not self.are_given:
             assert self.generator is not None
             settings |= {**vars(self.options), **self.generator.settings(self.options)}
             if self.tokenizer is not None and not isinstance(self.prompts.features["prompt"], Value):
                 settings |= template_date(self.tokenizer)
+            if self.has_proposal:
+                assert self.policy is not None
+                settings["reference"] = model_fingerprint(self.policy)
         return settings
 
     def make(self, shard: int) -> None:
@@ -97,14 +110,18 @@ class Shards:
         assert self.generator is not None
         rows, number, seed = self._given(shard), self.options.num_candidates, shard_seed(self.seed, shard)
         prompts, chat = [row["prompt"] for row in rows], list(map(chat_options, rows))
-        sampled = self.generator.generate(Request(prompts, chat, number, self.options, seed, self.keep_logps))
+        keeps_tokens = self.keep_logps or self.has_proposal
+        sampled = self.generator.generate(Request(prompts, chat, number, self.options, seed, keeps_tokens))
         for place, row_number in enumerate(self._rows(shard)):
             if (found := len(sampled[place].texts) if place < len(sampled) else 0) != number:
                 raise ValueError(
                     f"`generator` returned {found} of {number} completions of row {row_number} of `prompts`."
                 )
+        log_ratios: list[list[float]] = []
+        if self.has_proposal:
+            sampled, log_ratios = self._compare_to_policy(prompts, chat, sampled)
         made = []
-        for row, how, candidates in zip(rows, chat, sampled, strict=True):
+        for place, (row, how, candidates) in enumerate(zip(rows, chat, sampled, strict=True)):
             prompt = row["prompt"]
             completions = [wrap_completion(prompt, text) for text in candidates.texts]
             made.append({**carried(row), "completions": completions, "finished": candidates.finished})
@@ -113,7 +130,28 @@ class Shards:
                 made[-1]["logps"] = sampled_logps(
                     self.tokenizer, prompt, completions, candidates, self.max_length, **how
                 )
+            if log_ratios:
+                made[-1]["log_ratios"] = log_ratios[place]
         return made
+
+    def _compare_to_policy(
+        self, prompts: list[Prompt], chat: list[ChatOptions], sampled: list[Candidates]
+    ) -> tuple[list[Candidates], list[list[float]]]:
+        """Return candidates with their log-probabilities under the policy in place of those under the proposal, and
+        the latter minus the former."""
+        assert self.generator is not None and self.generator.model is not None
+        assert self.policy is not None and self.tokenizer is not None
+        prompt_ids = tokenize_prompts(self.tokenizer, prompts, chat)
+        drawn = [[one.ids for one in candidates.sampled] for candidates in sampled]
+        ref_logps = drawn_logps(self.policy, prompt_ids, drawn)
+        logps = [[one.logp for one in candidates.sampled if one.logp is not None] for candidates in sampled]
+        if not all(logps):  # prompts are not shared
+            logps = drawn_logps(self.generator.model, prompt_ids, drawn)
+        under_policy = [
+            replace(candidates, sampled=list(map(Sampled, ids, of)))
+            for candidates, ids, of in zip(sampled, drawn, ref_logps, strict=True)
+        ]
+        return under_policy, [(np.array(of) - ref).tolist() for of, ref in zip(logps, ref_logps, strict=True)]
 
     def _select(self, rows: list[Row], first_row: int) -> list[SelectedPrompt]:
         prompts, completions = [row["prompt"] for row in rows], [row["completions"] for row in rows]
@@ -125,6 +163,9 @@ class Shards:
             rewards, scored = ask_rewards(self.ranker, prompts, completions, columns=columns, may_abstain=True)
         if self.tokenizer is not None:
             completions = merge_equal_in_training(self.tokenizer, rows, completions)
+        log_ratios = None
+        if "log_ratios" in rows[0] and self.options.strategy == "rso":
+            log_ratios = [clipped(np.array(row["log_ratios"]), self.proposal_clip) for row in rows]
         selected = select_and_pair(
             prompts,
             completions,
@@ -134,6 +175,7 @@ class Shards:
             seed=self.seed,
             first_row=first_row,
             columns=columns,
+            log_ratios=log_ratios,
         )
         return [
             replace(one, scored={name: as_numbers(values[row]) for name, values in scored.items()})
@@ -195,6 +237,7 @@ class Shards:
         completion = given["prompt"] if isinstance(given["prompt"], Value) else List(message)
         logps = {"logps": List(Value("float64"))} if self.keep_logps else {}
         sampled = {"completions": List(completion), "finished": List(Value("bool"))}
+        sampled |= {"log_ratios": List(Value("float64"))} if self.has_proposal else {}
         return Features({**carried(given), **sampled, **logps, **rewards})
 
     def preference_features(self) -> Features:
@@ -215,6 +258,13 @@ class Shards:
         prompts_per_shard, _ = self.store.layout()
         start = shard * prompts_per_shard
         return range(start, min(start + prompts_per_shard, len(self.prompts)))
+
+
+def clipped(log_ratios: np.ndarray, limit: float | None) -> np.ndarray:
+    """Return log-ratios of a prompt's candidates within so many nats of their median; a constant has no effect."""
+    if limit is None:
+        return log_ratios
+    return np.clip(log_ratios - np.median(log_ratios), -limit, limit)
 
 
 def shard_seed(seed: int, shard: int) -> int:

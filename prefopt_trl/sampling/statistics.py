@@ -90,6 +90,7 @@ class SamplingStatistics:
     # Of those with rewards, in characters, and the acceptance rates of prompts; empty in files of earlier versions
     length_quantiles: dict[str, list[float]] = field(default_factory=dict)
     acceptance_quantiles: list[float] = field(default_factory=list)
+    effective_size: float | None = None  # of the optimal policy's samples that candidates are worth, mean over prompts
 
     def as_dict(self) -> Settings:
         return {**asdict(self), "quantiles": list(QUANTILES)}
@@ -107,6 +108,8 @@ class SamplingStatistics:
             lines.append(f"acceptance rate: {self.acceptance_rate:.3f}")
             if rates := self.acceptance_quantiles:
                 lines[-1] += f", of prompts 5% to 95% {rates[1]:.3f} to {rates[5]:.3f}"
+        if self.effective_size is not None:
+            lines.append(f"effective sample size of a prompt's candidates: {self.effective_size:.1f}")
         for what, found, digits in (("reward", self.reward_quantiles, 2), ("characters", self.length_quantiles, 0)):
             for name, values in found.items():
                 low, median, high = (f"{values[at]:.{digits}f}" for at in (1, 3, 5))
@@ -141,6 +144,8 @@ def summarize(
     certainty: dict[str, list[list[float]]] = {"random candidates": [], "pairs made": []}
     num_distinct: list[int] = []
     first_pass: list[float] = []
+    sizes: list[float] = []
+    is_corrected = False
     num_equal = num_short = num_candidates = 0
     is_ranking = options.pairing == RANKING
     for row, prompt in selected:
@@ -149,12 +154,14 @@ def summarize(
         is_known = ~np.isnan(of_prompt)
         num_distinct.append(prompt.num_distinct)
         num_candidates += len(of_prompt)
+        is_corrected = options.strategy == "rso" and "log_ratios" in row
         num_equal += prompt.num_distinct > 1 and np.ptp(of_prompt[is_known]) == 0
         rewards["candidates"].append(of_prompt[is_known])
         lengths["candidates"].append(characters[is_known])
         if prompt.acceptance_rate is None:  # skipped
             continue
         first_pass.append(prompt.acceptance_rate)
+        sizes += [] if prompt.effective_size is None else [prompt.effective_size]
         num_short += len(prompt.accepted) < options.num_samples
         ranked = sorted(prompt.accepted, key=lambda index: -of_prompt[index])  # in the order of `rank`
         chosen, rejected = (ranked[:1], ranked[1:]) if is_ranking else (prompt.chosen, prompt.rejected)
@@ -181,6 +188,8 @@ def summarize(
         spread = float(np.median([of_prompt.std() for of_prompt in rewards["candidates"] if len(of_prompt)]))
         unlike_logits = scale_warning(options, spread) if temperature == 1 else None
         warnings += filter(None, [label_warning(options, *means.values()) or unlike_logits])
+    if is_corrected:
+        warnings += filter(None, [correction_warning(options, float(np.mean(sizes)))])
     of_prompts = (np.array([values.mean() for values in lengths[name]]) for name in ("chosen", "rejected"))
     warnings += filter(None, [length_warning(*of_prompts)])
     statistics = SamplingStatistics(
@@ -200,6 +209,7 @@ def summarize(
         num_short=num_short,
         length_quantiles={name: np.quantile(values, QUANTILES).tolist() for name, values in drawn.lengths.items()},
         acceptance_quantiles=np.quantile(first_pass, QUANTILES).tolist() if options.strategy == "rso" else [],
+        effective_size=float(np.mean(sizes)) if sizes else None,
     )
     return statistics, drawn
 
@@ -230,6 +240,18 @@ def label_warning(options: SamplingOptions, before: float, after: float) -> str 
         f"`rejection_beta`={beta:g} is too small for this ranker: it gives its own labels a mean probability of "
         f"{after:.2f} after rejection, against {before:.2f} on random candidates, so many labels are near coin flips. "
         f"Raise it, say to {4 * beta if beta > 0 else 1:g}, or use a ranker that tells good completions apart."
+    )
+
+
+def correction_warning(options: SamplingOptions, effective_size: float) -> str | None:
+    """Say that the importance correction is mostly noise, or return None."""
+    if effective_size >= options.num_samples:
+        return None
+    return (
+        f"Corrected for the policy that was sampled, a prompt's {options.num_candidates} candidates are worth "
+        f"{effective_size:.1f} samples of the optimal policy, and `num_samples`={options.num_samples} are kept: the "
+        "others fill up, and which they are is mostly noise. Raise `rejection_beta` or `num_candidates`, lower "
+        "`num_samples`, set a `proposal_clip`, or do without the correction."
     )
 
 

@@ -1,0 +1,167 @@
+"""Candidates of another policy than the reference, corrected so that what is accepted follows RSO's target again."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prefopt_trl import FunctionRanker, SamplingOptions, build_preference_dataset
+from prefopt_trl.data.tokenization import tokenize_prompts
+from prefopt_trl.generation.sampler import sample_candidates
+from prefopt_trl.sampling.logps import pair_logps, row_logps
+from prefopt_trl.sampling.rejection import accept, acceptance_rate, effective_sample_size
+from prefopt_trl.sampling.selection import select_and_pair
+from prefopt_trl.sampling.shards import clipped, shard_seed
+from prefopt_trl.sampling.statistics import correction_warning
+
+BETA = 0.7
+REFERENCE = np.array([0.3, 0.25, 0.2, 0.15, 0.1])
+REWARDS = np.array([0.0, 0.4, -0.3, 1.2, 0.9])
+TARGET = REFERENCE * np.exp(REWARDS / BETA) / np.sum(REFERENCE * np.exp(REWARDS / BETA))
+PROPOSAL = np.array([0.1, 0.1, 0.4, 0.1, 0.3])  # far from both
+
+
+def between(share):
+    """A policy on the way from the reference to the target."""
+    policy = REFERENCE ** (1 - share) * TARGET**share
+    return policy / policy.sum()
+
+
+def test_the_accepted_follow_the_target_whatever_the_proposal():
+    """Total variation of 20,000 draws, one accepted of 400 candidates each.
+
+    Its mean is 0.006 with a standard deviation of 0.003, so that it exceeds 0.02 in fewer than one of 10,000 seeds.
+    """
+    rng = np.random.default_rng(0)
+    drawn = rng.choice(5, size=(20_000, 400), p=PROPOSAL)
+    log_ratios = np.log(PROPOSAL / REFERENCE)[drawn]
+    distances = {}
+    for name, rewards in {"corrected": REWARDS[drawn] - BETA * log_ratios, "plain": REWARDS[drawn]}.items():
+        first = accept(rewards, 1, BETA, rng)[:, 0]
+        counts = np.bincount(drawn[np.arange(len(drawn)), first], minlength=5)
+        distances[name] = np.abs(counts / len(drawn) - TARGET).sum() / 2
+    assert distances["corrected"] < 0.02 < 0.2 < distances["plain"]
+
+
+def test_acceptance_rises_as_the_policy_nears_the_target():
+    outcomes, rates, sizes = np.arange(5), [], []
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        policy = between(share)
+        corrected = REWARDS - BETA * np.log(policy / REFERENCE)
+        counts = np.repeat(outcomes, np.round(1000 * policy).astype(int))  # as many of each as expected
+        rates.append(acceptance_rate(corrected[counts], BETA))
+        sizes.append(effective_sample_size(corrected[counts], BETA) / len(counts))
+    assert np.all(np.diff(rates) > 0.05) and np.all(np.diff(sizes) > 0)
+    assert rates[-1] == pytest.approx(1) and sizes[-1] == pytest.approx(1)
+
+
+def test_the_effective_sample_size_by_hand():
+    assert effective_sample_size(np.array([0.0, 0.0, 0.0]), 1.0) == pytest.approx(3)
+    assert effective_sample_size(np.array([0.0, -np.log(3)]), 1.0) == pytest.approx((4 / 3) ** 2 / (10 / 9))
+    assert effective_sample_size(np.array([1000.0, 0.0]), 0.5) == pytest.approx(1)
+
+
+def test_ratios_are_clipped_around_their_median():
+    ratios = np.array([10.0, 20.0, 12.0])
+    assert clipped(ratios, None) is ratios
+    assert clipped(ratios, 3.0).tolist() == [-2, 3, 0]
+
+
+def test_a_sentence_says_when_the_correction_is_noise():
+    options = SamplingOptions()
+    assert correction_warning(options, 8.0) is None
+    assert "64 candidates are worth 2.5 samples of the optimal policy, and `num_samples`=8" in correction_warning(
+        options, 2.5
+    )
+
+
+def vowels(prompts, completions, **columns):
+    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+
+
+PROMPTS = ["The capital of", "Mix the", "Tell me how"]
+SAMPLING = {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6, "seed": 3, "rejection_beta": 0.5}
+
+
+@pytest.fixture(scope="module")
+def models(tiny_llama_dir):
+    """A reference model, another policy, and their tokenizer."""
+    reference, proposal = (AutoModelForCausalLM.from_pretrained(tiny_llama_dir) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in proposal.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return reference, proposal, AutoTokenizer.from_pretrained(tiny_llama_dir)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_the_log_ratios_of_the_tokens_drawn_correct_the_rewards(models, tmp_path, share_prefix):
+    reference, proposal, tokenizer = models
+    ranker, how = FunctionRanker(vowels), {**SAMPLING, "share_prefix": share_prefix}
+    pairs = build_preference_dataset(
+        PROMPTS, reference, tokenizer, ranker, tmp_path / "pairs", proposal=proposal, keep_logps=True, **how
+    )
+    candidates = load_from_disk(str(tmp_path / "pairs/candidates"))
+    of = SamplingOptions.of(None, **{name: value for name, value in how.items() if name != "seed"})
+    prompt_ids = tokenize_prompts(tokenizer, PROMPTS)
+    drawn = sample_candidates(proposal, tokenizer, prompt_ids, 6, of, seed=shard_seed(3, 0), keep_logps=True)
+    for ids, row, again in zip(prompt_ids, candidates, drawn, strict=True):
+        assert row["completions"] == again.texts
+        rows = [(ids, one.ids) for one in again.sampled]
+        by_hand = [np.array([row_logps(model, [one])[0] for one in rows]) for model in (proposal, reference)]
+        np.testing.assert_allclose(row["log_ratios"], by_hand[0] - by_hand[1], atol=1e-4)
+        assert np.std(row["log_ratios"]) > 0.1
+
+    rewards = [np.array(row) for row in candidates["rewards"]]
+    corrected = [row - 0.5 * np.array(ratios) for row, ratios in zip(rewards, candidates["log_ratios"], strict=True)]
+    selected = select_and_pair(PROMPTS, candidates["completions"], corrected, ranker, of, seed=3)
+    kept = [set(np.array(row)[one.accepted]) for row, one in zip(candidates["completions"], selected, strict=True)]
+    assert any(kept)
+    for row in pairs:
+        assert {row["chosen"], row["rejected"]} <= kept[PROMPTS.index(row["prompt"])]
+    both = list(zip(pairs["chosen"], pairs["rejected"], strict=True))
+    ref_logps = pair_logps(reference, tokenizer, pairs["prompt"], both, None)
+    saved = np.stack([pairs["ref_chosen_logps"], pairs["ref_rejected_logps"]], axis=1)
+    np.testing.assert_allclose(saved, ref_logps, atol=1e-3)
+
+    again = build_preference_dataset(
+        candidates, None, None, ranker, tmp_path / "again", proposal_clip=0.01, **{**how, "rejection_beta": 2.0}
+    )
+    assert len(again)  # the stored ratios serve another beta
+
+
+def test_a_proposal_that_is_the_policy_changes_nothing(models, tmp_path):
+    reference, _, tokenizer = models
+    same = AutoModelForCausalLM.from_pretrained(reference.name_or_path)
+    ranker = FunctionRanker(vowels)
+    corrected = build_preference_dataset(
+        PROMPTS, reference, tokenizer, ranker, tmp_path / "pairs", proposal=same, **SAMPLING
+    )
+    plain = build_preference_dataset(PROMPTS, reference, tokenizer, ranker, tmp_path / "plain", **SAMPLING)
+    assert corrected.to_list() == plain.to_list()
+    ratios = np.array(load_from_disk(str(tmp_path / "pairs/candidates"))["log_ratios"])
+    np.testing.assert_allclose(ratios, 0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"strategy": "sft"}, "`proposal` corrects Algorithm 1: set strategy='rso'"),
+        ({"rejection_beta": 0.0}, "a `rejection_beta` above 0"),
+        ({"temperature": 0.7}, "samples of its own distribution"),
+        ({"generation_kwargs": {"min_p": 0.1}}, "samples of its own distribution"),
+        ({"proposal_clip": 0.0}, "`proposal_clip` is 0.0. It must be above 0"),
+        ({"proposal": None, "proposal_clip": 1.0}, "needs a `proposal`"),
+    ],
+)
+def test_what_cannot_be_corrected_is_refused(models, tmp_path, given, message):
+    reference, proposal, tokenizer = models
+    with pytest.raises(ValueError, match=message):
+        build_preference_dataset(
+            PROMPTS,
+            reference,
+            tokenizer,
+            FunctionRanker(vowels),
+            tmp_path,
+            **{"proposal": proposal, **SAMPLING, **given},
+        )
