@@ -346,7 +346,7 @@ class Rounds:
         others: dict[str, Any] = {}
         if base is None:
             others |= {"peft_config": self.peft_config, "quantization_config": self.quantization_config}
-        has_other_reference = self.trainer_class.has_reference and reference != start
+        has_other_reference = self.trainer_class.has_reference and reference != start and not args.keep_logps
         # With the adapter off, the model is its base
         is_base = has_other_reference and reference == base and not args.precompute_ref_log_probs
         if has_other_reference and not is_base:

@@ -13,7 +13,9 @@ from prefopt_trl.cli.parsing import parse
 from prefopt_trl.quickstart.tiny import tiny_llama
 
 FOLDER = Path(__file__).parents[3] / "examples" / "recipes" / "llama-7b"
+ONE_GPU = FOLDER.parent / "one-gpu" / "rounds_rso.yaml"
 COMMANDS = {path.stem: path.stem.split("_")[0] for path in FOLDER.glob("*.yaml")}
+COMMANDS |= {recipe: "rounds rso" for recipe, command in COMMANDS.items() if command == "rounds"}
 CPU = ["--use_cpu", "--bf16", "False"]
 
 # RSO section 5: "batch size 128 and learning rate 1e-5 with Adafactor", "64 response candidates", "sub-sample 8",
@@ -40,6 +42,8 @@ EXPECTED = {
     "rso_full_zero3": {**RSO, "gamma": 0.05, "loss_type": ["sigmoid"], "use_peft": False, "accelerate": "zero3"},
     "rso_lora": {**RSO, "gamma": 0.05, **LORA, "learning_rate": 10 * 1e-5},
     "rso_qlora": {"batch": 128, "gamma": 0.05, **LORA, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "rounds_rso_zero3": {**RSO, "gamma": 0.05, "num_candidates": 64, "num_rounds": 3, "accelerate": "zero3"},
+    "rounds_rso_lora": {**RSO, "gamma": 0.05, **LORA, "learning_rate": 10 * 1e-5, "reference": "first"},
     "slic_full_zero3": {**RSO, "delta": 1 / 0.05, "strategy": "sft", "num_samples": 8, "accelerate": "zero3"},
     "pro_full_zero3": {
         **PRO,
@@ -133,6 +137,26 @@ def test_the_recipe_in_4_bits_runs(sampled, tiny_llama_dir, run_in_process):
     tiny_llama(tokenizer, hidden_size=64, num_layers=1).save_pretrained("wide")  # 4 bits come in blocks of 64 weights
     tokenizer.save_pretrained("wide")
     dry_run("rso_qlora", [*on_half(sampled), "--model_name_or_path", "wide"], run_in_process)
+
+
+@pytest.mark.parametrize("file", [FOLDER / "rounds_rso_zero3.yaml", FOLDER / "rounds_rso_lora.yaml", ONE_GPU])
+def test_the_recipes_of_rounds_run(file, tiny, run_in_process):
+    Path("brief.py").write_text(
+        "def brevity(prompts, completions):\n    return [-float(len(c)) for c in completions]\n"
+    )
+    halves = ["--dataset_train_split", "train[:50%]", "--dataset_test_split", "train[50%:]"]
+    small = "--max_steps 1 --gradient_accumulation_steps 1 --per_device_train_batch_size 2 --dtype float32 "
+    small += "--num_candidates 12 --max_new_tokens 4 --num_rounds 2 --prompts_per_round 3 --output_dir out"
+    own = [*tiny, *CPU, *halves, *small.split(), "--ranker", "brief.brevity"]
+    config = yaml.safe_load(file.read_text())
+    config.pop("dataset_config", None)
+    Path("recipe.yaml").write_text(yaml.safe_dump(config))
+    run_in_process("rounds rso", ["--config", "recipe.yaml", *own])
+    is_adapter = config.get("use_peft", False)
+    for number in (1, 2):
+        model = Path(f"out/round-{number}/model")
+        assert (model / ("adapter_model.safetensors" if is_adapter else "model.safetensors")).exists()
+    assert f"    prefopt-trl rounds rso --config examples/recipes/{file.parent.name}/{file.name}" in file.read_text()
 
 
 @pytest.mark.parametrize("recipe", ["sft", "ranker", "ranker_pro", "pro_full_zero3", "pro_lora"])

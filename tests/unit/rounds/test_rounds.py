@@ -156,6 +156,25 @@ def test_the_reference_of_the_second_round(rounds, options, adapter, reference, 
     assert Watched.holds_model[1] == holds_model
 
 
+def test_corrected_rounds_keep_the_log_probabilities_of_the_first_model(rounds, monkeypatch):
+    monkeypatch.setattr(prefopt_trl.Rounds, "_judge", lambda self, number: {"judges": {}})
+    Watched.ref_logps, Watched.holds_model = [], []
+    args = {"per_device_train_batch_size": 64, "learning_rate": 3e-2, "reference_logps": "sampled"}
+    made = rounds(trainer_class=Watched, args=args, importance_correction=True, proposal_clip=5.0)
+    assert Watched.holds_model == [False, False]
+    pairs, first = made._data(2), load(made.model, made.args, None)
+    both = list(zip(pairs["chosen"], pairs["rejected"], strict=True))
+    expected = pair_logps(first, made.tokenizer, pairs["prompt"], both, 64)[:, 0].mean()
+    assert Watched.ref_logps[1] == pytest.approx(expected, abs=0.01)
+    candidates = load_from_disk(str(made.round_folder(2) / "sampled/candidates"))
+    assert np.abs(candidates["log_ratios"]).max() > 0.1
+    statistics = made.record(2)["phases"]["sample"]["statistics"]
+    assert (
+        1 <= statistics["effective_size"] <= 6
+        and "log_ratios" not in load_from_disk(str(made.round_folder(1) / "sampled/candidates")).column_names
+    )
+
+
 def test_what_a_round_trains_on_and_which_prompts_it_has(rounds):
     made = rounds(num_rounds=3, prompts_per_round=4, judges=FunctionRanker(nothing), args={"max_steps": 1})
     parts = [made._prompts(number)["prompt"][:] for number in (1, 2, 3, 4)]
@@ -231,6 +250,9 @@ def test_a_missing_parent_is_named(rounds, tmp_path):
         ({"args": {"eval_strategy": "steps"}}, "`eval_strategy` .*eval_prompts"),
         ({"args": {"push_to_hub": True}}, "`push_to_hub`"),
         ({"args": {"reference_logps": "sampled"}}, "`reference_logps` .* set `reference` to 'previous'"),
+        ({"importance_correction": True, "args": {"strategy": "sft"}}, "`importance_correction` .* set `strategy`"),
+        ({"importance_correction": True, "reference": "previous"}, "no effect if `reference`, 'previous', is sampled"),
+        ({"proposal_clip": 3.0}, "`proposal_clip` has no effect without `importance_correction`"),
         ({"name": "SLiC", "reference": "previous"}, "SLiCTrainer has no reference model"),
         ({"prompts_per_round": 7}, "There are 6 prompts"),
         ({"metric": "accuracy"}, "`metric` must be one of reward, win_rate, lc_win_rate"),
