@@ -21,7 +21,8 @@ def estimate(found: Settings | None) -> Estimate:
 
 def measured(record: Settings, metric: str) -> Estimate:
     """Return a metric of the first judge in the record of a finished round."""
-    judged: dict[str, Any] = next(iter(record["phases"]["judge"]["judges"].values()), {})
+    found = record["phases"]["judge"]
+    judged: dict[str, Any] = found["judges"].get(found["first_judge"], {})
     if metric not in judged and record["round"] == 0 and metric in OF_START:
         return Estimate(OF_START[metric], math.nan)
     return estimate(judged.get(metric))
@@ -39,7 +40,7 @@ def report_on_rounds(records: Sequence[Settings], metric: str, best_model: str) 
         return "No round is finished."
     rows = list(map(_row, records))
     header = [name for name in rows[-1] if any(row.get(name) for row in rows)]
-    judge = next(iter(records[-1]["phases"]["judge"]["judges"]), "the judge")
+    judge = records[-1]["phases"]["judge"]["first_judge"]
     cells = [[row.get(name, "") for name in header] for row in rows]
     best = best_round(records, metric)
     which = f"round {best}" if best else "the start: no round is better"

@@ -374,10 +374,11 @@ class Rounds:
         with loading_whole(self.args):
             judges = self.load_judges()
         with gathered(*(judge.model for judge in judges.values())):
-            self._same_as_before({"judges": {name: judge.settings() for name, judge in judges.items()}})
+            settings = {name: judge.settings() for name, judge in judges.items()}
+            self._same_as_before({"judges": settings, "first_judge": next(iter(judges))})
         name, against = f"round {number}" if number else START, str(self.options.against)
         if not number and against == START and any(judge.draws_baselines for judge in judges.values()):
-            return {"judges": {}}  # which only compare
+            return {"first_judge": next(iter(judges)), "judges": {}}  # which only compare
         paths = {START: self.model, name: self.model_of(number)}
         policies = {
             who: ModelPolicy(partial(self._load, path), self.tokenizer, path_fingerprint(path))
@@ -400,6 +401,7 @@ class Rounds:
             for judge, of in found.judged.items()
         }
         return {
+            "first_judge": next(iter(judges)),
             "judges": {judge: {key: asdict(one) for key, one in of.items()} for judge, of in measured.items()},
             "samples": {key: asdict(one) for key, one in found.estimates[name].items()},
         }

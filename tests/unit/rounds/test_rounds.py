@@ -115,6 +115,9 @@ def test_a_round_is_sampling_from_the_round_before_and_training_on_the_samples(r
     assert record["judge"]["judges"]["FunctionRanker"]["reward"]["mean"] == pytest.approx(np.mean(of_round))
 
 
+NOT_JUDGED = {"first_judge": "judge", "judges": {}}
+
+
 class Watched(RSOTrainer):
     """Writes down the log-probabilities under the reference model, from what the first step logs."""
 
@@ -142,7 +145,7 @@ class Watched(RSOTrainer):
     ],
 )
 def test_the_reference_of_the_second_round(rounds, options, adapter, reference, holds_model, monkeypatch):
-    monkeypatch.setattr(prefopt_trl.Rounds, "_judge", lambda self, number: {"judges": {}})
+    monkeypatch.setattr(prefopt_trl.Rounds, "_judge", lambda self, number: NOT_JUDGED)
     Watched.ref_logps, Watched.holds_model = [], []
     peft = LoraConfig(r=4, lora_alpha=64, task_type="CAUSAL_LM") if adapter else None
     one_batch = {"per_device_train_batch_size": 64, "learning_rate": 3e-2}
@@ -157,7 +160,7 @@ def test_the_reference_of_the_second_round(rounds, options, adapter, reference, 
 
 
 def test_corrected_rounds_keep_the_log_probabilities_of_the_first_model(rounds, monkeypatch):
-    monkeypatch.setattr(prefopt_trl.Rounds, "_judge", lambda self, number: {"judges": {}})
+    monkeypatch.setattr(prefopt_trl.Rounds, "_judge", lambda self, number: NOT_JUDGED)
     Watched.ref_logps, Watched.holds_model = [], []
     args = {"per_device_train_batch_size": 64, "learning_rate": 3e-2, "reference_logps": "sampled"}
     made = rounds(trainer_class=Watched, args=args, importance_correction=True, proposal_clip=5.0)
@@ -273,7 +276,8 @@ def test_a_model_object_is_refused(rounds, tiny_llama_dir):
 
 def record(number, **found):
     estimates = {name: {"mean": mean, "standard_error": 0.1, "num_prompts": 9} for name, mean in found.items()}
-    return {"round": number, "phases": {"judge": {"judges": {"judge": estimates} if estimates else {}}}}
+    judges = {"a": {"reward": {"mean": 9.0 - number, "standard_error": 0.1}}, "judge": estimates} if estimates else {}
+    return {"round": number, "phases": {"judge": {"first_judge": "judge", "judges": judges}}}
 
 
 def test_the_best_round():
