@@ -195,6 +195,13 @@ class SampleConfig(InferenceArguments, RankerArguments, SamplingOptions):
             "array's. The same command without it assembles the dataset afterwards."
         },
     )
+    given: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns with one completion each that are candidates, too, or the only ones without a model. "
+            "NAME=FILE.jsonl adds such a column from a file as `policies` of `prefopt-trl evaluate` takes it."
+        },
+    )
     hub_dataset_id: str | None = field(
         default=None, metadata={"help": "Push the finished dataset to this dataset repository on the Hub."}
     )

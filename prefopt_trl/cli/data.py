@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -11,9 +13,11 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import extract_prompt
 
 from prefopt_trl.cli.arguments import RewardModelData, TrainingData
-from prefopt_trl.data.formats import check_columns
+from prefopt_trl.data.formats import Completion, Prompt, Row, check_columns, wrap_completion
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.data.tokenization import chat_options, tokenize_completions, tokenize_prompts
+from prefopt_trl.evaluation.comparison import instruction
+from prefopt_trl.runtime.settings import read_lines
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
 GIVEN = {"chosen": "given_chosen", "rejected": "given_rejected"}  # names that sampled completions do not take
@@ -88,9 +92,10 @@ def require_columns(rows: Dataset, dataset_name: str, *alternatives: set[str]) -
         )
 
 
-def keep_given(rows: Dataset) -> Dataset:
-    """Rename the dataset's `chosen` and `rejected` to [`GIVEN`], so that sampled ones do not replace them."""
-    names = {old: new for old, new in GIVEN.items() if old in rows.column_names and new not in rows.column_names}
+def keep_given(rows: Dataset, candidates: Sequence[str] = ()) -> Dataset:
+    """Rename `chosen` and `rejected` to [`GIVEN`] unless they are `candidates`, as sampled ones would replace them."""
+    others = set(GIVEN) & set(rows.column_names) - set(candidates)
+    names = {old: new for old, new in GIVEN.items() if old in others and new not in rows.column_names}
     return rows.rename_columns(names)
 
 
@@ -157,3 +162,34 @@ def rows_that_fit(lengths: list[int], max_length: int, rows: str, reason: str) -
     if len(fitting) < len(lengths):
         PartialState().print(f"{left_out} `max_length`={max_length} tokens.")
     return fitting
+
+
+def read_completions(argument: str, path: str, policy: str | None, prompts: list[Prompt]) -> list[list[Completion]]:
+    """Read the completions of each prompt from a file that has those of one policy, or also of others."""
+    try:
+        lines: list[Row] = json.loads(Path(path).read_bytes()) if path.endswith(".json") else read_lines(Path(path))
+        found: dict[Any, dict[str, list[Completion]]] = {}
+        for line in lines:
+            key = instruction(line.get("prompt") or line["instruction"])
+            given = line.get("completions") or [line["completion" if "completion" in line else "output"]]
+            found.setdefault(line.get("policy", line.get("generator")), {}).setdefault(key, []).extend(given)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"`{argument}`: {path} cannot be read ({error!r}). It must be a file with `prompt` and `completion` or "
+            "`completions`, or with `instruction` and `output`, in each row."
+        ) from error
+    policy = next(iter(found)) if policy is None and len(found) == 1 else policy
+    if policy not in found:
+        names = ", ".join(map(str, found))
+        raise ValueError(f"`{argument}`: {path} has completions of {names}. Name one of them: {path}:NAME.")
+    keys, left = list(map(instruction, prompts)), found[policy]
+    shares = {key: len(left.get(key, [])) // count for key, count in Counter(keys).items()}  # of a repeated prompt
+    completions = []
+    for row, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
+        if not shares[key]:
+            raise ValueError(
+                f"`{argument}`: {path} has no completion for row {row} of the prompts. Leave the row out."
+            )
+        own, left[key] = left[key][: shares[key]], left[key][shares[key] :]
+        completions.append([wrap_completion(prompt, one) for one in own])
+    return completions

@@ -2,11 +2,9 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,17 +13,15 @@ from datasets import Dataset
 from trl import ModelConfig
 
 from prefopt_trl.cli.arguments import EvaluateConfig
-from prefopt_trl.cli.data import require_columns
+from prefopt_trl.cli.data import read_completions, require_columns
 from prefopt_trl.cli.models import check_model, load_tokenizer, model_to_run, renaming
 from prefopt_trl.cli.rankers import by_name, load_judges
-from prefopt_trl.data.formats import Completion, Prompt, Row, wrap_completion
 from prefopt_trl.data.loading import load_rows
-from prefopt_trl.evaluation.comparison import instruction
 from prefopt_trl.evaluation.policy import BestOf, ModelPolicy, evaluate_policy
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.runtime.processes import process_state
-from prefopt_trl.runtime.settings import path_fingerprint, read_lines
+from prefopt_trl.runtime.settings import path_fingerprint
 
 
 def run(own: EvaluateConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
@@ -72,7 +68,7 @@ def _policy(what: str, rows: Dataset, ranker: Ranker, load: Callable[[str], Mode
     if what.startswith("column:"):
         return what.removeprefix("column:")
     if file := re.fullmatch(r"(.+\.jsonl?)(?::(.+))?", what):
-        return _read_completions(file[1], file[2], rows["prompt"][:])
+        return read_completions("policies", file[1], file[2], rows["prompt"][:])
     return load(what)
 
 
@@ -86,32 +82,3 @@ def _model(own: EvaluateConfig, model: ModelConfig, device: torch.device, path: 
     identity = f"{path_fingerprint(path)} {json.dumps(how, sort_keys=True, default=str)}"
     load = renaming(argument)(model_to_run)
     return ModelPolicy(partial(load, model, device, own.trust_remote_code), tokenizer, identity)
-
-
-def _read_completions(path: str, policy: str | None, prompts: list[Prompt]) -> list[list[Completion]]:
-    """Read the completions of each prompt from a file that has those of one policy, or also of others."""
-    try:
-        lines: list[Row] = json.loads(Path(path).read_bytes()) if path.endswith(".json") else read_lines(Path(path))
-        found: dict[Any, dict[str, list[Completion]]] = {}
-        for line in lines:
-            key = instruction(line.get("prompt") or line["instruction"])
-            given = line.get("completions") or [line["completion" if "completion" in line else "output"]]
-            found.setdefault(line.get("policy", line.get("generator")), {}).setdefault(key, []).extend(given)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(
-            f"`policies`: {path} cannot be read ({error!r}). It must be a file with `prompt` and `completion` or "
-            "`completions`, or with `instruction` and `output`, in each row."
-        ) from error
-    policy = next(iter(found)) if policy is None and len(found) == 1 else policy
-    if policy not in found:
-        names = ", ".join(map(str, found))
-        raise ValueError(f"`policies`: {path} has completions of {names}. Name one of them: {path}:NAME.")
-    keys, left = list(map(instruction, prompts)), found[policy]
-    shares = {key: len(left.get(key, [])) // count for key, count in Counter(keys).items()}  # of a repeated prompt
-    completions = []
-    for row, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
-        if not shares[key]:
-            raise ValueError(f"`policies`: {path} has no completion for row {row} of the prompts. Leave the row out.")
-        own, left[key] = left[key][: shares[key]], left[key][shares[key] :]
-        completions.append([wrap_completion(prompt, one) for one in own])
-    return completions

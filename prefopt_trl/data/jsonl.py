@@ -24,6 +24,7 @@ def read_jsonl(path: str | Path) -> Dataset:
     - `rewards` and `logps` (optional): a number for each completion (either may be null: no opinion of a ranker,
       not known);
     - `finished` (optional): true or false for each completion;
+    - `source` (optional): a name for each completion;
     - any other columns, which are kept. All lines have the same columns.
 
     Blank lines are skipped. Other invalid lines raise a `ValueError` that names the line.
@@ -85,7 +86,8 @@ def _check_row(row: Row, where: str) -> None:
             f"The completions of {where} are {completions!r}. Give a list of one or more, or leave the row out."
         )
     check_completions(row["prompt"], completions, where)
-    for name in {"rewards", "logps", "finished"} & row.keys():
+    per_completion = {"rewards", "logps", "finished"} | ({"source"} if isinstance(row.get("source"), list) else set())
+    for name in per_completion & row.keys():
         values = row[name]
         if not isinstance(values, list) or len(values) != len(completions):
             found = f"{len(values)}" if isinstance(values, list) else f"{values!r} as"
@@ -94,8 +96,9 @@ def _check_row(row: Row, where: str) -> None:
                 "or leave the row out."
             )
         for index, value in enumerate(values):
-            if name == "finished":
-                valid, wanted = isinstance(value, bool), "true or false"
+            if name in ("finished", "source"):
+                kind, wanted = (bool, "true or false") if name == "finished" else (str, "a name")
+                valid = isinstance(value, kind)
             else:
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
                 valid = (is_number and abs(value) < FLOAT32_MAX) or (value is None and name != "finished")

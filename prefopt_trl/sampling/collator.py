@@ -26,13 +26,13 @@ from prefopt_trl.data.tokenization import (
     tokenize_completions,
     tokenize_prompts,
 )
-from prefopt_trl.generation.options import GenerationOptions
+from prefopt_trl.generation.options import GenerationOptions, is_one_of
 from prefopt_trl.generation.sampler import eos_token_ids, sample_candidates
 from prefopt_trl.rankers.base import Ranker, ask_rewards, check_ranker
 from prefopt_trl.runtime.processes import gathered
-from prefopt_trl.sampling.options import RANKING, SamplingOptions
+from prefopt_trl.sampling.options import PAIRINGS, RANKING, SamplingOptions
 from prefopt_trl.sampling.pairing import Pairs
-from prefopt_trl.sampling.selection import first_occurrences, keep, label_pairs, rank, user_columns
+from prefopt_trl.sampling.selection import first_occurrences, keep, label_pairs, penalties_of, rank, user_columns
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,11 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
     - `"first-round"`: `B * (n // 2)` pairs, each of two rows;
     - `"tournament"`: `B * (n - 1)` pairs;
     - `"all"`: `B * n * (n - 1) / 2` pairs;
+    - `"best-worst"`, `"best-quantile"`: B pairs;
     - `"ranking"`: B rankings, each of n rows.
 
-    Examples with `"prompt_ids"` are only collated.
+    `"correct-wrong"` and `"best"` are for `build_preference_dataset` alone. Examples with `"prompt_ids"` are only
+    collated.
 
     A batch depends only on `seed`, `epoch`, its prompts, the policy, the ranker and the options below, so it is the
     same after a restart. The global random state does not change. In your own training loop, call the collator at the
@@ -59,7 +61,8 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
 
     With `"rso"` and `"top-k"`, a prompt with fewer distinct candidates than `num_samples` repeats their pairs, so that
     all prompts make the same number of pairs. A warning counts such prompts. A single candidate is paired with itself,
-    and `"sft"` may pair equal texts; losses of differences have zero gradient on such pairs.
+    as is one of a prompt whose pairs are all outside the margins, and `"sft"` may pair equal texts; losses of
+    differences have zero gradient on such pairs.
 
     Args:
         policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -107,6 +110,7 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        is_one_of(self, "pairing", [RANKING, *(name for name in PAIRINGS if name != "correct-wrong")])
         check_ranker(self.ranker)
         eos_token_ids(self.policy, self.tokenizer)  # raises if there is none
         make = DataCollatorForRanking if self.pairing == RANKING else DataCollatorForPreference
@@ -142,7 +146,7 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
 
     def _prefer(self, examples: list[Row], prompts: list[Prompt], seed: int) -> list[Row]:
         with self.while_sampling():
-            completions = sample_for(
+            completions, finished = sample_for(
                 examples,
                 self.policy,
                 self.tokenizer,
@@ -154,6 +158,8 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
             )
         columns = {name: column for name, column in user_columns(examples).items() if name != "row"}  # the trainer's
         rewards, _ = ask_rewards(self.ranker, prompts, completions, columns=columns, may_abstain=True)
+        penalties = [penalties_of(*row, self) for row in zip(completions, finished, strict=True)]
+        rewards = [row - penalty for row, penalty in zip(rewards, penalties, strict=True)]
         completions = merge_equal_in_training(self.tokenizer, examples, completions)
         streams = [np.random.default_rng([seed, index]) for index in range(len(prompts))]
         kept = [
@@ -169,18 +175,25 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
         if self.pairing == RANKING:
             ranked = [rank(*scored) for scored in zip(completions, known, members, strict=True)]
             return [self._tokenize(example, **ranking) for example, ranking in zip(examples, ranked, strict=True)]
-        labeled = label_pairs(self.ranker, prompts, completions, columns, members, self.pairing, streams)
+        of_prompts = (prompts, completions, rewards, penalties, columns, members)
+        labeled = label_pairs(self.ranker, self, *of_prompts, self.pairing, streams)
         n = self.num_samples
-        num_pairs = {"first-round": n // 2, "tournament": n - 1, "all": n * (n - 1) // 2}[self.pairing]
+        num_pairs = {"first-round": n // 2, "tournament": n - 1, "all": n * (n - 1) // 2}.get(self.pairing, 1)
         return [
             {
                 **self._tokenize(example, [row[chosen], row[rejected]]),
                 **{"chosen_reward": scores[chosen], "rejected_reward": scores[rejected], "label_probability": label},
             }
-            for example, row, scores, pairs in zip(examples, completions, known, labeled, strict=True)
+            for example, row, scores, pairs, member in zip(examples, completions, known, labeled, members, strict=True)
             # Repeated where there are few: TRL gathers a value of each pair, as many from every process
-            for chosen, rejected, label in islice(cycle(decided(pairs)), num_pairs)
+            for chosen, rejected, label in islice(cycle(self._decided(pairs, scores, member)), num_pairs)
         ]
+
+    def _decided(self, pairs: Pairs, rewards: np.ndarray, members: np.ndarray) -> list[tuple[int, int, float]]:
+        """Return the pairs within the margins on which the ranker has an opinion, or else one of equals."""
+        is_known = np.isfinite(pairs.probability) & self.allows(rewards[pairs.chosen] - rewards[pairs.rejected])
+        known = [pair for pair, is_so in zip(zip(*pairs, strict=True), is_known, strict=True) if is_so]
+        return known or [(members[0], members[0], 0.5)]
 
     def _count_short(self, kept: list[np.ndarray]) -> None:
         short = sum(len(row) < self.num_samples for row in kept)
@@ -205,12 +218,6 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
         return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "rewards": rewards}
 
 
-def decided(pairs: Pairs) -> list[tuple[int, int, float]]:
-    """Return the pairs on which the ranker has an opinion, or else one of a completion and itself."""
-    known = [pair for pair in zip(*pairs, strict=True) if np.isfinite(pair[2])]
-    return known or [(pairs.chosen[0], pairs.chosen[0], 0.5)]
-
-
 def sample_for(
     rows: Sequence[Row],
     policy: PreTrainedModel,
@@ -219,8 +226,8 @@ def sample_for(
     options: GenerationOptions,
     max_length: int | None = None,
     **others: Any,
-) -> list[list[Completion]]:
-    """Sample completions of the rows' prompts, in the format of the prompts.
+) -> tuple[list[list[Completion]], list[list[bool]]]:
+    """Sample completions of the rows' prompts, in the format of the prompts, and return whether each ended by itself.
 
     Rows have `prompt` and optionally `tools` and `chat_template_kwargs`. `others` are arguments of
     [`sample_candidates`], such as `seed`. Raise `ValueError` for prompts that fill `max_length`.
@@ -228,7 +235,8 @@ def sample_for(
     prompt_ids = tokenize_prompts(tokenizer, [row["prompt"] for row in rows], list(map(chat_options, rows)))
     check_prompts_fit(prompt_ids, max_length)
     sampled = sample_candidates(policy, tokenizer, prompt_ids, num_completions, options, **others)
-    return [
+    wrapped = [
         [wrap_completion(row["prompt"], text) for text in candidates.texts]
         for row, candidates in zip(rows, sampled, strict=True)
     ]
+    return wrapped, [candidates.finished for candidates in sampled]

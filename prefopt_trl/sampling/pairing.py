@@ -87,6 +87,29 @@ def all_pairs(num_completions: int, compare: Compare, *, rng: Seed = None) -> Pa
     return _play_one("all", num_completions, compare, rng)
 
 
+def pairs_by_reward(pairing: str, rewards: NDArray[np.float64], *, deviations: float = 2.0, rng: Seed = None) -> Pairs:
+    """Pair the completions of one prompt by `rewards` alone, of shape `(num_completions,)`, in nats.
+
+    - `"best-worst"` pairs the highest reward with the lowest.
+    - `"best-quantile"` pairs the highest with the one nearest to the mean minus `deviations` standard deviations of
+      `rewards` (arXiv 2502.16825): the worst of many completions is an outlier.
+    - `"correct-wrong"` matches rewards of 1 at random with rewards of 0, each at most once.
+
+    Completions of equal reward are not paired. The probability of a label is the sigmoid of the difference of rewards.
+    """
+    if pairing == "correct-wrong":
+        rng = np.random.default_rng(rng)
+        chosen, rejected = (rng.permutation(np.flatnonzero(rewards == value)) for value in (1, 0))
+    else:
+        target = rewards.min() if pairing == "best-worst" else rewards.mean() - deviations * rewards.std()
+        worse = np.flatnonzero(rewards < rewards.max())
+        chosen = np.array([rewards.argmax()])
+        rejected = worse[np.argsort(np.abs(rewards[worse] - target), kind="stable")]
+    num_pairs = min(len(chosen), len(rejected))
+    chosen, rejected = chosen[:num_pairs], rejected[:num_pairs]
+    return Pairs(chosen, rejected, 1 / (1 + np.exp(rewards[rejected] - rewards[chosen])))
+
+
 def play(
     pairing: str,
     nums_completions: Sequence[int],

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt_trl.data.formats import Prompt, check_columns, check_prompts
+from prefopt_trl.data.formats import Prompt, check_columns, check_completions, check_prompts
 from prefopt_trl.data.jsonl import check_candidates, read_jsonl
 from prefopt_trl.data.tokenization import (
     chat_options,
@@ -25,8 +25,8 @@ from prefopt_trl.generation.generators import Generator, SharedPrefixGenerator
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.runtime.processes import gathered, interruptible, process_state
 from prefopt_trl.runtime.settings import Settings, write_json, write_text, writing
-from prefopt_trl.sampling.options import RANKING, SamplingOptions
-from prefopt_trl.sampling.selection import OWN_COLUMNS
+from prefopt_trl.sampling.options import BEST, RANKING, SamplingOptions
+from prefopt_trl.sampling.selection import OWN_COLUMNS, add_given
 from prefopt_trl.sampling.shards import Shards
 from prefopt_trl.sampling.statistics import dataset_card, plot_statistics, summarize
 from prefopt_trl.sampling.store import SampleStore
@@ -59,13 +59,15 @@ def build_preference_dataset(
     generator: Generator | None = None,
     proposal: PreTrainedModel | None = None,
     proposal_clip: float | None = None,
+    given: Sequence[str] = (),
     **changes: object,
 ) -> Dataset:
     """Build a dataset of preference pairs from prompts, a policy to sample from, and a ranker.
 
     For each prompt, sample `num_candidates` completions of `policy`, score them, keep `num_samples` by `strategy`,
     pair them by `pairing`, and let the ranker label the pairs. With `pairing="ranking"` the kept completions are
-    ranked by reward instead, for [`PROTrainer`], [`RRHFTrainer`] and [`ListwiseDPOTrainer`].
+    ranked by reward instead, for [`PROTrainer`], [`RRHFTrainer`] and [`ListwiseDPOTrainer`]; with `pairing="best"` the
+    best of them is the target of TRL's `SFTTrainer`.
 
     `output_dir` gets the candidates with their rewards (`candidates/`, which can be the `prompts` of another run with
     another `rejection_beta` or `strategy`), the pairs (`pairs/`), `manifest.json` with every setting,
@@ -120,13 +122,18 @@ def build_preference_dataset(
         proposal_clip (`float`, *optional*):
             Limit of the distance of a log-ratio from the median of its prompt, in nats: less noise, and some bias
             towards the proposal.
+        given (`list` of `str`, *optional*):
+            Columns of `prompts` with one completion each, or None, such as `["chosen", "rejected", "chatgpt"]`. They
+            are candidates beside the sampled ones, or the only ones if `policy` is None. A column `source` of
+            candidates and rankings, and `chosen_source` and `rejected_source` of pairs, say where each comes from.
         **changes:
             Fields of `options` to change, by name.
 
     Returns:
         [`~datasets.Dataset`] with `prompt`, `chosen`, `rejected` in the prompts' format, `chosen_reward`,
         `rejected_reward` (the ranker's scores) and `label_probability` (the ranker's probability of the label, in
-        [0.5, 1]); for rankings, `prompt`, `completions` and `rewards`, best first. With `job`, the rows of that job.
+        [0.5, 1]); for rankings, `prompt`, `completions` and `rewards`, best first; for the best of n, `prompt`,
+        `completion` and `reward`. These rewards have the penalties subtracted. With `job`, the rows of that job.
 
     Raises:
         TypeError: if `prompts` is not a dataset, list or file, `ranker` is not a ranker, or an option is unknown.
@@ -155,8 +162,8 @@ def build_preference_dataset(
         raise ValueError(f"`seed` must be a whole number, at least 0, got {seed!r}.")
     if not 1 <= job[0] <= job[1]:
         raise ValueError(f"`job` is {job[0]} of {job[1]}. The first number is from 1 to the second.")
-    if keep_logps and options.pairing == RANKING:
-        raise ValueError("`keep_logps` is for pairs only, and pairing='ranking' makes rankings. Leave it out.")
+    if keep_logps and options.pairing in (RANKING, BEST):
+        raise ValueError(f"`keep_logps` is for pairs only, and pairing={options.pairing!r} makes none. Leave it out.")
     if generator is not None:
         if policy is not None or generation_kwargs or (generator.tokenizer is not None and tokenizer is not None):
             raise ValueError(
@@ -168,10 +175,18 @@ def build_preference_dataset(
         policy, tokenizer = generator.model, tokenizer if generator.tokenizer is None else generator.tokenizer
         if max_length is not None and tokenizer is None:
             raise ValueError("`max_length` is in tokens, and needs `tokenizer`, that of the model to be trained.")
+    _check_sources(dataset, given)
+    if given and (proposal is not None or "log_ratios" in dataset.column_names):
+        raise ValueError("`given` completions have no log-ratio to a `proposal`. Leave one of them out.")
+    nothing_samples = policy is None and generator is None
+    if given and (nothing_samples or "completions" in dataset.column_names):
+        dataset = dataset.map(add_given, fn_kwargs={"given": given}, remove_columns=list(given), keep_in_memory=True)
     if isinstance(tokenizer, str):
         raise TypeError(f"`tokenizer` is {tokenizer!r}. Load it, with `AutoTokenizer.from_pretrained`.")
     if "completions" in dataset.column_names:
         check_candidates(dataset, "`prompts`")
+        if options.unfinished_penalty and "finished" not in dataset.column_names:
+            raise ValueError("`unfinished_penalty` needs a column `finished` beside `completions`. Add it.")
         if keep_logps and "logps" not in dataset.column_names:
             raise ValueError(
                 "`keep_logps` needs a column `logps` beside the `completions` of `prompts`, with the log-probability "
@@ -205,7 +220,7 @@ def build_preference_dataset(
         generator = SharedPrefixGenerator(proposal or policy, tokenizer, generation_kwargs or {})
 
     store, process = SampleStore(output_dir), process_state()
-    how = (options, seed, keep_logps, max_length, proposal_clip)
+    how = (options, seed, keep_logps, max_length, proposal_clip, given)
     shards = Shards(store, dataset, generator, policy, tokenizer, ranker, *how)
     run = [None if shards.are_given and not keep_logps else policy, proposal, ranker.model]
     models = [model for model in run if model is not None]
@@ -263,6 +278,19 @@ def _as_dataset(prompts: Dataset | list[Prompt] | str | Path) -> Dataset:
         prompts = Dataset.from_dict({"prompt": list(prompts)})
     check_columns(prompts, ["prompt"], "`prompts`")
     return prompts.with_format(None)
+
+
+def _check_sources(dataset: Dataset, given: Sequence[str]) -> None:
+    """Raise `ValueError` unless the given columns hold completions, and `source` their sources, if it is a list."""
+    check_columns(dataset, given, "`prompts`")
+    source, columns = dataset.features.get("source"), dataset.column_names
+    if given and "rewards" in columns:
+        raise ValueError("`given` adds candidates without rewards. Remove the column `rewards`, to score all of them.")
+    if (isinstance(source, List) and "completions" not in columns) or (given and isinstance(source, Value)):
+        raise ValueError("The column `source` of `prompts` does not name the sources of `completions`. Rename it.")
+    for row, example in enumerate(dataset.select_columns(["prompt", *given])):
+        texts = [example[name] for name in given if example[name] is not None]
+        check_completions(example["prompt"], texts, f"the given columns, row {row} of `prompts`,")
 
 
 def _make(shards: Shards, settings: Settings, layout: tuple[int, int], process: PartialState) -> None:

@@ -1,6 +1,6 @@
 """The work in shards: consecutive prompts that one process samples, ranks and writes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt_trl.data.formats import Prompt, Row, wrap_completion
 from prefopt_trl.data.tokenization import ChatOptions, chat_options, merge_equal_in_training, tokenize_prompts
 from prefopt_trl.generation.generators import Generator, Request
+from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.generation.sampler import Candidates, Sampled
 from prefopt_trl.rankers.base import Ranker, ask_rewards
 from prefopt_trl.runtime.settings import (
@@ -20,18 +21,21 @@ from prefopt_trl.runtime.settings import (
     tokenizer_fingerprint,
 )
 from prefopt_trl.sampling.logps import drawn_logps, pair_logps, sampled_logps
-from prefopt_trl.sampling.options import RANKING, SamplingOptions
+from prefopt_trl.sampling.options import BEST, RANKING, SamplingOptions
 from prefopt_trl.sampling.selection import (
     SelectedPrompt,
+    add_given,
     as_numbers,
     carried,
+    penalties_of,
     preference_rows,
     select_and_pair,
     user_columns,
 )
 from prefopt_trl.sampling.store import SampleStore
 
-SELECTING = ("strategy", "num_samples", "pairing", "rejection_beta")  # options that given candidates depend on, too
+# Options that given candidates depend on, too
+SELECTING = {*vars(SamplingOptions())} - {*vars(GenerationOptions()), "num_candidates"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Shards:
     keep_logps: bool  # whether candidates have `logps`, which pairs keep
     max_length: int | None  # of prompt and completion in tokens, for these log-probabilities
     proposal_clip: float | None = None  # of the log-ratios of a generator other than the policy
+    given: Sequence[str] = ()  # columns of `prompts` with a completion each, candidates beside the sampled ones
 
     @property
     def are_given(self) -> bool:
@@ -80,6 +85,8 @@ class Shards:
             settings["max_length"] = self.max_length
         if self.has_proposal or "log_ratios" in self.prompts.column_names:
             settings["proposal_clip"] = self.proposal_clip
+        if self.given:
+            settings["given"] = list(self.given)
         if not self.are_given:
             assert self.generator is not None
             settings |= {**vars(self.options), **self.generator.settings(self.options)}
@@ -132,6 +139,8 @@ class Shards:
                 )
             if log_ratios:
                 made[-1]["log_ratios"] = log_ratios[place]
+            if self.given:
+                made[-1] = add_given({name: row[name] for name in self.given} | made[-1], self.given)
         return made
 
     def _compare_to_policy(
@@ -161,6 +170,8 @@ class Shards:
             rewards = [np.array(row["rewards"], dtype=np.float64) for row in rows]
         else:
             rewards, scored = ask_rewards(self.ranker, prompts, completions, columns=columns, may_abstain=True)
+        finished = [row.get("finished") for row in rows]
+        penalties = [penalties_of(*row, self.options) for row in zip(completions, finished, strict=True)]
         if self.tokenizer is not None:
             completions = merge_equal_in_training(self.tokenizer, rows, completions)
         log_ratios = None
@@ -176,6 +187,7 @@ class Shards:
             first_row=first_row,
             columns=columns,
             log_ratios=log_ratios,
+            penalties=penalties,
         )
         return [
             replace(one, scored={name: as_numbers(values[row]) for name, values in scored.items()})
@@ -238,7 +250,9 @@ class Shards:
         logps = {"logps": List(Value("float64"))} if self.keep_logps else {}
         sampled = {"completions": List(completion), "finished": List(Value("bool"))}
         sampled |= {"log_ratios": List(Value("float64"))} if self.has_proposal else {}
-        return Features({**carried(given), **sampled, **logps, **rewards})
+        others = {name: feature for name, feature in carried(given).items() if name not in self.given}
+        sources = {"source": List(Value("string"))} if self.given else {}
+        return Features({**others, **sampled, **logps, **rewards, **sources})
 
     def preference_features(self) -> Features:
         """Return the features of `preference_rows`."""
@@ -246,6 +260,11 @@ class Shards:
         columns, completion = carried(candidates), candidates["completions"].feature
         if self.options.pairing == RANKING:
             return Features({**columns, "completions": List(completion), "rewards": List(number)})
+        source = columns.pop("source") if isinstance(columns.get("source"), List) else None
+        if self.options.pairing == BEST:
+            columns |= {"source": source.feature} if source else {}
+            return Features({**columns, "completion": completion, "reward": number})
+        columns |= dict.fromkeys(["chosen_source", "rejected_source"], source.feature) if source else {}
         numbers = ["chosen_reward", "rejected_reward", "label_probability"]
         numbers += ["ref_chosen_logps", "ref_rejected_logps"] if self.keep_logps else []
         columns |= {"chosen": completion, "rejected": completion, **dict.fromkeys(numbers, number)}

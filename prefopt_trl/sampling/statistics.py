@@ -16,7 +16,7 @@ from prefopt_trl.data.formats import EQUAL_REWARDS_HINT, Completion, Prompt, Row
 from prefopt_trl.runtime.cards import code, render
 from prefopt_trl.runtime.hub import push_folder
 from prefopt_trl.runtime.settings import Settings, dataset_fingerprint, read_json
-from prefopt_trl.sampling.options import RANKING, SamplingOptions
+from prefopt_trl.sampling.options import BEST, RANKING, SamplingOptions
 from prefopt_trl.sampling.selection import SelectedPrompt
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -41,6 +41,7 @@ SURELY_LONGER = 3.0
 # Words of the text and the figure, for names in `statistics.json`
 NAMES = {
     "pairs": {"accepted": "kept"},
+    "completions": {"accepted": "kept", "chosen": "best", "rejected": "other kept", "pairs made": "pairs kept"},
     "rankings": {"accepted": "kept", "chosen": "ranked first", "rejected": "ranked lower", "pairs made": "pairs kept"},
 }
 
@@ -74,7 +75,7 @@ class SamplingStatistics:
     """Summary of one sampled dataset; written to `statistics.json` beside it."""
 
     num_prompts: int  # given
-    num_skipped: int  # prompts left out, because no two of the candidates kept that met differ
+    num_skipped: int  # prompts that make nothing, mostly because no two of the candidates kept that met differ
     num_candidates: int
     num_duplicates: int  # candidates whose text another candidate of the same prompt already had
     num_unfinished: int | None  # candidates that reached `max_new_tokens`; None if given without a column `finished`
@@ -84,13 +85,15 @@ class SamplingStatistics:
     label_probability_before: float  # mean probability the ranker gives its own labels, of random pairs of candidates
     label_probability_after: float  # the same of the pairs made, or of first-round pairs of the rankings
     warning: str | None = None  # where beta is too small for this ranker, or it cannot tell completions apart
-    made: str = "pairs"  # or "rankings"
+    made: str = "pairs"  # or "rankings", or "completions", the best of n
     num_short: int = 0  # prompts with fewer than `num_samples` distinct candidates
     num_without_reward: int = 0  # candidates on which the ranker has no opinion
     # Of those with rewards, in characters, and the acceptance rates of prompts; empty in files of earlier versions
     length_quantiles: dict[str, list[float]] = field(default_factory=dict)
     acceptance_quantiles: list[float] = field(default_factory=list)
     effective_size: float | None = None  # of the optimal policy's samples that candidates are worth, mean over prompts
+    num_left_out: int = 0  # of the prompts skipped, by a pairing that found no two different rewards
+    num_outside_margins: int = 0  # pairs left out by `min_margin` and `max_margin`
 
     def as_dict(self) -> Settings:
         return {**asdict(self), "quantiles": list(QUANTILES)}
@@ -104,6 +107,10 @@ class SamplingStatistics:
             f"prompts skipped, without two different candidates that have a reward: {self.num_skipped}",
             f"prompts with fewer distinct candidates than num_samples: {self.num_short}",
         ]
+        if self.num_left_out or self.num_outside_margins:
+            lines.append(
+                f"left out: {self.num_left_out} prompts by pairing, {self.num_outside_margins} pairs by margins"
+            )
         if self.acceptance_rate is not None:
             lines.append(f"acceptance rate: {self.acceptance_rate:.3f}")
             if rates := self.acceptance_quantiles:
@@ -129,15 +136,10 @@ def summarize(
     options: SamplingOptions,
     temperature: float | None = None,
 ) -> tuple[SamplingStatistics, Numbers]:
-    """Summarize what was selected of each row of candidates; only their numbers are held in memory.
+    """Summarize what was selected of each row of candidates, with the [`Numbers`] to draw, all that memory holds.
 
-    `temperature` is that of the ranker that gave the rewards, if it is known; 1 if it was not calibrated.
-
-    Returns:
-        [`SamplingStatistics`], and the [`Numbers`] to draw.
-
-    Raises:
-        ValueError: if all prompts are skipped.
+    `temperature` is that of the ranker that gave the rewards, if it is known; 1 if it was not calibrated. Raise
+    `ValueError` if all prompts are skipped.
     """
     rewards: dict[str, list[np.ndarray]] = {"candidates": [], "accepted": [], "chosen": [], "rejected": []}
     lengths: dict[str, list[np.ndarray]] = {name: [] for name in rewards}
@@ -146,16 +148,17 @@ def summarize(
     first_pass: list[float] = []
     sizes: list[float] = []
     is_corrected = False
-    num_equal = num_short = num_candidates = 0
-    is_ranking = options.pairing == RANKING
+    num_equal = num_short = num_candidates = num_left_out = num_outside = 0
+    is_ranking = options.pairing in (RANKING, BEST)
     for row, prompt in selected:
-        of_prompt = np.array(prompt.rewards, dtype=float)
+        of_prompt = prompt.penalized
         characters = np.array(list(map(num_characters, row["completions"])), dtype=float)
         is_known = ~np.isnan(of_prompt)
         num_distinct.append(prompt.num_distinct)
         num_candidates += len(of_prompt)
         is_corrected = options.strategy == "rso" and "log_ratios" in row
-        num_equal += prompt.num_distinct > 1 and np.ptp(of_prompt[is_known]) == 0
+        num_left_out, num_outside = num_left_out + prompt.is_left_out, num_outside + prompt.num_outside
+        num_equal += not prompt.is_left_out and prompt.num_distinct > 1 and np.ptp(of_prompt[is_known]) == 0
         rewards["candidates"].append(of_prompt[is_known])
         lengths["candidates"].append(characters[is_known])
         if prompt.acceptance_rate is None:  # skipped
@@ -173,7 +176,8 @@ def summarize(
     if not first_pass:
         raise ValueError(
             f"No prompt has candidates that differ among those kept (the most distinct ones of a prompt are "
-            f"{max(num_distinct)}). Raise `num_candidates`, `num_samples`, `temperature` or `max_new_tokens`."
+            f"{max(num_distinct)}). Raise `num_candidates`, `num_samples`, `temperature` or `max_new_tokens`. (The "
+            f"pairing left out {num_left_out} prompts with equal rewards, and the margins {num_outside} pairs.)"
         )
     every = [{name: np.concatenate(values) for name, values in one.items()} for one in (rewards, lengths, certainty)]
     drawn = Numbers(every[0], every[1], every[2], np.array(first_pass))
@@ -184,7 +188,7 @@ def summarize(
             f"All candidates have equal rewards on {num_equal} of {len(num_distinct)} prompts, so their labels are "
             f"arbitrary. Use a ranker that tells completions apart. {EQUAL_REWARDS_HINT}"
         )
-    if 2 * num_equal <= len(num_distinct):  # else near coin flips have been explained
+    if 2 * num_equal <= len(num_distinct) and options.pairing != "correct-wrong":  # else coin flips have a reason
         spread = float(np.median([of_prompt.std() for of_prompt in rewards["candidates"] if len(of_prompt)]))
         unlike_logits = scale_warning(options, spread) if temperature == 1 else None
         warnings += filter(None, [label_warning(options, *means.values()) or unlike_logits])
@@ -205,11 +209,13 @@ def summarize(
         label_probability_before=means["random candidates"],
         label_probability_after=means["pairs made"],
         warning=" ".join(warnings) or None,
-        made="rankings" if is_ranking else "pairs",
+        made={RANKING: "rankings", BEST: "completions"}.get(options.pairing, "pairs"),
         num_short=num_short,
         length_quantiles={name: np.quantile(values, QUANTILES).tolist() for name, values in drawn.lengths.items()},
         acceptance_quantiles=np.quantile(first_pass, QUANTILES).tolist() if options.strategy == "rso" else [],
         effective_size=float(np.mean(sizes)) if sizes else None,
+        num_left_out=num_left_out,
+        num_outside_margins=num_outside,
     )
     return statistics, drawn
 
@@ -220,11 +226,8 @@ def label_warning(options: SamplingOptions, before: float, after: float) -> str 
     A small beta keeps only candidates that are all good, so their pairs are close. RSO section 3.2 advises that only
     for a ranker one trusts; the labels of a ranker that is unsure of them are mostly noise.
 
-    Args:
-        options ([`SamplingOptions`]):
-            How completions were kept; a larger `rejection_beta` is a remedy for `"rso"` only.
-        before, after (`float`):
-            Mean probability the ranker gives to its own labels on random candidates, and on the pairs made.
+    `before` and `after` are the mean probability the ranker gives to its own labels, on random candidates and on the
+    pairs made.
     """
     beta = options.rejection_beta
     if before < COIN_FLIP:
@@ -273,10 +276,7 @@ def scale_warning(options: SamplingOptions, spread: float) -> str | None:
 
 
 def length_warning(chosen: np.ndarray, rejected: np.ndarray) -> str | None:
-    """Say that the completions the ranker prefers are much longer, or return None.
-
-    `chosen` and `rejected` are their mean lengths in characters, of shape `(num_prompts,)`.
-    """
+    """Say that chosen completions are much longer, or return None; mean lengths in characters, `(num_prompts,)`."""
     if len(chosen) < 2:
         return None
     standard_error = (chosen - rejected).std(ddof=1) / len(chosen) ** 0.5
@@ -285,8 +285,7 @@ def length_warning(chosen: np.ndarray, rejected: np.ndarray) -> str | None:
     return (
         f"The completions that the ranker prefers are much longer than the others: {chosen.mean():.0f} against "
         f"{rejected.mean():.0f} characters on average. A policy trained on them will write more. If that is not what "
-        "you want, check whether the ranker loves length with `prefopt-trl evaluate-ranker`, and subtract a penalty "
-        "per character from its rewards."
+        "you want, check whether the ranker loves length with `prefopt-trl evaluate-ranker`, and set `length_penalty`."
     )
 
 
@@ -368,6 +367,8 @@ def example_rows(dataset: Dataset) -> list[list[str]]:
         rows.append(["**prompt**", "", shortened(row["prompt"])])
         if "chosen" in row:
             texts = [(name, row[f"{name}_reward"], row[name]) for name in ("chosen", "rejected")]
+        elif "completion" in row:
+            texts = [("best", row["reward"], row["completion"])]
         else:
             texts = [(f"rank {at + 1}", reward, row["completions"][at]) for at, reward in enumerate(row["rewards"])]
         rows += [[name, f"{reward:.2f}", shortened(text)] for name, reward, text in texts]

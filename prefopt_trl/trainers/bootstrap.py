@@ -139,7 +139,7 @@ class Bootstrap(TrainerCallback):
     def _sample_rows(self, rows: np.ndarray, model: PreTrainedModel, stream: list[int]) -> list[Row]:
         chosen = [self.dataset[row] for row in rows.tolist()]
         seed = int(np.random.SeedSequence(stream).generate_state(1)[0])
-        sampled = sample_for(chosen, model, self.tokenizer, 1, self.options, seed=seed)
+        sampled, _ = sample_for(chosen, model, self.tokenizer, 1, self.options, seed=seed)
         prompts = [row["prompt"] for row in chosen]
         extended = [[*row["completions"], *samples] for row, samples in zip(chosen, sampled, strict=True)]
         rewards, _ = ask_rewards(self.ranker, prompts, extended, columns=user_columns(chosen), may_abstain=True)

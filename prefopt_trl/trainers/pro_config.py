@@ -69,6 +69,8 @@ class PROConfig(RankingConfig):
             raise ValueError(
                 f"`bootstrap_parts` must be a whole number, at least 0, got {self.bootstrap_parts!r}. 0 turns it off."
             )
+        if self.bootstrap_parts:
+            refuse(self, ["length_penalty", "unfinished_penalty"], "`bootstrap_parts` ranks by the ranker's reward")
         if self.bootstrap_parts and self.train_sampling_strategy != "random":
             raise ValueError(
                 f"`train_sampling_strategy`={self.train_sampling_strategy!r} has no effect with `bootstrap_parts`, "

@@ -215,6 +215,29 @@ def test_sample_in_parts_that_a_last_command_assembles(tiny, run_in_process, fun
         run_in_process("sample", [*given, "--output_dir", "parts", "--shard", "3/2"])
 
 
+def test_sample_ranks_the_answers_of_other_models_without_any_model(pairs, tiny, run_in_process, function_ranker):
+    rows = [{"prompt": f"Question {i}?", "completion": " No.", "policy": "gpt"} for i in range(6)]
+    others = [{**row, "completion": " I do.", "policy": "alpaca"} for row in rows]
+    Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows + others)))
+    words = ["--dataset_name", pairs, "--use_cpu", *function_ranker, "--pairing", "ranking", "--strategy", "sft"]
+    given = ["--given", "chosen", "rejected", "chatgpt=answers.jsonl:gpt", "alpaca=answers.jsonl:alpaca"]
+    run_in_process("sample", [*words, *given, "--output_dir", "out"])
+    ranking = load_from_disk("out/pairs")[3]
+    assert ranking["source"] == ["chatgpt", "alpaca", "chosen", "rejected"]
+    assert ranking["completions"] == [" No.", " I do.", " Yes 3.", " Not 3, no."]
+
+    one = [*tiny, *function_ranker, *SAMPLING.split(), "--given", "chosen", "--output_dir", "beside"]
+    run_in_process("sample", one)  # beside sampled ones, and the other one is the user's column
+    candidates = load_from_disk("beside/candidates")
+    assert candidates["source"][0] == ["sampled"] * 4 + ["chosen"]
+    assert "given_rejected" in candidates.column_names
+    Path("answers.jsonl").write_text("".join(json.dumps({**row, "policy": "gpt"}) + "\n" for row in rows + others))
+    with pytest.raises(ValueError, match="`given`: answers.jsonl has several completions of a prompt"):
+        run_in_process("sample", [*words, "--given", "chatgpt=answers.jsonl", "--output_dir", "two"])
+    with pytest.raises(ValueError, match="`given`: none.jsonl cannot be read"):
+        run_in_process("sample", [*words, "--given", "chatgpt=none.jsonl", "--output_dir", "none"])
+
+
 def test_sample_leaves_out_prompts_without_room(tiny, run_in_process, function_ranker, capsys):
     arguments = [*tiny, *function_ranker, *SAMPLING.split(), "--output_dir", "sampled"]
     with open("pairs.jsonl", "a") as file:

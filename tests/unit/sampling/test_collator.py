@@ -78,6 +78,26 @@ def test_pairs_are_what_trls_collator_makes_of_them(policy, tokenizer, texts):
     assert same(batch, DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)(pairs))
 
 
+def test_pairs_by_reward_are_one_a_prompt_and_margins_and_penalties_hold(policy, tokenizer, texts):
+    texts += [["3", "1", "7", "9.00000", "5", "7"], ["5", "5.1", "5.2", "5.3", "5.4", "5.5"]]
+    how = {"pairing": "best-worst", "strategy": "sft", "num_samples": 6, "length_penalty": 1.0, "min_margin": 4.0}
+    # Less their lengths the rewards are 2, 0, 6, 2, 4 and 6, and at most 5.5 - 3 and at least 5.1 - 3
+    batch = make(policy, tokenizer, **how)(EXAMPLES[:2])
+    ids = [tokenize_completions(tokenizer, "The dog", [text])[1][0] for text in ("7", "1")]
+    completions = [
+        row[mask == 1].tolist() for row, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
+    ]
+    assert [completions[0], completions[2]] == ids
+    assert len(completions) == 4
+    assert completions[1] == completions[3]  # no pair of the second prompt is within the margin: a constant loss
+
+
+@pytest.mark.parametrize("pairing", ["correct-wrong", "best"])
+def test_pairings_that_are_not_for_batches_are_refused(policy, tokenizer, pairing):
+    with pytest.raises(ValueError, match=f"`pairing` must be one of ranking, .*best-quantile, got '{pairing}'"):
+        make(policy, tokenizer, pairing=pairing)
+
+
 @pytest.mark.parametrize("pairing", ["first-round", "ranking"])
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_rows_are_cut_and_padded_as_asked(policy, tiny_llama_dir, texts, pairing, mode):

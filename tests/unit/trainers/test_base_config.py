@@ -138,10 +138,11 @@ def test_rankings_are_not_paired(pairing, config_class, config):
         config(config_class, pairing=pairing)
 
 
+@pytest.mark.parametrize("pairing", ["ranking", "best"])
 @pytest.mark.parametrize("config_class", [RSOConfig, SLiCConfig])
-def test_pairs_are_not_ranked(config_class, config):
-    with pytest.raises(ValueError, match="`pairing` must be one of first-round, tournament, all, got 'ranking'"):
-        config(config_class, pairing="ranking")
+def test_pairs_are_not_ranked(config_class, pairing, config):
+    with pytest.raises(ValueError, match=f"`pairing` must be one of first-round, .*correct-wrong, got '{pairing}'"):
+        config(config_class, pairing=pairing)
 
 
 def test_a_policy_to_sample_from_is_one_of_two(config):
