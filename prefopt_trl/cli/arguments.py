@@ -51,6 +51,16 @@ class TrainingData(DataArguments):
 
 
 @dataclass(kw_only=True)
+class SupervisedArguments(TrainingData):
+    """Which completions to train on."""
+
+    chain_of_hindsight: bool = field(
+        default=False,
+        metadata={"help": "Train on both completions of a pair, labeled, in one text (Chain of Hindsight)."},
+    )
+
+
+@dataclass(kw_only=True)
 class RankerTemplate:
     """How a comparison is written for a pairwise ranker."""
 

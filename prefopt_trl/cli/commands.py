@@ -14,7 +14,7 @@ from prefopt_trl.cli.arguments import (
     SampleConfig,
     SideBySideMakeConfig,
     SideBySideScoreConfig,
-    TrainingData,
+    SupervisedArguments,
 )
 from prefopt_trl.trainers import METHODS
 
@@ -29,7 +29,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "sft": Command("fine-tune a model on prompts and completions: the SFT policy", TrainingData),
+    "sft": Command("fine-tune a model on prompts and completions: the SFT policy", SupervisedArguments),
     "ranker": Command("fine-tune a model to say which of two completions is preferred: a pairwise ranker", RankerData),
     "reward-model": Command("fine-tune a model to reward the preferred completion: Bradley-Terry", RewardModelData),
     "sample": Command("sample completions, rank and reject them, and make preference pairs or rankings", SampleConfig),

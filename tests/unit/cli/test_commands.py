@@ -238,6 +238,15 @@ def test_sample_ranks_the_answers_of_other_models_without_any_model(pairs, tiny,
         run_in_process("sample", [*words, "--given", "chatgpt=none.jsonl", "--output_dir", "none"])
 
 
+@pytest.mark.parametrize("options", [["--pairing", "best"], ["--chain_of_hindsight"]])
+def test_sft_learns_from_the_best_of_n_and_from_hindsight(options, tiny, training, run_in_process, function_ranker):
+    if options[0] == "--pairing":
+        run_in_process("sample", [*tiny, *function_ranker, *SAMPLING.split(), *options, "--output_dir", "best"])
+        options = ["--dataset_name", "best"]
+    run_in_process("sft", [*training, *options, "--output_dir", "out"])
+    assert Path("out/model.safetensors").exists()
+
+
 def test_sample_leaves_out_prompts_without_room(tiny, run_in_process, function_ranker, capsys):
     arguments = [*tiny, *function_ranker, *SAMPLING.split(), "--output_dir", "sampled"]
     with open("pairs.jsonl", "a") as file:
