@@ -55,14 +55,18 @@ def measure(seed: int, beta: float, folder: Path) -> dict[str, dict[str, list[fl
     found = {}
     for number, (arm, options) in enumerate(ARMS.items()):
         training = {**study._COMMON, **study.POLICY, "max_steps": STEPS // options["num_rounds"]}
-        sampling: dict[str, Any] = {"num_candidates": 64, "max_new_tokens": MAX_NEW_TOKENS, "generation_batch_size": 1024}
+        sampling: dict[str, Any] = {
+            "num_candidates": 64,
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "generation_batch_size": 1024,
+        }
         args = RSOConfig(
             str(folder / f"arm-{number}"),
             gamma=study.GAMMA,
             rejection_beta=beta,
             seed=seed,
             lr_scheduler_type="constant",
-            logging_first_step=True,
+            generation_batch_size=1024,
             **training,
             **sampling,
         )
