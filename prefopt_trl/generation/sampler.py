@@ -39,6 +39,7 @@ logger = logging.get_logger(__name__)
 OWN_OPTIONS = {
     "do_sample",
     "eos_token_id",
+    "length_penalty",  # of beams; the name is one of ours
     "max_length",
     "max_new_tokens",
     "num_return_sequences",

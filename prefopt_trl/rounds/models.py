@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.utils import find_adapter_config_file
 
+from prefopt_trl.data.formats import is_lost
 from prefopt_trl.trainers.base import load_policy
 from prefopt_trl.trainers.base_config import PreferenceConfig
 
@@ -26,7 +26,11 @@ def base_of(path: str) -> str | None:
 def load(
     path: str, args: PreferenceConfig, quantization: BitsAndBytesConfig | None, is_trainable: bool = False
 ) -> PreTrainedModel:
-    """Load a model, or an adapter on its base, onto the training device."""
+    """Load a model, or an adapter on its base, onto the training device; raise `FileNotFoundError` if it is gone."""
+    if is_lost(path):
+        raise FileNotFoundError(
+            f"{path} is missing. Restore the folder, or remove the `record.json` of its round and of all later ones."
+        )
     base = base_of(path)
     if base is None:
         return load_policy(path, args, quantization)
@@ -51,12 +55,3 @@ def release() -> None:
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
-
-
-def check_folder(path: str) -> None:
-    """Raise FileNotFoundError unless the model of an earlier round is there."""
-    if not any(Path(path, name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise FileNotFoundError(
-            f"The model of an earlier round is not in {path}. Restore the folder, or remove the `record.json` of that "
-            "round and of all later ones to train it again."
-        )

@@ -1,7 +1,8 @@
 """The table and the plot that compare rounds."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,68 +41,39 @@ def report_on_rounds(records: Sequence[Settings], metric: str, best_model: str) 
         return "No round is finished."
     rows = list(map(_row, records))
     header = [name for name in rows[-1] if any(row.get(name) for row in rows)]
-    judge = records[-1]["phases"]["judge"]["first_judge"]
-    cells = [[row.get(name, "") for name in header] for row in rows]
     best = best_round(records, metric)
     which = f"round {best}" if best else "the start: no round is better"
-    return "\n\n".join(
-        [
-            f"Judge: {judge}. Means ± standard errors by prompt; the gain is the paired difference to the start.",
-            table(header, cells),
-            f"The best by {metric} is {which} ({best_model}). It was chosen by these numbers, which flatters it: to "
-            "report one, evaluate it on other prompts.",
-        ]
+    judge = records[-1]["phases"]["judge"]["first_judge"]
+    return (
+        f"Judge: {judge}. Means ± standard errors by prompt; the gain is the paired difference to the start.\n\n"
+        f"{table(header, [[row.get(name, '') for name in header] for row in rows])}\n\n"
+        f"The best by {metric} is {which} ({best_model}). It was chosen by these numbers, which flatters it: to "
+        "report one, evaluate it on other prompts."
     )
 
 
 def _row(record: Settings) -> dict[str, str]:
     phases = record["phases"]
+    samples, sampled = phases["judge"].get("samples", {}), phases.get("sample", {}).get("statistics", {})
+    estimates: dict[str, tuple[Estimate, Callable[[Estimate], str]]] = {
+        "reward": (measured(record, "reward"), rounded),
+        "gain": (measured(record, "gain"), partial(rounded, sign="+")),
+        "win rate": (measured(record, "win_rate"), as_percentage),
+        "length-controlled": (measured(record, "lc_win_rate"), as_percentage),
+        "KL (nats)": (estimate(samples.get("kl")), rounded),
+        "tokens": (estimate(samples.get("tokens")), rounded),
+    }
     row = {"round": str(record["round"])}
-    for name, key, form in (
-        ("reward", "reward", rounded),
-        ("gain", "gain", _signed),
-        ("win rate", "win_rate", as_percentage),
-        ("length-controlled", "lc_win_rate", as_percentage),
-    ):
-        found = measured(record, key)
-        row[name] = "" if math.isnan(found.mean) else form(found)
-    samples = phases["judge"].get("samples", {})
-    row |= {name: rounded(estimate(samples[key])) for name, key in COLUMNS.items() if key in samples}
-    if "sample" in phases:
-        statistics = phases["sample"]["statistics"]
-        row[statistics["made"]] = f"{statistics['num_pairs']:,}"
-        row["label probability"] = f"{statistics['label_probability_after']:.2f}"
-        for name, key in {"acceptance": "acceptance_rate", "effective size": "effective_size"}.items():
-            row |= {name: f"{statistics[key]:.3g}"} if statistics[key] is not None else {}
-    if "train" in phases and phases["train"]["loss"] is not None:
-        row["loss"] = f"{phases['train']['loss']:.4g}"
-    row["minutes"] = " + ".join(f"{phases[phase]['seconds'] / 60:.1f}" for phase in phases)
-    return row
-
-
-COLUMNS = {"KL (nats)": "kl", "tokens": "tokens"}
-
-
-def _signed(found: Estimate) -> str:
-    return rounded(found, "+")
-
-
-def _curves(records: Sequence[Settings]) -> Iterator[tuple[str, list[Estimate]]]:
-    """Yield what is drawn over rounds, by its title."""
-    for judge in records[-1]["phases"]["judge"]["judges"]:
-        found = [record["phases"]["judge"]["judges"].get(judge, {}).get("reward") for record in records]
-        yield f"reward by {judge} (nats)", list(map(estimate, found))
-    samples = [record["phases"]["judge"].get("samples", {}) for record in records]
-    for title, key in {"KL from the start (nats)": "kl", "length (tokens)": "tokens"}.items():
-        yield title, [estimate(found.get(key)) for found in samples]
-    statistics = [record["phases"].get("sample", {}).get("statistics", {}) for record in records]
-    for title, key in {
-        "mean probability of the labels": "label_probability_after",
-        "acceptance rate (Theorem 1)": "acceptance_rate",
-        "effective sample size": "effective_size",
-    }.items():
-        values = [found.get(key) for found in statistics]
-        yield title, [Estimate(math.nan if value is None else value, math.nan) for value in values]
+    row |= {name: "" if math.isnan(found.mean) else form(found) for name, (found, form) in estimates.items()}
+    numbers = {
+        sampled.get("made", "pairs"): sampled.get("num_pairs"),
+        "label probability": sampled.get("label_probability_after"),
+        "acceptance": sampled.get("acceptance_rate"),
+        "effective size": sampled.get("effective_size"),
+        "loss": phases.get("train", {}).get("loss"),
+    }
+    row |= {name: "" if value is None else f"{value:.4g}" for name, value in numbers.items()}
+    return row | {"minutes": " + ".join(f"{phase['seconds'] / 60:.1f}" for phase in phases.values())}
 
 
 def plot_rounds(records: Sequence[Settings], path: Path) -> None:
@@ -109,10 +81,23 @@ def plot_rounds(records: Sequence[Settings], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    curves = {title: found for title, found in _curves(records) if not all(math.isnan(one.mean) for one in found)}
+    judged = [record["phases"]["judge"] for record in records]
+    curves = {
+        f"reward by {judge} (nats)": [estimate(one["judges"].get(judge, {}).get("reward")) for one in judged]
+        for judge in judged[-1]["judges"]
+    }
+    for title, key in {"KL from the start (nats)": "kl", "length (tokens)": "tokens"}.items():
+        curves[title] = [estimate(one.get("samples", {}).get(key)) for one in judged]
+    sampled = [record["phases"].get("sample", {}).get("statistics", {}) for record in records]
+    for title, key in {
+        "probability of the labels": "label_probability_after",
+        "acceptance rate": "acceptance_rate",
+    }.items():
+        curves[title] = [estimate({"mean": one.get(key)}) for one in sampled]
+    curves = {title: found for title, found in curves.items() if not all(math.isnan(one.mean) for one in found)}
     figure = Figure(figsize=(4.2 * len(curves), 3.6), layout="constrained")
     for axes, (title, found) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
-        errors = [0.0 if math.isnan(one.standard_error) else 1.96 * one.standard_error for one in found]
+        errors = [1.96 * one.standard_error if one.has_error else 0.0 for one in found]
         axes.errorbar(range(len(found)), [one.mean for one in found], yerr=errors, fmt="o-", capsize=4)
         axes.set(title=title, xlabel="round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -16,7 +16,7 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from peft import PeftConfig
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Prompt
 from prefopt_trl.evaluation.policy import ModelPolicy, as_prompts, evaluate_policy
@@ -24,7 +24,7 @@ from prefopt_trl.evaluation.report import json_numbers
 from prefopt_trl.evaluation.training_report import write_training_report
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.rankers.base import Ranker, check_ranker
-from prefopt_trl.rounds.models import base_of, check_folder, load, loading_whole, release
+from prefopt_trl.rounds.models import base_of, load, loading_whole, release
 from prefopt_trl.rounds.options import RoundsOptions
 from prefopt_trl.rounds.report import best_round, plot_rounds, report_on_rounds
 from prefopt_trl.runtime.processes import checkpoints, gathered, process_state
@@ -66,13 +66,9 @@ def train_in_rounds(
     processing_class: PreTrainedTokenizerBase | None = None,
     peft_config: PeftConfig | None = None,
     quantization_config: BitsAndBytesConfig | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
     **changes: object,
 ) -> "Rounds":
     """Sample pairs or rankings from a policy, train it on them, judge it, and begin again from the result.
-
-    Pairs sampled once are those of a policy that training leaves behind. Sampling anew in between is about as good as
-    sampling in each step and much better than sampling once (arXiv 2506.21495).
 
     `args.output_dir` gets a folder for each round with what its three phases make: `sampled/`, `model/` and
     `evaluation/`, and `record.json` with the parent, seeds, statistics, metrics and seconds of each phase. `round-0/`
@@ -80,8 +76,7 @@ def train_in_rounds(
 
     The same call resumes after an interruption in any phase, with the same data and losses, and repeats nothing that
     is finished. Another setting is refused by name; `num_rounds` may grow. Each process of `accelerate launch` or
-    `torchrun` takes part. A round leaves no model behind on the device; the command starts new processes for each
-    phase, so it does not hold `ranker` while it trains.
+    `torchrun` takes part. No round leaves a model behind on the device.
 
     Args:
         trainer_class (`type`):
@@ -89,8 +84,8 @@ def train_in_rounds(
         model (`str`):
             Folder or Hub id of the model to begin with, or of an adapter.
         args ([`PreferenceConfig`]):
-            The trainer's configuration, which is that of each round. Its sampling options say how each round samples,
-            and `seed` is the one from which each round's is made.
+            The trainer's configuration, for each round, with its sampling options. Each round samples with a seed of
+            its own, made from `seed`.
         prompts ([`~datasets.Dataset`] or `list`):
             Column `prompt`, plain text or messages.
         ranker ([`Ranker`]):
@@ -104,7 +99,7 @@ def train_in_rounds(
             How rounds follow each other.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer. By default that of `model`.
-        peft_config, quantization_config, callbacks (*optional*):
+        peft_config, quantization_config (*optional*):
             As for the trainer.
         **changes:
             Fields of `options` by name, such as `num_rounds`.
@@ -146,7 +141,6 @@ def train_in_rounds(
         tokenizer=processing_class or AutoTokenizer.from_pretrained(model),
         peft_config=peft_config,
         quantization_config=quantization_config,
-        callbacks=callbacks,
     )
     rounds.check()
     while rounds.run_next():
@@ -172,41 +166,32 @@ class Rounds:
     tokenizer: PreTrainedTokenizerBase
     peft_config: PeftConfig | None = None
     quantization_config: BitsAndBytesConfig | None = None
-    callbacks: Sequence[TrainerCallback] = ()
 
     def check(self) -> None:
         """Refuse, before anything is loaded, arguments without effect and a folder of other rounds."""
-        args, options, name = self.args, self.options, self.trainer_class.__name__
+        args, options = self.args, self.options
+        is_of_sampled = (options.reference, options.data) == ("previous", "replace") or options.importance_correction
+        corrects = args.is_whole_distribution() and 0 < args.effective_beta < math.inf
         refused = {
-            "push_to_hub": (args.push_to_hub, "Push the best round once it is known, with `hf upload`."),
-            "eval_strategy": (args.eval_strategy != "no", "Rounds are judged on `eval_prompts` when they end."),
-            "resume_from_checkpoint": (args.resume_from_checkpoint, "Rounds resume by themselves."),
-            "sampling": (args.samples_while_training, "Rounds sample before they train; leave it at 'offline'."),
-            "reference": (
-                options.reference != RoundsOptions.reference and not self.trainer_class.has_reference,
-                f"{name} has no reference model.",
-            ),
-            "reference_logps": (
-                args.keep_logps
-                and not options.importance_correction
-                and (options.reference, options.data) != ("previous", "replace"),
-                "'sampled' log-probabilities are those of the policy that is sampled: set `reference` to 'previous' "
-                "and `data` to 'replace'; or they are those of the first model, with `importance_correction`.",
-            ),
-            "importance_correction": (
-                options.importance_correction
-                and not (args.is_whole_distribution() and 0 < args.effective_beta < math.inf),
-                "It corrects Algorithm 1 on samples of the policy's own distribution: set `strategy` to 'rso', a "
-                "`rejection_beta` above 0, `temperature` and `top_p` to 1 and `top_k` to 0.",
-            ),
-            "prompts_per_round": (
-                (options.prompts_per_round or 0) > len(self.prompts),
-                f"There are {len(self.prompts)} prompts.",
-            ),
+            "Push the best round once it is known, and leave `push_to_hub` out": args.push_to_hub,
+            "Rounds are judged on `eval_prompts`: leave `eval_strategy` at 'no'": args.eval_strategy != "no",
+            "Rounds resume by themselves: leave `resume_from_checkpoint` out": args.resume_from_checkpoint,
+            "Rounds sample before they train: leave `sampling` at 'offline'": args.samples_while_training,
+            f"{self.trainer_class.__name__} has no reference model: leave `reference` out": options.reference
+            != "first"
+            and not self.trainer_class.has_reference,
+            "`reference_logps`='sampled' needs log-probabilities under the reference model, which rounds have with "
+            "reference='previous' and data='replace', or with `importance_correction`": args.keep_logps
+            and not is_of_sampled,
+            "`importance_correction` is for Algorithm 1 on samples of the whole distribution: set `strategy` to "
+            "'rso', `rejection_beta` above 0, `temperature` and `top_p` to 1, `top_k` to 0": not corrects
+            and options.importance_correction,
+            f"`prompts_per_round` is more than the {len(self.prompts)} prompts that there are": len(self.prompts)
+            < (options.prompts_per_round or 0),
         }
-        for argument, (is_refused, remedy) in refused.items():
+        for reason, is_refused in refused.items():
             if is_refused:
-                raise ValueError(f"`{argument}` cannot be what it is in rounds. {remedy}")
+                raise ValueError(f"{reason}.")
         if shared := len({*map(json.dumps, self.prompts["prompt"])} & {*map(json.dumps, self.eval_prompts["prompt"])}):
             logger.warning("%d of the prompts to judge on are trained on, too, so the judgment is too good.", shared)
         self._same_as_before(self.settings)
@@ -345,7 +330,7 @@ class Rounds:
         model: Any = start if base is None else self._load(start, is_trainable=True)
         others: dict[str, Any] = {}
         if base is None:
-            others |= {"peft_config": self.peft_config, "quantization_config": self.quantization_config}
+            others = {"peft_config": self.peft_config, "quantization_config": self.quantization_config}
         has_other_reference = self.trainer_class.has_reference and reference != start and not args.keep_logps
         # With the adapter off, the model is its base
         is_base = has_other_reference and reference == base and not args.precompute_ref_log_probs
@@ -356,7 +341,6 @@ class Rounds:
             args=args,
             train_dataset=self._data(number),
             processing_class=self.tokenizer,
-            callbacks=[*self.callbacks],
             **others,
         )
         if is_base:
@@ -407,8 +391,6 @@ class Rounds:
         }
 
     def _load(self, path: str, is_trainable: bool = False) -> Any:
-        if path != self.model:
-            check_folder(path)
         return load(path, self.args, self.quantization_config, is_trainable)
 
     def _prompts(self, number: int) -> Dataset:

@@ -242,22 +242,25 @@ def test_other_settings_are_refused_by_name(rounds, tmp_path):
 def test_a_missing_parent_is_named(rounds, tmp_path):
     rounds(num_rounds=1)
     shutil.rmtree(tmp_path / "rounds/round-1/model")
-    with pytest.raises(FileNotFoundError, match=r"round-1.model\. Restore the folder"):
+    with pytest.raises(FileNotFoundError, match=r"round-1.model is missing\. Restore the folder"):
         rounds()
 
 
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"args": {"sampling": "online"}}, "`sampling` .* leave it at 'offline'"),
-        ({"args": {"eval_strategy": "steps"}}, "`eval_strategy` .*eval_prompts"),
-        ({"args": {"push_to_hub": True}}, "`push_to_hub`"),
-        ({"args": {"reference_logps": "sampled"}}, "`reference_logps` .* set `reference` to 'previous'"),
-        ({"importance_correction": True, "args": {"strategy": "sft"}}, "`importance_correction` .* set `strategy`"),
+        ({"args": {"sampling": "online"}}, "leave `sampling` at 'offline'"),
+        ({"args": {"eval_strategy": "steps"}}, "`eval_prompts`: leave `eval_strategy` at"),
+        ({"args": {"push_to_hub": True}}, "leave `push_to_hub` out"),
+        (
+            {"args": {"reference_logps": "sampled"}},
+            "`reference_logps`='sampled' needs .* reference='previous' and data",
+        ),
+        ({"importance_correction": True, "args": {"strategy": "sft"}}, "`importance_correction` is .* set `strategy`"),
         ({"importance_correction": True, "reference": "previous"}, "no effect if `reference`, 'previous', is sampled"),
         ({"proposal_clip": 3.0}, "`proposal_clip` has no effect without `importance_correction`"),
         ({"name": "SLiC", "reference": "previous"}, "SLiCTrainer has no reference model"),
-        ({"prompts_per_round": 7}, "There are 6 prompts"),
+        ({"prompts_per_round": 7}, "`prompts_per_round` is more than the 6 prompts"),
         ({"metric": "accuracy"}, "`metric` must be one of reward, win_rate, lc_win_rate"),
         ({"num_rounds": 0}, "`num_rounds` must be a whole number, at least 1"),
         ({"against": "best"}, "'best' is neither a policy nor a column"),
