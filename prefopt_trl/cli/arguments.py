@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from prefopt_trl.generation.options import GenerationOptions, is_whole
+from prefopt_trl.generation.options import GenerationOptions, is_one_of, is_whole
 from prefopt_trl.rounds.options import RoundsOptions
 from prefopt_trl.sampling.options import SamplingOptions
 
@@ -212,6 +212,13 @@ class SampleConfig(InferenceArguments, RankerArguments, SamplingOptions):
             "NAME=FILE.jsonl adds such a column from a file as `policies` of `prefopt-trl evaluate` takes it."
         },
     )
+    generator: str = field(
+        default="shared-prefix",
+        metadata={
+            "help": "What samples: 'shared-prefix', 'continuous' (`generate_batch` of transformers), or the URL of an "
+            "OpenAI-compatible server, where `model_name_or_path` is the model's name."
+        },
+    )
     hub_dataset_id: str | None = field(
         default=None, metadata={"help": "Push the finished dataset to this dataset repository on the Hub."}
     )
@@ -221,6 +228,8 @@ class SampleConfig(InferenceArguments, RankerArguments, SamplingOptions):
         SamplingOptions.__post_init__(self)
         if self.shard is not None and not (re.fullmatch(r"\d+/\d+", self.shard) and 1 <= self.job[0] <= self.job[1]):
             raise ValueError(f"`shard` must be a part such as 3/8, from 1/8 to 8/8, got {self.shard!r}.")
+        if "://" not in self.generator:
+            is_one_of(self, "generator", ["shared-prefix", "continuous", "the URL of a server"])
 
     @property
     def job(self) -> tuple[int, int]:

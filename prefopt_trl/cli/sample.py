@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -12,6 +13,7 @@ from prefopt_trl.cli.data import keep_given, prompts_that_fit, read_completions,
 from prefopt_trl.cli.models import check_model, load_tokenizer, model_to_run
 from prefopt_trl.cli.rankers import load_ranker
 from prefopt_trl.data.loading import load_rows
+from prefopt_trl.generation.generators import ContinuousBatchingGenerator, OpenAIGenerator
 from prefopt_trl.runtime.processes import process_state
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.sampling.statistics import push_preference_dataset
@@ -23,29 +25,37 @@ def run(own: SampleConfig, model: ModelConfig, save_config: Callable[[], None]) 
     rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_split, own.num_rows)
     are_given = "completions" in rows.column_names
     needs_policy = own.keep_logps or not (are_given or (own.given and model.model_name_or_path is None))
+    is_remote = "://" in own.generator
     check_model(model, trains=False, is_optional=not needs_policy)
     state = PartialState(cpu=True) if own.use_cpu else process_state()
-    path = model.model_name_or_path
-    tokenizer = load_tokenizer(path, model.model_revision, own.trust_remote_code) if path else None
+    path: Any = model.model_name_or_path
+    # A model's name at a server need not be that of a tokenizer
+    has_tokenizer = path and (own.max_length or not is_remote)
+    tokenizer: Any = load_tokenizer(path, model.model_revision, own.trust_remote_code) if has_tokenizer else None
     ranker = load_ranker(own, own.trust_remote_code)
     require_columns(rows, own.dataset_name, {"prompt"})
     rows, given = _with_files(rows, own.given or [])
     rows = keep_given(rows, given)
     if not are_given and tokenizer is not None:
         rows = prompts_that_fit(rows, tokenizer, own.max_length, own.max_new_tokens)
-    policy = model_to_run(model, state.device, own.trust_remote_code) if needs_policy else None
+    loads = needs_policy and not is_remote
+    policy: Any = model_to_run(model, state.device, own.trust_remote_code) if loads else None
+    how: dict[str, Any] = {"policy": policy, "tokenizer": tokenizer}
+    if own.generator == "continuous":
+        how = {"policy": None, "tokenizer": None, "generator": ContinuousBatchingGenerator(policy, tokenizer)}
+    elif is_remote:
+        how["generator"] = OpenAIGenerator(path, own.generator)
     build_preference_dataset(
         rows,
-        policy,
-        tokenizer,
-        ranker,
-        own.output_dir,
-        own,
+        ranker=ranker,
+        output_dir=own.output_dir,
+        options=own,
         seed=own.seed,
         max_length=own.max_length,
         keep_logps=own.keep_logps,
         job=own.job,
         given=given,
+        **how,
     )
     if state.is_main_process and own.job[1] > 1:
         print(f"Part {own.shard} is in {own.output_dir}. Once all are, the command without `shard` assembles them.")

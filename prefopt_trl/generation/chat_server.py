@@ -21,14 +21,11 @@ TIMEOUT = 300  # seconds that an attempt waits for its answer, which is long if 
 
 
 class Answer(NamedTuple):
-    """The text of an answer, and with `logprobs` its tokens, each with likely alternatives and their log-probs.
-
-    `finish_reason` is "stop" at its end and "length" at the longest answer that was asked for.
-    """
+    """The text of an answer, and with `logprobs` its tokens, each with likely alternatives and their log-probs."""
 
     text: str
     tokens: list[tuple[str, dict[str, float]]]
-    finish_reason: str | None = None
+    finish_reason: str | None = None  # "stop" at its end, "length" at `max_tokens`
 
 
 class ServerError(ConnectionError):

@@ -81,10 +81,7 @@ class Generator(ABC):
 
 @dataclass(frozen=True, eq=False)
 class SharedPrefixGenerator(Generator):
-    """The policy in this process, each prompt computed once for all its completions: [`sample_completions`].
-
-    [`build_preference_dataset`] makes it of its arguments `policy`, `tokenizer` and `generation_kwargs`.
-    """
+    """The policy in this process, each prompt computed once for all its completions: [`sample_completions`]."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -95,16 +92,10 @@ class SharedPrefixGenerator(Generator):
 
     def generate(self, request: Request) -> list[Candidates]:
         in_encoder = self.model.config.is_encoder_decoder
-        return sample_candidates(
-            self.model,
-            self.tokenizer,
-            tokenize_prompts(self.tokenizer, request.prompts, request.chat, for_encoder=in_encoder),
-            request.num_completions,
-            request.options,
-            seed=request.seed,
-            generation_kwargs=self.generation_kwargs,
-            keep_logps=request.keep_logps,
-        )
+        prompt_ids = tokenize_prompts(self.tokenizer, request.prompts, request.chat, for_encoder=in_encoder)
+        what = (self.model, self.tokenizer, prompt_ids, request.num_completions, request.options)
+        how: dict[str, Any] = {"seed": request.seed, "keep_logps": request.keep_logps}
+        return sample_candidates(*what, generation_kwargs=self.generation_kwargs, **how)
 
     def settings(self, options: GenerationOptions) -> Settings:
         return {

