@@ -38,8 +38,8 @@ def run(own: SampleConfig, model: ModelConfig, save_config: Callable[[], None]) 
     rows = keep_given(rows, given)
     if not are_given and tokenizer is not None:
         rows = prompts_that_fit(rows, tokenizer, own.max_length, own.max_new_tokens)
-    loads = needs_policy and not is_remote
-    policy: Any = model_to_run(model, state.device, own.trust_remote_code) if loads else None
+    needs_policy &= not is_remote
+    policy: Any = model_to_run(model, state.device, own.trust_remote_code) if needs_policy else None
     how: dict[str, Any] = {"policy": policy, "tokenizer": tokenizer}
     if own.generator == "continuous":
         how = {"policy": None, "tokenizer": None, "generator": ContinuousBatchingGenerator(policy, tokenizer)}

@@ -32,7 +32,7 @@ from prefopt_trl.generation.sampler import (
 )
 from prefopt_trl.runtime.cards import public_name
 from prefopt_trl.runtime.settings import Settings, model_fingerprint
-from prefopt_trl.shared_prefix.support import reason_not_to_share_prefix
+from prefopt_trl.shared_prefix.support import PROBE_TOLERANCE, probe_rows, reason_not_to_share_prefix, run_probe
 
 logger = logging.getLogger(__name__)
 
@@ -54,17 +54,10 @@ class Request:
 
 
 class Generator(ABC):
-    """Samples completions of prompts for [`build_preference_dataset`].
+    """Samples completions of prompts for [`build_preference_dataset`]."""
 
-    Attributes:
-        model ([`~transformers.PreTrainedModel`], *optional*):
-            The policy, if it is in this process.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Its tokenizer.
-    """
-
-    model: PreTrainedModel | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel | None = None  # the policy, if it is in this process
+    tokenizer: PreTrainedTokenizerBase | None = None  # of the policy
 
     @abstractmethod
     def generate(self, request: Request) -> list[Candidates]:
@@ -119,19 +112,16 @@ class ContinuousBatchingGenerator(Generator):
 
     `generation_batch_size` and `generation_memory_budget` bound the completions under way, and `share_prefix` is
     whether they share the blocks of equal prefixes. The same seed may draw other completions on another machine.
-
-    Example:
-
-    ```python
-    generator = ContinuousBatchingGenerator(model, tokenizer)
-    pairs = build_preference_dataset(prompts, None, None, ranker, "outputs/pairs", generator=generator)
-    ```
+    A model that `generate_batch` computes otherwise than its forward pass, such as with ALiBi, is a `ValueError`.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
     def generate(self, request: Request) -> list[Candidates]:
+        with sampling_mode(self.model):
+            if (reason := run_probe(_probe_generate_batch, self.model)) is not None:
+                raise ValueError(f"`generate_batch` cannot sample this model: {reason}. Use SharedPrefixGenerator.")
         prompt_ids, number = tokenize_prompts(self.tokenizer, request.prompts, request.chat), request.num_completions
         options, end_ids = request.options, eos_token_ids(self.model, self.tokenizer)
         longest = max(map(len, prompt_ids))
@@ -157,7 +147,6 @@ class ContinuousBatchingGenerator(Generator):
             seed=request.seed,
         )
         with sampling_mode(self.model):
-            torch.manual_seed(request.seed)
             inputs = [ids for ids in prompt_ids for _ in range(num_copies)]
             made = cast(Any, self.model).generate_batch(inputs, config, continuous_batching_config=cache)
         left = defaultdict(list)  # by prompt; one that failed is missing
@@ -181,15 +170,29 @@ class ContinuousBatchingGenerator(Generator):
         return {"generator": type(self).__name__, "eos_token_ids": eos, "policy": model_fingerprint(self.model)}
 
 
+def _probe_generate_batch(model: Any) -> str | None:
+    """Compare log-probabilities with those of a forward pass: attention of a model's own ignores the paged cache."""
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=4, eos_token_id=-1)
+    cache = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=STEP_TOKENS, return_logprobs=True)
+    differences = []
+    for output in model.generate_batch(probe_rows(model), config, continuous_batching_config=cache).values():
+        ids = torch.tensor([[*output.prompt_ids, *output.generated_tokens]], device=model.device)
+        with torch.no_grad():
+            logps = model(ids).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[-4:, 0]
+        differences.append((logps - torch.tensor(output.logprobs, device=model.device)).abs().mean().item())
+    if len(differences) == 4 and max(differences) <= PROBE_TOLERANCE[model.dtype]:
+        return None
+    return f"its log-probabilities of a {model.config.model_type} differ from a forward pass by {differences} nats"
+
+
 class OpenAIGenerator(Generator):
     """A server of OpenAI's API: vLLM, SGLang, llama.cpp, `transformers serve` and others.
 
     Conversational prompts go to `/chat/completions`, where the server applies the chat template, and plain text goes
     to `/completions`. Each completion is a request, with every option of sampling and a seed, because servers apply
-    the defaults of a model otherwise.
-
-    Nothing shows whether the weights at the server have changed, and the same seed need not draw the same completions.
-    The manifest has the model's name, and its owner and the server's version where the server tells them.
+    the defaults of a model otherwise. Nothing shows whether the weights at the server have changed: the manifest has
+    the model's name, and its owner and the server's version if the server tells them. The same seed need not draw the
+    same completions.
 
     Args:
         model (`str`):
@@ -203,9 +206,8 @@ class OpenAIGenerator(Generator):
             removes a field.
 
     Raises:
-        ImportError: if the package openai is missing.
         ValueError: for an argument out of range, and for prompts with tools.
-        ConnectionError: by `generate` and `settings`, if the server refuses a request or fails in every attempt.
+        ConnectionError: if the server refuses a request or fails in every attempt.
 
     Example:
 
@@ -244,14 +246,14 @@ class OpenAIGenerator(Generator):
         ]
 
     def _answers(self, asked: list[dict[str, Any]], options: GenerationOptions) -> list[Answer]:
-        how: dict[str, Any] = {"temperature": options.temperature, "top_p": options.top_p}
+        how: dict[str, Any] = {"model": self.name, "temperature": options.temperature, "top_p": options.top_p}
         neutral = {"min_p": 0.0, "repetition_penalty": 1.0}
         if self.takes_top_k:
             how |= {"top_k": options.top_k or -1, **neutral}  # SGLang refuses 0
         else:
             how["generation_config"] = json.dumps({"do_sample": True, "top_k": options.top_k, **neutral})
-        how |= {"model": self.name, "max_tokens": options.max_new_tokens}
-        return self.server.answers([{**how, **one, **self.request_options} for one in asked])
+        how["max_tokens"] = options.max_new_tokens
+        return self.server.answers([how | one | self.request_options for one in asked])
 
     def settings(self, options: GenerationOptions) -> Settings:
         made_by = {"class": type(self).__name__, "model": public_name(self.name), **self.server.describe(self.name)}
@@ -263,8 +265,6 @@ class OpenAIGenerator(Generator):
 
 
 class AnswersOfShard(SavedAnswers):
-    """Answers to the shard under way."""
-
     def __str__(self) -> str:
         return f"{len(self)} completions of the shard under way are lost"
 

@@ -112,8 +112,7 @@ def build_preference_dataset(
             `(i, n)` makes the shards of job i of n alone, from 1, for clusters without a common start: run all n, at
             any time, and then the call without `job`, which assembles the dataset and makes what is missing.
         generator ([`Generator`], *optional*):
-            What samples candidates, in place of `policy`, such as [`OpenAIGenerator`]. By default
-            [`SharedPrefixGenerator`] with `policy`, `tokenizer` and `generation_kwargs`.
+            What samples candidates, in place of `policy` and `generation_kwargs`, such as [`OpenAIGenerator`].
         proposal ([`~transformers.PreTrainedModel`], *optional*):
             What samples candidates in place of `policy`, from which the pairs are still to come: an importance
             correction for rounds, where the policy has moved and `policy` is the reference model. Algorithm 1 runs on

@@ -29,6 +29,7 @@ from prefopt_trl.sampling.logps import row_logps
 from tests.chat_server import question, response, serving
 from tests.unit.generation.test_sampler import EOS, TURN, letter_tokenizer, next_token_law, random_model
 from tests.unit.laws import CHANCE, p_value
+from tests.unit.shared_prefix import families
 
 PLAIN = ["The dog", "A cat", "Why?", "No"]
 CHATS = [[{"role": "user", "content": text}] for text in PLAIN]
@@ -200,6 +201,13 @@ def test_generate_batch_ends_at_each_eos_and_keeps_log_probabilities_of_pairs(po
     assert ends == {EOS, TURN} and not any({EOS, TURN} & set(one.ids[:-1]) for one in row.sampled)
     pairs = build(tmp_path, ContinuousBatchingGenerator(*policy), keep_logps=True)
     assert all(logp < 0 for logp in [*pairs["ref_chosen_logps"], *pairs["ref_rejected_logps"]])
+
+
+@pytest.mark.parametrize("family", ["bloom", "gpt_neo, local", "mamba"])
+def test_a_model_that_generate_batch_computes_otherwise_is_refused(family: str) -> None:
+    generator = ContinuousBatchingGenerator(families.build(families.NOT_SHARING[family][0]), letter_tokenizer())
+    with pytest.raises(ValueError, match=f"cannot sample this model: .*{family[:5]}.* Use SharedPrefixGenerator"):
+        generator.generate(Request(["ab"], [{}], 2, GenerationOptions(max_new_tokens=2), seed=0))
 
 
 # Servers
