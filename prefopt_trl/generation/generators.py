@@ -153,7 +153,7 @@ class ContinuousBatchingGenerator(Generator):
         for output in made.values():
             if output.error is None:
                 left[tuple(output.prompt_ids)].append(output)
-        is_whole = (options.temperature, options.top_k, options.top_p) == (1, 0, 1)  # the policy's own distribution
+        is_whole = options.is_whole_distribution()
         results = []
         for ids in prompt_ids:
             results.append(Candidates([], []))
