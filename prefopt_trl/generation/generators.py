@@ -32,6 +32,7 @@ from prefopt_trl.generation.sampler import (
 )
 from prefopt_trl.runtime.cards import public_name
 from prefopt_trl.runtime.settings import Settings, model_fingerprint
+from prefopt_trl.shared_prefix.states import repeats_states
 from prefopt_trl.shared_prefix.support import PROBE_TOLERANCE, probe_rows, reason_not_to_share_prefix, run_probe
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class SharedPrefixGenerator(Generator):
         return {
             **self.generation_kwargs,
             # The result of the probe, which must be the same in every process and after a restart
-            "prompts_are_shared": self._shares(options),
+            "prompts_are_shared": (options.share_prefix and repeats_states(self.model)) or self._shares(options),
             "eos_token_ids": eos_token_ids(self.model, self.tokenizer),
             "policy": model_fingerprint(self.model),
         }
@@ -103,7 +104,8 @@ class SharedPrefixGenerator(Generator):
         return sizes_of_batch(self.model, num_completions, longest, options, self._shares(options))[0]
 
     def _shares(self, options: GenerationOptions) -> bool:
-        return options.share_prefix and reason_not_to_share_prefix(self.model, 2) is None
+        may_share = options.share_prefix and not repeats_states(self.model)
+        return may_share and reason_not_to_share_prefix(self.model, 2) is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,11 +151,11 @@ class ContinuousBatchingGenerator(Generator):
         with sampling_mode(self.model):
             inputs = [ids for ids in prompt_ids for _ in range(num_copies)]
             made = cast(Any, self.model).generate_batch(inputs, config, continuous_batching_config=cache)
+        is_whole = options.is_whole_distribution()
         left = defaultdict(list)  # by prompt; one that failed is missing
         for output in made.values():
             if output.error is None:
                 left[tuple(output.prompt_ids)].append(output)
-        is_whole = options.is_whole_distribution()
         results = []
         for ids in prompt_ids:
             results.append(Candidates([], []))

@@ -31,6 +31,7 @@ from prefopt_trl.shared_prefix.decoding import (
     reason_not_to_decode,
 )
 from prefopt_trl.shared_prefix.packing import WholeRows, left_pad
+from prefopt_trl.shared_prefix.states import repeated_states, repeats_states
 from prefopt_trl.shared_prefix.support import evaluating, log_reason, partition_reason, reason_not_to_share_prefix
 
 logger = logging.get_logger(__name__)
@@ -207,7 +208,10 @@ def sample_candidates(
     if in_decoder:
         config.decoder_start_token_id = decoder_start_token_id(model)
     longest = max(map(len, prompt_ids), default=0)
-    shares = options.share_prefix and _shares_prefix(model, config, longest + options.max_new_tokens)
+    is_plain = config.get_generation_mode() is GenerationMode.SAMPLE and config.guidance_scale in (None, 1)
+    repeats = options.share_prefix and is_plain and not config.cache_implementation and repeats_states(model)
+    may_pad &= not repeats  # which would change the states
+    shares = options.share_prefix and not repeats and _shares_prefix(model, config, longest + options.max_new_tokens)
     prompts_at_once, completions_at_once = sizes_of_batch(model, num_completions, longest, options, shares)
     config.return_dict_in_generate = with_logps = shares and keep_logps
     generate = cast(Callable[..., Any], model.generate)
@@ -242,6 +246,7 @@ def sample_candidates(
                 how = {"custom_generate": decode_shared_prefix, "num_completions": count}
                 if not shares:
                     how, config.num_return_sequences = {"synced_gpus": synced}, count
+                    how |= repeated_states(model, inputs["input_ids"], count) if repeats else {}
                 output = generate(**inputs, generation_config=config, stopping_criteria=criteria, **how)
                 completions = (output.sequences if with_logps else output)[:, begin:].tolist()
                 logps = output.logps.tolist() if with_logps else [None] * len(completions)

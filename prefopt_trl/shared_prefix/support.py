@@ -39,6 +39,7 @@ Forward: TypeAlias = Callable[..., Any]
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 PROBE_LENGTH = 12  # tokens in the longest row
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 # Hidden states of the tokens of a row from an index on: the index, and states of shape (num_tokens, size)
 States: TypeAlias = tuple[int, torch.Tensor]
@@ -130,8 +131,7 @@ def architecture_reason(model: PreTrainedModel, row_length: int) -> str | None:
     if config.is_encoder_decoder:
         return f"{name} is an encoder-decoder"
     layer_types = set(getattr(config, "layer_types", None) or [])
-    other_layers = layer_types - {"full_attention", "sliding_attention", "chunked_attention"}
-    if other_layers or getattr(model, "_is_stateful", False):
+    if has_recurrent_layers(model):
         return f"{name} has recurrent layers, which carry one completion's state into the next"
     attention = getattr(config, "attn_config", None)
     if getattr(config, "alibi", False) or getattr(attention, "alibi", False) or name == "bloom":
@@ -150,6 +150,12 @@ def architecture_reason(model: PreTrainedModel, row_length: int) -> str | None:
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return f"{name} takes no position_ids"
     return None
+
+
+def has_recurrent_layers(model: PreTrainedModel) -> bool:
+    """Return whether some layers carry a state from token to token."""
+    layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    return bool(layer_types - ATTENTION_LAYERS) or getattr(model, "_is_stateful", False)
 
 
 def place_reason(model: PreTrainedModel, embedded_length: int) -> str | None:
