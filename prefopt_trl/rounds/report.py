@@ -95,8 +95,10 @@ def plot_rounds(records: Sequence[Settings], path: Path) -> None:
     }.items():
         curves[title] = [estimate({"mean": one.get(key)}) for one in sampled]
     curves = {title: found for title, found in curves.items() if not all(math.isnan(one.mean) for one in found)}
-    figure = Figure(figsize=(4.2 * len(curves), 3.6), layout="constrained")
-    for axes, (title, found) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+    shape = -(-len(curves) // 3), min(len(curves), 3)
+    figure = Figure(figsize=(4.2 * shape[1], 3.2 * shape[0] + 0.4), layout="constrained")
+    for place, (title, found) in enumerate(curves.items(), start=1):
+        axes = figure.add_subplot(*shape, place)
         errors = [1.96 * one.standard_error if one.has_error else 0.0 for one in found]
         axes.errorbar(range(len(found)), [one.mean for one in found], yerr=errors, fmt="o-", capsize=4)
         axes.set(title=title, xlabel="round")
