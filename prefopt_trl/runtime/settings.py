@@ -210,27 +210,25 @@ def cache_of_contents(path: Path) -> str:
     return str(Path(config.HF_DATASETS_CACHE, digest.hexdigest()[:16]))
 
 
-def folder_fingerprint(folder: Path) -> str:
-    """Fingerprint the files of a folder by their names, sizes and 64 pieces of each, so that it takes no time."""
+def path_fingerprint(path: str) -> str:
+    """Return what recognizes a model by its path: an id on the Hub, or of a folder the names, the sizes and 64 pieces
+    of its files, with those of an adapter's base.
+
+    Checkpoints and logs in its subfolders, and its card, may come and go.
+    """
+    if not Path(path).is_dir():
+        return path
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for file in sorted(one for one in Path(path).iterdir() if one.is_file() and one.suffix not in (".md", ".png")):
         size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder)} {size}\n".encode())
+        digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as content:
             for piece in range(64):  # of 1 KiB
                 content.seek(size * piece // 64)
                 digest.update(content.read(1024))
-    return digest.hexdigest()
-
-
-def path_fingerprint(path: str) -> str:
-    """Return what recognizes a model by its path: the contents of a folder, with those of an adapter's base, or an
-    id on the Hub."""
-    if not Path(path).is_dir():
-        return path
     config = find_adapter_config_file(path)
     base = str(json.loads(Path(config).read_text())["base_model_name_or_path"]) if config else ""
-    return folder_fingerprint(Path(path)) + (f" on {path_fingerprint(base)}" if base else "")
+    return digest.hexdigest() + (f" on {path_fingerprint(base)}" if base else "")
 
 
 def function_fingerprint(function: Callable[..., object]) -> str:
