@@ -73,7 +73,8 @@ def _row(record: Settings) -> dict[str, str]:
         "loss": phases.get("train", {}).get("loss"),
     }
     row |= {name: "" if value is None else f"{value:.4g}" for name, value in numbers.items()}
-    return row | {"minutes": " + ".join(f"{phase['seconds'] / 60:.1f}" for phase in phases.values())}
+    seconds = [phases[phase]["seconds"] for phase in ("sample", "train", "judge") if phase in phases]
+    return row | {"minutes to sample + train + judge": " + ".join(f"{one / 60:.1f}" for one in seconds)}
 
 
 def plot_rounds(records: Sequence[Settings], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from prefopt_trl import (
     train_in_rounds,
 )
 from prefopt_trl.rounds.models import load
-from prefopt_trl.rounds.report import best_round, measured
+from prefopt_trl.rounds.report import best_round, measured, report_on_rounds
 from prefopt_trl.runtime.settings import read_lines
 from prefopt_trl.sampling.logps import pair_logps
 
@@ -290,6 +291,19 @@ def test_the_best_round():
     assert best_round([record(0), record(1, reward=-0.1)], "reward") == 0
     assert best_round([record(0), record(1, reward=0.1)], "reward") == 1
     assert measured(record(0), "lc_win_rate").mean == 0.5
+
+
+def test_the_table_of_rounds():
+    phases = {"judge": {**record(1, reward=1.234)["phases"]["judge"], "seconds": 180}, "sample": {"seconds": 60}}
+    phases |= {"train": {"seconds": 120, "steps": 1, "loss": 0.5}}
+    phases["sample"]["statistics"] = {"made": "pairs", "num_pairs": 12, "acceptance_rate": 0.25}
+    printed = report_on_rounds(
+        [record(0, reward=1.0) | {"phases": {"judge": phases["judge"]}}, {"round": 1, "phases": phases}], "reward", "m"
+    )
+    _, header, _, _, last = (re.split(r" *\| *", line) for line in printed.splitlines()[1:6])
+    cells = dict(zip(header, last, strict=True))
+    assert cells["pairs"] == "12" and cells["acceptance"] == "0.25" and cells["loss"] == "0.5"
+    assert cells["reward"] == "1.23 ± 0.10" and cells["minutes to sample + train + judge"] == "1.0 + 2.0 + 3.0"
 
 
 def test_rounds_that_do_not_help_end_them(rounds, capsys):
