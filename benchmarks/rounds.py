@@ -34,7 +34,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "offline": {"num_rounds": 1},
     "3 rounds": ROUNDS,
     "3 rounds, corrected": {**ROUNDS, "importance_correction": True},
-    "3 rounds, corrected, clip 3": {**ROUNDS, "importance_correction": True, "proposal_clip": 3.0},
     "3 rounds, reference previous": {**ROUNDS, "reference": "previous"},
 }
 

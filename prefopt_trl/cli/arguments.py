@@ -198,6 +198,10 @@ class SampleConfig(InferenceArguments, RankerArguments, SamplingOptions):
         default=False,
         metadata={"help": "Save the policy's log-probabilities of the pairs, for `rso --reference_logps sampled`."},
     )
+    rescore: bool = field(
+        default=False,
+        metadata={"help": "Score candidates that have `rewards` already with `ranker`, as after a change of it."},
+    )
     shard: str | None = field(
         default=None,
         metadata={

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from prefopt_trl import __version__
 from prefopt_trl.cli.commands import COMMANDS
 from prefopt_trl.runtime.quiet import quiet_libraries
+from prefopt_trl.trainers import METHODS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,6 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), None)
         if name is not None:
             _run_command(name, *words[len(name.split()) :])
+        elif words[:1] == ["rounds"]:
+            print(f"prefopt-trl rounds: error: it needs a method: rounds {', rounds '.join(METHODS)}", file=sys.stderr)
+            raise SystemExit(2)
         else:
             _run_study_or_env(words)
     except KeyboardInterrupt as stopped:  # before a command starts, or in the quickstart

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.utils import find_adapter_config_file
 from prefopt_trl.data.formats import is_lost
 from prefopt_trl.trainers.base import load_policy
 from prefopt_trl.trainers.base_config import PreferenceConfig
+from prefopt_trl.trainers.policy import init_kwargs
 
 
 def base_of(path: str) -> str | None:
@@ -34,6 +36,8 @@ def load(
     base = base_of(path)
     if base is None:
         return load_policy(path, args, quantization)
+    args, config = copy(args), PeftConfig.from_pretrained(path)
+    args.model_init_kwargs = {**init_kwargs(args), "revision": config.revision or "main"}  # of the base
     loaded: Any = load_policy(base, args, quantization)
     return PeftModel.from_pretrained(loaded, path, is_trainable=is_trainable)  # type: ignore[return-value]  # it generates
 

@@ -36,19 +36,23 @@ def best_round(records: Sequence[Settings], metric: str) -> int:
 
 
 def report_on_rounds(records: Sequence[Settings], metric: str, best_model: str) -> str:
-    """Return the rounds as a Markdown table, and which one is the best."""
+    """Return the rounds as a Markdown table, which one is the best, and whether that may be luck."""
     if not records:
         return "No round is finished."
     rows = list(map(_row, records))
     header = [name for name in rows[-1] if any(row.get(name) for row in rows)]
     best = best_round(records, metric)
-    which = f"round {best}" if best else "the start: no round is better"
+    which, gain = f"round {best}" if best else "the start: no round is better", measured(records[best], "gain")
+    notes = [f"The best by {metric} is {which} ({best_model})."]
+    if best and gain.has_error and gain.mean < 2 * gain.standard_error:
+        notes.append("Its reward is not clearly above that of the start: judge on more prompts to know.")
+    if best:
+        notes.append("It was chosen by these numbers, which flatters it: to report one, evaluate it on other prompts.")
     judge = records[-1]["phases"]["judge"]["first_judge"]
     return (
         f"Judge: {judge}. Means ± standard errors by prompt; the gain is the paired difference to the start.\n\n"
         f"{table(header, [[row.get(name, '') for name in header] for row in rows])}\n\n"
-        f"The best by {metric} is {which} ({best_model}). It was chosen by these numbers, which flatters it: to "
-        "report one, evaluate it on other prompts."
+        f"{' '.join(notes)}"
     )
 
 

@@ -26,15 +26,16 @@ from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.rounds.models import base_of, load, loading_whole, release
 from prefopt_trl.rounds.options import RoundsOptions
+from prefopt_trl.rounds.records import same_as_before
 from prefopt_trl.rounds.report import best_round, plot_rounds, report_on_rounds
 from prefopt_trl.runtime.processes import checkpoints, gathered, process_state
 from prefopt_trl.runtime.settings import (
     Settings,
     as_json,
     dataset_fingerprint,
-    differences,
     path_fingerprint,
     read_json,
+    tokenizer_fingerprint,
     write_json,
     write_text,
     writing,
@@ -128,7 +129,8 @@ def train_in_rounds(
             f"`model` is a {type(model).__name__}. Give the folder or Hub id to load it from in each round."
         )
     check_ranker(ranker)
-    named = judges if isinstance(judges, Mapping) else {type(judges or ranker).__name__: judges or ranker}
+    judges = judges or ranker
+    named = judges if isinstance(judges, Mapping) else {type(judges).__name__: judges}
     rounds = Rounds(
         trainer_class=trainer_class,
         model=model,
@@ -172,29 +174,40 @@ class Rounds:
         args, options = self.args, self.options
         is_of_sampled = (options.reference, options.data) == ("previous", "replace") or options.importance_correction
         corrects = args.is_whole_distribution() and 0 < args.effective_beta < math.inf
-        refused = {
-            "Push the best round once it is known, and leave `push_to_hub` out": args.push_to_hub,
-            "Rounds are judged on `eval_prompts`: leave `eval_strategy` at 'no'": args.eval_strategy != "no",
-            "Rounds resume by themselves: leave `resume_from_checkpoint` out": args.resume_from_checkpoint,
-            "Rounds sample before they train: leave `sampling` at 'offline'": args.samples_while_training,
-            f"{self.trainer_class.__name__} has no reference model: leave `reference` out": options.reference
-            != "first"
-            and not self.trainer_class.has_reference,
-            "`reference_logps`='sampled' needs log-probabilities under the reference model, which rounds have with "
-            "reference='previous' and data='replace', or with `importance_correction`": args.keep_logps
-            and not is_of_sampled,
-            "`importance_correction` is for Algorithm 1 on samples of the whole distribution: set `strategy` to "
-            "'rso', `rejection_beta` above 0, `temperature` and `top_p` to 1, `top_k` to 0": not corrects
-            and options.importance_correction,
-            f"`prompts_per_round` is more than the {len(self.prompts)} prompts that there are": len(self.prompts)
-            < (options.prompts_per_round or 0),
-        }
-        for reason, is_refused in refused.items():
+        for is_refused, reason in (
+            (args.push_to_hub, "Push the best round once it is known, and leave `push_to_hub` out."),
+            (args.eval_strategy != "no", "Rounds are judged when they end: leave `eval_strategy` at 'no'."),
+            (args.resume_from_checkpoint, "Rounds resume by themselves: leave `resume_from_checkpoint` out."),
+            (args.save_only_model, "Rounds resume from checkpoints with an optimizer: leave `save_only_model` out."),
+            (args.samples_while_training, "Rounds sample before they train: leave `sampling` at 'offline'."),
+            (
+                options.reference != "first" and not self.trainer_class.has_reference,
+                f"{self.trainer_class.__name__} has no reference model: leave `reference` out.",
+            ),
+            (
+                args.keep_logps and not is_of_sampled,
+                "`reference_logps`='sampled' needs log-probabilities under the reference model. Rounds have them with "
+                "reference='previous' and data='replace', or with `importance_correction`.",
+            ),
+            (
+                options.importance_correction and not corrects,
+                "`importance_correction` is for Algorithm 1 on samples of the whole distribution: set `strategy` to "
+                "'rso', `rejection_beta` above 0, `temperature` and `top_p` to 1, `top_k` to 0.",
+            ),
+            (
+                len(self.prompts) < (options.prompts_per_round or 0),
+                f"`prompts_per_round` is more than the {len(self.prompts)} prompts that there are.",
+            ),
+            (
+                self.peft_config is not None and base_of(self.model) is not None,
+                f"{self.model} is an adapter already, which is trained further: leave `peft_config` out.",
+            ),
+        ):
             if is_refused:
-                raise ValueError(f"{reason}.")
+                raise ValueError(reason)
         if shared := len({*map(json.dumps, self.prompts["prompt"])} & {*map(json.dumps, self.eval_prompts["prompt"])}):
             logger.warning("%d of the prompts to judge on are trained on, too, so the judgment is too good.", shared)
-        self._same_as_before(self.settings)
+        same_as_before(self.folder, self.settings)
 
     @cached_property
     def settings(self) -> Settings:
@@ -211,7 +224,10 @@ class Rounds:
                 "model": path_fingerprint(self.model),
                 "prompts": dataset_fingerprint(self.prompts),
                 "eval_prompts": dataset_fingerprint(self.eval_prompts),
-                "peft_config": None if self.peft_config is None else self.peft_config.to_dict(),
+                "tokenizer": tokenizer_fingerprint(self.tokenizer),
+                "model_init_kwargs": self.args.model_init_kwargs,
+                "peft_config": self.peft_config and self.peft_config.to_dict(),
+                "quantization_config": self.quantization_config and self.quantization_config.to_dict(),
             },
             default=lambda value: sorted(value) if isinstance(value, set) else str(value),
         )
@@ -271,28 +287,29 @@ class Rounds:
         return None
 
     def run_next(self) -> bool:
-        """Run the next phase, and return whether there was one."""
+        """Run the next phase, if there is one; return whether others remain, and print the table when none does."""
         state = process_state()
         [following] = broadcast_object_list([self.next() if state.is_main_process else None])
-        if state.is_main_process:
-            write_json(
-                self.folder / "rounds.json", read_json(self.folder / "rounds.json") | {"finished": not following}
-            )
-        if following is None:
-            state.print(f"{self}")
-            return False
-        (number, phase), began = following, time.monotonic()
-        state.print(f"Round {number} of {self.options.num_rounds}: {PHASES[phase]}.")
-        found = {"sample": self._sample, "train": self._train, "judge": self._judge}[phase](number)
-        release()
-        if state.is_main_process:
-            record = self.record(number)
-            record["phases"][phase] = {"seconds": round(time.monotonic() - began, 1), **json_numbers(found)}
-            write_json(self.round_folder(number) / "record.json", record)
-            if phase == "judge" and number:
-                self._report()
+        if following is not None:
+            (number, phase), began = following, time.monotonic()
+            state.print(f"Round {number} of {self.options.num_rounds}: {PHASES[phase]}.")
+            found = {"sample": self._sample, "train": self._train, "judge": self._judge}[phase](number)
+            release()
+            if state.is_main_process:
+                record = self.record(number)
+                record["phases"][phase] = {"seconds": round(time.monotonic() - began, 1), **json_numbers(found)}
+                write_json(self.round_folder(number) / "record.json", record)
+                if phase == "judge" and number:
+                    self._report()
+        [remaining] = broadcast_object_list([self.next() if state.is_main_process else None])
+        if state.is_main_process:  # for the launcher
+            settings = read_json(self.folder / "rounds.json")
+            write_json(self.folder / "rounds.json", settings | {"finished": remaining is None})
+        if remaining is None:
+            left = self.options.num_rounds + 1 - len(self.records)
+            state.print(f"{self}" + (f"\n\nStopped by `patience`, {left} rounds before the end." if left else ""))
         state.wait_for_everyone()
-        return True
+        return remaining is not None
 
     def _sample(self, number: int) -> Settings:
         seed, folder = shard_seed(self.args.seed, number), self.round_folder(number)
@@ -303,7 +320,7 @@ class Rounds:
             if corrects:
                 correction = {"proposal": self._load(sampled), "proposal_clip": self.options.proposal_clip}
         with gathered(ranker.model):
-            self._same_as_before({"ranker": ranker.settings()})
+            same_as_before(self.folder, {"ranker": ranker.settings()})
         prompts = self._prompts(number)
         build_preference_dataset(
             prompts,
@@ -324,6 +341,7 @@ class Rounds:
     def _train(self, number: int) -> Settings:
         args, before = copy(self.args), self.model_of(number - 1)
         args.output_dir = self.model_of(number)
+        args.hub_model_id = args.hub_model_id or f"{self.folder.name}-round-{number}"  # the title of the card
         start = before if self.options.start == "previous" else self.model
         reference = self.model if self.options.reference == "first" else before
         base = base_of(start)
@@ -359,7 +377,7 @@ class Rounds:
             judges = self.load_judges()
         with gathered(*(judge.model for judge in judges.values())):
             settings = {name: judge.settings() for name, judge in judges.items()}
-            self._same_as_before({"judges": settings, "first_judge": next(iter(judges))})
+            same_as_before(self.folder, {"judges": settings, "first_judge": next(iter(judges))})
         name, against = f"round {number}" if number else START, str(self.options.against)
         if not number and against == START and any(judge.draws_baselines for judge in judges.values()):
             return {"first_judge": next(iter(judges)), "judges": {}}  # which only compare
@@ -380,6 +398,8 @@ class Rounds:
                 seed=self.args.seed,
                 output_dir=self.round_folder(number) / "evaluation",
             )
+        if number <= 1 and math.isnan(found.judged[next(iter(judges))][name]["reward"].mean):
+            raise ValueError(f"The judge {next(iter(judges))!r} has no opinion on {name}. Give another one first.")
         measured = {
             judge: {**of[name], **({"gain": found.difference(name, START, judge)} if number else {})}
             for judge, of in found.judged.items()
@@ -403,33 +423,16 @@ class Rounds:
 
     def _data(self, number: int) -> Dataset:
         """Return what a round trains on."""
-        *before, own = (
-            load_from_disk(str(self.round_folder(one) / "sampled" / "pairs")) for one in range(1, number + 1)
-        )
-        if self.options.data == "replace" or not before:
+        first = number if self.options.data == "replace" else 1
+        folders = (self.round_folder(one) / "sampled" / "pairs" for one in range(first, number + 1))
+        *before, own = (load_from_disk(str(folder)) for folder in folders)
+        if not before:
             return own
         earlier = concatenate_datasets(before)
         if self.options.data == "mix":
             drawn = np.random.default_rng([self.args.seed, number]).permutation(len(earlier))[: len(own)]
             earlier = earlier.select(np.sort(drawn))
         return concatenate_datasets([earlier, own])
-
-    def _same_as_before(self, settings: Settings) -> None:
-        """Refuse settings other than those of earlier rounds, naming them; write those that are new."""
-        state, file, now = process_state(), self.folder / "rounds.json", as_json(settings)
-        before = read_json(file) or {}
-        shared = before.keys() & now.keys()
-        if changed := differences({key: before[key] for key in shared}, {key: now[key] for key in shared}):
-            lines = (f"{name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items())
-            raise ValueError(
-                f"{self.folder} holds rounds that were made with other settings:\n  "
-                + "\n  ".join(lines)
-                + "\nSet them back, or choose another `output_dir`. `num_rounds`, `patience` and `metric` may change."
-            )
-        state.wait_for_everyone()  # all have read it
-        if state.is_main_process and now.keys() - shared:
-            write_json(file, before | now)
-        state.wait_for_everyone()
 
     def _report(self) -> None:
         write_text(self.folder / "rounds.md", f"# Rounds\n\n{self}\n")

@@ -25,7 +25,7 @@ from prefopt_trl.generation.generators import Generator, SharedPrefixGenerator
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.runtime.processes import gathered, interruptible, process_state
 from prefopt_trl.runtime.settings import Settings, write_json, write_text, writing
-from prefopt_trl.sampling.options import BEST, RANKING, SamplingOptions
+from prefopt_trl.sampling.options import BEST, BY_REWARD, RANKING, SamplingOptions
 from prefopt_trl.sampling.selection import OWN_COLUMNS, add_given
 from prefopt_trl.sampling.shards import Shards
 from prefopt_trl.sampling.statistics import dataset_card, plot_statistics, summarize
@@ -218,6 +218,13 @@ def build_preference_dataset(
     if generator is None and policy is not None and tokenizer is not None:
         generator = SharedPrefixGenerator(proposal or policy, tokenizer, generation_kwargs or {})
 
+    if "rewards" in dataset.column_names and options.pairing in BY_REWARD:
+        logger.warning(
+            "`ranker` is not asked: the candidates have `rewards`, which decide pairing=%r alone. To score them "
+            "again, remove the column (of the command: --rescore).",
+            options.pairing,
+        )
+
     store, process = SampleStore(output_dir), process_state()
     how = (options, seed, keep_logps, max_length, proposal_clip, given)
     shards = Shards(store, dataset, generator, policy, tokenizer, ranker, *how)
@@ -319,7 +326,9 @@ def _make_part(
 ) -> Dataset:
     """Make the shards of this process of a job, and return the rows of the dataset that they make."""
     with shards.store.held(shared=True):
-        shards.store.begin(settings, *layout)  # all jobs write the same
+        if process.is_main_process:
+            shards.store.begin(settings, *layout)  # all jobs write the same
+        shards.store.wait_for_settings(settings)
         rows = list(shards.preference_rows(_make_shards(shards, process, job)))
         features = shards.preference_features()
         return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
@@ -357,14 +366,14 @@ def _make_shards(shards: Shards, process: PartialState, job: tuple[int, int] = (
     """Make the shards of this process, and return them; on the main process, also wait for those of the others."""
     store, num_prompts = shards.store, len(shards.prompts)
     prompts_per_shard, num_shards = store.layout()
-    of_job = {shard for shard in range(num_shards) if shard // process.num_processes % job[1] == job[0] - 1}
-    mine = [shard for shard in sorted(of_job) if shard % process.num_processes == process.process_index]
+    of_job = range(job[0] - 1, num_shards, job[1])
+    mine = list(of_job[process.process_index :: process.num_processes])
 
     def num_in(some: Iterable[int]) -> int:
         return sum(min(prompts_per_shard, num_prompts - shard * prompts_per_shard) for shard in some)
 
     def num_ranked() -> int:
-        return num_in(of_job.intersection(store.shards_with("ranked")))
+        return num_in(shard for shard in store.shards_with("ranked") if shard in of_job)
 
     with tqdm(
         total=num_in(of_job),

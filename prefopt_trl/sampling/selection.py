@@ -76,7 +76,7 @@ def select_and_pair(
 
     `log_ratios` are, for each candidate, the log-probability under the proposal that drew it minus that under the
     reference model, in nats. Algorithm 1 then runs on `reward - beta * log_ratio`, so that what it accepts follows
-    `pi_ref(y | x) exp(reward(x, y) / beta)`, and not the same times `proposal / pi_ref`.
+    `pi_ref(y | x) exp(reward(x, y) / beta)`, and not the same times `proposal / pi_ref`. `beta` is finite, above 0.
     """
     if options.pairing == "correct-wrong":
         check_correctness(rewards)
@@ -100,10 +100,14 @@ def select_and_pair(
         for row, stream in zip(rows, streams, strict=True)
     ]
     before = label(at_random, "first-round", streams)
-    beta, corrected = options.effective_beta, list(rewards)
+    beta, corrected, proposed = options.effective_beta, list(rewards), distinct
     if log_ratios is not None:
         corrected = [of - beta * ratios for of, ratios in zip(rewards, log_ratios, strict=True)]
-    accepted = [keep(corrected[row], texts[row], options, stream) for row, stream in zip(rows, streams, strict=True)]
+        proposed = [without_nan(np.arange(len(of)), of) for of in corrected]
+    accepted = [
+        keep(corrected[row], texts[row], options, stream, log_ratios is not None)
+        for row, stream in zip(rows, streams, strict=True)
+    ]
     is_ranking = options.pairing in (RANKING, BEST)
     after = label(accepted, "first-round" if is_ranking else options.pairing, streams)
 
@@ -117,8 +121,8 @@ def select_and_pair(
         selected[row] = replace(
             selected[row],
             accepted=kept.tolist(),
-            acceptance_rate=acceptance_rate(corrected[row][distinct[row]], beta),
-            effective_size=effective_sample_size(corrected[row][distinct[row]], beta) if 0 < beta < np.inf else None,
+            acceptance_rate=acceptance_rate(corrected[row][proposed[row]], beta),
+            effective_size=effective_sample_size(corrected[row][proposed[row]], beta) if 0 < beta < np.inf else None,
             random_probabilities=random_pairs.probability[np.isfinite(random_pairs.probability)].tolist(),
             chosen=pairs.chosen[made].tolist(),
             rejected=pairs.rejected[made].tolist(),
@@ -140,7 +144,7 @@ def check_correctness(rewards: Sequence[np.ndarray]) -> None:
         if others := {*np.nan_to_num(values).tolist()} - {0, 1}:
             raise ValueError(
                 f"pairing='correct-wrong' needs rewards of exactly 1 and 0, and row {row} has {min(others):g}. Give a "
-                "ranker that returns them, or choose 'best-worst'."
+                "ranker that returns them, and candidates without older `rewards`, or choose 'best-worst'."
             )
 
 
@@ -205,13 +209,27 @@ def add_given(row: Row, given: Sequence[str]) -> Row:
     return kept | {name: [*kept[name], *values] for name, values in more.items() if name in kept}
 
 
-def keep(rewards: np.ndarray, texts: np.ndarray, options: SamplingOptions, stream: np.random.Generator) -> np.ndarray:
+def keep(
+    rewards: np.ndarray,
+    texts: np.ndarray,
+    options: SamplingOptions,
+    stream: np.random.Generator,
+    is_corrected: bool = False,
+) -> np.ndarray:
     """Return the indices of a prompt's candidates that are kept: `num_samples`, or all that there are.
 
     `"rso"` and `"top-k"` keep distinct texts, as Algorithm 1 does. `"sft"` draws among all candidates, so that a text
     sampled twice is twice as likely: these are samples of the policy (RSO section 5, "sft-sample-rank"). `texts` are
     what [`first_occurrences`] returns. A candidate whose reward is NaN leaves.
+
+    Rewards that are corrected for the proposal weigh each sample, so that a text sampled twice is proposed twice: the
+    first accepted sample of each text is kept.
     """
+    if is_corrected:
+        every = without_nan(np.arange(len(texts)), rewards)
+        order = every[accept(rewards[every], len(every), options.effective_beta, stream)]
+        firsts = np.sort(np.unique(texts[order], return_index=True)[1])
+        return order[firsts[: options.num_samples]]
     pool = without_nan(np.arange(len(texts)) if options.strategy == "sft" else np.unique(texts), rewards)
     return pool[accept(rewards[pool], min(options.num_samples, len(pool)), options.effective_beta, stream)]
 

@@ -1,5 +1,6 @@
 """The work in shards: consecutive prompts that one process samples, ranks and writes."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -120,7 +121,8 @@ class Shards:
         keeps_tokens = self.keep_logps or self.has_proposal
         sampled = self.generator.generate(Request(prompts, chat, number, self.options, seed, keeps_tokens))
         for place, row_number in enumerate(self._rows(shard)):
-            if (found := len(sampled[place].texts) if place < len(sampled) else 0) != number:
+            one = sampled[place] if place < len(sampled) else Candidates([], [])
+            if (found := min(len(one.texts), len(one.finished))) != number:
                 raise ValueError(
                     f"`generator` returned {found} of {number} completions of row {row_number} of `prompts`."
                 )
@@ -175,7 +177,7 @@ class Shards:
         if self.tokenizer is not None:
             completions = merge_equal_in_training(self.tokenizer, rows, completions)
         log_ratios = None
-        if "log_ratios" in rows[0] and self.options.strategy == "rso":
+        if "log_ratios" in rows[0] and 0 < self.options.effective_beta < math.inf:
             log_ratios = [clipped(np.array(row["log_ratios"]), self.proposal_clip) for row in rows]
         selected = select_and_pair(
             prompts,

@@ -17,6 +17,7 @@ from prefopt_trl.runtime.cards import code, render
 from prefopt_trl.runtime.hub import push_folder
 from prefopt_trl.runtime.settings import Settings, dataset_fingerprint, read_json
 from prefopt_trl.sampling.options import BEST, RANKING, SamplingOptions
+from prefopt_trl.sampling.rejection import effective_sample_size
 from prefopt_trl.sampling.selection import SelectedPrompt
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -146,8 +147,7 @@ def summarize(
     certainty: dict[str, list[list[float]]] = {"random candidates": [], "pairs made": []}
     num_distinct: list[int] = []
     first_pass: list[float] = []
-    sizes: list[float] = []
-    is_corrected = False
+    sizes, plain_sizes = list[float](), list[float]()  # the latter without a correction that there is
     num_equal = num_short = num_candidates = num_left_out = num_outside = 0
     is_ranking = options.pairing in (RANKING, BEST)
     for row, prompt in selected:
@@ -156,7 +156,8 @@ def summarize(
         is_known = ~np.isnan(of_prompt)
         num_distinct.append(prompt.num_distinct)
         num_candidates += len(of_prompt)
-        is_corrected = options.strategy == "rso" and "log_ratios" in row
+        if "log_ratios" in row and prompt.effective_size is not None:
+            plain_sizes.append(effective_sample_size(of_prompt[is_known], options.effective_beta))
         num_left_out, num_outside = num_left_out + prompt.is_left_out, num_outside + prompt.num_outside
         num_equal += not prompt.is_left_out and prompt.num_distinct > 1 and np.ptp(of_prompt[is_known]) == 0
         rewards["candidates"].append(of_prompt[is_known])
@@ -192,8 +193,8 @@ def summarize(
         spread = float(np.median([of_prompt.std() for of_prompt in rewards["candidates"] if len(of_prompt)]))
         unlike_logits = scale_warning(options, spread) if temperature == 1 else None
         warnings += filter(None, [label_warning(options, *means.values()) or unlike_logits])
-    if is_corrected:
-        warnings += filter(None, [correction_warning(options, float(np.mean(sizes)))])
+    if plain_sizes:
+        warnings += filter(None, [correction_warning(options, float(np.mean(sizes)), float(np.mean(plain_sizes)))])
     of_prompts = (np.array([values.mean() for values in lengths[name]]) for name in ("chosen", "rejected"))
     warnings += filter(None, [length_warning(*of_prompts)])
     statistics = SamplingStatistics(
@@ -246,15 +247,14 @@ def label_warning(options: SamplingOptions, before: float, after: float) -> str 
     )
 
 
-def correction_warning(options: SamplingOptions, effective_size: float) -> str | None:
-    """Say that the importance correction is mostly noise, or return None."""
-    if effective_size >= options.num_samples:
+def correction_warning(options: SamplingOptions, effective_size: float, plain: float) -> str | None:
+    """Say that the importance correction is mostly noise, or return None; `plain` is the size without it."""
+    if effective_size >= min(options.num_samples, 0.8 * plain):
         return None
     return (
         f"Corrected for the policy that was sampled, a prompt's {options.num_candidates} candidates are worth "
-        f"{effective_size:.1f} samples of the optimal policy, and `num_samples`={options.num_samples} are kept: the "
-        "others fill up, and which they are is mostly noise. Raise `rejection_beta` or `num_candidates`, lower "
-        "`num_samples`, set a `proposal_clip`, or do without the correction."
+        f"{effective_size:.1f} samples of the optimal policy ({plain:.1f} without the correction), so most of the "
+        f"`num_samples`={options.num_samples} kept are noise. Raise `rejection_beta`, or set a `proposal_clip`."
     )
 
 

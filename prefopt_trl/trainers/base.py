@@ -290,6 +290,9 @@ class PreferenceTrainer(Published, DPOTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         """Return the batches of one step of the optimizer, with completions sampled from the current policy."""
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: transformers trains on
+            self.control.should_training_stop = True
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.samples_while_training:
             batches = [self._prepare_inputs(self._sample(examples)) for examples in batches]

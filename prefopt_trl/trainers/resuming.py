@@ -144,8 +144,8 @@ def check_length(checkpoint: str | Path, args: PreferenceConfig) -> None:
     if state is None:
         return
     name, done = ("max_steps", state["global_step"]) if args.max_steps > 0 else ("num_train_epochs", state["epoch"])
-    end = getattr(args, name)
-    if done > end:
+    end, step = getattr(args, name), 1 if args.max_steps > 0 else done / max(state["global_step"], 1)
+    if done >= end + step:  # the last step ends an epoch's fraction, or goes beyond it
         raise ValueError(
             f"{checkpoint} was trained for {done} {name.split('_')[-1]} already, and this run ends before, at "
             f"`{name}`={end}. Raise it, or resume an earlier checkpoint."

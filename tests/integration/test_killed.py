@@ -190,6 +190,13 @@ def data_and_losses(folder: Path) -> dict[str, Any]:
     }
     for state in folder.glob("round-*/model/checkpoint-3/trainer_state.json"):
         made[state.parts[-4]] = [entry["loss"] for entry in json.loads(state.read_text())["log_history"]]
+        made[f"{state.parts[-4]}/weights"] = (state.parents[1] / "model.safetensors").read_bytes()
+        record = json.loads((state.parents[2] / "record.json").read_text())["phases"]
+        made[f"{state.parts[-4]}/record"] = (
+            record["train"]["loss"],
+            record["train"]["steps"],
+            record["judge"]["judges"],
+        )
     return made
 
 
@@ -202,6 +209,7 @@ def test_rounds_killed_at_random_moments(run: Run, tmp_path: Path, processes: in
     assert outcome["status"] == [0] * processes
     expected = data_and_losses(tmp_path / "undisturbed")
     assert [len(expected[f"round-{number}"]) for number in (1, 2)] == [3, 3]
+    assert expected["round-1/weights"] != expected["round-2/weights"]
     hit: list[str] = []
     for moment in range(3 * NUM_MOMENTS):
         if len(hit) >= NUM_MOMENTS and len(set(hit)) == 7:

@@ -63,3 +63,10 @@ def test_env_says_what_a_bug_report_needs(capsys):
     assert f"- trl: {trl.__version__}" in lines
     assert ("- devices: no accelerator" in lines) == (not torch.accelerator.is_available())
     assert "- vllm: not installed" in lines or any(line.startswith("- vllm: ") for line in lines)
+
+
+def test_rounds_need_a_method(capsys):
+    for words in (["rounds"], ["rounds", "dpo"], ["rounds", "--num_rounds", "2"]):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2 and "rounds rso, rounds slic, rounds pro" in capsys.readouterr().err

@@ -33,7 +33,7 @@ def test_each_phase_is_a_launch_of_its_own(method, arguments, tmp_path, monkeypa
     monkeypatch.setattr(launch, "launch_command", in_process)
     monkeypatch.setenv(launch.ONE_PHASE, "")  # so that it is removed again
     main(["rounds", method, *arguments, "--output_dir", "launched"])
-    assert launched == ["1"] * 5  # judge, sample, train, judge, and the table
+    assert launched == ["1"] * 4  # judge, sample, train, judge
     assert capsys.readouterr().out.count("The best by reward is") == 1
     monkeypatch.delenv(launch.ONE_PHASE)
     run(f"rounds {method}", *parse(f"rounds {method}", [*arguments, "--output_dir", "at once"]))

@@ -14,7 +14,7 @@ from datasets import load_from_disk
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import prefopt_trl
+import prefopt_trl.rounds.rounds
 from prefopt_trl import (
     FunctionRanker,
     PairwiseRanker,
@@ -240,6 +240,33 @@ def test_other_settings_are_refused_by_name(rounds, tmp_path):
         rounds()
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 2}, {"num_train_epochs": 0.5, "max_steps": -1}])
+def test_a_round_that_was_trained_but_not_written_down_is_not_trained_on(rounds, tmp_path, monkeypatch, length):
+    args = {**length, "lr_scheduler_type": "constant"}
+    whole = rounds(num_rounds=1, args=args)
+    monkeypatch.setattr(prefopt_trl.rounds.rounds, "write_training_report", lambda *given: 1 / 0)  # after the model
+    with pytest.raises(ZeroDivisionError):
+        rounds(num_rounds=1, args=args, folder="killed")
+    monkeypatch.undo()
+    again = rounds(num_rounds=1, args=args, folder="killed")
+    assert again.record(1)["phases"]["train"]["steps"] == whole.record(1)["phases"]["train"]["steps"]
+    assert again.record(1)["phases"]["train"]["loss"] == whole.record(1)["phases"]["train"]["loss"]
+    torch.testing.assert_close(weights(again.model_of(1)), weights(whole.model_of(1)), rtol=0, atol=0)
+
+
+def test_until_something_is_made_settings_may_change(rounds, monkeypatch):
+    monkeypatch.setattr(prefopt_trl.Rounds, "_judge", lambda self, number: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rounds(args={"max_new_tokens": 5})
+    monkeypatch.undo()
+    assert rounds(num_rounds=1).records
+
+
+def test_a_judge_without_any_opinion_is_named(rounds):
+    with pytest.raises(ValueError, match="The judge 'FunctionRanker' has no opinion on start"):
+        rounds(judges=FunctionRanker(lambda prompts, completions, **columns: [None] * len(completions)))
+
+
 def test_a_missing_parent_is_named(rounds, tmp_path):
     rounds(num_rounds=1)
     shutil.rmtree(tmp_path / "rounds/round-1/model")
@@ -251,7 +278,7 @@ def test_a_missing_parent_is_named(rounds, tmp_path):
     "given, message",
     [
         ({"args": {"sampling": "online"}}, "leave `sampling` at 'offline'"),
-        ({"args": {"eval_strategy": "steps"}}, "`eval_prompts`: leave `eval_strategy` at"),
+        ({"args": {"eval_strategy": "steps"}}, "judged when they end: leave `eval_strategy` at"),
         ({"args": {"push_to_hub": True}}, "leave `push_to_hub` out"),
         (
             {"args": {"reference_logps": "sampled"}},
@@ -263,6 +290,7 @@ def test_a_missing_parent_is_named(rounds, tmp_path):
         ({"name": "SLiC", "reference": "previous"}, "SLiCTrainer has no reference model"),
         ({"prompts_per_round": 7}, "`prompts_per_round` is more than the 6 prompts"),
         ({"metric": "accuracy"}, "`metric` must be one of reward, win_rate, lc_win_rate"),
+        ({"args": {"save_only_model": True}}, "leave `save_only_model` out"),
         ({"num_rounds": 0}, "`num_rounds` must be a whole number, at least 1"),
         ({"against": "best"}, "'best' is neither a policy nor a column"),
     ],
