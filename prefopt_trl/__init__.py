@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers
     from prefopt_trl.generation.generators import OpenAIGenerator as OpenAIGenerator
     from prefopt_trl.generation.generators import SharedPrefixGenerator as SharedPrefixGenerator
     from prefopt_trl.generation.options import GenerationOptions as GenerationOptions
+    from prefopt_trl.generation.sampler import Candidates as Candidates
     from prefopt_trl.generation.sampler import sample_completions as sample_completions
     from prefopt_trl.rankers.calibration import Calibration as Calibration
     from prefopt_trl.rankers.calibration import calibrate as calibrate
@@ -60,6 +61,7 @@ __version__ = "0.1.0"
 _HOME = {
     "BestOf": "evaluation.policy",
     "Calibration": "rankers.calibration",
+    "Candidates": "generation.sampler",
     "ContinuousBatchingGenerator": "generation.generators",
     "DataCollatorForRanking": "data.collators",
     "DataCollatorForRejectionSampling": "sampling.collator",

@@ -147,9 +147,8 @@ class ChatServer:
         try:
             found: Any = self._client.get(address, cast_to=object)
         except openai.APIConnectionError as failure:
-            raise ServerError(
-                f"The server at {self.base_url} did not answer ({failure.__cause__}): is it running, and is the address right?"
-            ) from None
+            said = f"The server at {self.base_url} did not answer ({failure.__cause__})"
+            raise ServerError(f"{said}: is it running, and is the address right?") from None
         except (openai.APIStatusError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}

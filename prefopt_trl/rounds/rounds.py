@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -43,6 +44,7 @@ from prefopt_trl.runtime.settings import (
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.sampling.shards import shard_seed
 from prefopt_trl.sampling.statistics import read_sampled
+from prefopt_trl.sampling.store import lock
 from prefopt_trl.trainers import resuming
 from prefopt_trl.trainers.base import PreferenceTrainer
 from prefopt_trl.trainers.base_config import PreferenceConfig
@@ -121,7 +123,7 @@ def train_in_rounds(
         RSOTrainer, "Qwen/Qwen2.5-0.5B-Instruct", RSOConfig("outputs/rounds", gamma=0.1, max_new_tokens=128),
         prompts, RewardModelRanker("my-reward-model"), eval_prompts=held_out, num_rounds=3,
     )
-    print(rounds, rounds.best_model)
+    rounds.best_model, rounds.records[-1]
     ```
     """
     if not isinstance(model, str):
@@ -293,7 +295,9 @@ class Rounds:
         if following is not None:
             (number, phase), began = following, time.monotonic()
             state.print(f"Round {number} of {self.options.num_rounds}: {PHASES[phase]}.")
-            found = {"sample": self._sample, "train": self._train, "judge": self._judge}[phase](number)
+            run = {"sample": self._sample, "train": self._train, "judge": self._judge}[phase]
+            with lock(self.folder, "rounds") if state.is_main_process else nullcontext():
+                found = run(number)
             release()
             if state.is_main_process:
                 record = self.record(number)

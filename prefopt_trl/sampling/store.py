@@ -8,7 +8,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from datasets import Dataset, Features, load_from_disk
@@ -114,27 +114,9 @@ class ShardStore(ABC):
                 )
             time.sleep(POLL_SECONDS)
 
-    @contextmanager
-    def held(self, shared: bool = False) -> Iterator[None]:
-        """Lock the folder against other runs, but for those that share it; raise `RuntimeError` if one has locked it.
-
-        The lock ends with the process.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RuntimeError(
-                    f"Another run is making {self.made} in {self.folder}. Wait for it, or stop it (killing `torchrun` "
-                    "leaves its processes running), or choose another `output_dir`."
-                ) from None
-            except OSError:  # a file system without locks
-                logger.warning("%s cannot be locked. Make sure that no other run uses it.", self.folder)
-            yield
-        finally:
-            os.close(descriptor)
+    def held(self, shared: bool = False) -> AbstractContextManager[None]:
+        """Lock the folder as [`lock`] does."""
+        return lock(self.folder, self.made, shared)
 
     def layout(self) -> tuple[int, int]:
         """Return the prompts per shard, and the number of shards."""
@@ -267,6 +249,29 @@ class SampleStore(ShardStore):
         if (self.folder / "candidates").exists():
             return f"`load_from_disk('{self.folder}/candidates')`"
         return f"`load_dataset('json', data_files='{self.shards}/*.candidates.jsonl', split='train')`"
+
+
+@contextmanager
+def lock(folder: Path, made: str, shared: bool = False) -> Iterator[None]:
+    """Lock a folder against other runs, but for those that share it; raise `RuntimeError` if one has locked it.
+
+    The lock ends with the process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"Another run is making {made} in {folder}. Wait for it, or stop it (killing `torchrun` "
+                "leaves its processes running), or choose another `output_dir`."
+            ) from None
+        except OSError:  # a file system without locks
+            logger.warning("%s cannot be locked. Make sure that no other run uses it.", folder)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _lines(before: Settings, now: Settings) -> list[str]:
