@@ -65,7 +65,6 @@ def measure(seed: int, beta: float, folder: Path) -> dict[str, dict[str, list[fl
             rejection_beta=beta,
             seed=seed,
             lr_scheduler_type="constant",
-            generation_batch_size=1024,
             **training,
             **sampling,
         )

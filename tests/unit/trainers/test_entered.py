@@ -37,7 +37,7 @@ def entered_files(run: Callable[[], Any]) -> list[str]:
     return sorted(files)
 
 
-@pytest.mark.parametrize(("rows", "most"), [({"prompt": ["Why?", "Mix"]}, 27), (PAIRS, 13)], ids=["prompts", "pairs"])
+@pytest.mark.parametrize(("rows", "most"), [({"prompt": ["Why?", "Mix"]}, 30), (PAIRS, 15)], ids=["prompts", "pairs"])
 def test_a_run_enters_few_files(rows: dict[str, list[str]], most: int, tiny_llama_dir: str, tmp_path: Path) -> None:
     options = {"use_cpu": True, "bf16": False, "max_steps": 1, "report_to": "none", "save_strategy": "no"}
 

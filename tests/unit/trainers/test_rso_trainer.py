@@ -229,9 +229,11 @@ def test_every_sampling_setting_arrives(prompts, policy_dir, tmp_path, monkeypat
     assert (received.pop("dataset"), received.pop("policy"), received.pop("ranker")) == (prompts, model, ranker)
     assert received.pop("tokenizer").eos_token == "</s>"
     output_dir = str(tmp_path / "sampled" / "train")
+    selecting = {"rejected_deviations": 2.0, "min_margin": None, "max_margin": None}
+    selecting |= {"length_penalty": 0.0, "unfinished_penalty": 0.0}
     batches = {"generation_batch_size": 3, "generation_memory_budget": 4.0, "share_prefix": True}
     others = {"rejection_beta": 1.5, "keep_logps": False, "output_dir": output_dir}
-    assert received == {**given, **batches, **others}
+    assert received == {**given, **selecting, **batches, **others}
 
 
 def test_the_same_settings_reuse_the_samples_and_others_are_refused(prompts, policy_dir, tmp_path, generate_calls):
