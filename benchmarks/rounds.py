@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from common import write_results
+from kitchen import prepare, with_error
 
 from prefopt_trl import FunctionRanker, RSOConfig, RSOTrainer, train_in_rounds
 from prefopt_trl.evaluation.report import table
 from prefopt_trl.quickstart import study
-from prefopt_trl.quickstart.kitchen import MAX_NEW_TOKENS, ControlledTask, true_reward
-from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
-from prefopt_trl.rankers.templates import ANSWERS, dialogue
+from prefopt_trl.quickstart.kitchen import MAX_NEW_TOKENS, true_reward
 
 NUM_ROUNDS, STEPS = 3, 240
 PART = -(-study.TASK["num_prompts"] // NUM_ROUNDS)
@@ -40,16 +39,8 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def measure(seed: int, beta: float, folder: Path) -> dict[str, dict[str, list[float]]]:
     """Of each arm, by round: true reward, reward of the ranker, KL, acceptance rate and effective sample size."""
-    torch.manual_seed(seed)
     shutil.rmtree(folder, ignore_errors=True)
-    task = ControlledTask(seed=seed, **study.TASK)
-    tokenizer = task.tokenizer()
-    ranker_tokenizer = task.tokenizer(extra_words=[*dialogue("|", "|", "|").split("|"), *ANSWERS])
-    study._sft(task.policy_model(tokenizer, seed), tokenizer, task.sft_dataset, study.SFT, folder / "sft", seed)
-    comparisons = pairwise_ranker_dataset(task.comparisons, seed=seed)
-    judge = task.policy_model(ranker_tokenizer, seed + 1)
-    study._sft(judge, ranker_tokenizer, comparisons, study.RANKER, folder / "ranker", seed)
-    ranker = PairwiseRanker(judge, ranker_tokenizer, batch_size=512, seed=seed)
+    task, _, _, ranker = prepare(seed, folder)
 
     found = {}
     for number, (arm, options) in enumerate(ARMS.items()):
@@ -90,12 +81,6 @@ def measure(seed: int, beta: float, folder: Path) -> dict[str, dict[str, list[fl
         }
         print(f"seed {seed}, {arm}: true reward by round {np.round(found[arm]['true reward'], 2)}", flush=True)
     return found
-
-
-def with_error(values: np.ndarray) -> str:
-    """Mean and its standard error over seeds."""
-    error = f" +- {values.std(ddof=1) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{values.mean():.2f}{error}"
 
 
 def main() -> None:

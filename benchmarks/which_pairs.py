@@ -19,15 +19,14 @@ import numpy as np
 import torch
 from common import write_results
 from datasets import Dataset, load_from_disk
+from kitchen import prepare, with_error
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from prefopt_trl import PROConfig, PROTrainer, RSOConfig, RSOTrainer, build_preference_dataset, sample_completions
 from prefopt_trl.evaluation.report import table
 from prefopt_trl.quickstart import study
-from prefopt_trl.quickstart.kitchen import MAX_NEW_TOKENS, ControlledTask, true_reward
-from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
-from prefopt_trl.rankers.templates import ANSWERS, dialogue
+from prefopt_trl.quickstart.kitchen import MAX_NEW_TOKENS, true_reward
 
 ALL = {"strategy": "sft", "num_samples": 64}
 WAYS: dict[str, dict[str, Any]] = {
@@ -50,15 +49,7 @@ TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 def measure(seed: int, folder: Path, steps: int) -> dict[str, float]:
     """The mean true reward of the SFT policy and of each way."""
-    torch.manual_seed(seed)
-    task = ControlledTask(seed=seed, **study.TASK)
-    tokenizer = task.tokenizer()
-    ranker_tokenizer = task.tokenizer(extra_words=[*dialogue("|", "|", "|").split("|"), *ANSWERS])
-    sft = study._sft(task.policy_model(tokenizer, seed), tokenizer, task.sft_dataset, study.SFT, folder / "sft", seed)
-    comparisons = pairwise_ranker_dataset(task.comparisons, seed=seed)
-    judge = task.policy_model(ranker_tokenizer, seed + 1)
-    study._sft(judge, ranker_tokenizer, comparisons, study.RANKER, folder / "ranker", seed)
-    ranker = PairwiseRanker(judge, ranker_tokenizer, batch_size=512, seed=seed)
+    task, tokenizer, sft, ranker = prepare(seed, folder)
 
     def reward_of(policy: Any) -> float:
         prompts = task.eval_dataset["prompt"][:]
@@ -86,12 +77,6 @@ def measure(seed: int, folder: Path, steps: int) -> dict[str, float]:
         rewards[name] = reward_of(policy.eval())
         print(f"seed {seed}, {name}: {len(made)} rows, true reward {rewards[name]:.2f}", flush=True)
     return rewards
-
-
-def with_error(values: np.ndarray) -> str:
-    """Mean and its standard error over seeds."""
-    error = f" +- {values.std(ddof=1) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{values.mean():.2f}{error}"
 
 
 def main() -> None:

@@ -58,8 +58,11 @@ def launch(name: str, arguments: Sequence[str]) -> None:
 
 
 def _is_finished(output_dir: str | None) -> bool:
-    """Return whether rounds have no phase left; the first process has written that."""
-    return bool(read_json(Path(output_dir or "trainer_output", "rounds.json"))["finished"])
+    """Return whether rounds have no phase left; the main process has written that, where all nodes see it."""
+    written = read_json(Path(output_dir or "trainer_output", "rounds.json"))
+    if written is None:
+        raise ValueError(f"This machine does not see the files of the main process in {output_dir}. Share the folder.")
+    return bool(written["finished"])
 
 
 def launch_arguments(

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable
 from functools import partial
 
-from transformers.utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prefopt_trl.cli.arguments import RoundsArguments
@@ -22,14 +21,8 @@ from prefopt_trl.trainers.base_config import PreferenceConfig
 
 def run(own: RoundsArguments, args: PreferenceConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:
     """Run the next phase, if the launcher starts each of them, or else all phases."""
-    tokenizer, path, trusts = (
-        check_and_load_tokenizer(args, model),
-        str(model.model_name_or_path),
-        args.trust_remote_code,
-    )
+    tokenizer, path = check_and_load_tokenizer(args, model), str(model.model_name_or_path)
     args.model_init_kwargs = {**init_kwargs(model), **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
-    if model.use_peft and find_adapter_config_file(path, revision=model.model_revision) is not None:
-        raise ValueError(f"{path} is an adapter already. Leave `use_peft` out to train it further.")
     splits = load_data(own, evaluates=True)
     rows, held_out = splits["train_dataset"], splits["eval_dataset"]
     assert rows is not None and held_out is not None
@@ -41,8 +34,8 @@ def run(own: RoundsArguments, args: PreferenceConfig, model: ModelConfig, save_c
         options=RoundsOptions.of(own),
         prompts=prompts_that_fit(without_completions(rows), tokenizer, args.max_length, args.max_new_tokens),
         eval_prompts=prompts_to_judge(held_out, own.dataset_name, own.num_judged, tokenizer, args),
-        load_ranker=partial(load_ranker, own, trusts),
-        load_judges=partial(load_judges, own.judges or [own.ranker], own, trusts),
+        load_ranker=partial(load_ranker, own, args.trust_remote_code),
+        load_judges=partial(load_judges, own.judges or [own.ranker], own, args.trust_remote_code),
         tokenizer=tokenizer,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),

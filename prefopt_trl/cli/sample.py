@@ -34,7 +34,8 @@ def run(own: SampleConfig, model: ModelConfig, save_config: Callable[[], None]) 
     tokenizer: Any = load_tokenizer(path, model.model_revision, own.trust_remote_code) if has_tokenizer else None
     ranker = load_ranker(own, own.trust_remote_code)
     require_columns(rows, own.dataset_name, {"prompt"})
-    if own.rescore and "rewards" in rows.column_names:
+    if own.rescore:
+        require_columns(rows, own.dataset_name, {"completions", "rewards"})
         rows = rows.remove_columns("rewards")
     rows, given = _with_files(rows, own.given or [])
     rows = keep_given(rows, given)

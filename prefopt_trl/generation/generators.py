@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 # Of `generate_batch`: tokens of a block of its cache, by default; at most, completions under way and tokens of a step
 BLOCK, MOST_ROWS, STEP_TOKENS = 256, 1024, 2048
-ROUNDS = 16  # requests of a shard per connection to a server: the last ones to end are few among them
+REQUESTS = 16  # of a shard, per connection to a server: the last ones to end are few among them
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ class OpenAIGenerator(Generator):
         return {"generator": {**made_by, "request_options": self.request_options}}
 
     def prompts_at_once(self, longest: int, num_completions: int, options: GenerationOptions) -> int:
-        return ROUNDS * self.server.concurrency // num_completions
+        return REQUESTS * self.server.concurrency // num_completions
 
 
 class AnswersOfShard(SavedAnswers):

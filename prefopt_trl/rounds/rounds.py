@@ -202,7 +202,7 @@ class Rounds:
             ),
             (
                 self.peft_config is not None and base_of(self.model) is not None,
-                f"{self.model} is an adapter already, which is trained further: leave `peft_config` out.",
+                f"{self.model} is an adapter already: leave `peft_config` (of the command: `use_peft`) out.",
             ),
         ):
             if is_refused:

@@ -86,12 +86,12 @@ class SamplingOptions(GenerationOptions):
             )
         if not isinstance(self.rejection_beta, int | float) or not self.rejection_beta >= 0:  # NaN is not
             raise ValueError(f"`rejection_beta` must be at least 0, got {self.rejection_beta!r}. The paper uses 0.5.")
-        for name, default, pairings in (
-            ("rejected_deviations", 2.0, ["best-quantile"]),
-            ("min_margin", None, PAIRINGS),
-            ("max_margin", None, PAIRINGS),
+        for name, pairings in (
+            ("rejected_deviations", ["best-quantile"]),
+            ("min_margin", PAIRINGS),
+            ("max_margin", PAIRINGS),
         ):
-            value = getattr(self, name)
+            value, default = getattr(self, name), getattr(SamplingOptions, name)
             if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
                 raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
             if value != default and self.pairing not in pairings:

@@ -87,7 +87,7 @@ def all_pairs(num_completions: int, compare: Compare, *, rng: Seed = None) -> Pa
     return _play_one("all", num_completions, compare, rng)
 
 
-def pairs_by_reward(pairing: str, rewards: NDArray[np.float64], *, deviations: float = 2.0, rng: Seed = None) -> Pairs:
+def pairs_by_reward(pairing: str, rewards: NDArray[np.float64], deviations: float, rng: Seed = None) -> Pairs:
     """Pair the completions of one prompt by `rewards` alone, of shape `(num_completions,)`, in nats.
 
     - `"best-worst"` pairs the highest reward with the lowest.

@@ -114,10 +114,10 @@ def build_preference_dataset(
         generator ([`Generator`], *optional*):
             What samples candidates, in place of `policy` and `generation_kwargs`, such as [`OpenAIGenerator`].
         proposal ([`~transformers.PreTrainedModel`], *optional*):
-            What samples candidates in place of `policy`, from which the pairs are still to come: an importance
-            correction for rounds, where the policy has moved and `policy` is the reference model. Algorithm 1 runs on
-            `reward - rejection_beta * log_ratio`, with the log-probability of a candidate under `proposal` minus that
-            under `policy`, which are saved in its column `log_ratios`. For `strategy="rso"`.
+            Model that samples candidates in place of `policy`. What is accepted still follows the optimal policy of
+            `policy`: Algorithm 1 runs on `reward - rejection_beta * log_ratio`, where the log-ratio of a candidate is
+            its log-probability under `proposal` minus that under `policy`. Candidates have a column `log_ratios`. In
+            rounds, `policy` is the reference model. For `strategy="rso"`.
         proposal_clip (`float`, *optional*):
             Limit of the distance of a log-ratio from the median of its prompt, in nats: less noise, and some bias
             towards the proposal.

@@ -103,7 +103,7 @@ def accept(rewards: NDArray[np.float64], num_samples: int, beta: float, rng: np.
 
 def effective_sample_size(rewards: NDArray[np.float64], beta: float) -> float:
     """
-    Return of how many samples of the optimal policy a prompt's candidates are worth: from 1 to their number.
+    Return the number of samples of the optimal policy that a prompt's candidates are worth, from 1 to their count.
 
     It is `sum(w)^2 / sum(w^2)` of the weights `w = exp(reward / beta)`. With fewer than `num_samples`, those that are
     accepted fill up with candidates that the optimal policy rarely produces. `beta` is greater than 0.

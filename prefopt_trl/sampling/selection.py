@@ -275,8 +275,11 @@ def label_pairs(
             return np.where(shift == 0, probability, sigmoid(logit(probability) - shift))
 
     if pairing in BY_REWARD:
-        pair = partial(pairs_by_reward, pairing, deviations=options.rejected_deviations)
-        paired = [pair(row[member], rng=rng) for row, member, rng in zip(rewards, members, streams, strict=True)]
+        deviations = options.rejected_deviations
+        paired = [
+            pairs_by_reward(pairing, row[member], deviations, rng)
+            for row, member, rng in zip(rewards, members, streams, strict=True)
+        ]
     else:
         paired = play(pairing, [len(member) for member in members], compare, streams)
     return [

@@ -52,15 +52,18 @@ def test_the_rejected_one_is_nearest_to_some_deviations_below_the_mean(deviation
 
 
 def test_the_best_meets_the_worst_and_equal_ones_do_not_meet() -> None:
-    assert [values.tolist() for values in pairs_by_reward("best-worst", np.array([2.0, 9.0, 0.0]))[:2]] == [[1], [2]]
+    assert [values.tolist() for values in pairs_by_reward("best-worst", np.array([2.0, 9.0, 0.0]), 2.0)[:2]] == [
+        [1],
+        [2],
+    ]
     for pairing in BY_REWARD:
-        assert [len(values) for values in pairs_by_reward(pairing, np.ones(3))] == [0, 0, 0]
+        assert [len(values) for values in pairs_by_reward(pairing, np.ones(3), 2.0)] == [0, 0, 0]
 
 
 def test_each_correct_one_meets_each_wrong_one_alike_and_once() -> None:
     rewards, met = np.array([1.0, 0.0, 1.0, 0.0, 0.0]), Counter[tuple[int, ...]]()
     for seed in range(3000):
-        pairs = pairs_by_reward("correct-wrong", rewards, rng=seed)
+        pairs = pairs_by_reward("correct-wrong", rewards, 2.0, rng=seed)
         assert sorted(pairs.chosen) == [0, 2]
         assert len(set(pairs.rejected)) == 2
         met[tuple(pairs.rejected[np.argsort(pairs.chosen)])] += 1
