@@ -24,9 +24,11 @@ def run(own: SampleConfig, model: ModelConfig, save_config: Callable[[], None]) 
     check_model(model, trains=False, is_optional=True)
     rows = load_rows(own.dataset_name, own.dataset_config, own.dataset_split, own.num_rows)
     are_given = "completions" in rows.column_names
-    needs_policy = own.keep_logps or not (are_given or (own.given and model.model_name_or_path is None))
     is_remote = "://" in own.generator
+    needs_policy = own.keep_logps or not (are_given or (own.given and model.model_name_or_path is None))
     check_model(model, trains=False, is_optional=not needs_policy)
+    if is_remote:
+        _check_loads_nothing(model)
     state = PartialState(cpu=True) if own.use_cpu else process_state()
     path: Any = model.model_name_or_path
     # A model's name at a server need not be that of a tokenizer
@@ -67,6 +69,13 @@ def run(own: SampleConfig, model: ModelConfig, save_config: Callable[[], None]) 
         if own.hub_dataset_id is not None:
             print(f"Pushed to {push_preference_dataset(own.output_dir, own.hub_dataset_id)}.")
     state.destroy_process_group()
+
+
+def _check_loads_nothing(model: ModelConfig) -> None:
+    """Refuse arguments of a model that a server has loaded, but for those that name it and its tokenizer."""
+    defaults = ModelConfig(model.model_name_or_path, model.model_revision)
+    if other := [name for name, value in vars(model).items() if value != getattr(defaults, name)]:
+        raise ValueError(f"`{other[0]}` has no effect on the model of a server, given as `generator`. Leave it out.")
 
 
 def _with_files(rows: Dataset, given: list[str]) -> tuple[Dataset, list[str]]:

@@ -210,11 +210,14 @@ def build_preference_dataset(
         raise ValueError("`keep_logps` is for training, which takes no encoder-decoder. Leave it out.")
     elif policy is not None and tokenizer is not None:
         check_vocabulary(tokenizer, policy)
-    has_ratios = "log_ratios" in dataset.column_names
+    corrects = "log_ratios" in dataset.column_names and 0 < options.effective_beta < math.inf
     if proposal is not None:
         _check_proposal(dataset, policy, generator, options, generation_kwargs or {})
-    if proposal_clip is not None and not ((proposal is not None or has_ratios) and proposal_clip > 0):
-        raise ValueError(f"`proposal_clip` is {proposal_clip!r}. It must be above 0, and needs a `proposal`.")
+    if proposal_clip is not None and not ((proposal is not None or corrects) and proposal_clip > 0):
+        raise ValueError(
+            f"`proposal_clip` is {proposal_clip!r}. It must be above 0, and needs a `proposal`, or candidates with "
+            "`log_ratios`, strategy='rso' and a `rejection_beta` above 0."
+        )
     if generator is None and policy is not None and tokenizer is not None:
         generator = SharedPrefixGenerator(proposal or policy, tokenizer, generation_kwargs or {})
 

@@ -244,7 +244,8 @@ def check_pairs(dataset: Data, name: str, columns: list[str], label_columns: lis
         raise ValueError(
             f"The {name} dataset has no column {' and no column '.join(map(repr, missing))}; it has {columns}. Pairs "
             "have `prompt`, `chosen`, `rejected` and what `soft_labels` or `margin_weight` reads: rename yours with "
-            "`dataset.rename_column(old, new)`. Prompts need a `ranker`, and are passed to the trainer's constructor."
+            "`dataset.rename_column(old, new)`. Prompts need a `ranker`, and are passed to the trainer's constructor. "
+            "Rankings, with `completions`, are for PRO, RRHF and listwise DPO."
         )
     for column in label_columns if isinstance(dataset, Dataset) else []:
         values = np.array(list(dataset[column]), dtype=float)  # None is NaN

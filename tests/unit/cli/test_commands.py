@@ -255,6 +255,8 @@ def test_sample_takes_another_generator(tiny, run_in_process, function_ranker):
         remote = ["--generator", chat.url, "--model_name_or_path", "served", "--max_length", "None"]
         run_in_process("sample", [*sampling, *remote, "--output_dir", "remote"])
         assert {body["model"] for body in chat.requests} == {"served"}
+        with pytest.raises(ValueError, match="`dtype` has no effect on the model of a server"):
+            run_in_process("sample", [*sampling, *remote, "--dtype", "bfloat16", "--output_dir", "other"])
     for folder in ("continuous", "remote"):
         candidates = load_from_disk(f"{folder}/candidates")
         assert set(map(len, candidates["completions"])) == {4} and len(candidates) == 6

@@ -251,7 +251,7 @@ def test_each_request_has_every_option_of_sampling_and_a_seed(
 def test_a_server_that_dies_costs_the_shard_under_way_and_the_same_call_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generators, "ROUNDS", 4)  # with a connection, a prompt per shard
+    monkeypatch.setattr(generators, "REQUESTS", 4)  # with a connection, a prompt per shard
     count = itertools.count()
     lost = r"The server at .* did not answer .*; 2 completions of the shard under way are lost"
     dying = serving(lambda body: says(body) if next(count) < 10 else b"")

@@ -145,6 +145,10 @@ def test_the_log_ratios_of_the_tokens_drawn_correct_the_rewards(models, tmp_path
         candidates, None, None, ranker, tmp_path / "again", proposal_clip=0.01, **{**how, "rejection_beta": 2.0}
     )
     assert len(again)  # the stored ratios serve another beta
+    with pytest.raises(ValueError, match="needs a `proposal`, or candidates with `log_ratios`, strategy='rso'"):
+        build_preference_dataset(
+            candidates, None, None, ranker, tmp_path / "no", proposal_clip=1.0, **how | {"strategy": "sft"}
+        )
     for beta in (0.0, np.inf):  # and these have no use for them
         assert build_preference_dataset(
             candidates, None, None, ranker, tmp_path / str(beta), **{**how, "rejection_beta": beta}
