@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import Completion, Prompt, Row, check_completions, check_prompts
-from prefopt_trl.data.tokenization import chat_options, check_vocabulary, tokenize_prompts
+from prefopt_trl.data.tokenization import check_vocabulary
 from prefopt_trl.evaluation.comparison import PolicyEvaluation
 from prefopt_trl.evaluation.samples import (
     Sample,
@@ -23,7 +23,7 @@ from prefopt_trl.evaluation.samples import (
     as_rows,
     best_of,
     given_samples,
-    ids_of,
+    logps_of,
     sample,
     seed_of,
     verdicts,
@@ -40,8 +40,6 @@ from prefopt_trl.runtime.settings import (
     template_date,
     tokenizer_fingerprint,
 )
-from prefopt_trl.sampling.logps import drawn_logps
-from prefopt_trl.sampling.selection import user_columns
 from prefopt_trl.sampling.shards import shard_seed
 from prefopt_trl.sampling.store import ShardStore
 
@@ -161,7 +159,7 @@ def evaluate_policy(
         raise ValueError("`policies` and `judges` need at least one entry each.")
     if against is not None and against not in given:
         given[against] = against  # the name of a column
-    plan = SamplingPlan.of(num_completions, GenerationOptions.of(options, **changes), generation_kwargs)
+    plan = SamplingPlan(num_completions, GenerationOptions.of(options, **changes), generation_kwargs or {})
     made = {name: _policy(name, value, tokenizer, prompts) for name, value in given.items()}
     if reference is not None and not isinstance(made.get(reference), ModelPolicy):
         raise ValueError(f"`reference` is {reference!r}, which must be the name of a model among `policies`.")
@@ -364,9 +362,8 @@ class _Evaluation:
             inner = self._completing(policy.policy, plan, seed)
 
             def make(shard: int) -> list[Row]:
-                rows, sampled = self._given(shard), [row["samples"] for row in inner(shard)]
-                prompts, columns = [row["prompt"] for row in rows], user_columns(rows)
-                return [{"samples": of} for of in best_of(policy.ranker, prompts, sampled, policy.n, columns)]
+                sampled = [row["samples"] for row in inner(shard)]
+                return [{"samples": of} for of in best_of(policy.ranker, self._given(shard), sampled, policy.n)]
 
             return make
         if isinstance(policy, ModelPolicy):
@@ -389,25 +386,19 @@ class _Evaluation:
 
         def make(shard: int) -> list[Row]:
             rows = self._given(shard)
-            prompts = tokenize_prompts(tokenizer, [row["prompt"] for row in rows], list(map(chat_options, rows)))
             logps: list[Row] = [{} for _ in rows]
             for number in same if not model.config.is_encoder_decoder else ():
                 samples = [row["samples"] for row in self.store.read_shard(shard, f"completions-{number}")]
                 own = [[one["logp"] for one in of] for of in samples] if sampled[number] is reference else None
-                for row, of_row in zip(logps, own or drawn_logps(model, prompts, ids_of(samples)), strict=True):
+                for row, of_row in zip(logps, own or logps_of(samples, model, tokenizer, rows), strict=True):
                     row[str(number)] = of_row
             return logps
 
         return make
 
     def _judge(self, judge: str, shard: int) -> list[Row]:
-        rows, sampled = self._given(shard), self._completions(shard)
-        completions = {
-            name: [[one["completion"] for one in of] for of in rows_of] for name, rows_of in sampled.items()
-        }
-        prompts, columns = [row["prompt"] for row in rows], user_columns(rows)
-        found = verdicts(self.judges[judge], prompts, completions, self.against, columns)
-        return [{name: of[row] for name, of in found.items()} for row in range(len(rows))]
+        found = verdicts(self.judges[judge], self._given(shard), self._completions(shard), self.against)
+        return [dict(zip(found, of_row, strict=True)) for of_row in zip(*found.values(), strict=True)]
 
     def _assemble(self, settings: Settings) -> None:
         samples = []
@@ -418,11 +409,11 @@ class _Evaluation:
             }
             has_logps = self.store.has_shard(shard, "reference")
             referred = self.store.read_shard(shard, "reference") if has_logps else []
-            prompts = [row["prompt"] for row in self._given(shard)]
+            rows = self._given(shard)
             for number, (name, sampled) in enumerate(completions.items()):
                 ref_logps = [row[str(number)] for row in referred if str(number) in row] or None
                 verdicts_on = {judge: [row[name] for row in of] for judge, of in judged.items()}
-                samples += as_rows(name, self._rows(shard).start, prompts, sampled, ref_logps, verdicts_on)
+                samples += as_rows(name, self._rows(shard).start, rows, sampled, ref_logps, verdicts_on)
         PolicyEvaluation(samples, list(self.judges), self.against, self.reference, settings).save(self.store.folder)
         self.store.finish()
 

@@ -1,7 +1,6 @@
 """Completions of policies, and what judges say of them: the steps of an evaluation, on some prompts at a time."""
 
 import hashlib
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,20 +8,16 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt_trl.data.formats import Completion, Prompt, Row, wrap_completion
+from prefopt_trl.data.formats import Completion, Row, wrap_completion
 from prefopt_trl.data.tokenization import chat_options, tokenize_prompts
-from prefopt_trl.generation.options import GenerationOptions
+from prefopt_trl.generation.options import GenerationOptions, is_whole
 from prefopt_trl.generation.sampler import check_generation_kwargs, sample_candidates
-from prefopt_trl.rankers.base import Columns, Ranker, ask_rewards, sigmoid
+from prefopt_trl.rankers.base import Ranker, ask_rewards, sigmoid
 from prefopt_trl.runtime.settings import Settings
 from prefopt_trl.sampling.logps import drawn_logps
-from prefopt_trl.sampling.selection import as_numbers
-
-logger = logging.getLogger(__name__)
-
+from prefopt_trl.sampling.selection import as_numbers, user_columns
 
 Sample = dict[str, Any]  # a completion and what is known of it, as JSON
-Completions = Mapping[str, Sequence[Sequence[Completion]]]  # of each policy, for each prompt
 
 
 @dataclass(frozen=True)
@@ -33,17 +28,11 @@ class SamplingPlan:
     options: GenerationOptions
     generation_kwargs: dict[str, object]
 
-    @classmethod
-    def of(
-        cls, num_completions: int, options: GenerationOptions, generation_kwargs: dict[str, object] | None
-    ) -> "SamplingPlan":
-        """Return the plan of what a user has given, checked."""
-        check_generation_kwargs(generation_kwargs)
-        if type(num_completions) is not int or num_completions < 1:
-            raise ValueError(f"`num_completions` must be a whole number, at least 1, got {num_completions!r}.")
-        if num_completions > 1 and options.temperature == 0:
+    def __post_init__(self) -> None:
+        check_generation_kwargs(self.generation_kwargs)
+        is_whole(self, "num_completions", 1)
+        if self.num_completions > 1 and self.options.temperature == 0:
             raise ValueError("With `temperature`=0 all completions of a prompt are equal. Set `num_completions` to 1.")
-        return cls(num_completions, options, generation_kwargs or {})
 
     def settings(self) -> Settings:
         return {**vars(self.options), **self.generation_kwargs, "num_completions": self.num_completions}
@@ -95,7 +84,7 @@ def sample(
         for prompt, one in zip(prompts, drawn, strict=True)
     ]
     if knows_logps and sampled[0][0]["logp"] is None:  # prompts are not shared
-        for samples, logps in zip(sampled, drawn_logps(model, prompt_ids, ids_of(sampled)), strict=True):
+        for samples, logps in zip(sampled, logps_of(sampled, model, tokenizer, rows), strict=True):
             for one, logp in zip(samples, logps, strict=True):
                 one["logp"] = logp
     return sampled
@@ -112,21 +101,29 @@ def given_samples(completions: Sequence[Completion]) -> list[Sample]:
     return [{"completion": one, "finished": None, "ids": None, "logp": None} for one in completions]
 
 
-def ids_of(sampled: Sequence[Sequence[Sample]]) -> list[list[list[int]]]:
-    """Return the tokens of samples, for [`drawn_logps`]."""
-    return [[one["ids"] for one in samples] for samples in sampled]
+def logps_of(
+    sampled: Sequence[Sequence[Sample]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+) -> list[list[float]]:
+    """Return the log-probability of the tokens of each sample under a model, in nats, summed."""
+    prompt_ids = tokenize_prompts(tokenizer, [row["prompt"] for row in rows], list(map(chat_options, rows)))
+    return drawn_logps(model, prompt_ids, [[one["ids"] for one in samples] for samples in sampled])
 
 
-def best_of(
-    ranker: Ranker, prompts: Sequence[Prompt], sampled: Sequence[Sequence[Sample]], n: int, columns: Columns
-) -> list[list[Sample]]:
+def texts_of(sampled: Sequence[Sequence[Sample]]) -> list[list[Completion]]:
+    return [[one["completion"] for one in samples] for samples in sampled]
+
+
+def best_of(ranker: Ranker, rows: Sequence[Row], sampled: Sequence[Sequence[Sample]], n: int) -> list[list[Sample]]:
     """Keep the sample with the highest reward of each n of a prompt: best-of-n.
 
     A sample without a reward is never the best, unless none of them has one. `logp` is None, as that of a best-of-n
     policy is unknown.
     """
-    completions = [[one["completion"] for one in samples] for samples in sampled]
-    rewards, _ = ask_rewards(ranker, prompts, completions, columns=columns, may_abstain=True)
+    prompts, columns = [row["prompt"] for row in rows], user_columns(rows)
+    rewards, _ = ask_rewards(ranker, prompts, texts_of(sampled), columns=columns, may_abstain=True)
     kept = []
     for samples, of_prompt in zip(sampled, rewards, strict=True):
         known = np.nan_to_num(of_prompt, nan=-np.inf)
@@ -137,10 +134,9 @@ def best_of(
 
 def verdicts(
     judge: Ranker,
-    prompts: Sequence[Prompt],
-    completions: Completions,
+    rows: Sequence[Row],
+    sampled: Mapping[str, Sequence[Sequence[Sample]]],
     against: str | None,
-    columns: Columns,
     known: Mapping[str, Sequence[np.ndarray]] | None = None,
 ) -> dict[str, list[dict[str, list[float | None]]]]:
     """Ask a judge about all completions of each prompt at once.
@@ -150,7 +146,7 @@ def verdicts(
 
     Args:
         against (`str`, *optional*):
-            The policy among those of `completions` that is the opponent. Without it there are no wins.
+            The policy among those of `sampled` that is the opponent. Without it there are no wins.
         known (`dict`, *optional*):
             The rewards of policies about which the judge is not asked again, for each prompt.
 
@@ -159,11 +155,11 @@ def verdicts(
         the judge has no opinion. The rewards are the judge's own if it rewards each completion separately, and
         otherwise those against the opponent's completion (RSO eq. 9).
     """
-    rows = range(len(prompts))
-    known = known or {}
+    prompts, columns, numbers = [row["prompt"] for row in rows], user_columns(rows), range(len(rows))
+    completions, known = {name: texts_of(of) for name, of in sampled.items()}, known or {}
     asked = [name for name in completions if name not in known and not (judge.draws_baselines and name == against)]
-    flat = [[(name, place) for name in asked for place in range(len(completions[name][row]))] for row in rows]
-    texts = [[completions[name][row][place] for name, place in flat[row]] for row in rows]
+    flat = [[(name, place) for name in asked for place in range(len(completions[name][row]))] for row in numbers]
+    texts = [[completions[name][row][place] for name, place in flat[row]] for row in numbers]
     rewards: list[np.ndarray] = [np.full(len(one), np.nan) for one in flat]
     if not judge.draws_baselines:
         rewards, _ = ask_rewards(judge, prompts, texts, columns=columns, may_abstain=True)
@@ -171,9 +167,10 @@ def verdicts(
         opponents = completions[against]
         for turn in range(max(map(len, opponents))):
             places = [
-                [at for at, (_, place) in enumerate(flat[row]) if place % len(opponents[row]) == turn] for row in rows
+                [at for at, (_, place) in enumerate(flat[row]) if place % len(opponents[row]) == turn]
+                for row in numbers
             ]
-            meet = [row for row in rows if places[row]]
+            meet = [row for row in numbers if places[row]]
             scored, _ = ask_rewards(
                 judge,
                 [prompts[row] for row in meet],
@@ -185,7 +182,7 @@ def verdicts(
             for row, of_row in zip(meet, scored, strict=True):
                 rewards[row][places[row]] = of_row
     found: dict[str, list[dict[str, list[float | None]]]] = {name: [] for name in completions}
-    for row in rows:
+    for row in numbers:
         at = dict(zip(flat[row], rewards[row], strict=True))
         at |= {(name, place): reward for name, of in known.items() for place, reward in enumerate(of[row])}
         for name, of_policy in completions.items():
@@ -205,7 +202,7 @@ def verdicts(
 def as_rows(
     policy: str,
     first_row: int,
-    prompts: Sequence[Prompt],
+    rows: Sequence[Row],
     sampled: Sequence[Sequence[Sample]],
     ref_logps: Sequence[Sequence[float]] | None,
     judged: Mapping[str, Sequence[Mapping[str, Sequence[float | None]]]],
@@ -216,7 +213,7 @@ def as_rows(
             "row": first_row + at,
             "sample": place,
             "policy": policy,
-            "prompt": prompt,
+            "prompt": row["prompt"],
             "completion": one["completion"],
             "num_tokens": None if one["ids"] is None else len(one["ids"]),
             "finished": one["finished"],
@@ -225,6 +222,6 @@ def as_rows(
             "rewards": {judge: found[at]["rewards"][place] for judge, found in judged.items()},
             "wins": {judge: found[at]["wins"][place] for judge, found in judged.items()},
         }
-        for at, prompt in enumerate(prompts)
+        for at, row in enumerate(rows)
         for place, one in enumerate(sampled[at])
     ]

@@ -24,11 +24,11 @@ from transformers import (
 from transformers.utils import logging
 
 from prefopt_trl.data.formats import Completion, Prompt, Row
-from prefopt_trl.data.tokenization import chat_options, check_vocabulary, tokenize_prompts
+from prefopt_trl.data.tokenization import check_vocabulary
 from prefopt_trl.evaluation.comparison import Samples
 from prefopt_trl.evaluation.metrics import Estimate
 from prefopt_trl.evaluation.policy import as_prompts, given_completions
-from prefopt_trl.evaluation.samples import SamplingPlan, as_rows, given_samples, ids_of, sample, seed_of, verdicts
+from prefopt_trl.evaluation.samples import SamplingPlan, as_rows, given_samples, logps_of, sample, seed_of, verdicts
 from prefopt_trl.evaluation.training_report import write_training_report
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.rankers.base import Ranker, check_ranker
@@ -42,8 +42,6 @@ from prefopt_trl.runtime.settings import (
     write_json,
     write_lines,
 )
-from prefopt_trl.sampling.logps import drawn_logps
-from prefopt_trl.sampling.selection import user_columns
 from prefopt_trl.sampling.shards import shard_seed
 
 PROMPTS_AT_ONCE = 8  # sampled by one process; samples do not depend on the number of processes
@@ -140,7 +138,7 @@ class WinRateCallback(TrainerCallback):
         self.judge, self.prompts, self.trainer = judge, as_prompts(prompts), cast(Any, trainer)
         judge.check_columns({*self.prompts.column_names} - {"prompt"})
         options = GenerationOptions.of(options, **changes)
-        self.plan = SamplingPlan.of(num_completions, options, generation_kwargs)
+        self.plan = SamplingPlan(num_completions, options, generation_kwargs or {})
         self.seed, self.reference = seed, cast(Any, reference)
         self.given: list[list[Completion]] | None = None
         if not isinstance(against, str):
@@ -254,25 +252,21 @@ class WinRateCallback(TrainerCallback):
         with gathered(sampled, reference, self.judge.model):
             for start in tqdm(starts, desc=f"Judging {name}", disable=not process.is_main_process, leave=False):
                 rows = self.prompts.select(range(start, min(start + PROMPTS_AT_ONCE, len(self.prompts)))).to_list()
-                prompts, ref_logps = [row["prompt"] for row in rows], None
+                ref_logps = None
                 if sampled is None:
                     samples = [given_samples(of) for of in (self.given or [])[start : start + len(rows)]]
                 else:
                     with as_policy():
                         samples = sample(sampled, tokenizer, rows, self.plan, shard_seed(seed, start))
                 if reference is not None and samples[0][0]["logp"] is not None:
-                    ids = tokenize_prompts(tokenizer, prompts, list(map(chat_options, rows)))
                     with as_reference():
-                        ref_logps = drawn_logps(reference, ids, ids_of(samples))
+                        ref_logps = logps_of(samples, reference, tokenizer, rows)
                 theirs = opponents[start : start + len(rows)] or samples
-                both = {name: samples, OPPONENT: theirs}
-                texts = {who: [[one["completion"] for one in of] for of in made_by] for who, made_by in both.items()}
-                rewards = (
-                    [np.array([one["rewards"][JUDGE] for one in of], float) for of in theirs] if opponents else []
-                )
-                known = {OPPONENT: rewards} if opponents else {}
-                found = verdicts(self.judge, prompts, texts, OPPONENT, user_columns(rows), known)
-                made += as_rows(name, start, prompts, samples, ref_logps, {JUDGE: found[name]})
+                known = {}
+                if opponents:
+                    known[OPPONENT] = [np.array([one["rewards"][JUDGE] for one in of], float) for of in theirs]
+                found = verdicts(self.judge, rows, {name: samples, OPPONENT: theirs}, OPPONENT, known)
+                made += as_rows(name, start, rows, samples, ref_logps, {JUDGE: found[name]})
         return sorted(gather_object(made), key=lambda row: (row["row"], row["sample"]))
 
     def _measure(self, rows: list[Row], args: TrainingArguments, state: TrainerState) -> None:

@@ -110,7 +110,7 @@ def judging(judge, against="start", prompts=PROMPTS, **options):
 
 def sampled(model, tokenizer, of="policy", seed=0, prompts=PROMPTS, num_completions=1):
     """The samples of each prompt, as the package's sampler makes them for these two parts."""
-    plan = SamplingPlan.of(num_completions, GenerationOptions(max_new_tokens=8), None)
+    plan = SamplingPlan(num_completions, GenerationOptions(max_new_tokens=8), {})
     rows, seed = [{"prompt": prompt} for prompt in prompts], seed_of(seed, of)
     parts = [sample(model, tokenizer, rows[at : at + 8], plan, shard_seed(seed, at)) for at in (0, 8)]
     return parts[0] + parts[1]
