@@ -16,7 +16,14 @@ import pandas as pd
 
 from prefopt_trl.data.formats import Prompt, Row, completion_text, num_characters
 from prefopt_trl.evaluation.metrics import Estimate, bleu, distinct, length_controlled_win_rate
-from prefopt_trl.evaluation.report import as_percentage, completions_side_by_side, json_numbers, rounded, table
+from prefopt_trl.evaluation.report import (
+    as_percentage,
+    completions_side_by_side,
+    json_numbers,
+    plotting,
+    rounded,
+    table,
+)
 from prefopt_trl.rankers.base import sigmoid
 from prefopt_trl.runtime.settings import Settings, write_json, write_lines, write_text, writing
 
@@ -213,9 +220,8 @@ class PolicyEvaluation:
         `samples.jsonl`; and the outputs and annotations of each policy in AlpacaEval's layout, in `alpaca_eval/`."""
         folder = Path(folder)
         for name, of in self.policies.items():
-            of_policy = (
-                folder / "alpaca_eval" / quote(name, safe=" ").replace("..", "%2E%2E")
-            )  # another folder for any other name
+            # Another folder for any other name
+            of_policy = folder / "alpaca_eval" / quote(name, safe=" ").replace("..", "%2E%2E")
             write_json(of_policy / "model_outputs.json", self._alpaca_outputs(of))
             for judge in self.judges if self.against not in (None, name) else ():
                 write_json(
@@ -245,11 +251,8 @@ class PolicyEvaluation:
         ordered = sorted(self.policies.items(), key=lambda policy: policy[1] is not base)  # the base is the first
         shown = completions_side_by_side({name: [*of.rows] for name, of in ordered}) if len(ordered) > 1 else ()
         write_text(folder / "evaluation.md", "\n\n".join([f"# Evaluation\n\n{self}", *shown]) + "\n")
-        try:
-            with writing(folder / "evaluation.png") as temporary:
-                plot_policies(self, temporary)
-        except ImportError:
-            logger.warning("No plot was drawn: install matplotlib, with `pip install 'prefopt-trl[plots]'`.")
+        with plotting(), writing(folder / "evaluation.png") as temporary:
+            plot_policies(self, temporary)
         write_lines(folder / "samples.jsonl", self.samples)
 
     def _alpaca_outputs(self, of: Samples) -> list[Row]:

@@ -1,6 +1,5 @@
 """How far to trust a ranker: its verdicts against comparisons that people have made."""
 
-import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,10 @@ import numpy as np
 from datasets import Dataset
 
 from prefopt_trl.evaluation.metrics import Estimate, wins
-from prefopt_trl.evaluation.report import as_percentage, json_numbers, table, with_error
+from prefopt_trl.evaluation.report import as_percentage, json_numbers, plotting, table, with_error
 from prefopt_trl.rankers.base import Ranker, sigmoid
 from prefopt_trl.rankers.comparisons import Compared, ask_comparisons
 from prefopt_trl.runtime.settings import Settings, write_json, write_text, writing
-
-logger = logging.getLogger(__name__)
 
 CURVES = {
     "probability": "probability of the ranker's own verdict",
@@ -101,11 +98,8 @@ class RankerQuality:
         path = Path(folder, "ranker_quality")
         write_json(path.with_suffix(".json"), json_numbers(asdict(self) | {"warning": self.warning}))
         write_text(path.with_suffix(".md"), f"# Ranker quality\n\n{self}\n")
-        try:
-            with writing(path.with_suffix(".png")) as temporary:
-                plot_quality(self, temporary)
-        except ImportError:
-            logger.warning("No plot was drawn: install matplotlib, with `pip install 'prefopt-trl[plots]'`.")
+        with plotting(), writing(path.with_suffix(".png")) as temporary:
+            plot_quality(self, temporary)
 
 
 def evaluate_ranker(ranker: Ranker, comparisons: Dataset) -> RankerQuality:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prefopt_trl.evaluation.metrics import Estimate
-from prefopt_trl.evaluation.report import as_html, as_percentage, completions_side_by_side, rounded, table
+from prefopt_trl.evaluation.report import as_html, as_percentage, completions_side_by_side, plotting, rounded, table
 from prefopt_trl.runtime.settings import read_lines, write_text, writing
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def _write(folder: Path, log_history: Sequence[dict[str, Any]]) -> None:
                 series[name][entry["step"]] = value
     steps = sorted({step for name in COLUMNS for step in series[name]})
     parts = [f"# {as_html(folder.absolute().name)}", *(_evaluations(series, steps) if steps else [])]
-    try:
+    with plotting():
         figures = {"curves": plot_curves(series)} if series["loss"] or series["eval_loss"] or steps else {}
         if len(series["eval_kl"].keys() & series["eval_reward"].keys()) > 1:
             figures["frontier"] = plot_frontier(series["eval_kl"], series["eval_reward"], series["eval_reward_se"])
@@ -63,8 +63,6 @@ def _write(folder: Path, log_history: Sequence[dict[str, Any]]) -> None:
             with writing(folder / f"{name}.png") as temporary:
                 figure.savefig(temporary, dpi=120, format="png")
             parts.append(f"![{name}]({name}.png)")
-    except ImportError:
-        logger.warning("No plot was drawn: install matplotlib, with `pip install 'prefopt-trl[plots]'`.")
     files = {f"step {step}": folder / "evaluations" / f"step-{step:06}.jsonl" for step in steps}
     if len(there := [policy for policy, file in files.items() if file.is_file()]) > 1:
         parts += completions_side_by_side({policy: read_lines(files[policy]) for policy in (there[0], there[-1])})

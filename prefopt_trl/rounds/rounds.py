@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerB
 
 from prefopt_trl.data.formats import Prompt
 from prefopt_trl.evaluation.policy import ModelPolicy, as_prompts, evaluate_policy
-from prefopt_trl.evaluation.report import json_numbers
+from prefopt_trl.evaluation.report import json_numbers, plotting
 from prefopt_trl.evaluation.training_report import write_training_report
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.rankers.base import Ranker, check_ranker
@@ -382,7 +382,7 @@ class Rounds:
         with gathered(*(judge.model for judge in judges.values())):
             settings = {name: judge.settings() for name, judge in judges.items()}
             same_as_before(self.folder, {"judges": settings, "first_judge": next(iter(judges))})
-        name, against = f"round {number}" if number else START, str(self.options.against)
+        name, against = f"round {number}" if number else START, self.options.against
         if not number and against == START and any(judge.draws_baselines for judge in judges.values()):
             return {"first_judge": next(iter(judges)), "judges": {}}  # which only compare
         paths = {START: self.model, name: self.model_of(number)}
@@ -440,8 +440,5 @@ class Rounds:
 
     def _report(self) -> None:
         write_text(self.folder / "rounds.md", f"# Rounds\n\n{self}\n")
-        try:
-            with writing(self.folder / "rounds.png") as temporary:
-                plot_rounds(self.records, temporary)
-        except ImportError:
-            logger.warning("No plot was drawn: install matplotlib, with `pip install 'prefopt-trl[plots]'`.")
+        with plotting(), writing(self.folder / "rounds.png") as temporary:
+            plot_rounds(self.records, temporary)
