@@ -35,7 +35,6 @@ from prefopt_trl.runtime.settings import Settings, model_fingerprint
 from prefopt_trl.shared_prefix.states import repeats_states
 from prefopt_trl.shared_prefix.support import (
     PROBE_TOLERANCE,
-    has_recurrent_layers,
     probe_rows,
     reason_not_to_share_prefix,
     run_probe,
@@ -114,7 +113,7 @@ class SharedPrefixGenerator(Generator):
         return may_share and reason_not_to_share_prefix(self.model, 2) is None
 
     def _repeats(self, options: GenerationOptions) -> bool:
-        return options.share_prefix and has_recurrent_layers(self.model) and repeats_states(self.model)
+        return options.share_prefix and repeats_states(self.model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,9 +129,6 @@ class ContinuousBatchingGenerator(Generator):
     tokenizer: PreTrainedTokenizerBase
 
     def generate(self, request: Request) -> list[Candidates]:
-        with sampling_mode(self.model):
-            if (reason := run_probe(_probe_generate_batch, self.model)) is not None:
-                raise ValueError(f"`generate_batch` cannot sample this model: {reason}. Use SharedPrefixGenerator.")
         prompt_ids, number = tokenize_prompts(self.tokenizer, request.prompts, request.chat), request.num_completions
         options, end_ids = request.options, eos_token_ids(self.model, self.tokenizer)
         longest = max(map(len, prompt_ids))
@@ -158,6 +154,8 @@ class ContinuousBatchingGenerator(Generator):
             seed=request.seed,
         )
         with sampling_mode(self.model):
+            if (reason := run_probe(_probe_generate_batch, self.model)) is not None:
+                raise ValueError(f"`generate_batch` cannot sample this model: {reason}. Use SharedPrefixGenerator.")
             inputs = [ids for ids in prompt_ids for _ in range(num_copies)]
             made = cast(Any, self.model).generate_batch(inputs, config, continuous_batching_config=cache)
         is_whole = options.is_whole_distribution()

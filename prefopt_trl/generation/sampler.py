@@ -32,13 +32,7 @@ from prefopt_trl.shared_prefix.decoding import (
 )
 from prefopt_trl.shared_prefix.packing import WholeRows, left_pad
 from prefopt_trl.shared_prefix.states import repeated_states, repeats_states
-from prefopt_trl.shared_prefix.support import (
-    evaluating,
-    has_recurrent_layers,
-    log_reason,
-    partition_reason,
-    reason_not_to_share_prefix,
-)
+from prefopt_trl.shared_prefix.support import evaluating, log_reason, partition_reason, reason_not_to_share_prefix
 
 logger = logging.get_logger(__name__)
 
@@ -216,9 +210,9 @@ def sample_candidates(
     longest = max(map(len, prompt_ids), default=0)
     is_plain = config.get_generation_mode() is GenerationMode.SAMPLE and config.guidance_scale in (None, 1)
     is_plain &= not config.cache_implementation
-    repeats = options.share_prefix and is_plain and has_recurrent_layers(model) and repeats_states(model)
+    repeats = options.share_prefix and is_plain and repeats_states(model)
     may_pad &= not repeats  # which would change the states
-    shares = options.share_prefix and not repeats and _shares_prefix(model, config, longest + options.max_new_tokens)
+    shares = options.share_prefix and not repeats and _shares_prefix(model, is_plain, longest + options.max_new_tokens)
     prompts_at_once, completions_at_once = sizes_of_batch(model, num_completions, longest, options, shares)
     config.return_dict_in_generate = with_logps = shares and keep_logps
     generate = cast(Callable[..., Any], model.generate)
@@ -270,10 +264,9 @@ def sample_candidates(
     return results
 
 
-def _shares_prefix(model: PreTrainedModel, config: GenerationConfig, row_length: int) -> bool:
+def _shares_prefix(model: PreTrainedModel, is_plain: bool, row_length: int) -> bool:
     """Return whether completions can share their prompt; if not, log the reason once."""
-    mode = config.get_generation_mode()
-    if mode is not GenerationMode.SAMPLE or config.guidance_scale not in (None, 1) or config.cache_implementation:
+    if not is_plain:
         log_reason(model, "`generation_kwargs` ask for a cache, guidance or a search that only `generate` has")
         return False
     if reason_not_to_share_prefix(model, row_length) is not None:
