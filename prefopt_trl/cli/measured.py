@@ -12,7 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from prefopt_trl.cli.arguments import RankerData, RewardModelData
 from prefopt_trl.cli.training import CommandTrainer
 from prefopt_trl.data.formats import completion_text
-from prefopt_trl.evaluation.metrics import Estimate, wins
+from prefopt_trl.evaluation.metrics import Estimate
 from prefopt_trl.rankers.base import ask_probabilities
 from prefopt_trl.rankers.publishing import ranker_card
 from prefopt_trl.runtime.processes import gathered
@@ -53,7 +53,7 @@ class RankerTrainer(CommandTrainer):
         with gathered(model):
             ranker = self.ranker_class(model, self.processing_class, batch_size=batch_size, **self.options)
             probabilities = ask_probabilities(ranker, prompts, chosen, rejected)
-        correct = wins(probabilities - 0.5)
+        correct = ranker.verdicts(probabilities)
         results = gather_object(list(zip(correct.tolist(), map(json.dumps, prompts), strict=True)))
         values, clusters = zip(*results, strict=True)
         return Estimate.of(np.array(values), np.array(clusters))

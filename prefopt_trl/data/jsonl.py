@@ -101,7 +101,7 @@ def _check_row(row: Row, where: str) -> None:
                 valid = isinstance(value, kind)
             else:
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
-                valid = (is_number and abs(value) < FLOAT32_MAX) or (value is None and name != "finished")
+                valid = (is_number and abs(value) < FLOAT32_MAX) or value is None
                 wanted = "a finite number, or leave the completion out"
             if not valid:
                 raise ValueError(f"`{name}` of completion {index} of {where} is {value!r}. Give {wanted}.")

@@ -1,11 +1,9 @@
 """The options of training in rounds: each with its help, default and check, once. Imports the standard library
 alone."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from prefopt_trl.generation.options import Options, is_one_of, is_whole
-
-METRICS = ["reward", "win_rate", "lc_win_rate"]
 
 
 @dataclass(kw_only=True)
@@ -68,7 +66,10 @@ class RoundsOptions(Options):
     )
     metric: str = field(
         default="reward",
-        metadata={"help": "What decides which round is the best, by the first judge.", "choices": METRICS},
+        metadata={
+            "help": "What decides which round is the best, by the first judge.",
+            "choices": ["reward", "win_rate", "lc_win_rate"],
+        },
     )
     patience: int | None = field(
         default=None,
@@ -77,10 +78,9 @@ class RoundsOptions(Options):
 
     def __post_init__(self) -> None:
         is_whole(self, "num_rounds", 1)
-        is_one_of(self, "start", ["previous", "first"])
-        is_one_of(self, "reference", ["first", "previous"])
-        is_one_of(self, "data", ["replace", "accumulate", "mix"])
-        is_one_of(self, "metric", METRICS)
+        for option in fields(RoundsOptions):
+            if "choices" in option.metadata:
+                is_one_of(self, option.name, option.metadata["choices"])
         if self.importance_correction and self.reference == "previous":
             raise ValueError("`importance_correction` has no effect if `reference`, 'previous', is sampled.")
         if self.proposal_clip is not None and not self.importance_correction:
