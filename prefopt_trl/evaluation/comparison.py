@@ -91,9 +91,8 @@ class Samples:
         if opponent is None or not known.any():
             return found
         longer = self.characters - [num_characters(row["completion"]) for row in self.meet(opponent)]
-        outcomes = {"win": won == 1, "tie": won == 0.5, "loss": won == 0}
+        outcomes = {"win": won == 1, "tie": won == 0.5, "loss": won == 0, "win_rate": won}
         found |= {name: Estimate.of(of[known], self.prompts[known]) for name, of in outcomes.items()}
-        found["win_rate"] = Estimate.of(won[known], self.prompts[known])
         found["lc_win_rate"] = length_controlled_win_rate(won[known], longer[known], self.prompts[known])
         return found
 

@@ -100,7 +100,7 @@ class SharedPrefixGenerator(Generator):
         return {
             **self.generation_kwargs,
             # The result of the probe, which must be the same in every process and after a restart
-            "prompts_are_shared": self._repeats(options) or self._shares(options),
+            "prompts_are_shared": self._shares(options) or (options.share_prefix and repeats_states(self.model)),
             "eos_token_ids": eos_token_ids(self.model, self.tokenizer),
             "policy": model_fingerprint(self.model),
         }
@@ -109,11 +109,8 @@ class SharedPrefixGenerator(Generator):
         return sizes_of_batch(self.model, num_completions, longest, options, self._shares(options))[0]
 
     def _shares(self, options: GenerationOptions) -> bool:
-        may_share = options.share_prefix and not self._repeats(options)
+        may_share = options.share_prefix and not repeats_states(self.model)
         return may_share and reason_not_to_share_prefix(self.model, 2) is None
-
-    def _repeats(self, options: GenerationOptions) -> bool:
-        return options.share_prefix and repeats_states(self.model)
 
 
 @dataclass(frozen=True, eq=False)

@@ -317,12 +317,10 @@ class Rounds:
 
     def _sample(self, number: int) -> Settings:
         seed, folder = shard_seed(self.args.seed, number), self.round_folder(number)
-        sampled, correction = self.model_of(number - 1), {}
-        corrects = self.options.importance_correction and number > 1
+        sampled, corrects = self.model_of(number - 1), self.options.importance_correction and number > 1
         with loading_whole(self.args):
             ranker, policy = self.load_ranker(), self._load(self.model if corrects else sampled)
-            if corrects:
-                correction = {"proposal": self._load(sampled), "proposal_clip": self.options.proposal_clip}
+            proposal = self._load(sampled) if corrects else None
         with gathered(ranker.model):
             same_as_before(self.folder, {"ranker": ranker.settings()})
         prompts = self._prompts(number)
@@ -336,7 +334,8 @@ class Rounds:
             seed=seed,
             max_length=self.args.max_length,
             keep_logps=self.args.keep_logps,
-            **correction,
+            proposal=proposal,
+            proposal_clip=self.options.proposal_clip if corrects else None,
         )
         made = read_sampled(folder / "sampled")
         assert made is not None
@@ -349,10 +348,10 @@ class Rounds:
         start = before if self.options.start == "previous" else self.model
         reference = self.model if self.options.reference == "first" else before
         base = base_of(start)
-        model: Any = start if base is None else self._load(start, is_trainable=True)
-        others: dict[str, Any] = {}
-        if base is None:
-            others = {"peft_config": self.peft_config, "quantization_config": self.quantization_config}
+        model: Any = start
+        others: dict[str, Any] = {"peft_config": self.peft_config, "quantization_config": self.quantization_config}
+        if base is not None:
+            model, others = self._load(start, is_trainable=True), {}
         has_other_reference = self.trainer_class.has_reference and reference != start and not args.keep_logps
         # With the adapter off, the model is its base
         is_base = has_other_reference and reference == base and not args.precompute_ref_log_probs
