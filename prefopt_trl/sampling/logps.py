@@ -13,8 +13,7 @@ from prefopt_trl.shared_prefix.packing import WholeRows
 from prefopt_trl.shared_prefix.scoring import completion_logps
 from prefopt_trl.shared_prefix.support import evaluating
 
-ROWS_AT_ONCE = 8  # two of each pair
-DRAWN_AT_ONCE = 32  # completions
+PAIRED_AT_ONCE, DRAWN_AT_ONCE = 8, 32  # completions
 
 
 def sampled_logps(
@@ -52,17 +51,20 @@ def pair_logps(
     Return a float64 array of shape `(num_pairs, 2)`, in nats, summed over the tokens of a completion, including EOS.
     A prompt and completion longer than `max_length` tokens are cut at the end.
     """
-    rows = []
-    for prompt, pair in zip(prompts, pairs, strict=True):
-        prompt_ids, completion_ids = tokenize_completions(tokenizer, prompt, pair, **chat_template_kwargs)
-        rows += [(prompt_ids, ids) for ids in completion_ids]
-    parts = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
-    logps = [row_logps(model, part, max_length, torch.arange(len(part)) // 2) for part in parts]
-    return np.concatenate([np.empty(0), *logps]).reshape(-1, 2)
+    tokenized = [
+        tokenize_completions(tokenizer, prompt, pair, **chat_template_kwargs)
+        for prompt, pair in zip(prompts, pairs, strict=True)
+    ]
+    prompt_ids, completion_ids = [ids for ids, _ in tokenized], [both for _, both in tokenized]
+    return np.array(drawn_logps(model, prompt_ids, completion_ids, max_length, PAIRED_AT_ONCE)).reshape(-1, 2)
 
 
 def drawn_logps(
-    model: PreTrainedModel, prompt_ids: Sequence[list[int]], drawn: Sequence[Sequence[list[int]]]
+    model: PreTrainedModel,
+    prompt_ids: Sequence[list[int]],
+    drawn: Sequence[Sequence[list[int]]],
+    max_length: int | None = None,
+    at_once: int = DRAWN_AT_ONCE,
 ) -> list[list[float]]:
     """Return the log-probability of the tokens of each completion under a model, in nats, summed.
 
@@ -70,10 +72,10 @@ def drawn_logps(
     """
     rows = [(ids, one, row) for row, (ids, of) in enumerate(zip(prompt_ids, drawn, strict=True)) for one in of]
     logps: list[float] = []
-    for start in range(0, len(rows), DRAWN_AT_ONCE):
-        part = rows[start : start + DRAWN_AT_ONCE]
+    for start in range(0, len(rows), at_once):
+        part = rows[start : start + at_once]
         groups = torch.tensor([row - part[0][2] for _, _, row in part])  # rows of a prompt are adjacent
-        logps += row_logps(model, [(prompt, ids) for prompt, ids, _ in part], group_ids=groups).tolist()
+        logps += row_logps(model, [(prompt, ids) for prompt, ids, _ in part], max_length, groups).tolist()
     left = iter(logps)
     return [[next(left) for _ in of] for of in drawn]
 

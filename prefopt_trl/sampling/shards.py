@@ -200,23 +200,20 @@ class Shards:
         """Add the log-probabilities of each pair; if one candidate has none, compute both from the text."""
         made = []
         for row, (candidates, one) in enumerate(zip(rows, selected, strict=True), start=first_row):
-            pairs = list(zip(one.chosen, one.rejected, strict=True))
-            logps = [(candidates["logps"][chosen], candidates["logps"][rejected]) for chosen, rejected in pairs]
-            unknown = [place for place, both in enumerate(logps) if None in both]
-            if unknown:
+            pairs = np.array([one.chosen, one.rejected], dtype=int).T
+            logps = np.array(candidates["logps"], dtype=float)[pairs]  # None is NaN
+            unknown = np.isnan(logps).any(axis=1)
+            if unknown.any():
                 if self.policy is None or self.tokenizer is None:
                     raise ValueError(
                         f"Row {row} of `prompts` has a candidate without a log-probability in `logps`. Give `policy` "
                         "and `tokenizer` to compute it, or leave `keep_logps` out."
                     )
                 texts = candidates["completions"]
-                to_score = [(texts[pairs[place][0]], texts[pairs[place][1]]) for place in unknown]
-                prompts = [candidates["prompt"]] * len(unknown)
-                chat = chat_options(candidates)
-                scored = pair_logps(self.policy, self.tokenizer, prompts, to_score, self.max_length, **chat)
-                for place, (chosen, rejected) in zip(unknown, scored.tolist(), strict=True):
-                    logps[place] = (chosen, rejected)
-            made.append(replace(one, ref_logps=logps))
+                to_score = [(texts[chosen], texts[rejected]) for chosen, rejected in pairs[unknown]]
+                prompts, chat = [candidates["prompt"]] * len(to_score), chat_options(candidates)
+                logps[unknown] = pair_logps(self.policy, self.tokenizer, prompts, to_score, self.max_length, **chat)
+            made.append(replace(one, ref_logps=logps.tolist()))
         return made
 
     def candidates(self, shard: int) -> list[Row]:

@@ -59,9 +59,7 @@ def training_settings(
     the ranker's settings, which count with `sampling="online"`.
     """
     settings = args.to_dict()
-    if args.sampling == "offline":  # they determine the data, which are compared below
-        for option in fields(SamplingOptions):
-            del settings[option.name]
+    options = {option.name: settings.pop(option.name) for option in fields(SamplingOptions)}
     adapter = model.active_peft_config.to_dict() if isinstance(model, PeftModel) else {"peft_type": None}
     settings |= {
         "method": method,
@@ -70,8 +68,8 @@ def training_settings(
         **{f"peft_config.{name}": value for name, value in adapter.items()},
     }
     kept = determining(settings)
-    if args.sampling == "online":  # what is sampled also depends on the batches of `generate`
-        kept |= {"ranker": ranker, **{option.name: settings[option.name] for option in fields(SamplingOptions)}}
+    if args.sampling == "online":  # offline, they determine the data, which are compared
+        kept |= {"ranker": ranker, **options}
     return as_json(kept, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
 
 
