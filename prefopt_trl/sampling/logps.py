@@ -68,7 +68,8 @@ def drawn_logps(
 ) -> list[list[float]]:
     """Return the log-probability of the tokens of each completion under a model, in nats, summed.
 
-    `drawn` are the tokens of the completions of each prompt, as they were drawn, with EOS if it was.
+    `drawn` are the tokens of the completions of each prompt, as they were drawn, with EOS if it was. Those beyond
+    `max_length` of prompt and completion do not count.
     """
     rows = [(ids, one, row) for row, (ids, of) in enumerate(zip(prompt_ids, drawn, strict=True)) for one in of]
     logps: list[float] = []

@@ -410,12 +410,9 @@ def _warn_of_contradictions(pairs: Dataset) -> None:
 def _assemble(shards: Shards, settings: Settings) -> None:
     """Write the dataset from its finished shards, row by row, with statistics and card."""
     store = shards.store
-    candidates = store.write_dataset("candidates", shards.candidate_rows(), shards.candidate_features())
-    num_unfinished = None
-    if "finished" in candidates.column_names:
-        num_unfinished = sum(finished.count(False) for finished in candidates["finished"])
+    store.write_dataset("candidates", shards.candidate_rows(), shards.candidate_features())
     temperature = None if shards.has_rewards else settings["ranker"].get("temperature")
-    statistics, numbers = summarize(shards.selected(), num_unfinished, shards.options, temperature)
+    statistics, numbers = summarize(shards.selected(), shards.options, temperature)
     pairs = store.write_dataset("pairs", shards.preference_rows(), shards.preference_features())
     write_json(store.folder / "statistics.json", statistics.as_dict())
     if shards.are_given and "chosen_reward" in pairs.column_names:

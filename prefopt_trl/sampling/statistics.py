@@ -132,10 +132,7 @@ class SamplingStatistics:
 
 
 def summarize(
-    selected: Iterable[tuple[Row, SelectedPrompt]],
-    num_unfinished: int | None,
-    options: SamplingOptions,
-    temperature: float | None = None,
+    selected: Iterable[tuple[Row, SelectedPrompt]], options: SamplingOptions, temperature: float | None = None
 ) -> tuple[SamplingStatistics, Numbers]:
     """Summarize what was selected of each row of candidates, with the [`Numbers`] to draw, all that memory holds.
 
@@ -149,6 +146,7 @@ def summarize(
     first_pass: list[float] = []
     sizes, plain_sizes = list[float](), list[float]()  # the latter without a correction that there is
     num_equal = num_short = num_candidates = num_left_out = num_outside = 0
+    num_unfinished: int | None = None
     is_ranking = options.pairing in (RANKING, BEST)
     for row, prompt in selected:
         of_prompt = prompt.penalized
@@ -156,6 +154,8 @@ def summarize(
         is_known = ~np.isnan(of_prompt)
         num_distinct.append(prompt.num_distinct)
         num_candidates += len(of_prompt)
+        if "finished" in row:
+            num_unfinished = (num_unfinished or 0) + row["finished"].count(False)
         if "log_ratios" in row and prompt.effective_size is not None:
             plain_sizes.append(effective_sample_size(of_prompt[is_known], options.effective_beta))
         num_left_out, num_outside = num_left_out + prompt.is_left_out, num_outside + prompt.num_outside
@@ -183,7 +183,7 @@ def summarize(
     every = [{name: np.concatenate(values) for name, values in one.items()} for one in (rewards, lengths, certainty)]
     drawn = Numbers(every[0], every[1], every[2], np.array(first_pass))
     means = {name: float(values.mean()) if len(values) else 0.5 for name, values in drawn.probabilities.items()}
-    warnings = []
+    warnings: list[str | None] = []
     if num_equal:
         warnings.append(
             f"All candidates have equal rewards on {num_equal} of {len(num_distinct)} prompts, so their labels are "
@@ -192,11 +192,11 @@ def summarize(
     if 2 * num_equal <= len(num_distinct) and options.pairing != "correct-wrong":  # else coin flips have a reason
         spread = float(np.median([of_prompt.std() for of_prompt in rewards["candidates"] if len(of_prompt)]))
         unlike_logits = scale_warning(options, spread) if temperature == 1 else None
-        warnings += filter(None, [label_warning(options, *means.values()) or unlike_logits])
+        warnings.append(label_warning(options, *means.values()) or unlike_logits)
     if plain_sizes:
-        warnings += filter(None, [correction_warning(options, float(np.mean(sizes)), float(np.mean(plain_sizes)))])
+        warnings.append(correction_warning(options, float(np.mean(sizes)), float(np.mean(plain_sizes))))
     of_prompts = (np.array([values.mean() for values in lengths[name]]) for name in ("chosen", "rejected"))
-    warnings += filter(None, [length_warning(*of_prompts)])
+    warnings.append(length_warning(*of_prompts))
     statistics = SamplingStatistics(
         num_prompts=len(num_distinct),
         num_skipped=len(num_distinct) - len(first_pass),
@@ -209,7 +209,7 @@ def summarize(
         reward_quantiles={name: np.quantile(values, QUANTILES).tolist() for name, values in drawn.rewards.items()},
         label_probability_before=means["random candidates"],
         label_probability_after=means["pairs made"],
-        warning=" ".join(warnings) or None,
+        warning=" ".join(filter(None, warnings)) or None,
         made={RANKING: "rankings", BEST: "completions"}.get(options.pairing, "pairs"),
         num_short=num_short,
         length_quantiles={name: np.quantile(values, QUANTILES).tolist() for name, values in drawn.lengths.items()},

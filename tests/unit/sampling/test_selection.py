@@ -45,9 +45,7 @@ def select(candidates: Dataset, ranker: Ranker = RANKER, seed: int = 0, **option
     prompts, completions = candidates["prompt"][:], candidates["completions"][:]
     rewards = list(map(np.array, candidates["rewards"]))
     selected = select_and_pair(prompts, completions, rewards, ranker, how, seed=seed)
-    finished = candidates["finished"][:] if "finished" in candidates.column_names else None
-    num_unfinished = None if finished is None else sum(row.count(False) for row in finished)
-    statistics, numbers = summarize(zip(candidates, selected, strict=True), num_unfinished, how)
+    statistics, numbers = summarize(zip(candidates, selected, strict=True), how)
     pairs = [
         pair
         for row, kept in zip(candidates, selected, strict=True)

@@ -110,14 +110,14 @@ def test_lengths_are_in_characters_of_candidates_with_a_reward() -> None:
         SelectedPrompt([0.0, 1.0, 2.0, 3.0], 4, [1, 3, 0, 2], 0.5, [0.7], [3, 2], [1, 0], [0.7, 0.9]),
         SelectedPrompt([0.0, None, 2.0, None], 2, [0, 2], 0.5, [0.7], [2], [0], [0.7]),
     ]
-    lengths = summarize([(row, prompt) for prompt in prompts], None, SamplingOptions())[1].lengths
+    lengths = summarize([(row, prompt) for prompt in prompts], SamplingOptions())[1].lengths
     assert {name: values.tolist() for name, values in lengths.items()} == {
         "candidates": [0, 1, 5, 4, 0, 5],
         "accepted": [1, 4, 0, 5, 0, 5],
         "chosen": [4, 5, 5],
         "rejected": [1, 0, 0],
     }
-    ranked = summarize([(row, prompts[0])], None, SamplingOptions(pairing="ranking"))[1].lengths
+    ranked = summarize([(row, prompts[0])], SamplingOptions(pairing="ranking"))[1].lengths
     assert (ranked["chosen"].tolist(), ranked["rejected"].tolist()) == ([4], [5, 1, 0])
 
 
@@ -242,6 +242,6 @@ def test_a_scale_unlike_that_of_logits_is_named_with_what_beta_means(spread: flo
 def test_only_an_uncalibrated_ranker_is_warned_of(temperature: float | None, warned: bool) -> None:
     far = SelectedPrompt([9.0, -9.0], 2, [0, 1], 0.5, [0.99], [0], [1], [0.99])
     row = {"completions": ["long " * 20, "short"]}
-    warning = str(summarize([(row, far)] * 3, None, SamplingOptions(), temperature)[0].warning)
+    warning = str(summarize([(row, far)] * 3, SamplingOptions(), temperature)[0].warning)
     assert ("a standard deviation of 9 " in warning) == warned
     assert "are much longer than the others: 100 against 5 characters" in warning  # beside it
