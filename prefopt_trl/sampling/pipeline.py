@@ -297,7 +297,7 @@ def _check_sources(dataset: Dataset, given: Sequence[str]) -> None:
         raise ValueError("`given` adds candidates without rewards. Remove the column `rewards`, to score all of them.")
     if (isinstance(source, List) and "completions" not in columns) or (given and isinstance(source, Value)):
         raise ValueError("The column `source` of `prompts` does not name the sources of `completions`. Rename it.")
-    for row, example in enumerate(dataset.select_columns(["prompt", *given])):
+    for row, example in enumerate(dataset.select_columns(["prompt", *given]) if given else []):
         texts = [example[name] for name in given if example[name] is not None]
         check_completions(example["prompt"], texts, f"the given columns, row {row} of `prompts`,")
 
