@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 REPO_ROOT = Path(__file__).parents[1]
 
@@ -110,6 +110,23 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def policy(tiny_llama_dir: str) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(tiny_llama_dir)
+
+
+@pytest.fixture
+def tokenizer(tiny_llama_dir: str) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(tiny_llama_dir)
+
+
+@pytest.fixture
+def sampler(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    return policy, tokenizer
 
 
 @pytest.fixture

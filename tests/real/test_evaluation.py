@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.hub_server import contents
 from tests.real.conftest import PACKAGES
 
 pytestmark = pytest.mark.real
@@ -53,10 +54,6 @@ def run(folder: Path, *words: Any) -> str:
     done = subprocess.run(command(*words), cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_rso_is_better_by_its_reward_and_a_killed_evaluation_gives_the_same_bytes(

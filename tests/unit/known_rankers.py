@@ -1,4 +1,4 @@
-"""Rankers and comparisons whose rewards are known: a completion is a number as text, which is its reward."""
+"""Rankers and comparisons whose rewards are known, and functions that rank."""
 
 import numpy as np
 from datasets import Dataset
@@ -9,7 +9,16 @@ from prefopt_trl.rankers.comparative import ComparativeRanker
 
 
 def number(prompts, completions, **columns):
+    """A completion is a number, its reward."""
     return [None if text == "none" else float(text) for text in completions]
+
+
+def brevity(prompts, completions, **columns):
+    return [-float(len(text)) for text in completions]
+
+
+def vowels(prompts, completions, **columns):
+    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
 
 
 def pointwise():

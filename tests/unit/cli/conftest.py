@@ -44,6 +44,14 @@ def training(tiny) -> list[str]:
 
 
 @pytest.fixture
+def function_ranker(tmp_path) -> list[str]:
+    (tmp_path / "own_reward.py").write_text(
+        "def brevity(prompts, completions, **kwargs):\n    return [-len(text) for text in completions]\n"
+    )
+    return ["--ranker", "own_reward.brevity"]
+
+
+@pytest.fixture
 def run_in_process():
     """Run a command, with its exceptions as they are raised."""
     return lambda name, arguments: run(name, *parse(name, arguments))

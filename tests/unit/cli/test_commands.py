@@ -20,14 +20,6 @@ TRAINERS = ["rso", "slic", "pro", "listwise-dpo", "rrhf"]
 SAMPLING = "--num_candidates 4 --num_samples 2 --max_new_tokens 4 --temperature 1.0 --max_length 64"
 
 
-@pytest.fixture
-def function_ranker(tmp_path):
-    (tmp_path / "own_reward.py").write_text(
-        "def brevity(prompts, completions, **kwargs):\n    return [-len(text) for text in completions]\n"
-    )
-    return ["--ranker", "own_reward.brevity"]
-
-
 @pytest.mark.parametrize("name", TRAINERS)
 def test_trainers_save_a_model_and_their_configuration(name, training, run_in_process, tiny_llama_dir, capsys):
     arguments = [*training, "--output_dir", "out", "--learning_rate", "1e-3"]
@@ -314,8 +306,7 @@ def test_a_saved_configuration_is_the_same_run_again(name, given, tiny, tmp_path
     assert yaml.safe_load(config_text(*again)) == yaml.safe_load(Path("config.yaml").read_text())
 
 
-def test_a_reward_model_is_known_by_its_class(training, run_in_process, tiny_llama_dir):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+def test_a_reward_model_is_known_by_its_class(training, run_in_process, tiny_llama_dir, tokenizer):
     config = LlamaConfig.from_pretrained(tiny_llama_dir, num_labels=1)
     LlamaForSequenceClassification(config).save_pretrained("reward")
     tokenizer.save_pretrained("reward")

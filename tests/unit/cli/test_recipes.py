@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import load_from_disk
-from transformers import AutoTokenizer
 
 from prefopt_trl.cli.parsing import parse
 from prefopt_trl.quickstart.tiny import tiny_llama
@@ -17,6 +16,8 @@ ONE_GPU = FOLDER.parent / "one-gpu" / "rounds_rso.yaml"
 COMMANDS = {path.stem: path.stem.split("_")[0] for path in FOLDER.glob("*.yaml")}
 COMMANDS |= {recipe: "rounds rso" for recipe, command in COMMANDS.items() if command == "rounds"}
 CPU = ["--use_cpu", "--bf16", "False"]
+SMALL = "--max_steps 1 --gradient_accumulation_steps 1 --per_device_train_batch_size 2 --dtype float32"
+HALVES = ["--dataset_train_split", "train[:50%]", "--dataset_test_split", "train[50%:]"]
 
 # RSO section 5: "batch size 128 and learning rate 1e-5 with Adafactor", "64 response candidates", "sub-sample 8",
 # "beta = 0.5 and gamma = 0.05". PRO section 4.3: "512, 2, and 5e-6", "128" new tokens, "a total batch size of 112".
@@ -100,13 +101,10 @@ def pairs(tmp_path) -> str:
 
 
 @pytest.fixture
-def sampled(tiny, run_in_process, tmp_path):
+def sampled(tiny, function_ranker, run_in_process):
     """What `sample.yaml` makes, at tiny size."""
-    (tmp_path / "brief.py").write_text(
-        "def brevity(prompts, completions):\n    return [float(-len(text)) for text in completions]\n"
-    )
-    small = "--num_candidates 12 --max_new_tokens 4 --dtype float32 --ranker brief.brevity --output_dir sampled"
-    run_in_process("sample", ["--config", str(FOLDER / "sample.yaml"), *tiny, *small.split()])
+    small = "--num_candidates 12 --max_new_tokens 4 --dtype float32 --output_dir sampled"
+    run_in_process("sample", ["--config", str(FOLDER / "sample.yaml"), *tiny, *function_ranker, *small.split()])
     return "sampled"
 
 
@@ -117,8 +115,8 @@ def test_the_sampling_recipe_keeps_8_in_4_pairs(sampled):
 
 
 @pytest.mark.parametrize("recipe", ["rso_full_zero3", "rso_lora", "slic_full_zero3"])
-def test_recipes_on_sampled_data_run(recipe, sampled, tiny_llama_dir, run_in_process):
-    ranker = ["--ranker", "brief.brevity"] if "slic" in recipe else []
+def test_recipes_on_sampled_data_run(recipe, sampled, function_ranker, tiny_llama_dir, run_in_process):
+    ranker = function_ranker if "slic" in recipe else []
     dry_run(recipe, [*on_half(sampled), *ranker, "--model_name_or_path", tiny_llama_dir], run_in_process)
     state = json.loads(Path("out/checkpoint-1/trainer_state.json").read_text())
     rewards = [entry["eval_reward"] for entry in state["log_history"] if "eval_reward" in entry]
@@ -128,26 +126,19 @@ def test_recipes_on_sampled_data_run(recipe, sampled, tiny_llama_dir, run_in_pro
 
 def on_half(sampled):
     """As the recipes, which judge samples of 2% of the prompts."""
-    halves = ["--dataset_train_split", "train[:50%]", "--dataset_test_split", "train[50%:]"]
-    return ["--dataset_name", sampled, *halves, "--judge", "brief.brevity"]
+    return ["--dataset_name", sampled, *HALVES, "--judge", "own_reward.brevity"]
 
 
-def test_the_recipe_in_4_bits_runs(sampled, tiny_llama_dir, run_in_process):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+def test_the_recipe_in_4_bits_runs(sampled, tokenizer, run_in_process):
     tiny_llama(tokenizer, hidden_size=64, num_layers=1).save_pretrained("wide")  # 4 bits come in blocks of 64 weights
     tokenizer.save_pretrained("wide")
     dry_run("rso_qlora", [*on_half(sampled), "--model_name_or_path", "wide"], run_in_process)
 
 
 @pytest.mark.parametrize("file", [FOLDER / "rounds_rso_zero3.yaml", FOLDER / "rounds_rso_lora.yaml", ONE_GPU])
-def test_the_recipes_of_rounds_run(file, tiny, run_in_process):
-    Path("brief.py").write_text(
-        "def brevity(prompts, completions):\n    return [-float(len(c)) for c in completions]\n"
-    )
-    halves = ["--dataset_train_split", "train[:50%]", "--dataset_test_split", "train[50%:]"]
-    small = "--max_steps 1 --gradient_accumulation_steps 1 --per_device_train_batch_size 2 --dtype float32 "
-    small += "--num_candidates 12 --max_new_tokens 4 --num_rounds 2 --prompts_per_round 3 --output_dir out"
-    own = [*tiny, *CPU, *halves, *small.split(), "--ranker", "brief.brevity"]
+def test_the_recipes_of_rounds_run(file, tiny, function_ranker, run_in_process):
+    few = "--num_candidates 12 --max_new_tokens 4 --num_rounds 2 --prompts_per_round 3 --output_dir out"
+    own = [*tiny, *CPU, *HALVES, *SMALL.split(), *few.split(), *function_ranker]
     config = yaml.safe_load(file.read_text())
     config.pop("dataset_config", None)
     Path("recipe.yaml").write_text(yaml.safe_dump(config))
@@ -160,17 +151,13 @@ def test_the_recipes_of_rounds_run(file, tiny, run_in_process):
 
 
 @pytest.mark.parametrize("recipe", ["sft", "ranker", "ranker_pro", "pro_full_zero3", "pro_lora"])
-def test_recipes_on_comparisons_run(recipe, pairs, tiny_llama_dir, run_in_process):
-    Path("brief.py").write_text(
-        "def brevity(prompts, completions):\n    return [-float(len(c)) for c in completions]\n"
-    )
+def test_recipes_on_comparisons_run(recipe, pairs, function_ranker, tiny_llama_dir, run_in_process):
     data = ["--dataset_name", pairs, "--model_name_or_path", tiny_llama_dir]
-    dry_run(recipe, data + (["--ranker", "brief.brevity"] if recipe.startswith("pro") else []), run_in_process)
+    dry_run(recipe, data + (function_ranker if recipe.startswith("pro") else []), run_in_process)
 
 
 def dry_run(recipe, arguments, run_in_process):
-    small = "--max_steps 1 --gradient_accumulation_steps 1 --per_device_train_batch_size 2 --dtype float32"
-    own = [*arguments, *CPU, *small.split(), "--output_dir", "out"]
+    own = [*arguments, *CPU, *SMALL.split(), "--output_dir", "out"]
     run_in_process(COMMANDS[recipe], ["--config", str(FOLDER / f"{recipe}.yaml"), *own])
     adapter = EXPECTED[recipe].get("use_peft", False)
     assert Path("out", "adapter_model.safetensors" if adapter else "model.safetensors").exists()

@@ -11,15 +11,12 @@ from prefopt_trl.cli.main import main
 from prefopt_trl.cli.parsing import parse
 from prefopt_trl.cli.run import run
 
-REWARD = "def reward(prompts, completions, **columns):\n    return [float(text.count('e')) for text in completions]\n"
-
 
 @pytest.fixture
-def arguments(training, tmp_path):
-    (tmp_path / "reward.py").write_text(REWARD)
+def arguments(training, function_ranker):
     splits = ["--dataset_train_split", "train[:3]", "--dataset_test_split", "train[3:]"]
-    sampling = "--num_candidates 4 --num_samples 2 --max_new_tokens 4 --num_rounds 1 --ranker reward.py:reward"
-    return [*training, *splits, *sampling.split()]
+    sampling = "--num_candidates 4 --num_samples 2 --max_new_tokens 4 --num_rounds 1"
+    return [*training, *splits, *sampling.split(), *function_ranker]
 
 
 @pytest.mark.parametrize("method", ["rso", "pro"])
@@ -41,7 +38,7 @@ def test_each_phase_is_a_launch_of_its_own(method, arguments, tmp_path, monkeypa
         assert (tmp_path / "launched" / file).read_bytes() == (tmp_path / "at once" / file).read_bytes()
     assert yaml.safe_load((tmp_path / "launched/config.yaml").read_text())["num_rounds"] == 1
     judged = json.loads((tmp_path / "at once/round-1/record.json").read_text())["phases"]["judge"]["judges"]
-    assert list(judged) == ["reward"]
+    assert list(judged) == ["own_reward.brevity"]
 
 
 @pytest.mark.parametrize(

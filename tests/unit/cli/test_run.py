@@ -103,13 +103,13 @@ def test_an_error_of_a_function_that_ranks_keeps_its_traceback(training):
         run.main("rso", [*training, *sampling.split(), "--output_dir", "out"])
 
 
-def test_a_folder_of_another_dataset_is_refused_before_sampling_begins(tiny, capsys):
-    Path("brief.py").write_text("def brevity(prompts, completions):\n    return [-len(c) for c in completions]\n")
-    sampling = "--ranker brief.brevity --num_candidates 4 --num_samples 2 --max_new_tokens 4 --output_dir out"
-    run.main("sample", [*tiny, *sampling.split()])
+def test_a_folder_of_another_dataset_is_refused_before_sampling_begins(tiny, function_ranker, capsys):
+    sampling = "--num_candidates 4 --num_samples 2 --max_new_tokens 4 --output_dir out"
+    words = [*tiny, *function_ranker, *sampling.split()]
+    run.main("sample", words)
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
-        run.main("sample", [*tiny, *sampling.split(), "--seed", "1"])
+        run.main("sample", [*words, "--seed", "1"])
     assert "prefopt-trl sample: error: out " in capsys.readouterr().err
 
 

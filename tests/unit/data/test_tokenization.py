@@ -28,11 +28,6 @@ def messages(row):
     }
 
 
-@pytest.fixture
-def tokenizer(tiny_llama_dir):
-    return AutoTokenizer.from_pretrained(tiny_llama_dir)
-
-
 @pytest.mark.parametrize("case", ["text", "text without BOS", "messages"])
 def test_rows_are_tokenised_as_by_trl(case, tokenizer, tiny_llama_dir, tmp_path):
     dataset = PLAIN.map(messages) if case == "messages" else PLAIN

@@ -33,12 +33,7 @@ def length(prompts, completions, **kwargs):
 LENGTH = FunctionRanker(length)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_llama_dir):
-    return AutoTokenizer.from_pretrained(tiny_llama_dir)
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model(tiny_llama_dir):
     return AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
 

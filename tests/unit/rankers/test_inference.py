@@ -26,11 +26,6 @@ PROMPTS = ["What is the capital of France?", "Bake bread."]
 COMPLETIONS = [["Paris.", "The dog"], ["Mix the flour.", ""]]
 
 
-@pytest.fixture
-def tokenizer(tiny_llama_dir):
-    return AutoTokenizer.from_pretrained(tiny_llama_dir)
-
-
 @pytest.fixture(params=[PairwiseRanker, RewardModelRanker])
 def ranker_class(request):
     return request.param

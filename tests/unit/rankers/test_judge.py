@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt_trl import JudgeRanker
 from prefopt_trl.rankers import judge as judge_module
@@ -450,15 +449,9 @@ def test_arguments_out_of_range(options, message):
 # A model in this process
 
 
-@pytest.fixture
-def chat_model(tiny_llama_dir):
-    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir), AutoTokenizer.from_pretrained(tiny_llama_dir)
-
-
 def test_a_local_model_answers_through_the_sampler_and_is_asked_nothing_twice(
-    chat_model, tmp_path, monkeypatch, caplog
+    policy, tokenizer, tmp_path, monkeypatch, caplog
 ):
-    model, tokenizer = chat_model
     path = tmp_path / "prompt.md"
     path.write_text("---\nkind: pair\nverdict: \\A\\W*?([a-m]|[n-z])\n---\n{prompt} {first} {second}")
     sample, asked = judge_module.sample_completions, []
@@ -475,8 +468,8 @@ def test_a_local_model_answers_through_the_sampler_and_is_asked_nothing_twice(
         "max_new_tokens": 4,
         "cache_dir": tmp_path / "saved",
     }
-    ranker = JudgeRanker(model, **options)
-    assert ranker.model is model
+    ranker = JudgeRanker(policy, **options)
+    assert ranker.model is policy
     ranker.both_orders([SKY], [BLUE], [GREEN])
     texts = [f"{SKY} {BLUE} {GREEN}", f"{SKY} {GREEN} {BLUE}"]
     assert [call[:2] for call in asked] == [([[{"role": "user", "content": text}]], 2) for text in texts]
@@ -484,23 +477,23 @@ def test_a_local_model_answers_through_the_sampler_and_is_asked_nothing_twice(
     _, *lines = (tmp_path / "saved/answers.jsonl").read_bytes().split(b"\n")
     assert len(lines) == 4 and all(json.loads(line)[1] for line in lines)
     before = ranker.both_orders([SKY], [BLUE], [GREEN])
-    np.testing.assert_array_equal(JudgeRanker(model, **options).both_orders([SKY], [BLUE], [GREEN]), before)
+    np.testing.assert_array_equal(JudgeRanker(policy, **options).both_orders([SKY], [BLUE], [GREEN]), before)
     assert len(asked) == 2
     for kept in range(5):  # a killed process has saved so many answers
         folder = tmp_path / f"saved {kept}"
         folder.mkdir()
         (folder / "answers.jsonl").write_bytes(b"\n".join(lines[:kept]))
-        again = JudgeRanker(model, **options | {"cache_dir": folder})
+        again = JudgeRanker(policy, **options | {"cache_dir": folder})
         # Asked in another order, with another comparison
         both = again.both_orders([BLUE, SKY], [SKY, BLUE], [GREEN, GREEN])
         np.testing.assert_array_equal(both[1:], before)
         assert {key: again.saved[key] for key in ranker.saved} == ranker.saved
     asked.clear()
-    JudgeRanker(model, **{**options, "votes": 8}).compare([SKY], [BLUE], [GREEN])
+    JudgeRanker(policy, **{**options, "votes": 8}).compare([SKY], [BLUE], [GREEN])
     assert [call[1] for call in asked] == [4, 4]
     settings = ranker.settings()
     with torch.no_grad():
-        model.lm_head.weight[0] += 1
+        policy.lm_head.weight[0] += 1
     assert settings["model"]["weights"] != ranker.settings()["model"]["weights"]
     ranker.compare([SKY], [BLUE], [GREEN])
     assert len(asked) == 4

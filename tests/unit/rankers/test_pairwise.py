@@ -11,7 +11,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedTokenizerFast,
 )
 from trl import SFTConfig, SFTTrainer
@@ -35,11 +34,6 @@ def randomise(model):
             if parameter.ndim > 1 and not name.endswith("A_log"):
                 parameter.normal_(std=0.3)
     return model
-
-
-@pytest.fixture
-def tokenizer(tiny_llama_dir):
-    return AutoTokenizer.from_pretrained(tiny_llama_dir)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BartConfig,
     BertConfig,
     DebertaV2Config,
@@ -46,11 +45,6 @@ TINY_XLNET = {"vocab_size": 300, "d_model": 32, "n_layer": 1, "n_head": 2, "d_in
 
 def as_messages(role: str, text: str) -> list[dict[str, str]]:
     return [{"role": role, "content": text}]
-
-
-@pytest.fixture
-def tokenizer(tiny_llama_dir):
-    return AutoTokenizer.from_pretrained(tiny_llama_dir)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForTokenClassification, AutoTokenizer, BertConfig, LlamaConfig
+from transformers import AutoModelForTokenClassification, BertConfig, LlamaConfig
 
 from prefopt_trl import ProcessRewardRanker
 
@@ -9,11 +9,6 @@ TINY = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidd
 PROMPTS = ["What is 2 + 2 + 2?", "Why?"]
 COMPLETIONS = [["2 + 2 is 4.\n4 + 2 is 6.\n", "2 + 2 is 5.", "\n\n2 + 2 is 4.\n\nSo it is.\n6"], ["Because.", ""]]
 STEPS = [[["2 + 2 is 4.", "4 + 2 is 6."], ["2 + 2 is 5."], ["2 + 2 is 4.", "So it is.", "6"]], [["Because."], [""]]]
-
-
-@pytest.fixture
-def tokenizer(tiny_llama_dir):
-    return AutoTokenizer.from_pretrained(tiny_llama_dir)
 
 
 def model_of(config_class, **options):

@@ -8,7 +8,6 @@ import torch
 from jinja2 import UndefinedError
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BertConfig,
     GPTNeoXConfig,
     GPTNeoXModel,
@@ -24,11 +23,6 @@ TINY = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidd
 TINY |= {"num_attention_heads": 2, "eos_token_id": 2}
 PROMPTS = ["What is the capital of France?", "Bake bread."]
 COMPLETIONS = [[" Paris.", " It is Paris, and no other town.", ""], [" Mix the flour.", " No."]]
-
-
-@pytest.fixture
-def tokenizer(tiny_llama_dir):
-    return AutoTokenizer.from_pretrained(tiny_llama_dir)
 
 
 def with_large_weights(model):

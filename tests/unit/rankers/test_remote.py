@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from pytest_httpserver import HTTPServer
-from transformers import AutoTokenizer
 from werkzeug import Request, Response
 
 from prefopt_trl import RemoteRewardRanker
@@ -54,11 +53,6 @@ def served(server, monkeypatch):
     monkeypatch.setattr(remote.time, "sleep", lambda seconds, wait=time.sleep: wait(min(seconds, 0.05)))
     yield RewardServer(server)
     server.clear()
-
-
-@pytest.fixture
-def tokenizer(tiny_llama_dir):
-    return AutoTokenizer.from_pretrained(tiny_llama_dir)
 
 
 @pytest.mark.parametrize(("template", "batch_size"), [(None, 1), (None, 2), ("oasst", 16)])

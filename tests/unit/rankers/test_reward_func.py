@@ -1,14 +1,11 @@
 """Rankers as reward functions of TRL's online trainers."""
 
-import gc
 import math
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -17,13 +14,7 @@ from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from prefopt_trl import FunctionRanker, PairwiseRanker, RewardModelRanker
 from prefopt_trl.rankers import Ranker
 from prefopt_trl.rankers import base as rankers_base
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fast_collection() -> Iterator[None]:
-    gc.freeze()
-    yield
-    gc.unfreeze()
+from tests.unit.trainers.conftest import _fast_collection, with_large_weights  # noqa: F401
 
 
 class Lengths(Ranker):
@@ -92,14 +83,6 @@ def test_processes_do_not_each_choose_a_baseline(monkeypatch):
 
 
 # TRL's own trainers
-
-
-def with_large_weights(model):
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(0, 0.2, generator=generator)
-    return model
 
 
 def make_ranker(kind: str, model_dir: str) -> Ranker:

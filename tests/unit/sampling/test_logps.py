@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
+from transformers import AutoModelForCausalLM, BloomConfig
 from trl import DPOConfig, DPOTrainer
 
 from prefopt_trl import GenerationOptions
@@ -15,6 +15,7 @@ from prefopt_trl.data.formats import wrap_completion
 from prefopt_trl.data.tokenization import tokenize_completions
 from prefopt_trl.generation.sampler import Candidates, Sampled, sample_candidates, tokenize_prompts
 from prefopt_trl.sampling.logps import pair_logps, sampled_logps
+from tests.unit.trainers.conftest import with_large_weights
 
 PROMPTS = ["What is the capital of France?", "Bake", "Tell me how to bake bread.", "Why?", "The dog sleeps", "A fox."]
 PAIRS = [
@@ -28,22 +29,8 @@ PAIRS = [
 
 
 @pytest.fixture
-def tokenizer(tiny_llama_dir):
-    return AutoTokenizer.from_pretrained(tiny_llama_dir)
-
-
-def with_large_weights(model):
-    """A model whose log-probabilities a wrong mask or position moves by whole nats."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.normal_(0, 0.2, generator=generator)
-    return model.eval()
-
-
-@pytest.fixture
-def model(tiny_llama_dir):
-    return with_large_weights(AutoModelForCausalLM.from_pretrained(tiny_llama_dir))
+def model(policy):
+    return with_large_weights(policy)
 
 
 def as_message(role: str, text: str) -> list[dict[str, str]]:

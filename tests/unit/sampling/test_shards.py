@@ -23,6 +23,7 @@ from prefopt_trl.generation import generators
 from prefopt_trl.rankers import FunctionRanker
 from prefopt_trl.sampling import pipeline, shards, store
 from prefopt_trl.sampling.pipeline import build_preference_dataset
+from tests.hub_server import contents
 
 PROMPTS = [f"Prompt {row}: é\u2028{'x' * row}" for row in range(7)]
 NUM_SHARDS = 4  # of two prompts with six candidates each, the last one of a single prompt
@@ -88,10 +89,6 @@ def build(tiny_llama_dir: str) -> Callable[..., Dataset]:
 def undisturbed(build: Callable[..., Dataset], tmp_path: Path) -> dict[str, bytes]:
     build(tmp_path / "undisturbed")
     return contents(tmp_path / "undisturbed")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def given_candidates() -> Dataset:

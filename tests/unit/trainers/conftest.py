@@ -24,14 +24,17 @@ def _fast_collection() -> Iterator[None]:
     gc.unfreeze()
 
 
-def save_with_large_weights(model_dir: str, folder: Path, seed: int = 0) -> str:
-    """Save a model whose log-probabilities a wrong mask or position moves by whole nats."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
+def with_large_weights(model: Any, seed: int = 0) -> Any:
+    """A model whose log-probabilities a wrong mask or position moves by whole nats."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.2, generator=generator)
-    model.save_pretrained(folder)
+    return model.eval()
+
+
+def save_with_large_weights(model_dir: str, folder: Path, seed: int = 0) -> str:
+    with_large_weights(AutoModelForCausalLM.from_pretrained(model_dir), seed).save_pretrained(folder)
     AutoTokenizer.from_pretrained(model_dir).save_pretrained(folder)
     return str(folder)
 

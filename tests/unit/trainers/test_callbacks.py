@@ -21,13 +21,10 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from prefopt_trl import FunctionRanker, ListwiseDPOTrainer, PROConfig, PROTrainer, RSOConfig, RSOTrainer
 from prefopt_trl.trainers.callbacks import LogPreferencesCallback, first_examples, html_table, table_of
+from tests.unit.known_rankers import brevity
 
 PROMPTS = Dataset.from_dict({"prompt": ["The capital of France is", "Why?", "Mix"]})
 SAMPLING = {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6, "strategy": "sft"}
-
-
-def brevity(completions, **kwargs):
-    return [-len(completion) for completion in completions]
 
 
 # The table

@@ -10,14 +10,11 @@ from datasets import Dataset
 
 import prefopt_trl
 from prefopt_trl import FunctionRanker, RSOConfig, RSOTrainer
+from tests.unit.known_rankers import brevity
 
 PACKAGE = Path(prefopt_trl.__file__).parent
 PAIRS = {"prompt": ["Why?", "Mix"], "chosen": [" Because.", " it"], "rejected": [" No.", " the bread"]}
 SAMPLING = {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 4}
-
-
-def brevity(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    return [-float(len(text)) for text in completions]
 
 
 def entered_files(run: Callable[[], Any]) -> list[str]:

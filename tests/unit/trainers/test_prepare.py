@@ -20,6 +20,7 @@ from prefopt_trl.trainers.pro_trainer import PROTrainer
 from prefopt_trl.trainers.rrhf_trainer import RRHFTrainer
 from prefopt_trl.trainers.rso_trainer import RSOTrainer
 from prefopt_trl.trainers.slic_trainer import SLiCTrainer
+from tests.unit.known_rankers import brevity
 
 PAIRS = {"prompt": ["Why?", "The dog"], "chosen": [" So.", " sleeps"], "rejected": [" I will not say.", " is"]}
 COMPLETIONS = {"prompt": ["Why?", "The dog"], "completions": [[" So.", " No", " Because"], [" sleeps", " is"]]}
@@ -38,10 +39,6 @@ class Length:
     def __call__(self, prompts, completions, **kwargs):
         self.calls.append(list(zip(prompts, completions, strict=True)))
         return [float(len(completion)) for completion in completions]
-
-
-def brevity(prompts, completions, **kwargs):
-    return [-float(len(completion)) for completion in completions]
 
 
 def dataset(columns):

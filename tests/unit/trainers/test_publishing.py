@@ -21,16 +21,13 @@ from trl import DPOTrainer
 from prefopt_trl import FunctionRanker, PROTrainer, RSOTrainer, SLiCTrainer
 from prefopt_trl.runtime.hub import PushError
 from tests.hub_server import TOKEN, Hub, contents, said
+from tests.unit.known_rankers import brevity
 
 REPO = "my-org/my-model"
 PROMPTS = Dataset.from_dict({"prompt": ["The sky is", "Why?"]})
 PAIRS = Dataset.from_dict({"prompt": ["Hi", "Ho"], "chosen": [" blue", " wet"], "rejected": [" green", " no"]})
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
-
-
-def brevity(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:
-    return [-float(len(completion)) for completion in completions]
 
 
 SAMPLING = {"num_candidates": 8, "num_samples": 4, "max_new_tokens": 5, "rejection_beta": 5.0}
