@@ -58,17 +58,8 @@ def make_build() -> Callable[[str, str], None]:
             training = {"max_steps": 3, "save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4}
             quiet = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
             sampling = {"num_candidates": NUM_CANDIDATES, "num_samples": 4, "max_new_tokens": 8, "gamma": 0.1}
-            args = RSOConfig(folder, **training, **quiet, **sampling)
-            train_in_rounds(
-                RSOTrainer,
-                model,
-                args,
-                PROMPTS[:8],
-                ranker,
-                eval_prompts=PROMPTS[8:12],
-                num_rounds=2,
-                data="accumulate",
-            )
+            args, how = RSOConfig(folder, **training, **quiet, **sampling), {"num_rounds": 2, "data": "accumulate"}
+            train_in_rounds(RSOTrainer, model, args, PROMPTS[:8], ranker, eval_prompts=PROMPTS[8:12], **how)
             return
         if what == "evaluation":
             policies = {"policy": policy, "targets": ["fish"] * 8}

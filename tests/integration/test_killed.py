@@ -177,9 +177,6 @@ def test_killed_at_random_moments(run: Run, expected: dict, tmp_path: Path, proc
         shutil.rmtree(folder, ignore_errors=True)
 
 
-PHASES = {"_sample": "sample", "_train": "train", "_judge": "judge"}
-
-
 def data_and_losses(folder: Path) -> dict[str, Any]:
     """What rounds have made: the files of data and samples as bytes, and the loss of every step."""
     files = [*folder.glob("round-*/sampled/**/*"), *folder.glob("round-*/evaluation/samples.jsonl")]
@@ -192,11 +189,8 @@ def data_and_losses(folder: Path) -> dict[str, Any]:
         made[state.parts[-4]] = [entry["loss"] for entry in json.loads(state.read_text())["log_history"]]
         made[f"{state.parts[-4]}/weights"] = (state.parents[1] / "model.safetensors").read_bytes()
         record = json.loads((state.parents[2] / "record.json").read_text())["phases"]
-        made[f"{state.parts[-4]}/record"] = (
-            record["train"]["loss"],
-            record["train"]["steps"],
-            record["judge"]["judges"],
-        )
+        train, judges = record["train"], record["judge"]["judges"]
+        made[f"{state.parts[-4]}/record"] = (train["loss"], train["steps"], judges)
     return made
 
 
@@ -218,8 +212,8 @@ def test_rounds_killed_at_random_moments(run: Run, tmp_path: Path, processes: in
         call = int((moment + random.random()) % NUM_MOMENTS / NUM_MOMENTS * 0.95 * len(outcome["calls"][rank]))
         first = run(folder, what="rounds", processes=processes, rank=rank, call=call)
         assert killed(first)
-        begun = [name for name in first["calls"][rank] if name in PHASES]
-        hit.append(f"{len(begun)} {PHASES[begun[-1]]}" if begun else "before")
+        begun = [name for name in first["calls"][rank] if name in ("_sample", "_train", "_judge")]
+        hit.append(f"{len(begun)} {begun[-1]}" if begun else "before")
         assert run(folder, what="rounds", processes=processes)["status"] == [0] * processes, f"after {hit[-1]}, {call}"
         assert data_and_losses(folder) == expected, f"after {hit[-1]}, call {call}, {first['last']}"
         shutil.rmtree(folder)
