@@ -13,10 +13,8 @@ def test_help_names_the_commands(capsys):
         main(["--help"])
     printed = capsys.readouterr().out
     named = {line.split()[0] for line in printed.splitlines() if line.startswith("    ") and line[4] != " "}
-    commands = (
-        "sft ranker reward-model sample rso slic pro listwise-dpo rrhf rounds evaluate evaluate-ranker side-by-side "
-    )
-    commands += "quickstart env"
+    commands = "sft ranker reward-model sample rso slic pro listwise-dpo rrhf rounds "
+    commands += "evaluate evaluate-ranker side-by-side quickstart env"
     assert named - {"command"} == set(commands.split())
 
 

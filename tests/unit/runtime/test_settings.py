@@ -234,8 +234,7 @@ def test_whether_an_adapter_is_on_or_merged_counts(tiny_llama_dir):
     assert len({before, disabled, merged}) == 3
 
 
-def test_a_tokenizer_that_was_used_is_the_same_one(tiny_llama_dir):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+def test_a_tokenizer_that_was_used_is_the_same_one(tokenizer):
     before = tokenizer_fingerprint(tokenizer)
     tokenizer(["a", "longer text"], padding=True, truncation=True, max_length=2)
     assert tokenizer_fingerprint(tokenizer) == before

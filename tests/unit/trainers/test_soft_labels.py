@@ -92,10 +92,9 @@ def test_with_certain_labels_it_is_trls_own_path(lora, precompute, make):
 
 
 @pytest.mark.parametrize(("loss_type", "p"), [("aot_unpaired", 0.8), ("robust", 0.8 / 0.6)])
-def test_trls_conservative_and_robust_losses(loss_type, p, one_step, tiny_llama_dir):
+def test_trls_conservative_and_robust_losses(loss_type, p, one_step, policy):
     """With batches of one pair TRL's "aot_unpaired" is conservative DPO; "robust" is the same for a p above 1."""
-    reference = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
-    log = one_step(RSOTrainer, PAIRS.select([2]), loss_type=loss_type, label_smoothing=0.2, ref_model=reference).log
+    log = one_step(RSOTrainer, PAIRS.select([2]), loss_type=loss_type, label_smoothing=0.2, ref_model=policy).log
     scores = torch.tensor([[log["rewards/chosen"], log["rewards/rejected"]]])
     expected = losses.with_labels(lambda pairs: losses.sigmoid_norm(pairs, gamma=1), scores, torch.tensor([p]))
     assert log["loss"] == pytest.approx(expected.item(), rel=1e-4)

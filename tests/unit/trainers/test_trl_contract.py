@@ -19,7 +19,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_state as fully_shard_state
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer, utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -498,8 +498,7 @@ def test_every_argument_of_trls_config_is_known_to_have_an_effect_or_none():
     require(not gone, f"DPOConfig has no longer the arguments {sorted(gone)}", f"the lists in {ARGUMENTS}")
 
 
-def test_a_missing_pad_token_is_set(tiny_llama_dir, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+def test_a_missing_pad_token_is_set(tiny_llama_dir, tokenizer, tmp_path):
     tokenizer.pad_token = None
     make(DPOTrainer, tiny_llama_dir, tmp_path, processing_class=tokenizer)
     require(
