@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import load_from_disk
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import prefopt_trl.rounds.rounds
 from prefopt_trl import (
@@ -28,34 +28,18 @@ from prefopt_trl.rounds.models import load
 from prefopt_trl.rounds.report import best_round, measured, report_on_rounds
 from prefopt_trl.runtime.settings import read_lines
 from prefopt_trl.sampling.logps import pair_logps
+from tests.unit.known_rankers import vowels
+from tests.unit.trainers.conftest import _fast_collection  # noqa: F401
 
 PROMPTS = [f"Tell me of {what}" for what in ("bread", "France", "the dog", "water", "salt", "a fox")]
 HELD_OUT = ["What is flour?", "The capital is", "Mix the"]
 SMALL = {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6, "max_length": 64}
-TRAINING = {
-    "max_steps": 2,
-    "save_steps": 1,
-    "logging_steps": 1,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-}
-QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False}
+TRAINING = {"max_steps": 2, "save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4}
+TRAINING |= {"learning_rate": 1e-2, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False}
 
 
 def nothing(prompts, completions, **columns):
     return [0.0] * len(completions)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fast_collection():
-    """Each phase collects garbage, which takes longer than the phase unless the libraries are left out."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-def vowels(prompts, completions, **columns):
-    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
 
 
 @pytest.fixture
@@ -64,7 +48,7 @@ def rounds(tiny_llama_dir, tmp_path):
 
     def train(name="RSO", args=None, model=tiny_llama_dir, ranker=None, judges=None, folder="rounds", **options):
         config = getattr(prefopt_trl, f"{name}Config")
-        settings = {**SMALL, **TRAINING, **QUIET, **({"gamma": 0.1} if name == "RSO" else {}), **(args or {})}
+        settings = {**SMALL, **TRAINING, **({"gamma": 0.1} if name == "RSO" else {}), **(args or {})}
         return train_in_rounds(
             options.pop("trainer_class", getattr(prefopt_trl, f"{name}Trainer")),
             model,
@@ -83,27 +67,27 @@ def weights(folder):
     return torch.cat([one.flatten() for one in AutoModelForCausalLM.from_pretrained(str(folder)).parameters()])
 
 
+def pairs_of(made, number):
+    return load_from_disk(str(made.round_folder(number) / "sampled/pairs"))
+
+
 def losses(folder):
     history = json.loads(Path(folder, "checkpoint-2", "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history]
 
 
-def test_a_round_is_sampling_from_the_round_before_and_training_on_the_samples(rounds, tiny_llama_dir, tmp_path):
+def test_a_round_is_sampling_from_the_round_before_and_training_on_the_samples(rounds, policy, tokenizer, tmp_path):
     made = rounds()
     before, record = made.model_of(1), made.record(2)["phases"]
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
-    policy = AutoModelForCausalLM.from_pretrained(before)
+    models = (AutoModelForCausalLM.from_pretrained(before), tokenizer)
     by_hand = {**SMALL, "seed": record["sample"]["seed"]}
-    max_length = by_hand.pop("max_length")
-    pairs = build_preference_dataset(
-        PROMPTS, policy, tokenizer, FunctionRanker(vowels), tmp_path / "hand", max_length=max_length, **by_hand
-    )
-    assert pairs.to_list() == load_from_disk(str(tmp_path / "rounds/round-2/sampled/pairs")).to_list()
-    assert pairs["chosen"] != load_from_disk(str(tmp_path / "rounds/round-1/sampled/pairs"))["chosen"]
+    pairs = build_preference_dataset(PROMPTS, *models, FunctionRanker(vowels), tmp_path / "hand", **by_hand)
+    assert pairs.to_list() == pairs_of(made, 2).to_list()
+    assert pairs["chosen"] != pairs_of(made, 1)["chosen"]
     trainer = RSOTrainer(
         before,
-        ref_model=AutoModelForCausalLM.from_pretrained(tiny_llama_dir),
-        args=RSOConfig(str(tmp_path / "trained"), gamma=0.1, **SMALL, **TRAINING, **QUIET),
+        ref_model=policy,
+        args=RSOConfig(str(tmp_path / "trained"), gamma=0.1, **SMALL, **TRAINING),
         train_dataset=pairs,
         processing_class=tokenizer,
     )
@@ -114,9 +98,6 @@ def test_a_round_is_sampling_from_the_round_before_and_training_on_the_samples(r
     samples = read_lines(tmp_path / "rounds/round-2/evaluation/samples.jsonl")
     of_round = [row["rewards"]["FunctionRanker"] for row in samples if row["policy"] == "round 2"]
     assert record["judge"]["judges"]["FunctionRanker"]["reward"]["mean"] == pytest.approx(np.mean(of_round))
-
-
-NOT_JUDGED = {"first_judge": "judge", "judges": {}}
 
 
 class Watched(RSOTrainer):
@@ -133,6 +114,21 @@ class Watched(RSOTrainer):
         return result
 
 
+@pytest.fixture
+def watched(monkeypatch):
+    """The class of a trainer that has seen nothing yet; no round is judged."""
+    monkeypatch.setattr(prefopt_trl.Rounds, "_judge", lambda self, number: {"first_judge": "judge", "judges": {}})
+    Watched.ref_logps, Watched.holds_model = [], []
+    return Watched
+
+
+def chosen_logps(made, number):
+    """The mean log-probability of what the second round trains to prefer, under the model of a round."""
+    pairs, model = made._data(2), load(made.model_of(number), made.args, None)
+    both = list(zip(pairs["chosen"], pairs["rejected"], strict=True))
+    return pair_logps(model, made.tokenizer, pairs["prompt"], both, 64)[:, 0].mean()
+
+
 @pytest.mark.parametrize(
     "options, adapter, reference, holds_model",
     [
@@ -145,38 +141,24 @@ class Watched(RSOTrainer):
         ({"start": "first", "reference": "previous"}, True, 1, True),
     ],
 )
-def test_the_reference_of_the_second_round(rounds, options, adapter, reference, holds_model, monkeypatch):
-    monkeypatch.setattr(prefopt_trl.Rounds, "_judge", lambda self, number: NOT_JUDGED)
-    Watched.ref_logps, Watched.holds_model = [], []
+def test_the_reference_of_the_second_round(rounds, watched, options, adapter, reference, holds_model):
     peft = LoraConfig(r=4, lora_alpha=64, task_type="CAUSAL_LM") if adapter else None
     one_batch = {"per_device_train_batch_size": 64, "learning_rate": 3e-2}
-    made = rounds(trainer_class=Watched, args=one_batch, peft_config=peft, **options)
-    pairs = made._data(2)
-    both = list(zip(pairs["chosen"], pairs["rejected"], strict=True))
-    models = [load(made.model_of(number), made.args, None) for number in (0, 1)]
-    expected = [pair_logps(model, made.tokenizer, pairs["prompt"], both, 64)[:, 0].mean() for model in models]
+    made = rounds(trainer_class=watched, args=one_batch, peft_config=peft, **options)
+    expected = [chosen_logps(made, number) for number in (0, 1)]
     assert abs(expected[0] - expected[1]) > 0.5
-    assert Watched.ref_logps[1] == pytest.approx(expected[reference], abs=0.01)
-    assert Watched.holds_model[1] == holds_model
+    assert watched.ref_logps[1] == pytest.approx(expected[reference], abs=0.01)
+    assert watched.holds_model[1] == holds_model
 
 
-def test_corrected_rounds_keep_the_log_probabilities_of_the_first_model(rounds, monkeypatch):
-    monkeypatch.setattr(prefopt_trl.Rounds, "_judge", lambda self, number: NOT_JUDGED)
-    Watched.ref_logps, Watched.holds_model = [], []
+def test_corrected_rounds_keep_the_log_probabilities_of_the_first_model(rounds, watched):
     args = {"per_device_train_batch_size": 64, "learning_rate": 3e-2, "reference_logps": "sampled"}
-    made = rounds(trainer_class=Watched, args=args, importance_correction=True, proposal_clip=5.0)
-    assert Watched.holds_model == [False, False]
-    pairs, first = made._data(2), load(made.model, made.args, None)
-    both = list(zip(pairs["chosen"], pairs["rejected"], strict=True))
-    expected = pair_logps(first, made.tokenizer, pairs["prompt"], both, 64)[:, 0].mean()
-    assert Watched.ref_logps[1] == pytest.approx(expected, abs=0.01)
-    candidates = load_from_disk(str(made.round_folder(2) / "sampled/candidates"))
-    assert np.abs(candidates["log_ratios"]).max() > 0.1
-    statistics = made.record(2)["phases"]["sample"]["statistics"]
-    assert (
-        1 <= statistics["effective_size"] <= 6
-        and "log_ratios" not in load_from_disk(str(made.round_folder(1) / "sampled/candidates")).column_names
-    )
+    made = rounds(trainer_class=watched, args=args, importance_correction=True, proposal_clip=5.0)
+    assert watched.holds_model == [False, False]
+    assert watched.ref_logps[1] == pytest.approx(chosen_logps(made, 0), abs=0.01)
+    first, second = (load_from_disk(str(made.round_folder(one) / "sampled/candidates")) for one in (1, 2))
+    assert "log_ratios" not in first.column_names and np.abs(second["log_ratios"]).max() > 0.1
+    assert 1 <= made.record(2)["phases"]["sample"]["statistics"]["effective_size"] <= 6
 
 
 def test_what_a_round_trains_on_and_which_prompts_it_has(rounds):
@@ -186,7 +168,7 @@ def test_what_a_round_trains_on_and_which_prompts_it_has(rounds):
     assert sorted([*parts[0], *parts[1], *parts[2]]) == sorted(2 * PROMPTS) and parts[3] == parts[0]
     assert made.record(2)["phases"]["sample"]["prompts"] == 4
 
-    own = [load_from_disk(str(made.round_folder(one) / "sampled/pairs")).to_list() for one in (1, 2, 3)]
+    own = [pairs_of(made, number).to_list() for number in (1, 2, 3)]
     trained = {
         data: replace(made, options=RoundsOptions(data=data))._data(3).to_list()
         for data in ("replace", "accumulate", "mix")
@@ -301,9 +283,9 @@ def test_bad_input(rounds, given, message, monkeypatch):
         rounds(**given)
 
 
-def test_a_model_object_is_refused(rounds, tiny_llama_dir):
+def test_a_model_object_is_refused(rounds, policy):
     with pytest.raises(TypeError, match="`model` is a LlamaForCausalLM. Give the folder or Hub id"):
-        rounds(model=AutoModelForCausalLM.from_pretrained(tiny_llama_dir))
+        rounds(model=policy)
 
 
 def record(number, **found):
@@ -340,11 +322,8 @@ def test_rounds_that_do_not_help_end_them(rounds, capsys):
     assert made.best_model == made.model and "no round is better" in capsys.readouterr().out
 
 
-def test_a_ranker_that_only_compares_judges_against_the_start(rounds, tiny_llama_dir):
-    judge = PairwiseRanker(
-        AutoModelForCausalLM.from_pretrained(tiny_llama_dir), AutoTokenizer.from_pretrained(tiny_llama_dir)
-    )
-    made = rounds(num_rounds=1, judges={"judge": judge})
+def test_a_ranker_that_only_compares_judges_against_the_start(rounds, sampler):
+    made = rounds(num_rounds=1, judges={"judge": PairwiseRanker(*sampler)})
     assert made.record(0)["phases"]["judge"]["judges"] == {}
     assert 0 <= measured(made.record(1), "win_rate").mean <= 1
     assert "| 0     |" in str(made)
