@@ -9,7 +9,6 @@ import numpy as np
 import openai
 import pytest
 from datasets import Dataset, load_from_disk
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prefopt_trl
 from prefopt_trl import (
@@ -50,11 +49,6 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_server, "NUM_RETRIES", 2)
 
 
-@pytest.fixture(scope="module")
-def policy(tiny_llama_dir: str) -> tuple[Any, Any]:
-    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir), AutoTokenizer.from_pretrained(tiny_llama_dir)
-
-
 def says(body: dict[str, Any]) -> dict[str, Any]:
     """A completion that its seed decides; every third one is cut."""
     text, reason = f" {body['seed']}"[: 1 + body["max_tokens"]], "length" if body["seed"] % 3 == 0 else "stop"
@@ -75,11 +69,11 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("prompts", [PLAIN, CHATS], ids=["plain", "conversational"])
 @pytest.mark.parametrize("kind", ["shared", "continuous", "server"])
-def test_a_dataset_is_made_by_any_generator(kind: str, prompts: list, policy, tmp_path: Path) -> None:
+def test_a_dataset_is_made_by_any_generator(kind: str, prompts: list, sampler, tmp_path: Path) -> None:
     with serving(says) as chat:
         generator: Generator = {
-            "shared": SharedPrefixGenerator(*policy),
-            "continuous": ContinuousBatchingGenerator(*policy),
+            "shared": SharedPrefixGenerator(*sampler),
+            "continuous": ContinuousBatchingGenerator(*sampler),
             "server": OpenAIGenerator("m", chat.url),
         }[kind]
         pairs = build(tmp_path, generator, prompts)
@@ -94,10 +88,10 @@ def test_a_dataset_is_made_by_any_generator(kind: str, prompts: list, policy, tm
     assert ("policy" in settings) == (kind != "server") and ("generator" in settings) == (kind != "shared")
 
 
-def test_the_default_generator_writes_what_policy_and_tokenizer_write(policy, tmp_path: Path) -> None:
+def test_the_default_generator_writes_what_policy_and_tokenizer_write(sampler, tmp_path: Path) -> None:
     more = {"generation_kwargs": {"min_p": 0.01}}
-    build_preference_dataset(PLAIN, *policy, RANKER, tmp_path / "default", keep_logps=True, **HOW, **more)
-    build(tmp_path / "given", SharedPrefixGenerator(*policy, **more), keep_logps=True)
+    build_preference_dataset(PLAIN, *sampler, RANKER, tmp_path / "default", keep_logps=True, **HOW, **more)
+    build(tmp_path / "given", SharedPrefixGenerator(*sampler, **more), keep_logps=True)
     for name in ("manifest.json", "candidates/data-00000-of-00001.arrow", "pairs/data-00000-of-00001.arrow"):
         assert (tmp_path / "given" / name).read_bytes() == (tmp_path / "default" / name).read_bytes()
 
@@ -128,7 +122,7 @@ def test_too_few_completions_are_refused_with_the_row(leaves_out: bool, found: i
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"policy": True}, "`generator` takes the place of `policy`"),
+        ({"policy": True, "tokenizer": True}, "`generator` takes the place of `policy`"),
         ({"tokenizer": True, "kind": "local"}, "and of `tokenizer` if it has one"),
         ({"generation_kwargs": {"min_p": 0.1}}, "`generator` takes the place of `policy` and `generation_kwargs`"),
         ({"keep_logps": True}, "`keep_logps` needs the log-probabilities of the policy's tokens"),
@@ -139,15 +133,15 @@ def test_too_few_completions_are_refused_with_the_row(leaves_out: bool, found: i
     ],
     ids=str,
 )
-def test_what_a_generator_cannot_do_is_refused(given: dict, message: str, policy, tmp_path: Path) -> None:
+def test_what_a_generator_cannot_do_is_refused(given: dict, message: str, sampler, tmp_path: Path) -> None:
     prompts, kind = given.pop("prompts", PLAIN), given.pop("kind", "server")
-    model, tokenizer = policy if given.pop("policy", False) else (None, None)
-    if given.pop("tokenizer", False):
-        tokenizer = policy[1]
+    model, tokenizer = (
+        one if given.pop(name, False) else None for name, one in zip(("policy", "tokenizer"), sampler, strict=True)
+    )
     if isinstance(prompts[0], dict):
         prompts = Dataset.from_list(prompts)
     with serving(says) as chat, pytest.raises(ValueError, match=message):
-        generator = OpenAIGenerator("m", chat.url) if kind == "server" else SharedPrefixGenerator(*policy)
+        generator = OpenAIGenerator("m", chat.url) if kind == "server" else SharedPrefixGenerator(*sampler)
         given["generator"] = generator
         build_preference_dataset(prompts, model, tokenizer, RANKER, tmp_path, **HOW, **given)
 
@@ -191,7 +185,7 @@ def test_generate_batch_has_the_law_of_the_policy(options: dict) -> None:
             np.testing.assert_allclose([one.logp for one in row.sampled[:20]], logps, atol=1e-5)
 
 
-def test_generate_batch_ends_at_each_eos_and_keeps_log_probabilities_of_pairs(policy, tmp_path: Path) -> None:
+def test_generate_batch_ends_at_each_eos_and_keeps_log_probabilities_of_pairs(sampler, tmp_path: Path) -> None:
     model, tokenizer = random_model(), letter_tokenizer()
     model.generation_config.eos_token_id = [EOS, TURN]
     how = GenerationOptions(max_new_tokens=20, generation_memory_budget=1.0)
@@ -199,7 +193,7 @@ def test_generate_batch_ends_at_each_eos_and_keeps_log_probabilities_of_pairs(po
     (row,) = ContinuousBatchingGenerator(model, tokenizer).generate(request)
     ends = {one.ids[-1] for one, finished in zip(row.sampled, row.finished, strict=True) if finished}
     assert ends == {EOS, TURN} and not any({EOS, TURN} & set(one.ids[:-1]) for one in row.sampled)
-    pairs = build(tmp_path, ContinuousBatchingGenerator(*policy), keep_logps=True)
+    pairs = build(tmp_path, ContinuousBatchingGenerator(*sampler), keep_logps=True)
     assert all(logp < 0 for logp in [*pairs["ref_chosen_logps"], *pairs["ref_rejected_logps"]])
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from prefopt_trl.data.collators import DataCollatorForRanking
@@ -15,27 +14,13 @@ from prefopt_trl.generation.sampler import Candidates
 from prefopt_trl.rankers import FunctionRanker
 from prefopt_trl.sampling import collator as module
 from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
+from tests.unit.known_rankers import number
 
 EXAMPLES = [{"prompt": "The dog"}, {"prompt": "Bread:"}, {"prompt": "What is the capital of France?"}]
 
 
-def number(prompts, completions, **kwargs):
-    """A completion is a number, its reward."""
-    return [float(completion) for completion in completions]
-
-
 def length(prompts, completions, **kwargs):
     return [0.2 * len(completion) for completion in completions]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_llama_dir):
-    return AutoTokenizer.from_pretrained(tiny_llama_dir)
-
-
-@pytest.fixture(scope="module")
-def policy(tiny_llama_dir):
-    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
 
 
 @pytest.fixture
@@ -100,9 +85,8 @@ def test_pairings_that_are_not_for_batches_are_refused(policy, tokenizer, pairin
 
 @pytest.mark.parametrize("pairing", ["first-round", "ranking"])
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
-def test_rows_are_cut_and_padded_as_asked(policy, tiny_llama_dir, texts, pairing, mode):
+def test_rows_are_cut_and_padded_as_asked(policy, tokenizer, texts, pairing, mode):
     texts.append(["1 and no more", "2", "3", "4", "5", "6"])
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     tokenizer.pad_token = None
     given = {"ranker": FunctionRanker(length), "strategy": "top-k", "num_samples": 2, "pairing": pairing}
     batch = make(policy, tokenizer, **given, max_length=9, truncation_mode=mode, pad_to_multiple_of=4)(EXAMPLES[:1])
@@ -191,9 +175,8 @@ def test_conversations_are_sampled_as_messages(policy, tokenizer, texts):
 
 
 @pytest.mark.parametrize("pairing", ["first-round", "ranking"])
-def test_the_template_of_each_example_decides_what_is_distinct(policy, tiny_llama_dir, texts, pairing):
+def test_the_template_of_each_example_decides_what_is_distinct(policy, tokenizer, texts, pairing):
     texts += [["1</think>a", "2</think>a", "3</think>a", "1</think>b", "2</think>b", "3</think>b"]] * 2
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     tokenizer.chat_template = "{{ style }}" + tokenizer.chat_template.replace("ent']", "ent'].split('</think>')[-1]")
     content = FunctionRanker(lambda prompts, completions, **kwargs: [float(c[0]["content"][0]) for c in completions])
     collator = make(policy, tokenizer, ranker=content, strategy="top-k", num_samples=2, pairing=pairing)
@@ -273,11 +256,10 @@ def test_a_function_is_no_ranker(policy, tokenizer):
         make(policy, tokenizer, ranker=number)
 
 
-def test_a_tokenizer_without_eos_is_refused(policy, tiny_llama_dir):
-    endless = AutoTokenizer.from_pretrained(tiny_llama_dir)
-    endless.eos_token = None
+def test_a_tokenizer_without_eos_is_refused(policy, tokenizer):
+    tokenizer.eos_token = None
     with pytest.raises(ValueError, match="`tokenizer` has no EOS token.* Set `tokenizer.eos_token`"):
-        make(policy, endless)
+        make(policy, tokenizer)
 
 
 def test_a_prompt_that_fills_max_length_is_refused(policy, tokenizer):

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, load_from_disk
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt_trl import FunctionRanker, PROConfig, PROTrainer, RSOConfig, RSOTrainer, build_preference_dataset
 from prefopt_trl.sampling.selection import add_given
+from tests.unit.known_rankers import brevity
 
 DATA: dict[str, Any] = {
     "prompt": ["The sky is", "The sea is", "The sun is"],
@@ -20,18 +20,13 @@ DATA: dict[str, Any] = {
 MESSAGES = [{"role": "assistant", "content": "Blue."}]
 OPTIONS: dict[str, Any] = {"num_candidates": 4, "num_samples": 4, "strategy": "sft"}
 TRAINING: dict[str, Any] = {"use_cpu": True, "bf16": False, "max_steps": 1, "report_to": "none", "save_strategy": "no"}
-BREVITY = FunctionRanker(lambda prompts, completions, **columns: [-float(len(text)) for text in completions])
+BREVITY = FunctionRanker(brevity)
 SOURCES = {DATA[name][row]: name for name in ("chosen", "rejected", "chatgpt") for row in range(3)}
 
 
 def build(folder: Path, given=("chosen", "rejected", "chatgpt"), policy=None, tokenizer=None, data=DATA, **options):
     how = {**OPTIONS, **options}
     return build_preference_dataset(Dataset.from_dict(data), policy, tokenizer, BREVITY, folder, given=given, **how)
-
-
-@pytest.fixture(scope="module")
-def sampler(tiny_llama_dir: str) -> tuple[Any, Any]:
-    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir), AutoTokenizer.from_pretrained(tiny_llama_dir)
 
 
 def test_given_ones_come_last_and_none_leaves() -> None:

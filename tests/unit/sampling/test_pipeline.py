@@ -20,8 +20,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
     T5Config,
 )
 
@@ -82,18 +80,10 @@ class CountingRanker(PointwiseRanker):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_llama_dir: str) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(tiny_llama_dir)
-
-
-@pytest.fixture(scope="module")
-def policy(tiny_llama_dir: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
-
-
-@pytest.fixture(scope="module")
-def build(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Dataset]:
+def build(tiny_llama_dir: str) -> Callable[..., Dataset]:
     """`build_preference_dataset` of a few prompts, unless told otherwise."""
+    policy = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
 
     def call(output_dir: Path, prompts: Any = PROMPTS, **options: Any) -> Dataset:
         arguments = {"policy": policy, "tokenizer": tokenizer, "ranker": RANKER, **OPTIONS, **options}
@@ -220,10 +210,7 @@ def test_the_same_seed_gives_the_same_dataset_and_another_seed_another(build, bu
     assert not set(other["chosen"]) & set(pairs["chosen"])
 
 
-def test_a_tokenizer_without_pad_gives_the_same_dataset(
-    build, built: Path, tiny_llama_dir: str, tmp_path: Path
-) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+def test_a_tokenizer_without_pad_gives_the_same_dataset(build, built: Path, tokenizer, tmp_path: Path) -> None:
     tokenizer.pad_token = None
     pairs = build(tmp_path / "pairs", tokenizer=tokenizer)
     assert pairs.to_dict() == load_from_disk(str(built / "pairs")).to_dict()
@@ -463,9 +450,8 @@ def test_prompts_that_were_shared_and_are_not_now_are_refused(build, built: Path
 
 
 def test_conversations_of_a_dated_template_are_not_resumed_on_another_day(
-    build, tiny_llama_dir, tmp_path: Path, monkeypatch, caplog
+    build, tokenizer, tmp_path: Path, monkeypatch, caplog
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
     for day in (27, 28):
         clock = SimpleNamespace(now=lambda day=day: datetime.datetime(2026, 11, day))
@@ -491,14 +477,12 @@ def test_equal_rewards_of_all_candidates_are_said(build, tmp_path: Path, caplog)
     assert "`len(completion)` of a conversational completion counts its messages" in warning
 
 
-def test_other_weights_and_another_tokenizer_are_refused(build, built: Path, tiny_llama_dir: str) -> None:
-    policy = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+def test_other_weights_and_another_tokenizer_are_refused(build, built: Path, policy, tokenizer) -> None:
     build(built, policy=policy)  # the same weights elsewhere are the same policy
     with torch.no_grad():
         policy.model.layers[1].mlp.up_proj.weight += 1e-3
     with pytest.raises(ValueError, match="settings:\n  policy: '[0-9a-f]{64}' there, '[0-9a-f]{64}' now\nSet"):
         build(built, policy=policy)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     tokenizer.chat_template = "{{ messages }}"
     with pytest.raises(ValueError, match="settings:\n  tokenizer: '[0-9a-f]{64}' there, '[0-9a-f]{64}' now\nSet"):
         build(built, tokenizer=tokenizer)
@@ -663,16 +647,14 @@ def test_an_encoder_decoder_is_sampled_and_its_logps_are_not_kept(build, tokeniz
     assert manifest["settings"]["prompts_are_shared"] is False
 
 
-def test_a_tokenizer_without_eos_is_refused(build, tiny_llama_dir: str, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+def test_a_tokenizer_without_eos_is_refused(build, tokenizer, tmp_path: Path) -> None:
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="`tokenizer` has no EOS token.*Set `tokenizer.eos_token`"):
         build(tmp_path / "pairs", tokenizer=tokenizer)
     assert not (tmp_path / "pairs").exists()
 
 
-def test_conversations_without_a_chat_template_are_refused(build, tiny_llama_dir: str, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+def test_conversations_without_a_chat_template_are_refused(build, tokenizer, tmp_path: Path) -> None:
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="has no chat template"):
         build(tmp_path / "pairs", CONVERSATIONS, tokenizer=tokenizer)
@@ -737,8 +719,7 @@ def test_prompts_are_written_with_the_tools_and_arguments_of_their_row(
         build(tmp_path / "long", prompts, tokenizer=reads, max_length=20)
 
 
-def test_candidates_that_training_reads_as_equal_tokens_count_as_one(tiny_llama_dir: str, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+def test_candidates_that_training_reads_as_equal_tokens_count_as_one(tokenizer, tmp_path: Path) -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace("['content']", "['content'].split('</think>')[-1]")
     texts = [
         ["<think>a</think>yes", "<think>b</think>yes", "<think>b</think>no", "c</think>no"],
@@ -774,12 +755,10 @@ def test_rankings_are_saved_with_the_columns_of_their_prompts(policy, tokenizer,
     assert "Reusing the dataset in" in caplog.text
 
 
-def test_only_models_that_are_run_must_be_whole(tmp_path, tiny_llama_dir, monkeypatch):
-    sharded = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
-    monkeypatch.setattr(pipeline, "partition_reason", lambda model: "sharded" if model is sharded else None)
+def test_only_models_that_are_run_must_be_whole(tmp_path, policy, tokenizer, monkeypatch):
+    monkeypatch.setattr(pipeline, "partition_reason", lambda model: "sharded" if model is policy else None)
     given = Dataset.from_dict({"prompt": ["a"], "completions": [["b", "cc"]]})
     ranker = FunctionRanker(lambda prompts, completions: [float(len(text)) for text in completions])
-    build_preference_dataset(given, sharded, tokenizer, ranker, output_dir=tmp_path / "given", num_samples=2)
+    build_preference_dataset(given, policy, tokenizer, ranker, output_dir=tmp_path / "given", num_samples=2)
     with pytest.raises(ValueError, match="A LlamaForCausalLM cannot be sampled or asked: sharded"):
-        build_preference_dataset(["a"], sharded, tokenizer, ranker, output_dir=tmp_path / "sampled")
+        build_preference_dataset(["a"], policy, tokenizer, ranker, output_dir=tmp_path / "sampled")

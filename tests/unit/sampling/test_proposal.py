@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from prefopt_trl import FunctionRanker, SamplingOptions, build_preference_dataset
 from prefopt_trl.data.tokenization import tokenize_prompts
@@ -14,18 +14,13 @@ from prefopt_trl.sampling.rejection import acceptance_rate, effective_sample_siz
 from prefopt_trl.sampling.selection import select_and_pair
 from prefopt_trl.sampling.shards import clipped, shard_seed
 from prefopt_trl.sampling.statistics import correction_warning
+from tests.unit.known_rankers import vowels
 
 BETA = 0.7
 REFERENCE = np.array([0.3, 0.25, 0.2, 0.15, 0.1])
 REWARDS = np.array([0.0, 0.4, -0.3, 1.2, 0.9])
 TARGET = REFERENCE * np.exp(REWARDS / BETA) / np.sum(REFERENCE * np.exp(REWARDS / BETA))
 PROPOSAL = np.array([0.1, 0.1, 0.4, 0.1, 0.3])  # far from both
-
-
-def between(share):
-    """A policy on the way from the reference to the target."""
-    policy = REFERENCE ** (1 - share) * TARGET**share
-    return policy / policy.sum()
 
 
 TEXTS = np.array(["ab", "eb", "ib", "ob", "ub"])
@@ -47,15 +42,8 @@ def test_the_first_accepted_follow_the_target_whatever_the_proposal(proposal):
     options = SamplingOptions(num_samples=2, rejection_beta=BETA)
     distances = {}
     for name, ratios in {"corrected": log_ratios, "plain": None}.items():
-        selected = select_and_pair(
-            ["?"] * len(drawn),
-            TEXTS[drawn].tolist(),
-            list(REWARDS[drawn]),
-            FunctionRanker(reward),
-            options,
-            seed=1,
-            log_ratios=ratios,
-        )
+        given = (["?"] * len(drawn), TEXTS[drawn].tolist(), list(REWARDS[drawn]), FunctionRanker(reward), options)
+        selected = select_and_pair(*given, seed=1, log_ratios=ratios)
         first = [row[one.accepted[0]] for row, one in zip(drawn, selected, strict=True)]
         distances[name] = np.abs(np.bincount(first, minlength=5) / len(first) - TARGET).sum() / 2
     assert distances["corrected"] < 0.035 < distances["plain"]
@@ -64,7 +52,8 @@ def test_the_first_accepted_follow_the_target_whatever_the_proposal(proposal):
 def test_acceptance_rises_as_the_policy_nears_the_target():
     outcomes, rates, sizes = np.arange(5), [], []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        policy = between(share)
+        policy = REFERENCE ** (1 - share) * TARGET**share
+        policy /= policy.sum()
         corrected = REWARDS - BETA * np.log(policy / REFERENCE)
         counts = np.repeat(outcomes, np.round(1000 * policy).astype(int))  # as many of each as expected
         rates.append(acceptance_rate(corrected[counts], BETA))
@@ -93,74 +82,69 @@ def test_a_sentence_says_when_the_correction_is_noise():
     assert "64 candidates are worth 2.5 samples of the optimal policy (40.0 without the correction)" in said
 
 
-def vowels(prompts, completions, **columns):
-    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
-
-
 PROMPTS = ["The capital of", "Mix the", "Tell me how"]
-SAMPLING = {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6, "seed": 3, "rejection_beta": 0.5}
+RANKER = FunctionRanker(vowels)
+SAMPLING = {"num_candidates": 6, "num_samples": 4, "max_new_tokens": 6, "rejection_beta": 0.5}
 
 
-@pytest.fixture(scope="module")
-def models(tiny_llama_dir):
-    """A reference model, another policy, and their tokenizer."""
-    reference, proposal = (AutoModelForCausalLM.from_pretrained(tiny_llama_dir) for _ in range(2))
+@pytest.fixture
+def proposal(tiny_llama_dir):
+    """Another policy than `policy`, the reference model."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     generator = torch.Generator().manual_seed(0)
-    for parameter in proposal.parameters():
+    for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return reference, proposal, AutoTokenizer.from_pretrained(tiny_llama_dir)
+    return model
+
+
+@pytest.fixture
+def build(policy, tokenizer, tmp_path):
+    """Make pairs of prompts, of their samples with `policy` unless they are candidates."""
+
+    def call(folder, prompts=PROMPTS, **options):
+        models, how = (policy, tokenizer) if prompts is PROMPTS else (None, None), {**SAMPLING, "seed": 3, **options}
+        return build_preference_dataset(prompts, *models, RANKER, tmp_path / folder, **how)
+
+    return call
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_the_log_ratios_of_the_tokens_drawn_correct_the_rewards(models, tmp_path, share_prefix):
-    reference, proposal, tokenizer = models
-    ranker, how = FunctionRanker(vowels), {**SAMPLING, "share_prefix": share_prefix}
-    pairs = build_preference_dataset(
-        PROMPTS, reference, tokenizer, ranker, tmp_path / "pairs", proposal=proposal, keep_logps=True, **how
-    )
+def test_the_log_ratios_of_the_tokens_drawn_correct_the_rewards(
+    build, policy, proposal, tokenizer, tmp_path, share_prefix
+):
+    pairs = build("pairs", proposal=proposal, keep_logps=True, share_prefix=share_prefix)
     candidates = load_from_disk(str(tmp_path / "pairs/candidates"))
-    of = SamplingOptions.of(None, **{name: value for name, value in how.items() if name != "seed"})
+    of = SamplingOptions(**SAMPLING, share_prefix=share_prefix)
     prompt_ids = tokenize_prompts(tokenizer, PROMPTS)
     drawn = sample_candidates(proposal, tokenizer, prompt_ids, 6, of, seed=shard_seed(3, 0), keep_logps=True)
     for ids, row, again in zip(prompt_ids, candidates, drawn, strict=True):
         assert row["completions"] == again.texts
         rows = [(ids, one.ids) for one in again.sampled]
-        by_hand = [np.array([row_logps(model, [one])[0] for one in rows]) for model in (proposal, reference)]
+        by_hand = [np.array([row_logps(model, [one])[0] for one in rows]) for model in (proposal, policy)]
         np.testing.assert_allclose(row["log_ratios"], by_hand[0] - by_hand[1], atol=1e-4)
         assert np.std(row["log_ratios"]) > 0.1
 
     rewards = [np.array(row) for row in candidates["rewards"]]
     ratios = [np.array(row) for row in candidates["log_ratios"]]
-    selected = select_and_pair(PROMPTS, candidates["completions"], rewards, ranker, of, seed=3, log_ratios=ratios)
+    selected = select_and_pair(PROMPTS, candidates["completions"], rewards, RANKER, of, seed=3, log_ratios=ratios)
     kept = [set(np.array(row)[one.accepted]) for row, one in zip(candidates["completions"], selected, strict=True)]
     assert any(kept)
     for row in pairs:
         assert {row["chosen"], row["rejected"]} <= kept[PROMPTS.index(row["prompt"])]
     both = list(zip(pairs["chosen"], pairs["rejected"], strict=True))
-    ref_logps = pair_logps(reference, tokenizer, pairs["prompt"], both, None)
+    ref_logps = pair_logps(policy, tokenizer, pairs["prompt"], both, None)
     saved = np.stack([pairs["ref_chosen_logps"], pairs["ref_rejected_logps"]], axis=1)
     np.testing.assert_allclose(saved, ref_logps, atol=1e-3)
 
-    again = build_preference_dataset(
-        candidates, None, None, ranker, tmp_path / "again", proposal_clip=0.01, **{**how, "rejection_beta": 2.0}
-    )
-    assert len(again)  # the stored ratios serve another beta
+    assert len(build("again", candidates, proposal_clip=0.01, rejection_beta=2.0))  # the ratios serve another beta
     with pytest.raises(ValueError, match="needs a `proposal`, or candidates with `log_ratios`, strategy='rso'"):
-        build_preference_dataset(
-            candidates, None, None, ranker, tmp_path / "no", proposal_clip=1.0, **how | {"strategy": "sft"}
-        )
+        build("no", candidates, proposal_clip=1.0, strategy="sft")
     for beta in (0.0, np.inf):  # and these have no use for them
-        assert build_preference_dataset(
-            candidates, None, None, ranker, tmp_path / str(beta), **{**how, "rejection_beta": beta}
-        )
+        assert build(str(beta), candidates, rejection_beta=beta)
 
 
-def test_a_proposal_that_is_the_policy_corrects_nothing(models, tmp_path):
-    reference, _, tokenizer = models
-    same = AutoModelForCausalLM.from_pretrained(reference.name_or_path)
-    build_preference_dataset(
-        PROMPTS, reference, tokenizer, FunctionRanker(vowels), tmp_path / "pairs", proposal=same, **SAMPLING
-    )
+def test_a_proposal_that_is_the_policy_corrects_nothing(build, policy, tmp_path):
+    build("pairs", proposal=AutoModelForCausalLM.from_pretrained(policy.name_or_path))
     ratios = np.array(load_from_disk(str(tmp_path / "pairs/candidates"))["log_ratios"])
     np.testing.assert_allclose(ratios, 0, atol=1e-4)
 
@@ -176,14 +160,6 @@ def test_a_proposal_that_is_the_policy_corrects_nothing(models, tmp_path):
         ({"proposal": None, "proposal_clip": 1.0}, "needs a `proposal`"),
     ],
 )
-def test_what_cannot_be_corrected_is_refused(models, tmp_path, given, message):
-    reference, proposal, tokenizer = models
+def test_what_cannot_be_corrected_is_refused(build, proposal, given, message):
     with pytest.raises(ValueError, match=message):
-        build_preference_dataset(
-            PROMPTS,
-            reference,
-            tokenizer,
-            FunctionRanker(vowels),
-            tmp_path,
-            **{"proposal": proposal, **SAMPLING, **given},
-        )
+        build("pairs", **{"proposal": proposal, **given})

@@ -16,14 +16,10 @@ from prefopt_trl.rankers.base import logit, sigmoid
 from prefopt_trl.sampling.options import BY_REWARD
 from prefopt_trl.sampling.pairing import pairs_by_reward
 from prefopt_trl.sampling.selection import penalties_of, select_and_pair
+from tests.unit.known_rankers import number
 from tests.unit.laws import CHANCE
 
 WHOLE: dict[str, Any] = {"strategy": "sft", "num_candidates": 4, "num_samples": 4}  # all candidates are kept
-
-
-def number(prompts, completions, **columns):
-    """A completion is a number, its reward."""
-    return [float(completion) for completion in completions]
 
 
 class Unasked(FunctionRanker):
@@ -52,10 +48,8 @@ def test_the_rejected_one_is_nearest_to_some_deviations_below_the_mean(deviation
 
 
 def test_the_best_meets_the_worst_and_equal_ones_do_not_meet() -> None:
-    assert [values.tolist() for values in pairs_by_reward("best-worst", np.array([2.0, 9.0, 0.0]), 2.0)[:2]] == [
-        [1],
-        [2],
-    ]
+    pairs = pairs_by_reward("best-worst", np.array([2.0, 9.0, 0.0]), 2.0)
+    assert (pairs.chosen.tolist(), pairs.rejected.tolist()) == ([1], [2])
     for pairing in BY_REWARD:
         assert [len(values) for values in pairs_by_reward(pairing, np.ones(3), 2.0)] == [0, 0, 0]
 
@@ -74,15 +68,10 @@ def test_each_correct_one_meets_each_wrong_one_alike_and_once() -> None:
 
 def test_pairs_by_reward_ask_no_comparison_and_are_counted(tmp_path: Path) -> None:
     rows = [["3", "0", "1", "2"], ["5", "5.0", "5.00", "05"]]
-    for pairing, rejected in (("best-worst", "0"), ("best-quantile", "0")):
+    for pairing in ("best-worst", "best-quantile"):
         [pair], statistics = build(tmp_path / pairing, rows, pairing=pairing)
-        assert (pair["chosen"], pair["rejected"], pair["chosen_reward"], pair["rejected_reward"]) == (
-            "3",
-            rejected,
-            3,
-            0,
-        )
-        assert pair["label_probability"] == pytest.approx(1 / (1 + math.exp(-3)))
+        assert (pair["chosen"], pair["chosen_reward"], pair["rejected"], pair["rejected_reward"]) == ("3", 3, "0", 0)
+        assert pair["label_probability"] == pytest.approx(sigmoid(3.0))
         assert (statistics["num_skipped"], statistics["num_left_out"], statistics["warning"]) == (1, 1, None)
 
 

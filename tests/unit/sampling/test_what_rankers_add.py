@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset, load_from_disk
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt_trl import EnsembleRanker, FunctionRanker, PROConfig, PROTrainer, build_preference_dataset
 from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
+from tests.unit.known_rankers import brevity
 
 CANDIDATES = {
     "prompt": ["2 + 2 =", "3 + 3 ="],
@@ -26,10 +26,6 @@ async def correct(completions, solution, **columns):
         None if text.strip().isalpha() else float(text == right)
         for text, right in zip(completions, solution, strict=True)
     ]
-
-
-def brevity(completions, **columns):
-    return [-float(len(text)) for text in completions]
 
 
 @pytest.mark.parametrize("pairing", ["all", "ranking"])
@@ -81,11 +77,6 @@ def test_the_disagreement_of_an_ensemble_is_a_column_of_candidates_alone(tmp_pat
     assert candidates["rewards"] == [-0.5, -1, None, -1]  # 1 and -2, 0 and -2, none and -5, 0 and -2
     assert candidates["disagreement"] == [1.5, 1, None, 1]
     assert "disagreement" not in made.column_names
-
-
-@pytest.fixture(scope="module")
-def sampler(tiny_llama_dir: str) -> tuple[Any, Any]:
-    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir), AutoTokenizer.from_pretrained(tiny_llama_dir)
 
 
 @pytest.mark.parametrize("pairing", ["all", "ranking"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from prefopt_trl import FunctionRanker, GenerationOptions, PROConfig, PROTrainer
 from prefopt_trl.generation.sampler import sample_candidates
@@ -213,9 +213,7 @@ def test_a_part_is_sampled_whole_just_before_its_first_step(run):
     assert fetched < last_step < sampled
 
 
-def test_samples_come_from_the_policy_of_that_moment(run, tiny_llama_dir):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
-    policy = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+def test_samples_come_from_the_policy_of_that_moment(run, policy, tokenizer):
     sampling = of_kind(run, "sample")
     assert len({sample.seed for sample in sampling}) == 6
     differ = 0
@@ -292,8 +290,7 @@ def ranking_loss(model, tokenizer, prompt: str, completions: list[str], rewards:
 
 
 @torch.no_grad()
-def test_every_step_minimises_pro_on_the_extended_rankings(run, tiny_llama_dir):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+def test_every_step_minimises_pro_on_the_extended_rankings(run, tiny_llama_dir, tokenizer):
     policy = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float64)
     logged = [log["loss"] for log in run.trainer.state.log_history if "loss" in log]
     for step, rows in enumerate(of_kind(run, "batch")):

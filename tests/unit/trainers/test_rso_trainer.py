@@ -19,6 +19,7 @@ from prefopt_trl.sampling.shards import shard_seed
 from prefopt_trl.shared_prefix.scoring import completion_logps
 from prefopt_trl.trainers.rso_config import RSOConfig
 from prefopt_trl.trainers.rso_trainer import RSOTrainer
+from tests.unit.known_rankers import brevity
 
 PAIRS = {
     "prompt": ["The capital of France is", "Tell me how to bake bread.", "Why?", "The dog"],
@@ -40,20 +41,6 @@ def prompts() -> Dataset:
     return Dataset.from_dict(PROMPTS)
 
 
-@pytest.fixture(scope="module")
-def policy_dir(tiny_llama_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Another model than the tiny LLaMA: its weights are large, so that log-probabilities differ by nats."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(0, 0.2)
-    folder = str(tmp_path_factory.mktemp("policy"))
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def generate_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """One entry per call of any model's `generate`."""
@@ -66,10 +53,6 @@ def generate_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(LlamaForCausalLM, "generate", counting)
     return calls
-
-
-def brevity(prompts, completions, **kwargs):
-    return [-float(len(completion)) for completion in completions]
 
 
 def message_brevity(prompts, completions, **kwargs):
