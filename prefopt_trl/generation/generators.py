@@ -35,6 +35,7 @@ from prefopt_trl.runtime.settings import Settings, model_fingerprint
 from prefopt_trl.shared_prefix.states import repeats_states
 from prefopt_trl.shared_prefix.support import (
     PROBE_TOLERANCE,
+    has_recurrent_layers,
     probe_rows,
     reason_not_to_share_prefix,
     run_probe,
@@ -100,7 +101,7 @@ class SharedPrefixGenerator(Generator):
         return {
             **self.generation_kwargs,
             # The result of the probe, which must be the same in every process and after a restart
-            "prompts_are_shared": self._shares(options) or (options.share_prefix and repeats_states(self.model)),
+            "prompts_are_shared": self._repeats(options) or self._shares(options),
             "eos_token_ids": eos_token_ids(self.model, self.tokenizer),
             "policy": model_fingerprint(self.model),
         }
@@ -109,8 +110,11 @@ class SharedPrefixGenerator(Generator):
         return sizes_of_batch(self.model, num_completions, longest, options, self._shares(options))[0]
 
     def _shares(self, options: GenerationOptions) -> bool:
-        may_share = options.share_prefix and not repeats_states(self.model)
+        may_share = options.share_prefix and not self._repeats(options)
         return may_share and reason_not_to_share_prefix(self.model, 2) is None
+
+    def _repeats(self, options: GenerationOptions) -> bool:
+        return options.share_prefix and has_recurrent_layers(self.model) and repeats_states(self.model)
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,13 @@ from prefopt_trl.shared_prefix.decoding import (
 )
 from prefopt_trl.shared_prefix.packing import WholeRows, left_pad
 from prefopt_trl.shared_prefix.states import repeated_states, repeats_states
-from prefopt_trl.shared_prefix.support import evaluating, log_reason, partition_reason, reason_not_to_share_prefix
+from prefopt_trl.shared_prefix.support import (
+    evaluating,
+    has_recurrent_layers,
+    log_reason,
+    partition_reason,
+    reason_not_to_share_prefix,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -210,7 +216,7 @@ def sample_candidates(
     longest = max(map(len, prompt_ids), default=0)
     is_plain = config.get_generation_mode() is GenerationMode.SAMPLE and config.guidance_scale in (None, 1)
     is_plain &= not config.cache_implementation
-    repeats = options.share_prefix and is_plain and repeats_states(model)
+    repeats = options.share_prefix and is_plain and has_recurrent_layers(model) and repeats_states(model)
     may_pad &= not repeats  # which would change the states
     shares = options.share_prefix and not repeats and _shares_prefix(model, is_plain, longest + options.max_new_tokens)
     prompts_at_once, completions_at_once = sizes_of_batch(model, num_completions, longest, options, shares)

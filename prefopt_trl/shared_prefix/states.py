@@ -6,12 +6,12 @@ import torch
 from transformers import PreTrainedModel
 
 from prefopt_trl.shared_prefix.attention import without_head
-from prefopt_trl.shared_prefix.support import PROBE_TOLERANCE, evaluating, has_recurrent_layers, probe_rows, run_probe
+from prefopt_trl.shared_prefix.support import PROBE_TOLERANCE, evaluating, probe_rows, run_probe
 
 
 def repeats_states(model: PreTrainedModel) -> bool:
-    """Return whether the model has recurrent layers, and `generate` samples it exactly from [`repeated_states`]."""
-    return has_recurrent_layers(model) and run_probe(_probe_states, model) is None
+    """Return whether `generate` samples a model with recurrent layers exactly from [`repeated_states`]: a probe."""
+    return run_probe(_probe_states, model) is None
 
 
 def repeated_states(model: PreTrainedModel, prompt_ids: torch.Tensor, num_completions: int) -> dict[str, Any]:
