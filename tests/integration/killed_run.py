@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import Any
 
 import matplotlib.figure  # noqa: F401  here, so that no run spends its time on it
 from accelerate import PartialState
+from tqdm import tqdm
 from transformers import GenerationMixin, Trainer
 
 from prefopt_trl import Rounds, RSOConfig, RSOTrainer, train_in_rounds
@@ -149,6 +151,7 @@ def run(
 
 
 def main() -> None:
+    tqdm.set_lock(threading.RLock())  # forks share the default one, and a run that is killed may hold it
     build = make_build()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the runs print is no answer
