@@ -1,7 +1,7 @@
 """Arguments of the commands beside those of TRL's and the trainers' configurations."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from prefopt_trl.generation.options import GenerationOptions, is_one_of, is_whole
 from prefopt_trl.rounds.options import RoundsOptions
@@ -299,6 +299,54 @@ class EvaluateRankerConfig(DataArguments, RankerArguments):
         },
     )
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU."})
+
+
+@dataclass(kw_only=True)
+class ReproduceConfig(RankerArguments):
+    """Which experiments to run. What follows `world` is for `"real"`."""
+
+    tables: list[str] | None = field(
+        default=None, metadata={"help": "Tables and figures, such as rso-table-1. By default all of the world."}
+    )
+    num_seeds: int = field(default=5, metadata={"help": "Seeds, each of which has data and models of its own."})
+    first_seed: int = field(default=0, metadata={"help": "The first seed; another one replicates what was found."})
+    output_dir: str = field(default="outputs/reproduce", metadata={"help": "Folder for policies and tables."})
+    results_dir: str | None = field(default=None, metadata={"help": "Another folder for the tables."})
+    num_workers: int | None = field(
+        default=None, metadata={"help": "Processes. By default one for each core, or one on an accelerator."}
+    )
+    world: str = field(
+        default="kitchen",
+        metadata={
+            "help": "The small task whose true reward is known, or a model of yours.",
+            "choices": ["kitchen", "real"],
+        },
+    )
+    model_name_or_path: str = field(default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "SFT policy."})
+    ranker: str = field(default="prefopt_trl.experiments.worlds:sentiment", metadata=RANKER)
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Prompts, with or without pairs. By default beginnings of reviews."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split with the prompts."})
+    num_rows: int | None = field(default=None, metadata={"help": "Rows to draw at random. By default all."})
+    num_judged: int = field(default=64, metadata={"help": "Prompts to report on; half as many choose checkpoints."})
+    max_steps: int = field(default=40, metadata={"help": "Optimizer steps of a policy."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate of the LoRA adapters."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows per step."})
+    num_candidates: int = field(default=64, metadata={"help": "Samples of each prompt."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Longest sample, in tokens."})
+    max_length: int = field(default=512, metadata={"help": "Longest prompt and completion in training, in tokens."})
+
+    def __post_init__(self) -> None:
+        is_one_of(self, "world", ["kitchen", "real"])
+        is_whole(self, "num_seeds", 1)
+        is_whole(self, "first_seed", 0)
+        shared = ("world", "tables", "num_seeds", "first_seed", "output_dir", "results_dir", "num_workers")
+        others = [
+            one.name for one in fields(self) if one.name not in shared and getattr(self, one.name) != one.default
+        ]
+        if others and self.world == "kitchen":
+            raise ValueError(f"`{others[0]}` has no effect without `--world real`. Add it, or leave it out.")
 
 
 @dataclass(kw_only=True)

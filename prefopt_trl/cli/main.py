@@ -15,6 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; see `prefopt-trl --help`."""
     quiet_libraries()
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["reproduce"] and words[1:] and not words[1].startswith("-"):
+        words.insert(1, "--tables")
     try:
         name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), None)
         if name is not None:

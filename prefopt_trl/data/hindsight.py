@@ -2,6 +2,8 @@
 
 from prefopt_trl.data.formats import Row, completion_text, wrap_completion
 
+HELPFUL, UNHELPFUL = "A helpful answer:", "An unhelpful answer:"
+
 
 def chain_of_hindsight(pair: Row) -> list[Row]:
     """Return two rows for SFT, whose completions hold both answers of a pair, each after its label, in both orders.
@@ -14,7 +16,7 @@ def chain_of_hindsight(pair: Row) -> list[Row]:
     {'prompt': 'The sky is', 'completion': ' A helpful answer: blue.\\n\\nAn unhelpful answer: green.'}
     """
     chosen, rejected = (completion_text(pair[name]).strip() for name in ("chosen", "rejected"))
-    answers = [f"A helpful answer: {chosen}", f"An unhelpful answer: {rejected}"]
+    answers = [f"{HELPFUL} {chosen}", f"{UNHELPFUL} {rejected}"]
     space = " " if isinstance(pair["prompt"], str) else ""
     texts = (space + "\n\n".join(order) for order in (answers, answers[::-1]))
     return [{"prompt": pair["prompt"], "completion": wrap_completion(pair["prompt"], text)} for text in texts]

@@ -246,6 +246,17 @@ class ControlledTask:
             }
         )
 
+    @cached_property
+    def answers(self) -> Dataset:
+        """Answers to the prompts, two of the cook of the comparisons and one each of a poor, a fair (the house cook)
+        and a good cook: `prompt`, `first`, `second`, `poor`, `fair`, `good`."""
+        rng, prompts = self._rng(4), self.prompts["prompt"][:]
+        answers = {name: _other_cook(rng, prompts) for name in ("first", "second")}
+        for name, share in {"poor": 0.1, "fair": 0.5, "good": 0.9}.items():
+            cooked = _cook(rng, prompts, share, wavering=1.0, most=4, attention=np.inf)
+            answers[name] = [_sentence(words) for words in cooked]
+        return Dataset.from_dict({"prompt": prompts, **answers})
+
     def tokenizer(self, extra_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
         """Make a [`word_tokenizer`] with one token for each word and punctuation mark of the task.
 

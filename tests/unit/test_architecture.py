@@ -24,6 +24,7 @@ FLOORS = [
     {"rounds"},
     {"prefopt_trl"},  # __init__.py, the public names
     {"quickstart"},
+    {"experiments"},
     {"cli"},
 ]
 ALLOWED_LIBRARIES = {

@@ -21,7 +21,7 @@ def test_options_and_defaults_are_those_of_the_parser(name):
         actions.setdefault(action.dest, action)  # the first is `--name`, a second one `--no_name`
     shown = re.findall(r"^  --(\w+) ", first_screen(name), flags=re.MULTILINE)
     own = {option: default for group in own_options(name).values() for option, (default, _) in group.items()}
-    training = TRAINING if "learning_rate" in actions else {}
+    training = TRAINING if "weight_decay" in actions else {}  # of the trainers
     model = MODEL if COMMANDS[name].takes_model else {}
     assert shown == [*own, *model, *training] and set(shown) <= actions.keys()
     for option, default in own.items():

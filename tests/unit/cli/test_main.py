@@ -14,7 +14,7 @@ def test_help_names_the_commands(capsys):
     printed = capsys.readouterr().out
     named = {line.split()[0] for line in printed.splitlines() if line.startswith("    ") and line[4] != " "}
     commands = "sft ranker reward-model sample rso slic pro listwise-dpo rrhf rounds "
-    commands += "evaluate evaluate-ranker side-by-side quickstart env"
+    commands += "evaluate evaluate-ranker reproduce side-by-side quickstart env"
     assert named - {"command"} == set(commands.split())
 
 
@@ -39,6 +39,7 @@ def test_version(capsys):
         (["quikstart"], "invalid choice: 'quikstart'"),
         (["quickstart", "--seed", "-1"], "--seed: must be at least 0, got -1"),
         (["quickstart", "--outptu_dir", "x"], "unrecognized arguments: --outptu_dir x"),
+        (["reproduce", "rso-table-9"], "`tables`: 'rso-table-9' is none of the kitchen world's: quickstart, rso-"),
         (["side-by-side"], "choose from"),
         (["side-by-side", "make", "--samples", "s", "--output_dir", "o", "--rater", "1"], "unknown argument 'rater'"),
         (["env", "--all"], "unrecognized arguments: --all"),

@@ -1,0 +1,73 @@
+"""`prefopt-trl reproduce TABLE ...`: run the papers' experiments, and write what they show."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from prefopt_trl.cli.arguments import ReproduceConfig
+from prefopt_trl.cli.data import require_columns
+from prefopt_trl.cli.rankers import load_ranker
+from prefopt_trl.data.loading import load_rows
+from prefopt_trl.experiments.report import write
+from prefopt_trl.experiments.runner import Make, run_table
+from prefopt_trl.experiments.tables import TABLES
+from prefopt_trl.experiments.worlds import kitchen, real, reviews
+from prefopt_trl.quickstart.kitchen import PERFECT_MARKS
+from prefopt_trl.rounds.models import base_of
+from prefopt_trl.runtime.settings import Settings, dataset_fingerprint, path_fingerprint, versions, write_text
+
+
+def run(own: ReproduceConfig, save_config: Callable[[], None]) -> None:
+    """Train and measure the policies of the tables, and write each table as Markdown, CSV and PNG."""
+    is_real = own.world == "real"
+    possible = [name for name, table in TABLES.items() if table.is_real or not is_real]
+    names = own.tables or possible
+    if unknown := [name for name in names if name not in possible]:
+        raise ValueError(f"`tables`: {unknown[0]!r} is none of the {own.world} world's: {', '.join(possible)}.")
+    make, settings = _real(own) if is_real else (kitchen, {"world": own.world})
+    workers = own.num_workers or (1 if is_real else os.cpu_count() or 1)
+    seeds = range(own.first_seed, own.first_seed + own.num_seeds)
+    save_config()
+    policies, folder = Path(own.output_dir, "policies"), Path(own.results_dir or own.output_dir)
+    for name in names:
+        results = run_table(TABLES[name], make, settings, seeds, policies, workers)
+        print(f"\n{write(name, TABLES[name], results, folder, None if is_real else PERFECT_MARKS)}", flush=True)
+    written = {name: of for name, of in TABLES.items() if (folder / f"{name}.md").exists()}  # now or before
+    lines = [f"- [{of.title}]({name}.md) ({of.source})" for name, of in written.items()]
+    environment = ", ".join(f"{name} {version}" for name, version in versions().items())
+    world = f"the {own.world} world, seeds {seeds[0]} to {seeds[-1]}, {environment}"
+    write_text(folder / "README.md", "\n".join(["# Results", "", f"Of {world}:", "", *lines, ""]))
+    print(f"Written to {folder}: {', '.join(names)}, of {world}. The policies are in {policies}.")
+
+
+def _real(own: ReproduceConfig) -> tuple[Make, Settings]:
+    prompts, model = reviews(), own.model_name_or_path
+    if own.dataset_name is not None:
+        prompts = load_rows(own.dataset_name, None, own.dataset_split, own.num_rows)
+        require_columns(prompts, own.dataset_name, {"prompt"})
+    if base_of(model) is not None:
+        raise ValueError(f"`model_name_or_path`={model!r} is an adapter. Merge it into its base first.")
+    if len(prompts) < 2 * own.num_judged:
+        raise ValueError(f"`num_judged`={own.num_judged} leaves too few of {len(prompts)} prompts to train on.")
+    training = {
+        "max_steps": own.max_steps,
+        "learning_rate": own.learning_rate,
+        "per_device_train_batch_size": own.per_device_train_batch_size,
+        "max_length": own.max_length,
+        "bf16": torch.cuda.is_available(),
+    }
+    sampling = {"num_candidates": own.num_candidates, "max_new_tokens": own.max_new_tokens}
+    settings = {
+        "model": path_fingerprint(model),
+        "prompts": dataset_fingerprint(prompts),
+        "ranker": [own.ranker_template, path_fingerprint(own.ranker)],
+        "num_judged": own.num_judged,
+        **training,
+        **sampling,
+    }
+    given = {"model": model, "prompts": prompts, "num_judged": own.num_judged}
+    make = partial(real, **given, load_ranker=partial(load_ranker, own), training=training, sampling=sampling)
+    return make, settings

@@ -1,0 +1,177 @@
+"""What a table shows: means over seeds beside the paper's numbers, and which of the paper's claims hold."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefopt_trl.evaluation.metrics import Estimate
+from prefopt_trl.evaluation.report import as_html, as_percentage, rounded, table, with_error
+from prefopt_trl.experiments.runner import Results
+from prefopt_trl.experiments.tables import FRONTIER, MAP, ROWS, Table
+from prefopt_trl.runtime.settings import write_text, writing
+
+REWARD, WINS = "truth's reward", "ranker's win_rate"
+SURE = 0.05  # family-wise chance to claim a difference that is not there
+
+
+def over_seeds(results: Results, row: str, metric: str) -> np.ndarray:
+    """Return a metric of a row by seed, NaN where it is not known."""
+    return np.array([np.nan if found.get(metric) is None else found[metric] for found in results[row]], dtype=float)
+
+
+def difference(results: Results, row: str, other: str, metric: str = REWARD) -> Estimate:
+    """Return the metric of a row minus that of another, paired by seed."""
+    return Estimate.of(over_seeds(results, row, metric) - over_seeds(results, other, metric))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number (Holm 1979); NaN stays.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    known = [place for place in np.argsort(p_values, kind="stable") if not math.isnan(p_values[place])]
+    corrected, largest = list(p_values), 0.0
+    for rank, place in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p_values[place]))
+        corrected[place] = round(largest, 12)
+    return corrected
+
+
+def claims_of(found: Table, results: Results, metric: str = REWARD) -> list[list[str]]:
+    """Return for each claim the difference, its p-value corrected for their number, and whether the claim holds."""
+    gaps = [difference(results, *claim, metric) for claim in found.claims]
+    rows = []
+    for gap, p in zip(gaps, holm([gap.p_value() for gap in gaps]), strict=True):
+        verdict = "not decided" if not p < SURE else "holds" if gap.mean > 0 else "the reverse"
+        rows.append([rounded(gap, "+"), "" if math.isnan(p) else f"{p:.3f}", verdict])
+    return rows
+
+
+def as_markdown(name: str, found: Table, results: Results, highest: float | None) -> str:
+    """Return a table of the results, and one of the claims."""
+    base, *_ = results
+    num_seeds = len(results[base])
+    rewards = {row: over_seeds(results, row, REWARD) for row in results}
+    columns = [one for one in found.columns if any(row[0].get(one) is not None for row in results.values())]
+    header = ["", "reward", f"minus {base}"] + ["of the possible"] * (highest is not None) + columns
+    rows = []
+    for row in results:
+        gap = rewards[row] - rewards[base]
+        cells = [row, rounded(Estimate.of(rewards[row])), "" if row == base else rounded(Estimate.of(gap), "+")]
+        if highest is not None:
+            cells.append("" if row == base else as_percentage(Estimate.of(gap / (highest - rewards[base]))))
+        cells += [rounded(Estimate.of(over_seeds(results, row, one))) for one in columns]
+        rows.append(cells + [found.paper.get(row, "")] * bool(found.paper))
+    notes = f"Means ± standard errors over {num_seeds} seeds; differences are paired by seed."
+    if highest is not None:
+        notes += f" The possible gain is that from the {base} to the highest reward, {highest:g}."
+    if found.paper:
+        notes += f" The paper's numbers: {found.unit}."
+    parts = [
+        f"# {found.title} ({found.source})",
+        f"Fixed: {found.fixed}.",
+        table(header + ["paper"] * bool(found.paper), rows),
+        notes,
+    ]
+    if found.claims:
+        lines = [[f"{better} > {worse}"] for better, worse in found.claims]
+        judges = {"reward": REWARD, "ranker's wins": WINS} if WINS in results[base][0] else {"reward": REWARD}
+        for metric in judges.values():
+            lines = [line + of for line, of in zip(lines, claims_of(found, results, metric), strict=True)]
+        claims = table(["claim", *(name for judge in judges for name in (judge, "p", "so"))], lines)
+        parts += [claims, f"p by Student's t over seeds, corrected for {len(found.claims)} claims (Holm)."]
+    if found.shows_samples:
+        for row, [one, *_] in results.items():
+            parts.append(table([row, ""], [list(map(as_html, sample)) for sample in one["samples"]]))
+    return "\n\n".join([*parts, f"![{name}]({name}.png)"]) + "\n"
+
+
+def write(name: str, found: Table, results: Results, folder: Path, highest: float | None = None) -> str:
+    """Write a table as Markdown, CSV and PNG, and return the first."""
+    text = as_markdown(name, found, results, highest)
+    write_text(folder / f"{name}.md", text)
+    metrics = [metric for metric, value in next(iter(results.values()))[0].items() if isinstance(value, float | int)]
+    with writing(folder / f"{name}.csv") as temporary, temporary.open("w", newline="") as file:
+        lines = csv.writer(file, lineterminator="\n")
+        lines.writerow(["row", "seed_number", *metrics])
+        for row, by_seed in results.items():
+            lines.writerows([row, seed, *(one.get(metric) for metric in metrics)] for seed, one in enumerate(by_seed))
+    with writing(folder / f"{name}.png") as temporary:
+        plot(found, results, temporary)
+    return text
+
+
+def plot(found: Table, results: Results, path: Path) -> None:
+    """Draw the rewards and wins of all rows, or the frontier of reward and KL, or the map of differences, as a PNG."""
+    from matplotlib.figure import Figure
+
+    sizes = {MAP: (11.0, 3.6), FRONTIER: (8.0, 5.0), ROWS: (9.5, 0.3 * len(results) + 1.4)}
+    figure = Figure(figsize=sizes[found.kind], layout="constrained")
+    {MAP: _plot_map, FRONTIER: _plot_frontier, ROWS: _plot_rows}[found.kind](figure, results)
+    figure.suptitle(f"{found.title} ({found.source}); ± one standard error over seeds", fontsize=10)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _plot_rows(figure: Any, results: Results) -> None:
+    names = {REWARD: "true reward", WINS: "wins by the ranker", "bleu": "BLEU"}
+    known = [metric for metric in names if any(metric in row[0] for row in results.values())][:2]
+    places = range(len(results))[::-1]
+    for number, metric in enumerate(known, start=1):
+        axes = figure.add_subplot(1, len(known), number)
+        estimates = [Estimate.of(over_seeds(results, row, metric)) for row in results]
+        errors = [one.standard_error for one in estimates]
+        axes.errorbar([one.mean for one in estimates], places, xerr=errors, fmt="o", capsize=3)
+        axes.set_yticks(places, list(results) if number == 1 else [])
+        axes.set_xlabel(names[metric])
+        axes.grid(alpha=0.3)
+
+
+def _plot_frontier(figure: Any, results: Results) -> None:
+    axes = figure.add_subplot()
+    for kind in dict.fromkeys(row.partition(",")[0].rpartition(" of ")[0] or row.partition(",")[0] for row in results):
+        rows = [row for row in results if row.startswith(kind)]
+        rewards, kls = ([Estimate.of(over_seeds(results, row, name)) for row in rows] for name in (REWARD, "kl"))
+        means = ([one.mean for one in of] for of in (kls, rewards))
+        errors = {f"{axis}err": [one.standard_error for one in of] for axis, of in (("x", kls), ("y", rewards))}
+        axes.errorbar(*means, **errors, fmt="o", capsize=3, label=kind)
+        for row, kl, reward in zip(rows, kls, rewards, strict=True):
+            axes.annotate(row.removeprefix(kind).strip(", "), (kl.mean, reward.mean), fontsize=7)
+    axes.set(xlabel="KL from the SFT policy (nats)", ylabel="reward (truth)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+
+
+def _plot_map(figure: Any, results: Results) -> None:
+    """Draw rejection sampling minus plain samples over beta and the length of training, a panel for each ranker."""
+    parts = [row.split(", ") for row in results if ", " in row]
+    rankers, sources, lengths = (list(dict.fromkeys(part[place] for part in parts)) for place in range(3))
+    plain, *betas = sources
+    gaps = {
+        (ranker, length, beta): difference(results, f"{ranker}, {beta}, {length}", f"{ranker}, {plain}, {length}")
+        for ranker in rankers
+        for length in lengths
+        for beta in betas
+    }
+    limit = max(abs(gap.mean) for gap in gaps.values())
+    for number, ranker in enumerate(rankers, start=1):
+        axes = figure.add_subplot(1, len(rankers), number)
+        means = [[gaps[ranker, length, beta].mean for beta in betas] for length in lengths]
+        image = axes.imshow(means, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+        for row, length in enumerate(lengths):
+            for column, beta in enumerate(betas):
+                gap = gaps[ranker, length, beta]
+                color = "white" if abs(gap.mean) > 0.6 * limit else "black"
+                text = with_error(gap, "+.2f").replace(" ± +", "\n± ")
+                axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
+        axes.set_xticks(range(len(betas)), betas)
+        axes.set_yticks(range(len(lengths)), lengths if number == 1 else [])
+        accuracy = np.nanmean(
+            [over_seeds(results, row, "ranker accuracy").mean() for row in results if row.startswith(ranker)]
+        )
+        axes.set_title(f"{ranker} ({accuracy:.0%} right)", fontsize=9)
+    figure.colorbar(image, ax=figure.axes, label="reward, rejection minus plain samples")

@@ -1,0 +1,102 @@
+"""Experiments from end to end, with a few steps of everything."""
+
+import json
+import math
+import shutil
+
+import pytest
+
+from prefopt_trl.evaluation.metrics import Estimate
+from prefopt_trl.evaluation.report import rounded
+from prefopt_trl.experiments import report, worlds
+from prefopt_trl.experiments.cells import HINDSIGHT, NOTHING, SFT, Cell
+from prefopt_trl.experiments.runner import key_of, run_table
+from prefopt_trl.experiments.tables import Table
+
+HOW = {"num_samples": 4, "strategy": "sft"}
+GIVEN = {**HOW, "given": ["first", "second", "fair"], "num_samples": 3}
+CELLS = {
+    "given pairs": Cell(),
+    "samples": Cell(HOW),
+    "rso by the truth": Cell({"num_samples": 4}, ranker=worlds.TRUTH, length=0.5),
+    "slic": Cell(HOW, "slic", {"regularization_weight": 1.0, "target_column": "target"}),
+    "unlikelihood": Cell(HOW, "slic", {"loss_type": ["unlikelihood"]}),
+    "pro": Cell({**GIVEN, "pairing": "ranking"}, "pro"),
+    "pro, bootstrapped": Cell({**GIVEN, "pairing": "ranking"}, "pro", {"bootstrap_parts": 2}),
+    "rrhf": Cell({**HOW, "pairing": "ranking"}, "rrhf"),
+    "hindsight": Cell({**GIVEN, "pairing": "best-worst"}, HINDSIGHT, is_last=True),
+    "best": Cell({**HOW, "pairing": "best"}, SFT),
+    "right or wrong": Cell({**HOW, "pairing": "correct-wrong"}),
+    "best of 4": Cell(method=NOTHING, best_of=4),
+    "rounds": Cell({"num_samples": 4, "rejection_beta": 2.0}, rounds={"num_rounds": 2, "importance_correction": True}),
+}
+TABLE = Table("All kinds of cells", "nowhere", "kitchen", CELLS, [("samples", "given pairs")], shows_samples=True)
+
+
+def tiny(seed, folder):
+    """The kitchen with a few steps of everything, in a process of its own."""
+    worlds.TASK = {"num_prompts": 40, "num_eval_prompts": 64, "num_sft": 2000, "num_comparisons": 400}
+    worlds.SFT = {**worlds.SFT, "max_steps": 120, "per_device_train_batch_size": 32}
+    worlds.RANKER = {**worlds.RANKER, "per_device_train_batch_size": 16}
+    worlds.RANKER_STEPS = dict.fromkeys(worlds.RANKER_STEPS, 4)
+    worlds.POLICY = {**worlds.POLICY, "max_steps": 8, "per_device_train_batch_size": 4}
+    return worlds.kitchen(seed, folder)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reproduce")
+    return folder, run_table(TABLE, tiny, {"tiny": True}, [3], folder)
+
+
+def test_every_kind_of_cell_is_measured(made):
+    folder, found = made
+    assert list(found) == ["SFT policy", *CELLS]
+    for row, [one] in found.items():
+        assert math.isfinite(one[report.REWARD]) and 0 <= one["ranker's win_rate"] <= 1, row
+        assert row in ("hindsight", "best of 4") or one["kl"] > -0.1
+    assert found["SFT policy"][0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert found["best of 4"][0]["ranker's reward"] > found["SFT policy"][0]["ranker's reward"]
+    assert found["rso by the truth"][0]["ranker accuracy"] == 1
+    assert len(found["rounds"][0]["rounds"]) == 3
+    text = report.write("all", TABLE, found, folder, 10.0).partition("| claim ")[0]
+    for row, [one] in found.items():
+        (line,) = [line for line in text.splitlines() if line.startswith("|") and line.split("|")[1].strip() == row]
+        assert rounded(Estimate(one[report.REWARD], math.nan)) in line
+
+
+def test_the_reported_checkpoint_has_the_highest_reward_by_the_ranker(made):
+    folder, _ = made
+    [result] = folder.glob(f"seed-3/{key_of(CELLS['given pairs'])}/results.json")
+    found = json.loads(result.read_text())
+    trained = {int(step): reward for step, reward in found["ranker's reward by step"].items() if step != "0"}
+    assert sorted(trained) == [2, 4, 6, 8]
+    assert trained[found["step"]] == max(trained.values())
+
+
+def test_what_is_finished_is_not_done_again_and_other_settings_are_refused(made):
+    folder, found = made
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("results.json")}
+    assert run_table(TABLE, tiny, {"tiny": True}, [3], folder) == found
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("results.json")} == before
+    with pytest.raises(ValueError, match="has results with other tiny. Choose another `output_dir`"):
+        run_table(TABLE, tiny, {"tiny": False}, [3], folder)
+
+
+def test_two_processes_find_what_one_does(made, tmp_path):
+    _, found = made
+    cells = {row: CELLS[row] for row in ("given pairs", "samples", "right or wrong", "rso by the truth")}
+    both = run_table(Table("", "", "", cells, []), tiny, {"tiny": True}, [3], tmp_path, 2)
+    assert both == {row: found[row] for row in ("SFT policy", *cells)}
+
+
+def test_what_was_cut_off_is_made_again(made, tmp_path):
+    """A kill leaves worlds and cells without their last file, which is written when all others are."""
+    folder, found = made
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    key = key_of(CELLS["samples"])
+    (copy / "seed-3" / key / "results.json").unlink()
+    (copy / "seed-3" / "ranker-learned").rename(copy / "seed-3" / "ranker-learned-unfinished")
+    shutil.rmtree(copy / "seed-3" / "candidates-truth")
+    assert run_table(TABLE, tiny, {"tiny": True}, [3], copy) == found
+    assert (copy / "seed-3" / key / "policy" / "model.safetensors").exists()
