@@ -18,10 +18,12 @@ def prepare(seed: int, folder: Path) -> tuple[ControlledTask, Any, Any, Pairwise
     task = ControlledTask(seed=seed, **study.TASK)
     tokenizer = task.tokenizer()
     ranker_tokenizer = task.tokenizer(extra_words=[*dialogue("|", "|", "|").split("|"), *ANSWERS])
-    sft = study._sft(task.policy_model(tokenizer, seed), tokenizer, task.sft_dataset, study.SFT, folder / "sft", seed)
+    sft = study.fine_tune(
+        task.policy_model(tokenizer, seed), tokenizer, task.sft_dataset, study.SFT, folder / "sft", seed
+    )
     comparisons = pairwise_ranker_dataset(task.comparisons, seed=seed)
     judge = task.policy_model(ranker_tokenizer, seed + 1)
-    study._sft(judge, ranker_tokenizer, comparisons, study.RANKER, folder / "ranker", seed)
+    study.fine_tune(judge, ranker_tokenizer, comparisons, study.RANKER, folder / "ranker", seed)
     return task, tokenizer, sft, PairwiseRanker(judge, ranker_tokenizer, batch_size=512, seed=seed)
 
 

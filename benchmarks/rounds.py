@@ -44,7 +44,7 @@ def measure(seed: int, beta: float, folder: Path) -> dict[str, dict[str, list[fl
 
     found = {}
     for number, (arm, options) in enumerate(ARMS.items()):
-        training = {**study._COMMON, **study.POLICY, "max_steps": STEPS // options["num_rounds"]}
+        training = {**study.COMMON, **study.POLICY, "max_steps": STEPS // options["num_rounds"]}
         sampling: dict[str, Any] = {
             "num_candidates": 64,
             "max_new_tokens": MAX_NEW_TOKENS,

@@ -71,7 +71,7 @@ def measure(seed: int, folder: Path, steps: int) -> dict[str, float]:
         candidates = candidates or load_from_disk(str(folder / f"way-{number}" / "candidates"))
         trainer_class, config_class, own = TRAINERS.get(pairing, (RSOTrainer, RSOConfig, {"gamma": study.GAMMA}))
         policy = AutoModelForCausalLM.from_pretrained(folder / "sft")
-        training = {**study._COMMON, **study.POLICY, "max_steps": steps, "lr_scheduler_type": "constant", **own}
+        training = {**study.COMMON, **study.POLICY, "max_steps": steps, "lr_scheduler_type": "constant", **own}
         args = config_class(str(folder / f"policy-{number}"), seed=seed, **training)
         study._train_without_logs(trainer_class(policy, args=args, train_dataset=made, processing_class=tokenizer))
         rewards[name] = reward_of(policy.eval())

@@ -313,7 +313,8 @@ class ReproduceConfig(RankerArguments):
     output_dir: str = field(default="outputs/reproduce", metadata={"help": "Folder for policies and tables."})
     results_dir: str | None = field(default=None, metadata={"help": "Another folder for the tables."})
     num_workers: int | None = field(
-        default=None, metadata={"help": "Processes. By default one for each core, or one on an accelerator."}
+        default=None,
+        metadata={"help": "Processes. By default one for each core, or one for a real model or on an accelerator."},
     )
     world: str = field(
         default="kitchen",
@@ -341,12 +342,16 @@ class ReproduceConfig(RankerArguments):
         is_one_of(self, "world", ["kitchen", "real"])
         is_whole(self, "num_seeds", 1)
         is_whole(self, "first_seed", 0)
+        if self.num_workers is not None:
+            is_whole(self, "num_workers", 1)
         shared = ("world", "tables", "num_seeds", "first_seed", "output_dir", "results_dir", "num_workers")
         others = [
             one.name for one in fields(self) if one.name not in shared and getattr(self, one.name) != one.default
         ]
         if others and self.world == "kitchen":
             raise ValueError(f"`{others[0]}` has no effect without `--world real`. Add it, or leave it out.")
+        if self.dataset_name is None and (unread := {"dataset_split", "num_rows"} & {*others}):
+            raise ValueError(f"`{min(unread)}` has no effect without `dataset_name`. Leave it out.")
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,6 @@
 """`prefopt-trl reproduce TABLE ...`: run the papers' experiments, and write what they show."""
 
+import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +10,7 @@ import torch
 
 from prefopt_trl.cli.arguments import ReproduceConfig
 from prefopt_trl.cli.data import require_columns
-from prefopt_trl.cli.rankers import load_ranker
+from prefopt_trl.cli.rankers import is_model, load_ranker
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.experiments.report import write
 from prefopt_trl.experiments.runner import Make, run_table
@@ -28,7 +29,8 @@ def run(own: ReproduceConfig, save_config: Callable[[], None]) -> None:
     if unknown := [name for name in names if name not in possible]:
         raise ValueError(f"`tables`: {unknown[0]!r} is none of the {own.world} world's: {', '.join(possible)}.")
     make, settings = _real(own) if is_real else (kitchen, {"world": own.world})
-    workers = own.num_workers or (1 if is_real else os.cpu_count() or 1)
+    is_alone = is_real or torch.accelerator.is_available()
+    workers = own.num_workers or (1 if is_alone else os.cpu_count() or 1)
     seeds = range(own.first_seed, own.first_seed + own.num_seeds)
     save_config()
     policies, folder = Path(own.output_dir, "policies"), Path(own.results_dir or own.output_dir)
@@ -38,7 +40,7 @@ def run(own: ReproduceConfig, save_config: Callable[[], None]) -> None:
     written = {name: of for name, of in TABLES.items() if (folder / f"{name}.md").exists()}  # now or before
     lines = [f"- [{of.title}]({name}.md) ({of.source})" for name, of in written.items()]
     environment = ", ".join(f"{name} {version}" for name, version in versions().items())
-    world = f"the {own.world} world, seeds {seeds[0]} to {seeds[-1]}, {environment}"
+    world = f"the {own.world} world, with {environment}"
     write_text(folder / "README.md", "\n".join(["# Results", "", f"Of {world}:", "", *lines, ""]))
     print(f"Written to {folder}: {', '.join(names)}, of {world}. The policies are in {policies}.")
 
@@ -48,6 +50,8 @@ def _real(own: ReproduceConfig) -> tuple[Make, Settings]:
     if own.dataset_name is not None:
         prompts = load_rows(own.dataset_name, None, own.dataset_split, own.num_rows)
         require_columns(prompts, own.dataset_name, {"prompt"})
+    distinct = {json.dumps(prompt): row for row, prompt in enumerate(prompts["prompt"][:])}
+    prompts = prompts.select(sorted(distinct.values()))  # none is trained on and reported on
     if base_of(model) is not None:
         raise ValueError(f"`model_name_or_path`={model!r} is an adapter. Merge it into its base first.")
     if len(prompts) < 2 * own.num_judged:
@@ -63,7 +67,8 @@ def _real(own: ReproduceConfig) -> tuple[Make, Settings]:
     settings = {
         "model": path_fingerprint(model),
         "prompts": dataset_fingerprint(prompts),
-        "ranker": [own.ranker_template, path_fingerprint(own.ranker)],
+        "ranker": path_fingerprint(own.ranker) if is_model(own.ranker) else load_ranker(own).settings(),
+        "ranker_template": own.ranker_template,
         "num_judged": own.num_judged,
         **training,
         **sampling,

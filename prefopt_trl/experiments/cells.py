@@ -14,9 +14,10 @@ from trl import SFTConfig, SFTTrainer
 from prefopt_trl.data.hindsight import HELPFUL, chain_of_hindsight
 from prefopt_trl.evaluation.policy import BestOf, evaluate_policy
 from prefopt_trl.evaluation.win_rate import WinRateCallback
-from prefopt_trl.experiments.worlds import LEARNED, QUIET, TRUTH, World, load
+from prefopt_trl.experiments.worlds import LEARNED, TRUTH, World, load
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.generation.sampler import sample_completions
+from prefopt_trl.quickstart.study import COMMON
 from prefopt_trl.rounds.rounds import train_in_rounds
 from prefopt_trl.runtime.settings import Settings, read_json, write_json
 from prefopt_trl.sampling.options import SamplingOptions
@@ -25,6 +26,7 @@ from prefopt_trl.trainers import METHODS
 
 SFT, HINDSIGHT, NOTHING = "sft", "chain-of-hindsight", "nothing"  # methods beside those of `METHODS`
 METRICS = ("reward", "win_rate")
+SAMPLES = 4  # of each prompt of the test
 CHECKPOINTS = 4  # of a training, among which the one with the highest reward by the ranker is kept (RSO section 5)
 
 
@@ -46,20 +48,17 @@ class Cell:
     is_last: bool = False  # whether the last checkpoint is reported, instead of that with the highest reward
 
 
-def measure(cell: Cell, world: World, folder: Path) -> Settings:
-    """Train a policy and evaluate it, unless `folder` has the results, and return its means over the test prompts."""
-    found = read_json(folder / "results.json")
-    if found is not None:
-        return dict(found)
+def measure(cell: Cell, world: World, folder: Path) -> None:
+    """Train a policy, evaluate it, and write its means over the test prompts as `results.json`, the last file."""
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
     policy, made = (world.policy(), {}) if cell.method == NOTHING else _train(cell, world, folder)
     options, samples = _options(world), policy
     if cell.best_of > 1:
         samples = BestOf(policy, cell.best_of, world.ranker(cell.ranker))
-        made = {"kl": math.log(cell.best_of) - (cell.best_of - 1) / cell.best_of}  # at most; equal for a rich policy
+        made = {"kl": math.log(cell.best_of) - (cell.best_of - 1) / cell.best_of}  # an upper bound
     elif cell.method == HINDSIGHT:
         prompts = [f"{prompt} {HELPFUL}" for prompt in world.data["test"]["prompt"]]
-        sampled = sample_completions(policy, world.tokenizer, prompts, world.samples_judged, options, seed=world.seed)
+        sampled = sample_completions(policy, world.tokenizer, prompts, SAMPLES, options, seed=world.seed)
         samples = [[text.partition("\n\n")[0] for text in of] for of in sampled]
     judges = {"truth": world.ranker(TRUTH)}
     if world.ranker(LEARNED) is not judges["truth"]:
@@ -71,7 +70,7 @@ def measure(cell: Cell, world: World, folder: Path) -> Settings:
         judges=judges,
         against="target",
         reference="SFT policy",
-        num_completions=world.samples_judged if cell.best_of == 1 else 1,
+        num_completions=SAMPLES if cell.best_of == 1 else 1,
         options=options,
         seed=world.seed,
         output_dir=folder / "evaluation",
@@ -79,6 +78,7 @@ def measure(cell: Cell, world: World, folder: Path) -> Settings:
     judged = {"ranker": evaluation.judged["truth"], **evaluation.judged}
     first = [row for row in evaluation.samples if row["policy"] == "policy" and not row["sample"]][:3]
     found = {
+        "seed": world.seed,
         **{f"{judge}'s {name}": of["policy"][name].mean for judge, of in judged.items() for name in METRICS},
         **{name: one.mean for name, one in evaluation.estimates["policy"].items() if name in ("kl", "tokens")},
         **{name: value for name, value in evaluation.texts["policy"].items() if name == "bleu"},
@@ -88,7 +88,6 @@ def measure(cell: Cell, world: World, folder: Path) -> Settings:
     }
     shutil.rmtree(folder / "training", ignore_errors=True)
     write_json(folder / "results.json", found)
-    return found
 
 
 def _train(cell: Cell, world: World, folder: Path) -> tuple[Any, Settings]:
@@ -159,7 +158,7 @@ def _arguments(cell: Cell, world: World) -> Settings:
     of_loss = {"rso": {"gamma": world.gamma}, "slic": {"delta": 1 / world.gamma}}.get(cell.method, {})
     if cell.method == "slic" and "loss_type" in cell.training:  # unlikelihood has no margin
         of_loss = {}
-    return {**QUIET, **world.training, "max_steps": steps, "seed": world.seed, **of_loss, **cell.training}
+    return {**COMMON, **world.training, "max_steps": steps, "seed": world.seed, **of_loss, **cell.training}
 
 
 def _options(world: World) -> GenerationOptions:
@@ -197,6 +196,4 @@ def _data(cell: Cell, world: World, folder: Path) -> tuple[Dataset, Settings]:
     if cell.method == HINDSIGHT:
         rows = [row for pair in data for row in chain_of_hindsight(pair)]
         data = Dataset.from_list(rows)
-    elif cell.method == SFT and "chosen" in data.column_names:
-        data = data.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
     return data, statistics

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prefopt_trl.evaluation.metrics import Estimate
-from prefopt_trl.evaluation.report import as_html, as_percentage, rounded, table, with_error
+from prefopt_trl.evaluation.report import as_html, as_percentage, plotting, rounded, table, with_error
 from prefopt_trl.experiments.runner import Results
 from prefopt_trl.experiments.tables import FRONTIER, MAP, ROWS, Table
 from prefopt_trl.runtime.settings import write_text, writing
@@ -55,7 +55,7 @@ def claims_of(found: Table, results: Results, metric: str = REWARD) -> list[list
 def as_markdown(name: str, found: Table, results: Results, highest: float | None) -> str:
     """Return a table of the results, and one of the claims."""
     base, *_ = results
-    num_seeds = len(results[base])
+    seeds = ", ".join(str(one["seed"]) for one in results[base])
     rewards = {row: over_seeds(results, row, REWARD) for row in results}
     columns = [one for one in found.columns if any(row[0].get(one) is not None for row in results.values())]
     header = ["", "reward", f"minus {base}"] + ["of the possible"] * (highest is not None) + columns
@@ -67,7 +67,7 @@ def as_markdown(name: str, found: Table, results: Results, highest: float | None
             cells.append("" if row == base else as_percentage(Estimate.of(gap / (highest - rewards[base]))))
         cells += [rounded(Estimate.of(over_seeds(results, row, one))) for one in columns]
         rows.append(cells + [found.paper.get(row, "")] * bool(found.paper))
-    notes = f"Means ± standard errors over {num_seeds} seeds; differences are paired by seed."
+    notes = f"Means ± standard errors over the seeds {seeds}; differences are paired by seed."
     if highest is not None:
         notes += f" The possible gain is that from the {base} to the highest reward, {highest:g}."
     if found.paper:
@@ -95,13 +95,14 @@ def write(name: str, found: Table, results: Results, folder: Path, highest: floa
     """Write a table as Markdown, CSV and PNG, and return the first."""
     text = as_markdown(name, found, results, highest)
     write_text(folder / f"{name}.md", text)
-    metrics = [metric for metric, value in next(iter(results.values()))[0].items() if isinstance(value, float | int)]
+    cells = [one for by_seed in results.values() for one in by_seed]
+    metrics = dict.fromkeys(name for one in cells for name, value in one.items() if isinstance(value, float | int))
     with writing(folder / f"{name}.csv") as temporary, temporary.open("w", newline="") as file:
         lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(["row", "seed_number", *metrics])
+        lines.writerow(["row", *metrics])
         for row, by_seed in results.items():
-            lines.writerows([row, seed, *(one.get(metric) for metric in metrics)] for seed, one in enumerate(by_seed))
-    with writing(folder / f"{name}.png") as temporary:
+            lines.writerows([row, *map(one.get, metrics)] for one in by_seed)
+    with plotting(), writing(folder / f"{name}.png") as temporary:
         plot(found, results, temporary)
     return text
 

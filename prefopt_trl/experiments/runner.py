@@ -21,7 +21,7 @@ from prefopt_trl.experiments import cells, worlds
 from prefopt_trl.experiments.cells import NOTHING, Cell, measure
 from prefopt_trl.experiments.tables import Table
 from prefopt_trl.experiments.worlds import LEARNED, World
-from prefopt_trl.quickstart import kitchen
+from prefopt_trl.quickstart import kitchen, study
 from prefopt_trl.runtime.settings import (
     Settings,
     as_json,
@@ -31,7 +31,7 @@ from prefopt_trl.runtime.settings import (
     write_json,
 )
 
-MAKERS = (cells, kitchen, worlds)  # of what is saved
+MAKERS = (cells, kitchen, study, worlds)  # of what is saved
 Make = Callable[[int, Path], World]  # the world of a seed, in a folder
 Results = dict[str, list[Settings]]  # of each row, by seed
 

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig, PeftConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from prefopt_trl.data.formats import wrap_completion
 from prefopt_trl.data.hindsight import HELPFUL, UNHELPFUL
 from prefopt_trl.generation.sampler import sample_completions
 from prefopt_trl.quickstart.kitchen import MAX_NEW_TOKENS, ControlledTask, true_reward
+from prefopt_trl.quickstart.study import GAMMA, POLICY, RANKER, SFT, TASK, fine_tune
 from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.rankers.function import FunctionRanker
 from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
@@ -32,35 +32,14 @@ from prefopt_trl.sampling.pipeline import build_preference_dataset
 LABELS = [f"{space}{label}" for space in ("", " ", "\n\n") for label in (HELPFUL, UNHELPFUL)]  # a word each
 LEARNED, WEAK, TRUTH = "learned", "weak", "truth"  # rankers
 
-# Of every training: no logs, no reports, and `gradient_checkpointing` by its name before transformers 5.23
-QUIET: Settings = {
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_strategy": "no",
-    "dataloader_pin_memory": False,
-    "disable_tqdm": False,  # otherwise transformers prints all metrics
-    ("activation" if hasattr(SFTConfig, "activation_checkpointing") else "gradient") + "_checkpointing": False,
-}
-
-TASK = {"num_prompts": 400, "num_eval_prompts": 512}
-SFT: Settings = {"max_steps": 500, "per_device_train_batch_size": 64, "learning_rate": 3e-3}
-RANKER: Settings = {"per_device_train_batch_size": 128, "learning_rate": 3e-3}
-RANKER_STEPS = {LEARNED: 900, WEAK: 200}
-POLICY: Settings = {"max_steps": 240, "per_device_train_batch_size": 32, "learning_rate": 1e-4, "bf16": False}
+RANKER_STEPS = {LEARNED: RANKER["max_steps"], WEAK: 200}
 
 # Of the real world: how reviews begin
 OPENINGS = ["I watched", "We visited", "Last week I tried", "Everyone talks about", "Yesterday we saw", "My review of"]
 SUBJECTS = [
-    *("the new film", "this hotel", "the small restaurant", "her latest book", "that museum", "the evening show"),
-    *(
-        "the old theater",
-        "their first album",
-        "this city park",
-        "the seaside cafe",
-        "a cooking class",
-        "the night train",
-    ),
-]
+    "the new film", "this hotel", "the small restaurant", "her latest book", "that museum", "the evening show",
+    "the old theater", "their first album", "this city park", "the seaside cafe", "a cooking class", "the night train",
+]  # fmt: skip
 RESTS = ["and I must say that", "because my friends", "with my family, and", "again, and this time"]
 
 
@@ -82,7 +61,6 @@ class World:
     sampling: Settings  # options of all samples
     training: Settings  # arguments of all trainings
     gamma: float  # temperature of the loss, where nothing else is said
-    samples_judged: int = 4  # of each prompt
     peft_config: PeftConfig | None = None
     loaded: dict[str, Ranker] = field(default_factory=dict)
 
@@ -135,7 +113,7 @@ def kitchen(seed: int, folder: Path) -> World:
 
     def train_ranker(name: str) -> Ranker:
         judge, path = task.policy_model(of_ranker, seed + 1), folder / f"ranker-{name}"
-        how = {"max_steps": RANKER_STEPS[name], **RANKER}
+        how = {**RANKER, "max_steps": RANKER_STEPS[name]}
         _fine_tune(judge, of_ranker, pairwise_ranker_dataset(comparisons, seed=seed), how, path, seed)
         return PairwiseRanker(path, of_ranker, batch_size=512, seed=seed)
 
@@ -158,7 +136,7 @@ def kitchen(seed: int, folder: Path) -> World:
         },
         sampling={"num_candidates": 64, "max_new_tokens": MAX_NEW_TOKENS, "generation_batch_size": 1024},
         training=POLICY,
-        gamma=0.5,
+        gamma=GAMMA,
     )
 
 
@@ -250,13 +228,7 @@ def _saved(folder: Path, make: Callable[[], Dataset]) -> Dataset:
 
 
 def _fine_tune(model: Any, tokenizer: Any, dataset: Dataset, how: Settings, folder: Path, seed: int) -> None:
-    """Train a model on prompts and completions with TRL's SFTTrainer, and save it, unless that was done."""
-    if folder.exists():
-        return
-    args = SFTConfig(f"{folder}-trainer", warmup_steps=0.1, seed=seed, bf16=False, **QUIET, **how)
-    trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
-    trainer.remove_callback(ProgressCallback)
-    trainer.train()
-    for one in (tokenizer, model):
-        one.save_pretrained(f"{folder}-unfinished")
-    Path(f"{folder}-unfinished").rename(folder)
+    """Train a model on prompts and completions, and save it, unless that was done."""
+    if not folder.exists():
+        fine_tune(model, tokenizer, dataset, how, Path(f"{folder}-unfinished"), seed)
+        Path(f"{folder}-unfinished").rename(folder)

@@ -45,6 +45,16 @@ from prefopt_trl.trainers.slic_trainer import SLiCTrainer
 Arguments = dict[str, Any]
 Measured = dict[str, Estimate]
 
+COMMON: Arguments = {
+    "report_to": "none",
+    "save_strategy": "no",
+    "bf16": False,
+    # `gradient_checkpointing` before transformers 5.23
+    ("activation" if hasattr(SFTConfig, "activation_checkpointing") else "gradient") + "_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "logging_strategy": "no",
+    "disable_tqdm": False,  # its default depends on the verbosity that `_quiet` lowers
+}
 TASK = {"num_prompts": 400, "num_eval_prompts": 512}
 SFT: Arguments = {"max_steps": 500, "per_device_train_batch_size": 64, "learning_rate": 3e-3}
 RANKER: Arguments = {"max_steps": 900, "per_device_train_batch_size": 128, "learning_rate": 3e-3}
@@ -125,12 +135,12 @@ def run_quickstart(output_dir: str, seed: int) -> None:
     say(f"A comparison: {example['prompt']!r}, chosen {example['chosen']!r}, rejected {example['rejected']!r}")
 
     say(f"SFT policy: {SFT['max_steps']} steps on {len(task.sft_dataset):,} examples")
-    sft = _sft(task.policy_model(tokenizer, seed), tokenizer, task.sft_dataset, SFT, folder / "sft", seed)
+    sft = fine_tune(task.policy_model(tokenizer, seed), tokenizer, task.sft_dataset, SFT, folder / "sft", seed)
 
     say(f"Pairwise ranker: {RANKER['max_steps']} steps on {len(task.comparisons):,} comparisons")
     answers = pairwise_ranker_dataset(task.comparisons, seed=seed)
     judge = task.policy_model(ranker_tokenizer, seed + 1)
-    _sft(judge, ranker_tokenizer, answers, RANKER, folder / "ranker", seed)
+    fine_tune(judge, ranker_tokenizer, answers, RANKER, folder / "ranker", seed)
     ranker = PairwiseRanker(judge, ranker_tokenizer, batch_size=512, seed=seed)
     accuracy = _ranker_accuracy(ranker, sft, tokenizer, task.eval_dataset["prompt"][:], seed)
     say(f"Ranker accuracy on pairs of SFT samples, against the true reward: {accuracy:.3f}")
@@ -222,7 +232,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def _sft(
+def fine_tune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     dataset: Dataset,
@@ -231,7 +241,7 @@ def _sft(
     seed: int,
 ) -> PreTrainedModel:
     """Train a model on prompts and completions with TRL's SFTTrainer, and save it."""
-    args = SFTConfig(f"{folder}_trainer", warmup_steps=0.1, seed=seed, **_COMMON, **hyperparameters)
+    args = SFTConfig(f"{folder}_trainer", warmup_steps=0.1, seed=seed, **COMMON, **hyperparameters)
     trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
     _train_without_logs(trainer)
     model.save_pretrained(folder)
@@ -249,7 +259,7 @@ def _train(
     seed: int,
 ) -> int:
     """Train the SFT policy with one method, and return the step of the checkpoint with the highest reward."""
-    given = {**_COMMON, **CHECKPOINTS, **POLICY, **method.arguments}
+    given = {**COMMON, **CHECKPOINTS, **POLICY, **method.arguments}
     args = method.trainer.config_class(str(folder), seed=seed, lr_scheduler_type="constant", **given)
     data = dataset.train_test_split(test_size=args.per_device_eval_batch_size, seed=seed)
     trainer = method.trainer(
@@ -275,18 +285,6 @@ def _train_without_logs(trainer: Trainer) -> None:
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar)
     trainer.train()
-
-
-_COMMON: Arguments = {
-    "report_to": "none",
-    "save_strategy": "no",
-    "bf16": False,
-    # `gradient_checkpointing` before transformers 5.23
-    ("activation" if hasattr(SFTConfig, "activation_checkpointing") else "gradient") + "_checkpointing": False,
-    "dataloader_pin_memory": False,
-    "logging_strategy": "no",
-    "disable_tqdm": False,  # its default depends on the verbosity that `_quiet` lowers
-}
 
 
 def _ranker_accuracy(

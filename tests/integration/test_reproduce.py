@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,14 @@ def tiny(seed, folder):
     worlds.RANKER_STEPS = dict.fromkeys(worlds.RANKER_STEPS, 4)
     worlds.POLICY = {**worlds.POLICY, "max_steps": 8, "per_device_train_batch_size": 4}
     return worlds.kitchen(seed, folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable():
+    """New processes import `tiny` from here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2])
+        yield
 
 
 @pytest.fixture(scope="module")

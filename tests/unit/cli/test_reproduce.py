@@ -37,8 +37,8 @@ def test_a_real_model_by_ones_own_ranker(real, run_in_process, monkeypatch, caps
     assert all(one["truth's reward"] < 0 for one in found)
 
 
-def test_prompts_with_pairs_bring_the_given_ones(real, pairs, run_in_process):
-    rows = [{"prompt": f"Question {i}?", "chosen": f" Yes {i}.", "rejected": f" No {i}."} for i in range(24)]
+def test_prompts_with_pairs_bring_the_given_ones(real, run_in_process):
+    rows = [{"prompt": f"Question {i}?", "chosen": f" Yes {i}.", "rejected": f" No {i}."} for i in range(24)] * 2
     Path("many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_in_process("reproduce", ["--tables", "dpo-table-3", *real, "--dataset_name", "many.jsonl"])
     files = Path("outputs/reproduce/policies/seed-0").glob("*/evaluation/samples.jsonl")
@@ -53,6 +53,8 @@ def test_prompts_with_pairs_bring_the_given_ones(real, pairs, run_in_process):
         (["--tables", "map"], "`tables`: 'map' is none of the real world's: quickstart, rso-table-1"),
         (["--num_judged", "200"], "`num_judged`=200 leaves too few"),
         (["--world", "kitchen"], "`ranker` has no effect without `--world real`"),
+        (["--num_rows", "9"], "`num_rows` has no effect without `dataset_name`"),
+        (["--num_workers", "0"], "`num_workers` must be"),
         (["--num_seeds", "0"], "`num_seeds` must be"),
     ],
 )

@@ -22,7 +22,13 @@ FOUND = Table("A title", "a source", "the rest", {"a": (Cell(), "12")}, CLAIMS, 
 
 
 def results(rewards=REWARDS):
-    return {row: [{report.REWARD: one, "kl": 0.5} for one in of] for row, of in rewards.items()}
+    made = {
+        row: [{"seed": 7 + number, report.REWARD: one, "kl": 0.5} for number, one in enumerate(of)]
+        for row, of in rewards.items()
+    }
+    for one in made["a"]:
+        one["rows"] = 3  # which the SFT policy has not
+    return made
 
 
 def test_holm_by_hand():
@@ -62,9 +68,11 @@ def test_the_table_has_differences_shares_and_the_papers_numbers(tmp_path):
         "  12 |",
     ):
         assert number in line
+    assert "over the seeds 7, 8, 9, 10;" in text
     with (tmp_path / "name.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row[report.REWARD]) for row in rows if row["row"] == "c"] == REWARDS["c"]
+    assert [(row["seed"], row["rows"]) for row in rows if row["row"] == "a"] == [(f"{7 + i}", "3") for i in range(4)]
     assert (tmp_path / "name.png").stat().st_size > 10_000
 
 
@@ -73,7 +81,7 @@ def test_frontiers_and_maps_are_drawn(kind, tmp_path):
     name = next(name for name, table in TABLES.items() if table.kind == kind)
     rng = np.random.default_rng(0)
     made = {
-        row: [{report.REWARD: rng.normal(), "kl": rng.random(), "ranker accuracy": 0.8} for _ in range(3)]
+        row: [{"seed": 0, report.REWARD: rng.normal(), "kl": rng.random(), "ranker accuracy": 0.8} for _ in range(3)]
         for row in ("SFT policy", *TABLES[name].cells)
     }
     report.write(name, TABLES[name], made, tmp_path)
