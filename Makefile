@@ -1,7 +1,9 @@
 # Every target sets up .venv by itself when it is missing or older than its recipe. `make` lists the targets.
 
 PYTHON ?= python3
+# A process for each core, and the tests of a file together, as they share what is trained once; -n 0 is without
 PYTEST_ARGS ?=
+PARALLEL := -n auto --dist loadfile
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -20,19 +22,19 @@ quickstart: $(INSTALLED)  ## run the main job on the embedded task, into outputs
 	$(BIN)/prefopt-trl quickstart --output_dir outputs/quickstart
 
 test: lint typecheck  ## lint, types and the fast tests (PYTEST_ARGS adds to pytest's arguments)
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest $(PARALLEL) $(PYTEST_ARGS)
 
 # trl 1.15 has its loss in Triton alone, which is interpreted on a CPU: right, and too slow for the quickstart.
 test-oldest: export TRITON_INTERPRET := 1
 test-oldest: .venv-oldest/.installed  ## the fast tests on the oldest supported versions
-	PREFOPT_CONSTRAINTS=constraints-oldest.txt .venv-oldest/bin/pytest -p no:cacheprovider \
+	PREFOPT_CONSTRAINTS=constraints-oldest.txt .venv-oldest/bin/pytest -p no:cacheprovider $(PARALLEL) \
 		--ignore tests/integration/test_quickstart.py --ignore tests/integration/test_reproduce.py \
 		--ignore tests/integration/test_rso_equals_dpo.py $(PYTEST_ARGS)
 
 test-newest:  ## the fast tests on the newest versions of today, in an environment made anew
 	rm -rf .venv-newest
 	$(MAKE) --no-print-directory .venv-newest/.installed
-	PREFOPT_CONSTRAINTS=constraints-newest.txt .venv-newest/bin/pytest -p no:cacheprovider $(PYTEST_ARGS)
+	PREFOPT_CONSTRAINTS=constraints-newest.txt .venv-newest/bin/pytest -p no:cacheprovider $(PARALLEL) $(PYTEST_ARGS)
 
 test-distributed: $(INSTALLED)  ## every trainer on DDP, FSDP2, ZeRO-2 and ZeRO-3, two processes each, and a table
 	$(BIN)/pytest -m distributed tests/distributed $(PYTEST_ARGS)
