@@ -41,8 +41,8 @@ if TYPE_CHECKING:  # `as` makes a name public for type checkers
     from prefopt_trl.sampling.pairing import first_round_pairs as first_round_pairs
     from prefopt_trl.sampling.pairing import tournament_pairs as tournament_pairs
     from prefopt_trl.sampling.pipeline import build_preference_dataset as build_preference_dataset
+    from prefopt_trl.sampling.publishing import push_preference_dataset as push_preference_dataset
     from prefopt_trl.sampling.rejection import statistical_rejection_sampling as statistical_rejection_sampling
-    from prefopt_trl.sampling.statistics import push_preference_dataset as push_preference_dataset
     from prefopt_trl.shared_prefix.decoding import decode_shared_prefix as decode_shared_prefix
     from prefopt_trl.trainers.listwise_dpo_config import ListwiseDPOConfig as ListwiseDPOConfig
     from prefopt_trl.trainers.listwise_dpo_trainer import ListwiseDPOTrainer as ListwiseDPOTrainer
@@ -90,7 +90,7 @@ _HOME = {
     "evaluate_ranker": "evaluation.ranker_quality",
     "first_round_pairs": "sampling.pairing",
     "load_hh_rlhf": "data.hh_rlhf",
-    "push_preference_dataset": "sampling.statistics",
+    "push_preference_dataset": "sampling.publishing",
     "sample_completions": "generation.sampler",
     "statistical_rejection_sampling": "sampling.rejection",
     "tournament_pairs": "sampling.pairing",

@@ -19,6 +19,7 @@ from trl import ModelConfig, RewardConfig, SFTConfig, TrlParser
 import prefopt_trl
 from prefopt_trl.cli.arguments import RewardModelData, TrainingData
 from prefopt_trl.cli.commands import COMMANDS
+from prefopt_trl.sampling.options import AUTO
 from prefopt_trl.trainers import METHODS
 
 LaunchOptions = dict[str, object]  # options of `accelerate launch` by name; a flag is True
@@ -90,6 +91,8 @@ def make_parser(name: str) -> TrlParser:
     for action in parser._actions:  # TRL's parser requires a value for these, and users write a flag
         if action.dest == "resume_from_checkpoint":
             action.nargs, action.const, action.type = "?", True, _checkpoint
+        elif action.dest == "rejection_beta":
+            action.type = number_or_auto
         elif getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
             action.nargs, action.const = "?", True
     return parser
@@ -133,6 +136,11 @@ def _without_secrets(values: dict[str, object]) -> dict[str, object]:
 def _checkpoint(word: str) -> str | bool:
     """Read a path, or `true` to resume the latest checkpoint."""
     return {"true": True, "false": False}.get(word.lower(), word)
+
+
+def number_or_auto(word: str) -> float | str:
+    """Read a number, or `auto`."""
+    return word if word == AUTO else float(word)
 
 
 def _read_config(prog: str, arguments: Sequence[str]) -> tuple[dict[str, object], list[str]]:

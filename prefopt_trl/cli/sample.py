@@ -16,7 +16,7 @@ from prefopt_trl.data.loading import load_rows
 from prefopt_trl.generation.generators import ContinuousBatchingGenerator, OpenAIGenerator
 from prefopt_trl.runtime.processes import process_state
 from prefopt_trl.sampling.pipeline import build_preference_dataset
-from prefopt_trl.sampling.statistics import push_preference_dataset
+from prefopt_trl.sampling.publishing import push_preference_dataset
 
 
 def run(own: SampleConfig, model: ModelConfig, save_config: Callable[[], None]) -> None:

@@ -175,7 +175,7 @@ class Rounds:
         """Refuse, before anything is loaded, arguments without effect and a folder of other rounds."""
         args, options = self.args, self.options
         is_of_sampled = (options.reference, options.data) == ("previous", "replace") or options.importance_correction
-        corrects = args.is_whole_distribution() and 0 < args.effective_beta < math.inf
+        corrects = args.is_whole_distribution() and args.can_correct
         for is_refused, reason in (
             (args.push_to_hub, "Push the best round once it is known, and leave `push_to_hub` out."),
             (args.eval_strategy != "no", "Rounds are judged when they end: leave `eval_strategy` at 'no'."),

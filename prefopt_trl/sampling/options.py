@@ -8,6 +8,7 @@ from typing import Any
 from prefopt_trl.generation.options import GenerationOptions, is_number, is_one_of, is_whole
 
 STRATEGIES = ["rso", "sft", "top-k"]
+AUTO = "auto"  # value of `rejection_beta`
 BY_REWARD = ["best-worst", "best-quantile", "correct-wrong"]  # pairings that rewards alone make and label
 PAIRINGS = ["first-round", "tournament", "all", *BY_REWARD]
 # In place of a pairing: the kept candidates are ranked by reward, or the best of them is the target of SFT
@@ -51,11 +52,12 @@ class SamplingOptions(GenerationOptions):
     num_candidates: int = field(default=64, metadata={"help": "Completions sampled per prompt."})
     num_samples: int = field(default=8, metadata=NUM_SAMPLES)
     pairing: str = field(default="first-round", metadata=PAIRING)
-    rejection_beta: float = field(
+    rejection_beta: float | str = field(
         default=0.5,
         metadata={
             "help": "The paper's beta in Algorithm 1, in units of the ranker's reward: small trusts the ranker (0 "
-            "keeps the top `num_samples`), large stays with the policy that is sampled."
+            "keeps the top `num_samples`), large stays with the policy that is sampled. 'auto' chooses it for each "
+            "prompt, from calibrated rewards."
         },
     )
     rejected_deviations: float = field(
@@ -84,8 +86,9 @@ class SamplingOptions(GenerationOptions):
                 f"`num_samples`={self.num_samples} completions cannot be kept out of "
                 f"`num_candidates`={self.num_candidates}. Lower the first or raise the second."
             )
-        if not isinstance(self.rejection_beta, int | float) or not self.rejection_beta >= 0:  # NaN is not
-            raise ValueError(f"`rejection_beta` must be at least 0, got {self.rejection_beta!r}. The paper uses 0.5.")
+        beta = self.rejection_beta
+        if beta != AUTO and not (isinstance(beta, int | float) and beta >= 0):  # NaN is not
+            raise ValueError(f"`rejection_beta` must be 'auto', or at least 0, got {beta!r}. The paper uses 0.5.")
         for name, pairings in (
             ("rejected_deviations", ["best-quantile"]),
             ("min_margin", PAIRINGS),
@@ -105,8 +108,17 @@ class SamplingOptions(GenerationOptions):
 
     @property
     def effective_beta(self) -> float:
-        """Beta of Algorithm 1 that the strategy stands for: its own, or one of its limits (RSO section 3.2)."""
-        return {"rso": self.rejection_beta, "sft": math.inf, "top-k": 0.0}[self.strategy]
+        """Beta of Algorithm 1 that the strategy stands for: its own, or one of its limits (RSO section 3.2).
+
+        It is NaN if it depends on the prompt.
+        """
+        own = math.nan if isinstance(self.rejection_beta, str) else self.rejection_beta
+        return {"rso": own, "sft": math.inf, "top-k": 0.0}[self.strategy]
+
+    @property
+    def can_correct(self) -> bool:
+        """Whether Algorithm 1 has a beta that weighs rewards against log-ratios of a proposal."""
+        return self.effective_beta not in (0.0, math.inf)
 
     def allows(self, margin: Any) -> Any:
         """Return whether a difference of rewards is within the margins; of an array, for each of them."""

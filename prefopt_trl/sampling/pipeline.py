@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -210,7 +209,7 @@ def build_preference_dataset(
         raise ValueError("`keep_logps` is for training, which takes no encoder-decoder. Leave it out.")
     elif policy is not None and tokenizer is not None:
         check_vocabulary(tokenizer, policy)
-    corrects = "log_ratios" in dataset.column_names and 0 < options.effective_beta < math.inf
+    corrects = "log_ratios" in dataset.column_names and options.can_correct
     if proposal is not None:
         _check_proposal(dataset, policy, generator, options, generation_kwargs or {})
     if proposal_clip is not None and not ((proposal is not None or corrects) and proposal_clip > 0):
@@ -265,7 +264,7 @@ def _check_proposal(
         raise ValueError("`proposal` samples in place of `policy`. Give both, and neither `generator` nor candidates.")
     if policy.config.is_encoder_decoder:
         raise ValueError("`proposal` and `policy` must be causal language models.")
-    if not 0 < options.effective_beta < math.inf:
+    if not options.can_correct:
         raise ValueError("`proposal` corrects Algorithm 1: set strategy='rso' and a `rejection_beta` above 0.")
     if not options.is_whole_distribution(generation_kwargs):
         raise ValueError(

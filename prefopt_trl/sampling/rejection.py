@@ -3,6 +3,9 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+BETAS = 2.0 ** np.arange(-6, 6.5, 0.5)  # those that `automatic_beta` chooses from
+CERTAINTY_KEPT = 0.85  # of its value on random candidates
+
 
 def statistical_rejection_sampling(
     rewards: ArrayLike,
@@ -99,6 +102,39 @@ def accept(rewards: NDArray[np.float64], num_samples: int, beta: float, rng: np.
     # Fewest rejections first. Equal ones come in random order, so nobody gains by position when the last pass is cut
     # short.
     return np.lexsort((rng.random(rewards.shape), num_rejections))[..., :num_samples]
+
+
+def automatic_beta(rewards: NDArray[np.float64], num_samples: int) -> float:
+    """
+    Return the smallest beta that leaves labels to learn from, and candidates to keep (`rejection_beta="auto"`).
+
+    As beta falls, the accepted candidates get better and closer to each other. Rewards are log-odds of preferences:
+    the label of candidates i and j is right with probability `sigmoid(|r_i - r_j|)`. What this has above 1/2, averaged
+    over pairs with the weights `w_i w_j`, `w = exp(reward / beta)`, must stay above a share of its value on random
+    pairs, and [`effective_sample_size`] at or above `num_samples`. It is `inf` if no beta does.
+
+    Args:
+        rewards (float64 array of shape `(num_candidates,)`):
+            Rewards of a prompt's distinct candidates, in nats.
+        num_samples (`int`):
+            How many of them are accepted.
+
+    Example:
+
+    ```python
+    >>> rewards = np.array([0.0, 1.0, 2.0, 3.0])
+    >>> automatic_beta(rewards, 2), automatic_beta(2 * rewards, 2)
+    (1.0, 1.4142135623730951)
+
+    ```
+    """
+    certainty = np.tanh(np.abs(rewards[:, None] - rewards) / 2)  # 2 sigmoid(gap) - 1
+    weights = np.exp((rewards - rewards.max()) / BETAS[:, None])
+    total, squares = weights.sum(axis=1) ** 2, (weights**2).sum(axis=1)
+    accepted = ((weights @ certainty) * weights).sum(axis=1)
+    least = CERTAINTY_KEPT * certainty.sum() / (len(rewards) * (len(rewards) - 1))
+    fits = (accepted >= least * (total - squares)) & (total >= min(num_samples, len(rewards)) * squares)
+    return float(BETAS[fits.argmax()]) if fits.any() else np.inf
 
 
 def effective_sample_size(rewards: NDArray[np.float64], beta: float) -> float:

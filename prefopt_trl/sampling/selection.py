@@ -11,7 +11,7 @@ from prefopt_trl.data.formats import Completion, Prompt, Row, completion_text, n
 from prefopt_trl.rankers.base import Columns, Ranker, ask_probabilities, logit, sigmoid
 from prefopt_trl.sampling.options import BEST, BY_REWARD, RANKING, SamplingOptions
 from prefopt_trl.sampling.pairing import Pairs, pairs_by_reward, play
-from prefopt_trl.sampling.rejection import accept, acceptance_rate, effective_sample_size
+from prefopt_trl.sampling.rejection import accept, acceptance_rate, automatic_beta, effective_sample_size
 
 # Columns of candidates, and of the pairs made of them: any other is the user's, and is kept
 OWN_COLUMNS = {
@@ -45,6 +45,7 @@ class SelectedPrompt:
     penalties: list[float] = field(default_factory=list)  # subtracted from the rewards to select, pair and label
     is_left_out: bool = False  # by the pairing, which finds no two kept candidates with different rewards
     num_outside: int = 0  # pairs outside the margins
+    beta: float | None = None  # of Algorithm 1
 
     @property
     def penalized(self) -> np.ndarray:
@@ -100,12 +101,14 @@ def select_and_pair(
         for row, stream in zip(rows, streams, strict=True)
     ]
     before = label(at_random, "first-round", streams)
-    beta, corrected, proposed = options.effective_beta, list(rewards), distinct
+    betas = {row: beta_of(texts[row], rewards[row], options) for row in rows}
+    corrected, proposed = list(rewards), list(distinct)
     if log_ratios is not None:
-        corrected = [of - beta * ratios for of, ratios in zip(rewards, log_ratios, strict=True)]
-        proposed = [without_nan(np.arange(len(of)), of) for of in corrected]
+        for row, beta in betas.items():
+            corrected[row] = rewards[row] - beta * log_ratios[row]
+            proposed[row] = without_nan(np.arange(len(rewards[row])), corrected[row])
     accepted = [
-        keep(corrected[row], texts[row], options, stream, log_ratios is not None)
+        keep(corrected[row], texts[row], betas[row], options, stream, log_ratios is not None)
         for row, stream in zip(rows, streams, strict=True)
     ]
     is_ranking = options.pairing in (RANKING, BEST)
@@ -115,7 +118,8 @@ def select_and_pair(
         differ = (texts[row][pairs.chosen] != texts[row][pairs.rejected]) & np.isfinite(pairs.probability)
         made = differ & options.allows(rewards[row][pairs.chosen] - rewards[row][pairs.rejected])
         outside = int(differ.sum() - made.sum())
-        selected[row] = replace(selected[row], is_left_out=not len(pairs.chosen), num_outside=outside)
+        beta = betas[row]
+        selected[row] = replace(selected[row], is_left_out=not len(pairs.chosen), num_outside=outside, beta=beta)
         if not (made.any() or (is_ranking and len(np.unique(texts[row][kept])) > 1) or options.pairing == BEST):
             continue
         selected[row] = replace(
@@ -209,9 +213,18 @@ def add_given(row: Row, given: Sequence[str]) -> Row:
     return kept | {name: [*kept[name], *values] for name, values in more.items() if name in kept}
 
 
+def beta_of(texts: np.ndarray, rewards: np.ndarray, options: SamplingOptions) -> float:
+    """Return the beta of Algorithm 1 for a prompt's candidates; `texts` and NaN as for [`keep`]."""
+    if not np.isnan(options.effective_beta):
+        return options.effective_beta
+    distinct = without_nan(np.unique(texts), rewards)
+    return automatic_beta(rewards[distinct], options.num_samples) if len(distinct) > 1 else np.inf
+
+
 def keep(
     rewards: np.ndarray,
     texts: np.ndarray,
+    beta: float,
     options: SamplingOptions,
     stream: np.random.Generator,
     is_corrected: bool = False,
@@ -227,11 +240,11 @@ def keep(
     """
     if is_corrected:
         every = without_nan(np.arange(len(texts)), rewards)
-        order = every[accept(rewards[every], len(every), options.effective_beta, stream)]
+        order = every[accept(rewards[every], len(every), beta, stream)]
         firsts = np.sort(np.unique(texts[order], return_index=True)[1])
         return order[firsts[: options.num_samples]]
     pool = without_nan(np.arange(len(texts)) if options.strategy == "sft" else np.unique(texts), rewards)
-    return pool[accept(rewards[pool], min(options.num_samples, len(pool)), options.effective_beta, stream)]
+    return pool[accept(rewards[pool], min(options.num_samples, len(pool)), beta, stream)]
 
 
 def rank(completions: Sequence[Completion], rewards: np.ndarray, kept: np.ndarray, **others: Sequence[str]) -> Row:

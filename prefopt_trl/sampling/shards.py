@@ -1,6 +1,5 @@
 """The work in shards: consecutive prompts that one process samples, ranks and writes."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -177,7 +176,7 @@ class Shards:
         if self.tokenizer is not None:
             completions = merge_equal_in_training(self.tokenizer, rows, completions)
         log_ratios = None
-        if "log_ratios" in rows[0] and 0 < self.options.effective_beta < math.inf:
+        if "log_ratios" in rows[0] and self.options.can_correct:
             log_ratios = [clipped(np.array(row["log_ratios"]), self.proposal_clip) for row in rows]
         selected = select_and_pair(
             prompts,

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,10 +13,9 @@ from huggingface_hub import DatasetCardData
 
 from prefopt_trl.data.formats import EQUAL_REWARDS_HINT, Completion, Prompt, Row, num_characters
 from prefopt_trl.runtime.cards import code, render
-from prefopt_trl.runtime.hub import push_folder
 from prefopt_trl.runtime.settings import Settings, dataset_fingerprint, read_json
 from prefopt_trl.sampling.options import BEST, RANKING, SamplingOptions
-from prefopt_trl.sampling.rejection import effective_sample_size
+from prefopt_trl.sampling.rejection import CERTAINTY_KEPT, effective_sample_size
 from prefopt_trl.sampling.selection import SelectedPrompt
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -51,10 +49,6 @@ COLORS = ("0.6", "#0072B2", "#009E73", "#D55E00")
 
 EXAMPLES = 5  # rows of the dataset in its card
 EXAMPLE_CHARACTERS = 500  # of a text there
-
-PUSHED = ["README.md", "manifest.json", "statistics.json", "statistics.png"]
-# Not every Arrow file: `Dataset.map` leaves caches beside the data
-PUSHED += [f"{folder}/{files}" for folder in ("candidates", "pairs") for files in ("data-*.arrow", "*.json")]
 
 CONFIGS: list[dict[str, Any]] = [
     {"config_name": "pairs", "data_files": "pairs/data-*.arrow", "default": True},
@@ -95,6 +89,7 @@ class SamplingStatistics:
     effective_size: float | None = None  # of the optimal policy's samples that candidates are worth, mean over prompts
     num_left_out: int = 0  # of the prompts skipped, by a pairing that found no two different rewards
     num_outside_margins: int = 0  # pairs left out by `min_margin` and `max_margin`
+    beta_quantiles: list[float] = field(default_factory=list)  # over prompts, of `rejection_beta="auto"`
 
     def as_dict(self) -> Settings:
         return {**asdict(self), "quantiles": list(QUANTILES)}
@@ -116,6 +111,12 @@ class SamplingStatistics:
             lines.append(f"acceptance rate: {self.acceptance_rate:.3f}")
             if rates := self.acceptance_quantiles:
                 lines[-1] += f", of prompts 5% to 95% {rates[1]:.3f} to {rates[5]:.3f}"
+        if betas := self.beta_quantiles:
+            lines.append(
+                f"rejection_beta of a prompt: median {betas[3]:.2g}, 5% to 95% {betas[1]:.2g} to {betas[5]:.2g}; the "
+                f"smallest at which labels keep {CERTAINTY_KEPT:.0%} of their certainty on random candidates, and the "
+                "effective sample size is num_samples or more"
+            )
         if self.effective_size is not None:
             lines.append(f"effective sample size of a prompt's candidates: {self.effective_size:.1f}")
         for what, found, digits in (("reward", self.reward_quantiles, 2), ("characters", self.length_quantiles, 0)):
@@ -145,6 +146,7 @@ def summarize(
     num_distinct: list[int] = []
     first_pass: list[float] = []
     sizes, plain_sizes = list[float](), list[float]()  # the latter without a correction that there is
+    betas = list[float]()
     num_equal = num_short = num_candidates = num_left_out = num_outside = 0
     num_unfinished: int | None = None
     is_ranking = options.pairing in (RANKING, BEST)
@@ -156,8 +158,8 @@ def summarize(
         num_candidates += len(of_prompt)
         if "finished" in row:
             num_unfinished = (num_unfinished or 0) + row["finished"].count(False)
-        if "log_ratios" in row and prompt.effective_size is not None:
-            plain_sizes.append(effective_sample_size(of_prompt[is_known], options.effective_beta))
+        if "log_ratios" in row and prompt.effective_size is not None and prompt.beta is not None:
+            plain_sizes.append(effective_sample_size(of_prompt[is_known], prompt.beta))
         num_left_out, num_outside = num_left_out + prompt.is_left_out, num_outside + prompt.num_outside
         num_equal += not prompt.is_left_out and prompt.num_distinct > 1 and np.ptp(of_prompt[is_known]) == 0
         rewards["candidates"].append(of_prompt[is_known])
@@ -165,6 +167,7 @@ def summarize(
         if prompt.acceptance_rate is None:  # skipped
             continue
         first_pass.append(prompt.acceptance_rate)
+        betas += [] if prompt.beta is None else [prompt.beta]
         sizes += [] if prompt.effective_size is None else [prompt.effective_size]
         num_short += len(prompt.accepted) < options.num_samples
         ranked = sorted(prompt.accepted, key=lambda index: -of_prompt[index])  # in the order of `rank`
@@ -183,6 +186,9 @@ def summarize(
     every = [{name: np.concatenate(values) for name, values in one.items()} for one in (rewards, lengths, certainty)]
     drawn = Numbers(every[0], every[1], every[2], np.array(first_pass))
     means = {name: float(values.mean()) if len(values) else 0.5 for name, values in drawn.probabilities.items()}
+    beta_quantiles = (
+        np.quantile(betas, QUANTILES, method="nearest").tolist() if np.isnan(options.effective_beta) else []
+    )
     warnings: list[str | None] = []
     if num_equal:
         warnings.append(
@@ -191,7 +197,8 @@ def summarize(
         )
     if 2 * num_equal <= len(num_distinct) and options.pairing != "correct-wrong":  # else coin flips have a reason
         spread = float(np.median([of_prompt.std() for of_prompt in rewards["candidates"] if len(of_prompt)]))
-        unlike_logits = scale_warning(options, spread) if temperature == 1 else None
+        beta = beta_quantiles[3] if beta_quantiles else options.effective_beta
+        unlike_logits = scale_warning(beta, spread) if temperature == 1 else None
         warnings.append(label_warning(options, *means.values()) or unlike_logits)
     if plain_sizes:
         warnings.append(correction_warning(options, float(np.mean(sizes)), float(np.mean(plain_sizes))))
@@ -217,6 +224,7 @@ def summarize(
         effective_size=float(np.mean(sizes)) if sizes else None,
         num_left_out=num_left_out,
         num_outside_margins=num_outside,
+        beta_quantiles=beta_quantiles,
     )
     return statistics, drawn
 
@@ -230,7 +238,7 @@ def label_warning(options: SamplingOptions, before: float, after: float) -> str 
     `before` and `after` are the mean probability the ranker gives to its own labels, on random candidates and on the
     pairs made.
     """
-    beta = options.rejection_beta
+    beta = options.effective_beta
     if before < COIN_FLIP:
         return (
             f"The ranker gives its own labels a mean probability of only {before:.2f} on random candidates, so they "
@@ -238,7 +246,7 @@ def label_warning(options: SamplingOptions, before: float, after: float) -> str 
             "too small for logits need a temperature, and a ranker near chance more training or its own template."
         )
     lost_by_rejection = after < UNSURE and before - after >= LOST_BY_REJECTION
-    if options.strategy != "rso" or not lost_by_rejection or np.isinf(beta):
+    if options.strategy != "rso" or not lost_by_rejection or not np.isfinite(beta):
         return None
     return (
         f"`rejection_beta`={beta:g} is too small for this ranker: it gives its own labels a mean probability of "
@@ -258,13 +266,13 @@ def correction_warning(options: SamplingOptions, effective_size: float, plain: f
     )
 
 
-def scale_warning(options: SamplingOptions, spread: float) -> str | None:
+def scale_warning(beta: float, spread: float) -> str | None:
     """Say what `rejection_beta` means for rewards that are not on the scale of logits, or return None.
 
-    `spread` is the standard deviation of the rewards of a prompt's candidates, in nats.
+    `beta` is infinite with random samples, and 0 with the top ones. `spread` is the standard deviation of the rewards
+    of a prompt's candidates, in nats.
     """
-    beta = options.rejection_beta
-    if options.strategy != "rso" or beta == 0 or np.isinf(beta) or SPREAD[0] <= spread <= SPREAD[1]:
+    if beta == 0 or np.isinf(beta) or SPREAD[0] <= spread <= SPREAD[1]:
         return None
     return (
         f"The rewards of a prompt's candidates have a standard deviation of {spread:.2g} (median over prompts), which "
@@ -307,7 +315,7 @@ def plot_statistics(statistics: SamplingStatistics, numbers: Numbers, options: S
     figure.suptitle(
         f"{statistics.num_pairs:,} {statistics.made} from {statistics.num_prompts - statistics.num_skipped:,} of "
         f"{statistics.num_prompts:,} prompts ({statistics.num_candidates:,} candidates), strategy {options.strategy}"
-        + (f" with beta {options.rejection_beta:g}" if is_rso else "")
+        + (f" with beta {options.rejection_beta}" if is_rso else "")
     )
     drawn = figure.subplots(*shape).flatten()
     for axes, (title, label, whole, curves, average, digits) in zip(drawn, panels, strict=True):
@@ -391,59 +399,3 @@ def read_sampled(folder: str | Path) -> tuple[Settings, SamplingStatistics] | No
     numbers = read_json(Path(folder, "statistics.json"))
     del numbers["quantiles"]  # the same in all of them
     return manifest["settings"], SamplingStatistics(**numbers)
-
-
-def push_preference_dataset(
-    output_dir: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None
-) -> str:
-    """Upload a finished dataset of [`build_preference_dataset`] to the Hub: pairs, candidates, statistics and card.
-
-    Only what the pipeline has written is uploaded. The card then says how to load it from there. Call it in one
-    process.
-
-    Args:
-        output_dir (`str` or `Path`):
-            Folder of the dataset.
-        repo_id (`str`):
-            Dataset repository, such as `"my-org/my-pairs"`. It is created if it is missing.
-        private (`bool`, *optional*):
-            Whether a repository created here is private. By default as the organization has set it.
-        token (`str`, *optional*):
-            Access token. By default the one you are logged in with.
-
-    Returns:
-        `str`: address of the repository.
-
-    Raises:
-        ValueError: if `output_dir` holds no finished dataset.
-        PushError: if the upload fails, with the command that retries it. The folder stays complete.
-
-    Example:
-
-    ```python
-    push_preference_dataset("outputs/pairs", "my-org/my-pairs", private=True)
-    ```
-    """
-    if read_sampled(output_dir) is None:
-        raise ValueError(
-            f"{output_dir} holds no finished dataset. Give `build_preference_dataset` the same settings and "
-            f"output_dir={str(output_dir)!r} to finish it, then push again."
-        )
-
-    def write_card(repo_id: str) -> None:
-        card = Path(output_dir, "README.md")
-        # The first place is the snippet's: settings, which come later, may hold the same words
-        place, named = r'load_dataset\("[^"]*", "pairs"', f'load_dataset("{repo_id}", "pairs"'
-        card.write_text(re.sub(place, named, card.read_text(encoding="utf-8"), count=1), encoding="utf-8")
-
-    return push_folder(
-        output_dir,
-        repo_id,
-        write_card,
-        repo_type="dataset",
-        allow_patterns=PUSHED,
-        delete_patterns=["candidates/*", "pairs/*"],  # files of an earlier dataset that had more of them
-        private=private,
-        token=token,
-        commit_message="Upload sampled preferences",
-    )

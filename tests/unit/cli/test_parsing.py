@@ -1,5 +1,6 @@
 """Arguments: the command line over the file over the defaults, launch options apart, and nothing unknown."""
 
+import math
 import os
 
 import pytest
@@ -102,8 +103,9 @@ def test_the_latest_checkpoint_in_a_file(text, tmp_path):
         ("num_rows: 3.0\n", "argument --num_rows/--num-rows: invalid int value: '3.0'"),
         ("pairing: none at all\n", "invalid choice: 'none at all' (choose from 'first-round',"),
         ("dtype: fp16\n", "invalid choice: 'fp16' (choose from 'auto', 'bfloat16', 'float16', 'float32')"),
-        ("rejection_beta: [1, 2]\n", "`rejection_beta` in the file of --config is [1, 2], and must be float."),
-        ("rejection_beta: true\n", "is true, and must be float."),
+        ("rejection_beta: [1, 2]\n", "`rejection_beta` in the file of --config is [1, 2], and must be float | str."),
+        ("rejection_beta: true\n", "is true, and must be float | str."),
+        ("rejection_beta: automatic\n", "invalid number_or_auto value: 'automatic'"),
         ("num_rows: true\n", "is true, and must be int | None."),
         ("num_candidates: null\n", "is null, and must be int."),
         ("ranker: [a, b]\n", '`ranker` in the file of --config is ["a", "b"], and must be str | None.'),
@@ -117,6 +119,13 @@ def test_bad_files_end_with_one_line_and_exit_code_2(text, message, tmp_path, ca
     with pytest.raises(SystemExit, match="^2$"):
         run.main("rso", [*BASE, *write(tmp_path, text)])
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("word", "beta"), [("auto", "auto"), ("2", 2.0), ("inf", math.inf)])
+def test_the_beta_of_rejection_is_a_number_or_chosen_for_each_prompt(word, beta, tmp_path):
+    for words in (["--rejection_beta", word], write(tmp_path, f"rejection_beta: {word}\n")):
+        (_, args, _), _ = parse("rso", [*BASE, *words])
+        assert args.rejection_beta == beta
 
 
 def test_values_of_a_file_that_fit_pass(tmp_path):

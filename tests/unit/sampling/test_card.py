@@ -12,11 +12,10 @@ from huggingface_hub.utils import filter_repo_objects
 from markdown import markdown
 
 from prefopt_trl.runtime.hub import PushError
+from prefopt_trl.sampling.publishing import PUSHED, push_preference_dataset
 from prefopt_trl.sampling.statistics import (
-    PUSHED,
     SamplingStatistics,
     dataset_card,
-    push_preference_dataset,
     read_sampled,
 )
 from tests.hub_server import Hub

@@ -51,9 +51,9 @@ def test_they_are_read_without_torch_and_trl() -> None:
         ({"num_candidates": 8.0}, "`num_candidates` must be a whole number, at least 1, got 8.0"),
         ({"num_samples": 1}, "`num_samples` must be a whole number, at least 2, got 1"),
         ({"num_samples": 9, "num_candidates": 8}, "`num_samples`=9 completions cannot be kept out of .*=8"),
-        ({"rejection_beta": -0.1}, "`rejection_beta` must be at least 0, got -0.1. The paper uses 0.5."),
-        ({"rejection_beta": math.nan}, "`rejection_beta` must be at least 0, got nan"),
-        ({"rejection_beta": "0.5"}, "`rejection_beta` must be at least 0, got '0.5'"),
+        ({"rejection_beta": -0.1}, "`rejection_beta` must be 'auto', or at least 0, got -0.1. The paper uses 0.5."),
+        ({"rejection_beta": math.nan}, "`rejection_beta` must be 'auto', or at least 0, got nan"),
+        ({"rejection_beta": "0.5"}, "`rejection_beta` must be 'auto', or at least 0, got '0.5'"),
     ],
 )
 def test_an_option_out_of_range_is_named(given: dict, message: str) -> None:

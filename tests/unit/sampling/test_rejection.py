@@ -7,7 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from prefopt_trl.sampling.rejection import acceptance_rate, statistical_rejection_sampling
+from prefopt_trl.sampling.rejection import (
+    BETAS,
+    acceptance_rate,
+    automatic_beta,
+    effective_sample_size,
+    statistical_rejection_sampling,
+)
 
 
 def total_variation(counts: Counter, law: dict) -> float:
@@ -189,3 +195,49 @@ def test_acceptance_rate_is_the_share_that_the_first_pass_accepts() -> None:
     rate = (1 + 2 * counts[(1,)] / 100_000) / 3
     assert 2 * math.exp(-2 * 100_000 * (0.007 * 3 / 2) ** 2) < 1e-7
     assert acceptance_rate(np.array(rewards), beta=1.0) == pytest.approx(rate, abs=0.007)
+
+
+def automatic_beta_by_loops(rewards: list[float], num_samples: int) -> float:
+    pairs = [(i, j) for i in range(len(rewards)) for j in range(len(rewards)) if i != j]
+
+    def certainty(weights: list[float]) -> float:
+        """The mean of what the probability of a label has above 1/2, over pairs drawn with these weights."""
+        over = [1 / (1 + math.exp(-abs(rewards[i] - rewards[j]))) - 0.5 for i, j in pairs]
+        return float(np.average(over, weights=[weights[i] * weights[j] for i, j in pairs]))
+
+    for power in range(-12, 13):
+        beta = 2 ** (power / 2)
+        weights = [math.exp((reward - max(rewards)) / beta) for reward in rewards]
+        effective_size = sum(weights) ** 2 / sum(weight**2 for weight in weights)
+        if effective_size < min(num_samples, len(rewards)):
+            continue
+        if certainty(weights) >= 0.85 * certainty([1.0] * len(rewards)):
+            return beta
+    return math.inf
+
+
+@pytest.mark.parametrize("num_samples", [2, 8, 30])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_the_automatic_beta_is_that_of_its_definition(scale: float, num_samples: int) -> None:
+    found = []
+    for seed in range(10):
+        rewards = scale * np.random.default_rng(seed).normal(size=16 + seed) + 3
+        found.append(automatic_beta(rewards, num_samples))
+        assert found[-1] == automatic_beta_by_loops(rewards.tolist(), num_samples)
+        assert automatic_beta(rewards - 100, num_samples) == found[-1]
+    assert (math.inf in found) == (num_samples == 30)  # more than there are
+
+
+def test_the_automatic_beta_of_sure_labels_is_limited_by_the_effective_size() -> None:
+    rewards = 1000.0 * np.arange(16) ** 0.5
+    sizes = [effective_sample_size(rewards, beta) for beta in BETAS]
+    assert automatic_beta(rewards, 4) == min(
+        (b for b, size in zip(BETAS, sizes, strict=True) if size >= 4), default=math.inf
+    )
+
+
+@pytest.mark.parametrize("rewards", [[1.0] * 5, [0.0, 0.0, 9.0], [2.0, 1.0]])
+def test_any_rewards_have_an_automatic_beta(rewards: list[float]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert automatic_beta(np.array(rewards), 2) > 0

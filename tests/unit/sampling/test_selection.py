@@ -11,8 +11,9 @@ from scipy.stats import chisquare
 from prefopt_trl import SamplingOptions
 from prefopt_trl.rankers import FunctionRanker
 from prefopt_trl.rankers.base import Ranker, sigmoid
+from prefopt_trl.sampling.rejection import automatic_beta
 from prefopt_trl.sampling.selection import preference_rows, select_and_pair
-from prefopt_trl.sampling.statistics import Numbers, SamplingStatistics, summarize
+from prefopt_trl.sampling.statistics import QUANTILES, Numbers, SamplingStatistics, summarize
 from tests.unit.laws import CHANCE
 
 
@@ -111,6 +112,23 @@ def test_rso_keeps_by_algorithm_1_with_this_beta() -> None:
     third = sum("2" in pair for pair in kept(selected.pairs).values())
     assert chisquare([third, rows - third], [rows / 3, 2 * rows / 3]).pvalue > CHANCE
     assert selected.statistics.acceptance_rate == pytest.approx((1 + 1 + 0.5) / 3)
+
+
+def test_an_automatic_beta_is_that_of_each_prompts_distinct_candidates() -> None:
+    spread = [
+        [f"{reward:.3f}" for reward in np.random.default_rng(row).normal(scale=row + 1, size=9)] for row in range(6)
+    ]
+    candidates = scored(*[[*row, *row[:3]] for row in spread])
+    chosen = select(candidates, num_samples=4, rejection_beta="auto")
+    expected = [automatic_beta(np.array(row, dtype=float), 4) for row in spread]
+    assert len(set(expected)) > 3
+    for row, beta in enumerate(expected):
+        alike = select(candidates, num_samples=4, rejection_beta=beta)
+        assert kept(chosen.pairs)[f"p{row}"] == kept(alike.pairs)[f"p{row}"]
+    statistics = chosen.statistics
+    assert statistics.beta_quantiles == np.quantile(expected, QUANTILES, method="nearest").tolist()
+    assert f"rejection_beta of a prompt: median {statistics.beta_quantiles[3]:.2g}" in str(statistics)
+    assert select(candidates, rejection_beta=1.0).statistics.beta_quantiles == []
 
 
 def test_of_equal_texts_the_first_counts() -> None:

@@ -229,13 +229,13 @@ def test_a_ranker_that_flips_coins_is_named_for_every_strategy(strategy):
 
 @pytest.mark.parametrize(("spread", "accepted"), [(0.05, "0.9"), (8.0, "1.1e-07")])
 def test_a_scale_unlike_that_of_logits_is_named_with_what_beta_means(spread: float, accepted: str) -> None:
-    warning = str(scale_warning(SamplingOptions(), spread))
+    warning = str(scale_warning(0.5, spread))
     assert f"a standard deviation of {spread:.2g} (median over prompts)" in warning
     assert f"is accepted with probability {accepted}. Fit the temperature with `calibrate`" in warning
     for options in ({"strategy": "sft"}, {"rejection_beta": 0.0}, {"rejection_beta": math.inf}):
-        assert scale_warning(SamplingOptions(**options), spread) is None
+        assert scale_warning(SamplingOptions(**options).effective_beta, spread) is None
     for usual in (0.1, 1.0, 5.0):
-        assert scale_warning(SamplingOptions(), usual) is None
+        assert scale_warning(0.5, usual) is None
 
 
 @pytest.mark.parametrize(("temperature", "warned"), [(1.0, True), (2.0, False), (None, False)])

@@ -123,7 +123,7 @@ def test_an_argument_at_its_default_may_be_written_out(config_class, config):
         ({"sampling": "on-line"}, "`sampling` must be one of offline, online, got 'on-line'"),
         ({"strategy": "best"}, "`strategy` must be one of rso, sft, top-k, got 'best'"),
         ({"pairing": "second-round"}, "`pairing` must be one of .*, got 'second-round'"),
-        ({"rejection_beta": -1.0}, "`rejection_beta` must be at least 0, got -1.0"),
+        ({"rejection_beta": -1.0}, "`rejection_beta` must be 'auto', or at least 0, got -1.0"),
     ],
 )
 def test_a_value_out_of_range_is_refused(given, message, config_class, config):
