@@ -4,6 +4,7 @@ PYTHON ?= python3
 # A process for each core, and the tests of a file together, as they share what is trained once; -n 0 is without
 PYTEST_ARGS ?=
 PARALLEL := -n auto --dist loadfile
+SEEDS ?= 5
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -11,25 +12,27 @@ INSTALLED := .venv/.installed
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help quickstart test test-oldest test-newest test-distributed test-real test-browser test-slow lint format typecheck clean
+.PHONY: help quickstart paper-tables test test-oldest test-newest test-distributed test-real test-browser test-slow lint format typecheck clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
 		printf '  make %-16s %s\n' "$$target" "$$text"; done
 
-quickstart: $(INSTALLED)  ## run the main job on the embedded task, into outputs/quickstart
-	$(BIN)/prefopt-trl quickstart --output_dir outputs/quickstart
+quickstart: $(INSTALLED)  ## where should pairs come from? three seeds of a small world, into outputs/quickstart
+	$(BIN)/prefopt-trl quickstart
+
+paper-tables: $(INSTALLED)  ## the papers' experiments with SEEDS=5 seeds, into docs/results
+	$(BIN)/prefopt-trl reproduce --num_seeds $(SEEDS) --output_dir outputs/paper-tables --results_dir docs/results
 
 test: lint typecheck  ## lint, types and the fast tests (PYTEST_ARGS adds to pytest's arguments)
 	$(BIN)/pytest $(PARALLEL) $(PYTEST_ARGS)
 
-# trl 1.15 has its loss in Triton alone, which is interpreted on a CPU: right, and too slow for the quickstart.
+# trl 1.15 has its loss in Triton alone, which is interpreted on a CPU: right, and too slow for the experiments.
 test-oldest: export TRITON_INTERPRET := 1
 test-oldest: .venv-oldest/.installed  ## the fast tests on the oldest supported versions
 	PREFOPT_CONSTRAINTS=constraints-oldest.txt .venv-oldest/bin/pytest -p no:cacheprovider $(PARALLEL) \
-		--ignore tests/integration/test_quickstart.py --ignore tests/integration/test_reproduce.py \
-		--ignore tests/integration/test_rso_equals_dpo.py $(PYTEST_ARGS)
+		--ignore tests/integration/test_reproduce.py --ignore tests/integration/test_rso_equals_dpo.py $(PYTEST_ARGS)
 
 test-newest:  ## the fast tests on the newest versions of today, in an environment made anew
 	rm -rf .venv-newest

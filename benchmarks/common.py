@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from prefopt_trl.quickstart.tiny import tiny_llama
+from prefopt_trl.experiments.tiny import tiny_llama
 from prefopt_trl.runtime.settings import versions
 
 RESULTS = Path(__file__).parent / "results"

@@ -37,7 +37,7 @@ from prefopt_trl import (
     SLiCConfig,
     SLiCTrainer,
 )
-from prefopt_trl.quickstart.tiny import tiny_llama, train_tokenizer
+from prefopt_trl.experiments.tiny import tiny_llama, train_tokenizer
 
 PROMPT, COMPLETIONS = "The sky is", [" blue.", " wet.", " green."]
 PAIRS = {"prompt": [PROMPT], "chosen": COMPLETIONS[:1], "rejected": COMPLETIONS[1:2]}

@@ -25,7 +25,7 @@ from common import DEVICE, SHAPES, alternate, llama_config, random_model, vocabu
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from prefopt_trl import EnsembleRanker, PairwiseRanker, RewardModelRanker, load_hh_rlhf
-from prefopt_trl.quickstart.tiny import train_tokenizer
+from prefopt_trl.experiments.tiny import train_tokenizer
 
 
 def measure(

@@ -42,7 +42,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from prefopt_trl import load_hh_rlhf, sample_completions
-from prefopt_trl.quickstart.tiny import tiny_llama, train_tokenizer
+from prefopt_trl.experiments.tiny import tiny_llama, train_tokenizer
 
 LONGEST_TRAINED = 256  # tokens
 MEAN_LENGTH = 60  # tokens, of the completions of a model with random weights

@@ -33,7 +33,7 @@ from trl import DPOConfig, DPOTrainer
 
 from prefopt_trl import DataCollatorForRanking, PROConfig, PROTrainer, RSOConfig, RSOTrainer, load_hh_rlhf
 from prefopt_trl.data.rankings import tokenize_rankings
-from prefopt_trl.quickstart.tiny import tiny_llama, train_tokenizer
+from prefopt_trl.experiments.tiny import tiny_llama, train_tokenizer
 from prefopt_trl.shared_prefix.scoring import completion_logps
 
 CONFIGS: dict[Any, Any] = {DPOTrainer: DPOConfig, RSOTrainer: RSOConfig, PROTrainer: PROConfig}

@@ -70,7 +70,7 @@ from transformers.utils import is_flash_attn_2_available
 from trl import DPOTrainer
 
 from prefopt_trl import PairwiseRanker, PROTrainer, RSOTrainer
-from prefopt_trl.quickstart.tiny import SPECIAL_TOKENS
+from prefopt_trl.experiments.tiny import SPECIAL_TOKENS
 
 Lengths = tuple[int, int]  # in tokens, the shortest and the longest
 # Runs once, for warming up or not; returns its `seconds` and `tokens`, and perhaps `values` that others should equal

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTConfig, SFTTrainer
 
 from prefopt_trl import load_hh_rlhf
-from prefopt_trl.quickstart.tiny import tiny_llama, train_tokenizer
+from prefopt_trl.experiments.tiny import tiny_llama, train_tokenizer
 from prefopt_trl.rankers.pairwise import pairwise_ranker_dataset
 
 

@@ -10,11 +10,15 @@ from prefopt_trl.cli.commands import COMMANDS
 from prefopt_trl.runtime.quiet import quiet_libraries
 from prefopt_trl.trainers import METHODS
 
+QUICKSTART = ["reproduce", "quickstart", "--num_seeds", "3", "--output_dir", "outputs/quickstart"]
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; see `prefopt-trl --help`."""
     quiet_libraries()
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["quickstart"]:
+        words = [*QUICKSTART, *words[1:]]
     if words[:1] == ["reproduce"] and words[1:] and not words[1].startswith("-"):
         words.insert(1, "--tables")
     try:
@@ -25,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"prefopt-trl rounds: error: it needs a method: rounds {', rounds '.join(METHODS)}", file=sys.stderr)
             raise SystemExit(2)
         else:
-            _run_study_or_env(words)
-    except KeyboardInterrupt as stopped:  # before a command starts, or in the quickstart
+            _print_help_or_environment(words)
+    except KeyboardInterrupt as stopped:  # before a command starts
         print(f"prefopt-trl: {str(stopped) or 'Interrupted.'}", file=sys.stderr)
         raise SystemExit(130) from None
 
@@ -51,7 +55,7 @@ def _run_command(name: str, *arguments: str) -> None:
         run(name, arguments)
 
 
-def _run_study_or_env(arguments: list[str]) -> None:
+def _print_help_or_environment(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="prefopt-trl", description="Preference optimization from sampled preferences."
     )
@@ -60,22 +64,13 @@ def _run_study_or_env(arguments: list[str]) -> None:
     names = {re.sub("^rounds .+", "rounds METHOD", name): command for name, command in COMMANDS.items()}
     for name, command in names.items():
         commands.add_parser(name, help=command.summary)
-    summary = "compare ways to sample preferences in a text world whose true reward is known (six minutes, offline)"
-    quickstart = commands.add_parser("quickstart", help=summary, description=summary)
-    quickstart.add_argument("--output_dir", default="outputs/quickstart", help="folder for the report and a model")
-    quickstart.add_argument("--seed", type=int, default=0, help="seed of data, models and samples (default 0)")
+    commands.add_parser("quickstart", help="the same as: " + " ".join(QUICKSTART))
     commands.add_parser("env", help="print versions, devices and engines, for a bug report")
     given = parser.parse_args(arguments)
     if given.command == "env":
         from prefopt_trl.cli.env import print_environment
 
         print_environment()
-    elif given.seed < 0:
-        parser.error(f"argument --seed: must be at least 0, got {given.seed}")
-    else:
-        from prefopt_trl.quickstart.study import run_quickstart
-
-        run_quickstart(given.output_dir, given.seed)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from prefopt_trl.cli.arguments import ReproduceConfig
 from prefopt_trl.cli.data import require_columns
 from prefopt_trl.cli.rankers import is_model, load_ranker
 from prefopt_trl.data.loading import load_rows
+from prefopt_trl.experiments.kitchen import PERFECT_MARKS
 from prefopt_trl.experiments.report import write
 from prefopt_trl.experiments.runner import Make, run_table
 from prefopt_trl.experiments.tables import TABLES
 from prefopt_trl.experiments.worlds import kitchen, real, reviews
-from prefopt_trl.quickstart.kitchen import PERFECT_MARKS
 from prefopt_trl.rounds.models import base_of
 from prefopt_trl.runtime.settings import Settings, dataset_fingerprint, path_fingerprint, versions, write_text
 

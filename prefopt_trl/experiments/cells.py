@@ -14,10 +14,9 @@ from trl import SFTConfig, SFTTrainer
 from prefopt_trl.data.hindsight import HELPFUL, chain_of_hindsight
 from prefopt_trl.evaluation.policy import BestOf, evaluate_policy
 from prefopt_trl.evaluation.win_rate import WinRateCallback
-from prefopt_trl.experiments.worlds import LEARNED, TRUTH, World, load
+from prefopt_trl.experiments.worlds import COMMON, LEARNED, TRUTH, World, load
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.generation.sampler import sample_completions
-from prefopt_trl.quickstart.study import COMMON
 from prefopt_trl.rounds.rounds import train_in_rounds
 from prefopt_trl.runtime.settings import Settings, read_json, write_json
 from prefopt_trl.sampling.options import SamplingOptions
@@ -191,6 +190,7 @@ def _data(cell: Cell, world: World, folder: Path) -> tuple[Dataset, Settings]:
             "label probability": found["label_probability_after"],
             "label probability at random": found["label_probability_before"],
             "acceptance": found["acceptance_rate"],
+            "beta": (found["beta_quantiles"] or [None] * 4)[3],
             "ranker accuracy": None if answers else world.accuracy(cell.ranker),
         }
     if cell.method == HINDSIGHT:

@@ -9,13 +9,24 @@ from typing import Any
 import numpy as np
 
 from prefopt_trl.evaluation.metrics import Estimate
-from prefopt_trl.evaluation.report import as_html, as_percentage, plotting, rounded, table, with_error
+from prefopt_trl.evaluation.report import as_html, as_percentage, plotting, table, with_error
 from prefopt_trl.experiments.runner import Results
 from prefopt_trl.experiments.tables import FRONTIER, MAP, ROWS, Table
 from prefopt_trl.runtime.settings import write_text, writing
 
 REWARD, WINS = "truth's reward", "ranker's win_rate"
+HEADERS = {WINS: "ranker's wins", "kl": "KL, nats", "bleu": "BLEU"}
+FORMS = {WINS: ".1%", "rows": ",.0f", "acceptance": ".3f"}  # others have two decimals
 SURE = 0.05  # family-wise chance to claim a difference that is not there
+
+
+def shown(estimate: Estimate, metric: str, sign: str = "") -> str:
+    """Return the mean of a metric and its standard error, or nothing if it is not known."""
+    form = FORMS.get(metric, ".2f")
+    if math.isnan(estimate.mean):
+        return ""
+    error = f" ± {estimate.standard_error:{form}}" if estimate.has_error else ""
+    return f"{round(estimate.mean, 6) + 0.0:{sign}{form}}{error}"  # no -0.00
 
 
 def over_seeds(results: Results, row: str, metric: str) -> np.ndarray:
@@ -48,8 +59,23 @@ def claims_of(found: Table, results: Results, metric: str = REWARD) -> list[list
     rows = []
     for gap, p in zip(gaps, holm([gap.p_value() for gap in gaps]), strict=True):
         verdict = "not decided" if not p < SURE else "holds" if gap.mean > 0 else "the reverse"
-        rows.append([rounded(gap, "+"), "" if math.isnan(p) else f"{p:.3f}", verdict])
+        rows.append(
+            [shown(gap, metric, "+"), "" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "<0.001", verdict]
+        )
     return rows
+
+
+def conclusion(found: Table, results: Results) -> str:
+    """Return the sentence that says what the reward decides, and what it cannot say."""
+    signs = {"holds": "{0} > {1}", "the reverse": "{1} > {0}"}
+    verdicts = [(claim, row[-1]) for claim, row in zip(found.claims, claims_of(found, results), strict=True)]
+    decided = [signs[verdict].format(*claim) for claim, verdict in verdicts if verdict in signs]
+    num_seeds = len(next(iter(results.values())))
+    return (
+        f"**Decided by the reward: {'; '.join(decided) or 'nothing'}.** {len(verdicts) - len(decided)} of "
+        f"{len(verdicts)} claims are not decided: {num_seeds} seeds see only large differences. Another ranker, "
+        "another model or a longer training can have another order."
+    )
 
 
 def as_markdown(name: str, found: Table, results: Results, highest: float | None) -> str:
@@ -58,14 +84,16 @@ def as_markdown(name: str, found: Table, results: Results, highest: float | None
     seeds = ", ".join(str(one["seed"]) for one in results[base])
     rewards = {row: over_seeds(results, row, REWARD) for row in results}
     columns = [one for one in found.columns if any(row[0].get(one) is not None for row in results.values())]
-    header = ["", "reward", f"minus {base}"] + ["of the possible"] * (highest is not None) + columns
+    header = ["", "reward", f"minus {base}"] + ["of the possible"] * (highest is not None)
+    header += [HEADERS.get(one, one) for one in columns]
     rows = []
     for row in results:
         gap = rewards[row] - rewards[base]
-        cells = [row, rounded(Estimate.of(rewards[row])), "" if row == base else rounded(Estimate.of(gap), "+")]
+        cells = [row, shown(Estimate.of(rewards[row]), REWARD)]
+        cells.append("" if row == base else shown(Estimate.of(gap), REWARD, "+"))
         if highest is not None:
             cells.append("" if row == base else as_percentage(Estimate.of(gap / (highest - rewards[base]))))
-        cells += [rounded(Estimate.of(over_seeds(results, row, one))) for one in columns]
+        cells += [shown(Estimate.of(over_seeds(results, row, one)), one) for one in columns]
         rows.append(cells + [found.paper.get(row, "")] * bool(found.paper))
     notes = f"Means ± standard errors over the seeds {seeds}; differences are paired by seed."
     if highest is not None:
@@ -85,6 +113,7 @@ def as_markdown(name: str, found: Table, results: Results, highest: float | None
             lines = [line + of for line, of in zip(lines, claims_of(found, results, metric), strict=True)]
         claims = table(["claim", *(name for judge in judges for name in (judge, "p", "so"))], lines)
         parts += [claims, f"p by Student's t over seeds, corrected for {len(found.claims)} claims (Holm)."]
+        parts.append(conclusion(found, results))
     if found.shows_samples:
         for row, [one, *_] in results.items():
             parts.append(table([row, ""], [list(map(as_html, sample)) for sample in one["samples"]]))

@@ -6,22 +6,22 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import datasets
 import transformers
 from tqdm.auto import tqdm
 
-from prefopt_trl.experiments import cells, worlds
+from prefopt_trl.experiments import cells, kitchen, worlds
 from prefopt_trl.experiments.cells import NOTHING, Cell, measure
 from prefopt_trl.experiments.tables import Table
 from prefopt_trl.experiments.worlds import LEARNED, World
-from prefopt_trl.quickstart import kitchen, study
 from prefopt_trl.runtime.settings import (
     Settings,
     as_json,
@@ -31,7 +31,7 @@ from prefopt_trl.runtime.settings import (
     write_json,
 )
 
-MAKERS = (cells, kitchen, study, worlds)  # of what is saved
+MAKERS = (cells, kitchen, worlds)  # of what is saved
 Make = Callable[[int, Path], World]  # the world of a seed, in a folder
 Results = dict[str, list[Settings]]  # of each row, by seed
 
@@ -56,8 +56,7 @@ def run_table(
     if missing:
         start = (make, folder, num_workers > 1)
         with ProcessPoolExecutor(num_workers, get_context("spawn"), _start, start) as pool:
-            _run(pool, _prepare, [(seed, rankers) for seed in sorted({job[0] for job in missing})], "Worlds")
-            _run(pool, _measure, missing, f"Policies of {table.title!r}")
+            _run(pool, missing, rankers, table.title)
     found = iter([read_json(job[2] / "results.json") for job in jobs])
     by_seed = [{row: next(found) for row in rows} for _ in seeds]
     return {row: [one[row] for one in by_seed] for row in rows}
@@ -68,11 +67,20 @@ def key_of(cell: Cell) -> str:
     return hashlib.sha256(json.dumps(asdict(cell), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _run(pool: ProcessPoolExecutor, function: Callable[[Any], None], jobs: Sequence[object], title: str) -> None:
-    futures = [pool.submit(function, job) for job in jobs]
+def _run(pool: ProcessPoolExecutor, jobs: Sequence[tuple[int, Cell, Path]], rankers: list[str], title: str) -> None:
+    """Prepare the world of each seed, and run its cells as soon as it is there."""
+    seed_of = {pool.submit(_prepare, seed, rankers): seed for seed in sorted({job[0] for job in jobs})}
+    pending = set(seed_of)
     try:
-        for future in tqdm(as_completed(futures), desc=title, total=len(jobs)):
-            future.result()
+        with tqdm(desc=f"{title}: worlds and policies", total=len(seed_of) + len(jobs)) as bar:
+            while pending:
+                done, pending = wait(pending, timeout=5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                    seed = seed_of.get(future)
+                    pending |= {pool.submit(_measure, *job) for job in jobs if job[0] == seed}
+                bar.update(len(done))
+                bar.refresh()  # a job can take minutes
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
@@ -84,6 +92,7 @@ _process: dict[str, Any] = {}  # what each process of the pool has
 def _start(make: Make, folder: Path, is_quiet: bool) -> None:
     if is_quiet:  # the bars of several processes would mix
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    Thread(target=_end_with_parent, daemon=True).start()
     _process.update(make=make, folder=folder)
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
@@ -91,19 +100,25 @@ def _start(make: Make, folder: Path, is_quiet: bool) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-@lru_cache(maxsize=1)
+def _end_with_parent() -> None:
+    """End this process when the command is killed: a worker alone would wait for work forever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@lru_cache
 def _world(seed: int) -> World:
     return _process["make"](seed, _process["folder"] / f"seed-{seed}")
 
 
-def _prepare(job: tuple[int, list[str]]) -> None:
-    seed, rankers = job
+def _prepare(seed: int, rankers: list[str]) -> None:
     for ranker in rankers:
         _world(seed).accuracy(ranker)  # needs its candidates, and those of the truth
 
 
-def _measure(job: tuple[int, Cell, Path]) -> None:
-    seed, cell, folder = job
+def _measure(seed: int, cell: Cell, folder: Path) -> None:
     try:
         measure(cell, _world(seed), folder)
     except Exception as error:

@@ -15,6 +15,7 @@ ROWS, FRONTIER, MAP = "rows", "frontier", "map"  # kinds of plots
 SFT_SAMPLES: dict[str, Any] = {"strategy": "sft", "num_samples": 8, "pairing": "first-round"}
 RSO_SAMPLES: dict[str, Any] = {**SFT_SAMPLES, "strategy": "rso", "rejection_beta": 0.5}
 BETA_2: dict[str, Any] = {**RSO_SAMPLES, "rejection_beta": 2.0}
+AUTO: dict[str, Any] = {**RSO_SAMPLES, "rejection_beta": "auto"}
 ALL: dict[str, Any] = {"strategy": "sft", "num_samples": 64}
 ROUNDS: dict[str, Any] = {"num_rounds": 3}
 
@@ -129,13 +130,15 @@ TABLES = {
             "samples of the SFT policy": Cell(SFT_SAMPLES),
             "rejection sampling, beta 0.5": Cell(RSO_SAMPLES),
             "rejection sampling, beta 2": Cell(BETA_2),
+            "rejection sampling, beta auto": Cell(AUTO),
         },
         [
             ("samples of the SFT policy", "given pairs (DPO)"),
             ("rejection sampling, beta 0.5", "samples of the SFT policy"),
             ("rejection sampling, beta 2", "samples of the SFT policy"),
+            ("rejection sampling, beta auto", "samples of the SFT policy"),
         ],
-        columns=("rows", "ranker's win_rate", "kl", "label probability", "acceptance"),
+        columns=("ranker's win_rate", "kl", "label probability"),
     ),
     "rso-table-1": _rso_1(),
     "rso-table-2": Table(
@@ -184,9 +187,12 @@ TABLES = {
         "Beta of rejection sampling",
         "RSO, Figure 5b",
         "loss sigmoid-norm, 8 of 64 samples",
-        {f"beta {beta:g}": Cell({**RSO_SAMPLES, "rejection_beta": beta}) for beta in (0.0, 0.05, 0.5, 2.0, 5.0)},
-        [("beta 0.5", "beta 0"), ("beta 0.5", "beta 0.05"), ("beta 0.5", "beta 5")],
-        columns=("ranker's win_rate", "kl", "label probability", "acceptance"),
+        {
+            f"beta {beta}": Cell({**RSO_SAMPLES, "rejection_beta": beta})
+            for beta in (0.0, 0.05, 0.5, 1.0, 2.0, 5.0, "auto")
+        },
+        [("beta 0.5", "beta 0.0"), ("beta 0.5", "beta 0.05"), ("beta 0.5", "beta 5.0"), ("beta auto", "beta 0.5")],
+        columns=("ranker's win_rate", "kl", "label probability", "acceptance", "beta"),
     ),
     "pro-table-2": _pro_2(),
     "pro-table-5": Table(
@@ -320,11 +326,16 @@ TABLES = {
             for length in (0.5, 2.0)
             for source, data in {
                 "plain samples": SFT_SAMPLES,
-                **{f"beta {beta:g}": {**RSO_SAMPLES, "rejection_beta": beta} for beta in (0.25, 0.5, 2.0, 4.0)},
+                **{f"beta {beta}": {**RSO_SAMPLES, "rejection_beta": beta} for beta in (0.25, 0.5, 2.0, 4.0, "auto")},
             }.items()
         },
-        [],
-        columns=("ranker accuracy", "ranker's win_rate", "kl", "label probability", "acceptance"),
+        [
+            (f"{ranker} ranker, beta {beta}, {length:g}x steps", f"{ranker} ranker, plain samples, {length:g}x steps")
+            for ranker in (WEAK, LEARNED, TRUTH)
+            for length in (0.5, 2.0)
+            for beta in (0.25, 0.5, 2.0, 4.0, "auto")
+        ],
+        columns=("ranker accuracy", "ranker's win_rate", "kl", "label probability", "acceptance", "beta"),
         kind=MAP,
         is_real=False,
     ),

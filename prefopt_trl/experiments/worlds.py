@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig, PeftConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback
+from trl import SFTConfig, SFTTrainer
 
 from prefopt_trl.data.formats import wrap_completion
 from prefopt_trl.data.hindsight import HELPFUL, UNHELPFUL
+from prefopt_trl.experiments.kitchen import MAX_NEW_TOKENS, ControlledTask, true_reward
 from prefopt_trl.generation.sampler import sample_completions
-from prefopt_trl.quickstart.kitchen import MAX_NEW_TOKENS, ControlledTask, true_reward
-from prefopt_trl.quickstart.study import GAMMA, POLICY, RANKER, SFT, TASK, fine_tune
 from prefopt_trl.rankers.base import Ranker
 from prefopt_trl.rankers.function import FunctionRanker
 from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
@@ -32,7 +32,23 @@ from prefopt_trl.sampling.pipeline import build_preference_dataset
 LABELS = [f"{space}{label}" for space in ("", " ", "\n\n") for label in (HELPFUL, UNHELPFUL)]  # a word each
 LEARNED, WEAK, TRUTH = "learned", "weak", "truth"  # rankers
 
+COMMON: Settings = {  # arguments of all trainings
+    "report_to": "none",
+    "save_strategy": "no",
+    "bf16": False,
+    # `gradient_checkpointing` before transformers 5.23
+    ("activation" if hasattr(SFTConfig, "activation_checkpointing") else "gradient") + "_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "logging_strategy": "no",
+    "disable_tqdm": False,  # without a bar each training would print its last log
+}
+# Of the kitchen
+TASK = {"num_prompts": 400, "num_eval_prompts": 512}
+SFT: Settings = {"max_steps": 500, "per_device_train_batch_size": 64, "learning_rate": 3e-3}
+RANKER: Settings = {"max_steps": 900, "per_device_train_batch_size": 128, "learning_rate": 3e-3}
 RANKER_STEPS = {LEARNED: RANKER["max_steps"], WEAK: 200}
+POLICY: Settings = {"max_steps": 240, "per_device_train_batch_size": 32, "learning_rate": 1e-4}
+GAMMA = 0.5  # temperature of RSO eq. 10; SLiC's margin is 1 / gamma
 
 # Of the real world: how reviews begin
 OPENINGS = ["I watched", "We visited", "Last week I tried", "Everyone talks about", "Yesterday we saw", "My review of"]
@@ -228,7 +244,14 @@ def _saved(folder: Path, make: Callable[[], Dataset]) -> Dataset:
 
 
 def _fine_tune(model: Any, tokenizer: Any, dataset: Dataset, how: Settings, folder: Path, seed: int) -> None:
-    """Train a model on prompts and completions, and save it, unless that was done."""
-    if not folder.exists():
-        fine_tune(model, tokenizer, dataset, how, Path(f"{folder}-unfinished"), seed)
-        Path(f"{folder}-unfinished").rename(folder)
+    """Train a model on prompts and completions with TRL's SFTTrainer, and save it, unless that was done."""
+    if folder.exists():
+        return
+    unfinished = Path(f"{folder}-unfinished")
+    args = SFTConfig(str(unfinished), warmup_steps=0.1, seed=seed, **COMMON, **how)
+    trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    trainer.remove_callback(ProgressCallback)
+    trainer.train()
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder)

@@ -25,7 +25,7 @@ from transformers import GenerationMixin, Trainer
 
 from prefopt_trl import Rounds, RSOConfig, RSOTrainer, train_in_rounds
 from prefopt_trl.evaluation import policy as evaluation
-from prefopt_trl.quickstart.tiny import tiny_llama, train_tokenizer
+from prefopt_trl.experiments.tiny import tiny_llama, train_tokenizer
 from prefopt_trl.rankers import PairwiseRanker
 from prefopt_trl.sampling import pipeline
 

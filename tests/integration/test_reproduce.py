@@ -3,17 +3,20 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from prefopt_trl.evaluation.metrics import Estimate
-from prefopt_trl.evaluation.report import rounded
 from prefopt_trl.experiments import report, worlds
 from prefopt_trl.experiments.cells import HINDSIGHT, NOTHING, SFT, Cell
 from prefopt_trl.experiments.runner import key_of, run_table
 from prefopt_trl.experiments.tables import Table
 
+SAMPLING = {"num_candidates": 8, "max_new_tokens": 20, "generation_batch_size": 1024}
 HOW = {"num_samples": 4, "strategy": "sft"}
 GIVEN = {**HOW, "given": ["first", "second", "fair"], "num_samples": 3}
 CELLS = {
@@ -37,11 +40,11 @@ TABLE = Table("All kinds of cells", "nowhere", "kitchen", CELLS, [("samples", "g
 def tiny(seed, folder):
     """The kitchen with a few steps of everything, in a process of its own."""
     worlds.TASK = {"num_prompts": 40, "num_eval_prompts": 64, "num_sft": 2000, "num_comparisons": 400}
-    worlds.SFT = {**worlds.SFT, "max_steps": 120, "per_device_train_batch_size": 32}
+    worlds.SFT = {**worlds.SFT, "max_steps": 60, "per_device_train_batch_size": 32}
     worlds.RANKER = {**worlds.RANKER, "per_device_train_batch_size": 16}
     worlds.RANKER_STEPS = dict.fromkeys(worlds.RANKER_STEPS, 4)
     worlds.POLICY = {**worlds.POLICY, "max_steps": 8, "per_device_train_batch_size": 4}
-    return worlds.kitchen(seed, folder)
+    return replace(worlds.kitchen(seed, folder), sampling=SAMPLING)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,7 +74,7 @@ def test_every_kind_of_cell_is_measured(made):
     text = report.write("all", TABLE, found, folder, 10.0).partition("| claim ")[0]
     for row, [one] in found.items():
         (line,) = [line for line in text.splitlines() if line.startswith("|") and line.split("|")[1].strip() == row]
-        assert rounded(Estimate(one[report.REWARD], math.nan)) in line
+        assert f"| {one[report.REWARD]:.2f} |" in " ".join(line.split())
 
 
 def test_the_reported_checkpoint_has_the_highest_reward_by_the_ranker(made):
@@ -97,6 +100,29 @@ def test_two_processes_find_what_one_does(made, tmp_path):
     cells = {row: CELLS[row] for row in ("given pairs", "samples", "right or wrong", "rso by the truth")}
     both = run_table(Table("", "", "", cells, []), tiny, {"tiny": True}, [3], tmp_path, 2)
     assert both == {row: found[row] for row in ("SFT policy", *cells)}
+
+
+def test_a_killed_command_leaves_no_process(tmp_path):
+    script = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from prefopt_trl.experiments.runner import _start
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, get_context("spawn"), _start, (None, None, False))
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(600)
+"""
+    (tmp_path / "command.py").write_text(script)
+    with subprocess.Popen([sys.executable, tmp_path / "command.py"], stdout=subprocess.PIPE, text=True) as command:
+        worker = Path("/proc", command.stdout.readline().strip())
+        assert worker.is_dir()
+        command.kill()
+    for _ in range(100):
+        if not (worker / "cmdline").exists() or not (worker / "cmdline").read_bytes():  # gone, or waited for
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker lives on")
 
 
 def test_what_was_cut_off_is_made_again(made, tmp_path):

@@ -23,7 +23,6 @@ FLOORS = [
     {"trainers", "evaluation"},
     {"rounds"},
     {"prefopt_trl"},  # __init__.py, the public names
-    {"quickstart"},
     {"experiments"},
     {"cli"},
 ]
@@ -210,7 +209,7 @@ LOSSES_INIT = SourceFile("prefopt_trl/losses/__init__.py", "from .pairwise impor
         (private_trl_names, "prefopt_trl/data/collators.py", "import trl\ntrl.trainer.utils.pad(x)"),
         (private_trl_names, "prefopt_trl/data/collators.py", "from trl import _compat"),
         (slow_commands, "prefopt_trl/cli/main.py", "if True:\n    import torch"),
-        (slow_commands, "prefopt_trl/cli/main.py", "from prefopt_trl.quickstart import study"),
+        (slow_commands, "prefopt_trl/cli/main.py", "from prefopt_trl.experiments import worlds"),
         (long_files, "prefopt_trl/trainers/rso_trainer.py", "\n" * 200),
         (long_files, "prefopt_trl/sampling/pipeline.py", "\n" * 450),
     ],
@@ -230,7 +229,7 @@ def test_a_rule_sees_what_breaks_it(rule: Rule, path: str, text: str) -> None:
         ("prefopt_trl/rankers/pairwise.py", "import trl\nfrom trl import SFTTrainer\ntrl.SFTConfig(x)"),
         ("prefopt_trl/cli/main.py", "import argparse\ndef main():\n    import torch\n    import prefopt_trl.losses"),
         ("prefopt_trl/cli/main.py", "from prefopt_trl import __version__"),
-        ("prefopt_trl/quickstart/study.py", "import torch"),
+        ("prefopt_trl/experiments/cells.py", "import torch"),
         ("prefopt_trl/trainers/rso_trainer.py", "\n" * 199),
     ],
 )

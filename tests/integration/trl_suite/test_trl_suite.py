@@ -36,7 +36,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from prefopt_trl.quickstart.tiny import train_tokenizer
+from prefopt_trl.experiments.tiny import train_tokenizer
 
 pytestmark = pytest.mark.slow
 

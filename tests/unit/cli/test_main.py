@@ -37,8 +37,8 @@ def test_version(capsys):
     [
         ([], "the following arguments are required: command"),
         (["quikstart"], "invalid choice: 'quikstart'"),
-        (["quickstart", "--seed", "-1"], "--seed: must be at least 0, got -1"),
-        (["quickstart", "--outptu_dir", "x"], "unrecognized arguments: --outptu_dir x"),
+        (["quickstart", "--first_seed", "-1"], "`first_seed` must be"),
+        (["quickstart", "--outptu_dir", "x"], "unknown argument 'outptu_dir'"),
         (["reproduce", "rso-table-9"], "`tables`: 'rso-table-9' is none of the kitchen world's: quickstart, rso-"),
         (["side-by-side"], "choose from"),
         (["side-by-side", "make", "--samples", "s", "--output_dir", "o", "--rater", "1"], "unknown argument 'rater'"),

@@ -9,7 +9,7 @@ import yaml
 from datasets import load_from_disk
 
 from prefopt_trl.cli.parsing import parse
-from prefopt_trl.quickstart.tiny import tiny_llama
+from prefopt_trl.experiments.tiny import tiny_llama
 
 FOLDER = Path(__file__).parents[3] / "examples" / "recipes" / "llama-7b"
 ONE_GPU = FOLDER.parent / "one-gpu" / "rounds_rso.yaml"

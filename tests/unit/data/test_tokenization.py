@@ -6,7 +6,7 @@ from trl import DPOConfig, DPOTrainer
 
 from prefopt_trl import FunctionRanker, PairwiseRanker, build_preference_dataset, sample_completions
 from prefopt_trl.data.tokenization import check_vocabulary, merge_equal_in_training, tokenize_completions
-from prefopt_trl.quickstart.tiny import train_tokenizer
+from prefopt_trl.experiments.tiny import train_tokenizer
 from prefopt_trl.trainers.rso_config import RSOConfig
 from prefopt_trl.trainers.rso_trainer import RSOTrainer
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prefopt_trl import BestOf, FunctionRanker, evaluate_policy, sample_completions
 from prefopt_trl.evaluation import policy as module
 from prefopt_trl.evaluation.metrics import Estimate
-from prefopt_trl.quickstart.kitchen import MAX_NEW_TOKENS, ControlledTask, true_reward
+from prefopt_trl.experiments.kitchen import MAX_NEW_TOKENS, ControlledTask, true_reward
 from prefopt_trl.runtime.settings import write_text
 from prefopt_trl.sampling import store
 from tests.hub_server import contents

@@ -43,15 +43,22 @@ def test_claims_hold_are_reversed_or_not_decided():
     p = [stats.ttest_1samp(gap, 0).pvalue for gap in gaps]
     rows = report.claims_of(FOUND, results())
     assert [row[-1] for row in rows] == ["holds", "the reverse", "not decided"]
-    assert rows[0][0] == f"{gaps[0].mean():+.3f} ± {gaps[0].std(ddof=1) / 2:.3f}"
+    assert rows[0][0] == f"{gaps[0].mean():+.2f} ± {gaps[0].std(ddof=1) / 2:.2f}"
     ordered = sorted(p)
+    sentence = report.conclusion(FOUND, results())
+    assert sentence.startswith(
+        "**Decided by the reward: a > SFT policy; SFT policy > c.** 1 of 3 claims are not decided: 4 "
+    )
     expected = {ordered[0]: 3 * ordered[0], ordered[1]: 2 * ordered[1], ordered[2]: ordered[2]}
-    assert [float(row[1]) for row in rows] == pytest.approx([expected[one] for one in p], abs=5e-4)
+    printed = [0.0 if row[1] == "<0.001" else float(row[1]) for row in rows]
+    assert printed == pytest.approx([expected[one] for one in p], abs=1e-3)
 
 
 def test_one_seed_decides_nothing():
     rows = report.claims_of(FOUND, results({row: of[:1] for row, of in REWARDS.items()}))
     assert [row[-1] for row in rows] == ["not decided"] * 3
+    sentence = report.conclusion(FOUND, results({row: of[:1] for row, of in REWARDS.items()}))
+    assert sentence.startswith("**Decided by the reward: nothing.** 3 of 3 claims")
 
 
 def test_the_table_has_differences_shares_and_the_papers_numbers(tmp_path):
@@ -62,9 +69,9 @@ def test_the_table_has_differences_shares_and_the_papers_numbers(tmp_path):
     share = gap / (10 - np.array(REWARDS["SFT policy"]))
     for number in (
         f"{np.mean(REWARDS['a']):.2f} ± {np.std(REWARDS['a'], ddof=1) / 2:.2f}",
-        f"{gap.mean():+.3f} ± {gap.std(ddof=1) / 2:.3f}",
+        f"{gap.mean():+.2f} ± {gap.std(ddof=1) / 2:.2f}",
         f"{share.mean():.0%} ± {share.std(ddof=1) / 2:.0%}",
-        "| 0.5 |",
+        "  0.50 |",
         "  12 |",
     ):
         assert number in line

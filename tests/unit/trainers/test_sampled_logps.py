@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt_trl import FunctionRanker, RSOConfig, RSOTrainer, build_preference_dataset
-from prefopt_trl.quickstart.tiny import tiny_llama, word_tokenizer
+from prefopt_trl.experiments.tiny import tiny_llama, word_tokenizer
 from prefopt_trl.sampling import shards
 
 WORDS = ["ginger", "leek", "cream", "salt", "soup", "rice", "beans", "oil", "onion"]

@@ -25,7 +25,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prefopt_trl.quickstart.tiny import tiny_llama, word_tokenizer
+from prefopt_trl.experiments.tiny import tiny_llama, word_tokenizer
 
 GUESTS = [
     "Ada", "Ben", "Cleo", "Dora", "Emil", "Finn", "Greta", "Hugo",

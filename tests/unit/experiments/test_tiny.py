@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefopt_trl.quickstart.tiny import tiny_llama, train_tokenizer, word_tokenizer
+from prefopt_trl.experiments.tiny import tiny_llama, train_tokenizer, word_tokenizer
 
 CORPUS = ["The cook asks the guest, and the guest asks the cook."] * 4
 WORDS = ["Ada", " wants", " a", " and", " soup", "Take", " Take", " peas", ",", "."]

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from prefopt_trl.quickstart.kitchen import (
+from prefopt_trl.experiments.kitchen import (
     DISHES,
     HEAT,
     INGREDIENTS,

@@ -1,0 +1,45 @@
+"""The results in docs/results and the README's, against the numbers that they were made of."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from prefopt_trl.experiments.kitchen import PERFECT_MARKS
+from prefopt_trl.experiments.report import as_markdown
+from prefopt_trl.experiments.tables import TABLES
+
+ROOT = Path(__file__).parents[3]
+RESULTS = ROOT / "docs" / "results"
+
+
+def read(file: Path) -> dict[str, list[dict[str, float | int | None]]]:
+    """The metrics of each row by seed, as the runner returns them."""
+    found: dict[str, list[dict[str, float | int | None]]] = {}
+    with file.open(encoding="utf-8") as lines:
+        for line in csv.DictReader(lines):
+            row = line.pop("row")
+            numbers = {name: float(text) if text else None for name, text in line.items()}
+            found.setdefault(row, []).append({**numbers, "seed": int(line["seed"])})
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in RESULTS.glob("*.csv")))
+def test_a_table_is_what_its_numbers_make(name: str) -> None:
+    found = read(RESULTS / f"{name}.csv")
+    text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+    if TABLES[name].shows_samples:
+        found = {row: [{**one, "samples": []} for one in of] for row, of in found.items()}
+        made, _, _ = as_markdown(name, TABLES[name], found, PERFECT_MARKS).partition("\n\n|  |  |")
+        assert text.startswith(made)
+    else:
+        assert text == as_markdown(name, TABLES[name], found, PERFECT_MARKS)
+    assert f"[{TABLES[name].title}]({name}.md)" in (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert (RESULTS / f"{name}.png").stat().st_size > 10_000
+
+
+def test_the_readme_has_the_table_and_the_figure_of_the_results() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = (RESULTS / "quickstart.md").read_text(encoding="utf-8").split("\n\n")[2]
+    assert table.startswith("|") and table in readme
+    assert "](docs/results/quickstart.png)" in readme
