@@ -36,10 +36,10 @@ def json_numbers(values: object) -> Any:
     return json.loads(json.dumps(values), parse_constant=lambda _: None)
 
 
-def with_error(estimate: Estimate, form: str = ".2f") -> str:
+def with_error(estimate: Estimate, form: str = ".2f", sign: str = "") -> str:
     """`mean ± standard error`, each in a form of Python's `format`; the mean alone if its error is not known."""
     error = "" if math.isnan(estimate.standard_error) else f" ± {estimate.standard_error:{form}}"
-    return f"{estimate.mean:{form}}{error}"
+    return f"{estimate.mean:{sign}{form}}{error}"
 
 
 def rounded(estimate: Estimate, sign: str = "") -> str:

@@ -22,11 +22,9 @@ SURE = 0.05  # family-wise chance to claim a difference that is not there
 
 def shown(estimate: Estimate, metric: str, sign: str = "") -> str:
     """Return the mean of a metric and its standard error, or nothing if it is not known."""
-    form = FORMS.get(metric, ".2f")
-    if math.isnan(estimate.mean):
-        return ""
-    error = f" ± {estimate.standard_error:{form}}" if estimate.has_error else ""
-    return f"{round(estimate.mean, 6) + 0.0:{sign}{form}}{error}"  # no -0.00
+    error = estimate.standard_error if estimate.has_error else math.nan
+    rounded = Estimate(round(estimate.mean, 6) + 0.0, error)  # no -0.00
+    return "" if math.isnan(estimate.mean) else with_error(rounded, FORMS.get(metric, ".2f"), sign)
 
 
 def over_seeds(results: Results, row: str, metric: str) -> np.ndarray:
@@ -196,7 +194,7 @@ def _plot_map(figure: Any, results: Results) -> None:
             for column, beta in enumerate(betas):
                 gap = gaps[ranker, length, beta]
                 color = "white" if abs(gap.mean) > 0.6 * limit else "black"
-                text = with_error(gap, "+.2f").replace(" ± +", "\n± ")
+                text = with_error(gap, sign="+").replace(" ± ", "\n± ")
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
         axes.set_xticks(range(len(betas)), betas)
         axes.set_yticks(range(len(lengths)), lengths if number == 1 else [])

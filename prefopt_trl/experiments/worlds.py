@@ -187,11 +187,13 @@ def real(
             return [[wrap_completion(text, one) for one in of] for text, of in zip(texts, sampled, strict=True)]
 
         first, second = map(list, zip(*sample(2, seed=seed + 1, temperature=1.5), strict=True))
-        is_first = np.random.default_rng(seed).random(len(texts)) < ranker.compare(texts, first, second)
+        probability = ranker.compare(texts, first, second)
+        is_first = np.random.default_rng(seed).random(len(texts)) < probability
         pairs = [(a, b) if label else (b, a) for a, b, label in zip(first, second, is_first, strict=True)]
         chosen, rejected = map(list, zip(*pairs, strict=True))
         target = [one for [one] in sample(1, seed=seed)]
-        return Dataset.from_dict({"prompt": texts, "target": target, "chosen": chosen, "rejected": rejected})
+        made = Dataset.from_dict({"prompt": texts, "target": target, "chosen": chosen, "rejected": rejected})
+        return made.select(np.flatnonzero(np.isfinite(probability)))  # without a verdict there is no label
 
     rows = _saved(folder / "rows", complete)
     test, validation = num_judged, num_judged + num_judged // 2
