@@ -32,7 +32,8 @@ test: lint typecheck  ## lint, types and the fast tests (PYTEST_ARGS adds to pyt
 test-oldest: export TRITON_INTERPRET := 1
 test-oldest: .venv-oldest/.installed  ## the fast tests on the oldest supported versions
 	PREFOPT_CONSTRAINTS=constraints-oldest.txt .venv-oldest/bin/pytest -p no:cacheprovider $(PARALLEL) \
-		--ignore tests/integration/test_reproduce.py --ignore tests/integration/test_rso_equals_dpo.py $(PYTEST_ARGS)
+		--ignore tests/integration/test_reproduce.py --ignore tests/unit/cli/test_reproduce.py \
+		--ignore tests/integration/test_rso_equals_dpo.py $(PYTEST_ARGS)
 
 test-newest:  ## the fast tests on the newest versions of today, in an environment made anew
 	rm -rf .venv-newest
