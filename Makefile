@@ -1,8 +1,9 @@
 # Every target sets up .venv by itself when it is missing or older than its recipe. `make` lists the targets.
 
 PYTHON ?= python3
-# A process for each core, and the tests of a file together, as they share what is trained once; -n 0 is without
 PYTEST_ARGS ?=
+# One process for each core. The tests of a file stay together, because they share what is trained once.
+# PYTEST_ARGS="-n 0" runs all in one process.
 PARALLEL := -n auto --dist loadfile
 SEEDS ?= 5
 BIN := .venv/bin

@@ -139,7 +139,7 @@ def _checkpoint(word: str) -> str | bool:
 
 
 def number_or_auto(word: str) -> float | str:
-    """Read a number, or `auto`."""
+    """Read a number, or `auto`. Argparse names this function in its error."""
     return word if word == AUTO else float(word)
 
 

@@ -68,11 +68,10 @@ def conclusion(found: Table, results: Results) -> str:
     signs = {"holds": "{0} > {1}", "the reverse": "{1} > {0}"}
     verdicts = [(claim, row[-1]) for claim, row in zip(found.claims, claims_of(found, results), strict=True)]
     decided = [signs[verdict].format(*claim) for claim, verdict in verdicts if verdict in signs]
-    num_seeds = len(next(iter(results.values())))
     return (
-        f"**Decided by the reward: {'; '.join(decided) or 'nothing'}.** {len(verdicts) - len(decided)} of "
-        f"{len(verdicts)} claims are not decided: {num_seeds} seeds see only large differences. Another ranker, "
-        "another model or a longer training can have another order."
+        f"**Decided by the reward: {'; '.join(decided) or 'nothing'}.** These seeds do not decide "
+        f"{len(verdicts) - len(decided)} of {len(verdicts)} claims, because they show only large differences. The "
+        "order may differ with another ranker, another model or a longer training."
     )
 
 

@@ -108,7 +108,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-@lru_cache
+@lru_cache(maxsize=1)  # a world holds its rankers, which may be large
 def _world(seed: int) -> World:
     return _process["make"](seed, _process["folder"] / f"seed-{seed}")
 

@@ -186,9 +186,8 @@ def summarize(
     every = [{name: np.concatenate(values) for name, values in one.items()} for one in (rewards, lengths, certainty)]
     drawn = Numbers(every[0], every[1], every[2], np.array(first_pass))
     means = {name: float(values.mean()) if len(values) else 0.5 for name, values in drawn.probabilities.items()}
-    beta_quantiles = (
-        np.quantile(betas, QUANTILES, method="nearest").tolist() if np.isnan(options.effective_beta) else []
-    )
+    is_automatic = np.isnan(options.effective_beta)
+    beta_quantiles = np.quantile(betas, QUANTILES, method="nearest").tolist() if is_automatic else []
     warnings: list[str | None] = []
     if num_equal:
         warnings.append(

@@ -47,7 +47,7 @@ def test_claims_hold_are_reversed_or_not_decided():
     ordered = sorted(p)
     sentence = report.conclusion(FOUND, results())
     assert sentence.startswith(
-        "**Decided by the reward: a > SFT policy; SFT policy > c.** 1 of 3 claims are not decided: 4 "
+        "**Decided by the reward: a > SFT policy; SFT policy > c.** These seeds do not decide 1 of 3 "
     )
     expected = {ordered[0]: 3 * ordered[0], ordered[1]: 2 * ordered[1], ordered[2]: ordered[2]}
     printed = [0.0 if row[1] == "<0.001" else float(row[1]) for row in rows]
@@ -58,7 +58,7 @@ def test_one_seed_decides_nothing():
     rows = report.claims_of(FOUND, results({row: of[:1] for row, of in REWARDS.items()}))
     assert [row[-1] for row in rows] == ["not decided"] * 3
     sentence = report.conclusion(FOUND, results({row: of[:1] for row, of in REWARDS.items()}))
-    assert sentence.startswith("**Decided by the reward: nothing.** 3 of 3 claims")
+    assert sentence.startswith("**Decided by the reward: nothing.** These seeds do not decide 3 of 3 ")
 
 
 def test_the_table_has_differences_shares_and_the_papers_numbers(tmp_path):

@@ -14,6 +14,7 @@ from prefopt_trl.generation.sampler import Candidates
 from prefopt_trl.rankers import FunctionRanker
 from prefopt_trl.sampling import collator as module
 from prefopt_trl.sampling.collator import DataCollatorForRejectionSampling
+from prefopt_trl.sampling.rejection import automatic_beta
 from tests.unit.known_rankers import number
 
 EXAMPLES = [{"prompt": "The dog"}, {"prompt": "Bread:"}, {"prompt": "What is the capital of France?"}]
@@ -61,6 +62,13 @@ def test_pairs_are_what_trls_collator_makes_of_them(policy, tokenizer, texts):
         prompt_ids, (chosen_ids, rejected_ids) = tokenize_completions(tokenizer, example["prompt"], [chosen, rejected])
         pairs.append({"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids})
     assert same(batch, DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)(pairs))
+
+
+def test_an_automatic_beta_is_that_of_the_prompts_rewards(policy, tokenizer, texts):
+    texts += [["3", "1", "7", "9", "5", "7"]]
+    beta = automatic_beta(np.array([3.0, 1.0, 7.0, 9.0, 5.0]), 4)
+    batches = {one: make(policy, tokenizer, rejection_beta=one)(EXAMPLES[:1]) for one in ("auto", beta, 0.01)}
+    assert same(batches["auto"], batches[beta]) and not same(batches["auto"], batches[0.01])
 
 
 def test_pairs_by_reward_are_one_a_prompt_and_margins_and_penalties_hold(policy, tokenizer, texts):

@@ -10,7 +10,7 @@ from prefopt_trl import FunctionRanker, SamplingOptions, build_preference_datase
 from prefopt_trl.data.tokenization import tokenize_prompts
 from prefopt_trl.generation.sampler import sample_candidates
 from prefopt_trl.sampling.logps import pair_logps, row_logps
-from prefopt_trl.sampling.rejection import acceptance_rate, effective_sample_size
+from prefopt_trl.sampling.rejection import acceptance_rate, automatic_beta, effective_sample_size
 from prefopt_trl.sampling.selection import select_and_pair
 from prefopt_trl.sampling.shards import clipped, shard_seed
 from prefopt_trl.sampling.statistics import correction_warning
@@ -47,6 +47,18 @@ def test_the_first_accepted_follow_the_target_whatever_the_proposal(proposal):
         first = [row[one.accepted[0]] for row, one in zip(drawn, selected, strict=True)]
         distances[name] = np.abs(np.bincount(first, minlength=5) / len(first) - TARGET).sum() / 2
     assert distances["corrected"] < 0.035 < distances["plain"]
+
+
+def test_an_automatic_beta_weighs_the_log_ratios_too():
+    drawn = np.random.default_rng(1).choice(5, size=(1, 64), p=PROPOSAL)
+    given = (["?"], TEXTS[drawn].tolist(), list(REWARDS[drawn]), FunctionRanker(reward))
+    ratios = list(np.log(PROPOSAL / REFERENCE)[drawn])
+    beta = automatic_beta(REWARDS[np.unique(drawn)], 2)
+    (chosen,), (alike,) = (
+        select_and_pair(*given, SamplingOptions(num_samples=2, rejection_beta=one), seed=1, log_ratios=ratios)
+        for one in ("auto", beta)
+    )
+    assert chosen == alike and chosen.beta == beta
 
 
 def test_acceptance_rises_as_the_policy_nears_the_target():
