@@ -1,6 +1,6 @@
 """The worlds that experiments run in: what all policies of one seed share, made once and kept in a folder.
 
-In the *kitchen* the true reward of any text is known, and all models are trained from scratch in a minute. The *real*
+In the *kitchen* the true reward of any text is known, and all models are trained from scratch in minutes. The *real*
 world is any model, with any prompts and any ranker, which is the truth there.
 """
 
