@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt_trl.experiments.cells import HINDSIGHT, NOTHING, SFT, Cell
-from prefopt_trl.experiments.worlds import LEARNED, TRUTH, WEAK
+from prefopt_trl.experiments.worlds import GAMMA, LEARNED, TRUTH, WEAK
 
 ROWS, FRONTIER, MAP = "rows", "frontier", "map"  # kinds of plots
 
@@ -180,7 +180,10 @@ TABLES = {
         "Temperature of the loss",
         "RSO, Figure 5a",
         "rso-sample-rank, beta 0.5",
-        {f"gamma {gamma:g}": Cell(RSO_SAMPLES, training={"gamma": gamma}) for gamma in (0.005, 0.05, 0.5, 5.0)},
+        {
+            f"gamma {gamma:g}": Cell(RSO_SAMPLES, training={} if gamma == GAMMA else {"gamma": gamma})
+            for gamma in (0.005, 0.05, 0.5, 5.0)
+        },
         [("gamma 0.05", "gamma 0.005"), ("gamma 0.05", "gamma 0.5")],
     ),
     "rso-figure-5-beta": Table(

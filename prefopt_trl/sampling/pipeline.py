@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 # An interruption loses at most one shard per process
 SHARD_COMPLETIONS = 2048  # sampled for a shard at most: so many are generated at full speed
 SHARD_FLOPS = 5e12  # for a shard on a CPU at most: about a minute on two cores
-GIVEN_COMPLETIONS = 128  # per shard, if they are given
+GIVEN_COMPLETIONS = 512  # per shard, if they are given
 MOST_SHARDS = 10_000  # each is two files
 MANY_CONTRADICTED = 0.25  # share of pairs labeled against the given rewards, above which to warn
 MANY_UNFINISHED = 0.1  # share of candidates cut at `max_new_tokens`, above which to warn
