@@ -45,7 +45,7 @@ from prefopt_trl.sampling.store import ShardStore
 
 logger = logging.getLogger(__name__)
 
-COMPLETIONS_PER_SHARD = 64  # of each policy: what an interruption loses
+COMPLETIONS_PER_SHARD = 256  # of each policy: what an interruption loses
 
 
 @dataclass(frozen=True)

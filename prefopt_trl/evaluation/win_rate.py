@@ -44,7 +44,7 @@ from prefopt_trl.runtime.settings import (
 )
 from prefopt_trl.sampling.shards import shard_seed
 
-PROMPTS_AT_ONCE = 8  # sampled by one process; samples do not depend on the number of processes
+PROMPTS_AT_ONCE = 16  # sampled by one process; samples do not depend on the number of processes
 FOLDER, OPPONENT = "evaluations", "opponent"  # in `output_dir`, and the name of its policy
 JUDGE = "judge"  # its name in the rows that are written
 START, REFERENCE = "start", "reference"

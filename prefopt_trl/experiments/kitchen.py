@@ -83,8 +83,6 @@ def true_reward(prompts: Sequence[str], completions: Sequence[str], **kwargs: ob
     >>> true_reward([order] * 3, [" Take pepper, garlic and walnuts.", " Take pepper and pesto.", " pepper, pesto"])
     [10.0, 8.0, 5.0]
     """
-    if len(prompts) != len(completions):
-        raise ValueError(f"There are {len(prompts)} prompts and {len(completions)} completions. Pass one for each.")
     return [_marks(missing, text) for missing, text in zip(_missing_flavors(prompts), completions, strict=True)]
 
 
@@ -187,9 +185,8 @@ def _sentence(words: Sequence[str]) -> str:
 class ControlledTask:
     """The datasets of the controlled task, generated on demand from a seed.
 
-    The arguments are the number of rows of each dataset, at least 1, and the random seed. The training and evaluation
-    prompts of policies are all different, out of 1,536 orders; a `ValueError` is raised if they need more. The
-    evaluation prompts occur in no other dataset.
+    The arguments are the number of rows of each dataset and the random seed. The training and evaluation prompts of
+    policies are all different, out of 1,536 orders. The evaluation prompts occur in no other dataset.
 
     >>> ControlledTask().comparisons[1]  # doctest: +NORMALIZE_WHITESPACE
     {'prompt': 'Hugo wants a hot, hearty curry.', 'chosen': ' Mix pesto, cucumber, celery, onion and pumpkin.',
@@ -202,27 +199,12 @@ class ControlledTask:
     num_comparisons: int = 40000
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        for name in ("num_sft", "num_prompts", "num_eval_prompts", "num_comparisons"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. Give 1 or more.")
-        if self.num_prompts + self.num_eval_prompts > len(_ORDERS):
-            raise ValueError(
-                f"`num_prompts` is {self.num_prompts} and `num_eval_prompts` {self.num_eval_prompts}, but there are "
-                f"only {len(_ORDERS)} different orders. Lower one of them."
-            )
-
     @cached_property
     def sft_dataset(self) -> Dataset:
         """Prompts, some repeated, and the house cook's completions: `prompt`, `completion`."""
         rng = self._rng(1)
         prompts = self._draw_prompts(rng, self.num_sft)
         return Dataset.from_dict({"prompt": prompts, "completion": _house_cook(rng, prompts)})
-
-    @cached_property
-    def prompts(self) -> Dataset:
-        """Prompts to train policies on: `prompt`."""
-        return Dataset.from_dict({"prompt": self._train_orders[: self.num_prompts]})
 
     @cached_property
     def eval_dataset(self) -> Dataset:
@@ -248,9 +230,9 @@ class ControlledTask:
 
     @cached_property
     def answers(self) -> Dataset:
-        """Answers to the prompts, two of the cook of the comparisons and one each of a poor, a fair (the house cook)
-        and a good cook: `prompt`, `first`, `second`, `poor`, `fair`, `good`."""
-        rng, prompts = self._rng(4), self.prompts["prompt"][:]
+        """The prompts to train policies on, and answers to them: two of the cook of the comparisons, and one each of
+        a poor, a fair (the house cook) and a good cook: `prompt`, `first`, `second`, `poor`, `fair`, `good`."""
+        rng, prompts = self._rng(4), self._train_orders[: self.num_prompts]
         answers = {name: _other_cook(rng, prompts) for name in ("first", "second")}
         for name, share in {"poor": 0.1, "fair": 0.5, "good": 0.9}.items():
             cooked = _cook(rng, prompts, share, wavering=1.0, most=4, attention=np.inf)

@@ -94,6 +94,7 @@ def _start(make: Make, folder: Path, is_quiet: bool) -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     Thread(target=_end_with_parent, daemon=True).start()
     _process.update(make=make, folder=folder)
+    sys.modules["matplotlib"] = None  # type: ignore[assignment]  # plots of single policies take a tenth of the time
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

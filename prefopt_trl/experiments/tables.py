@@ -329,14 +329,14 @@ TABLES = {
             for length in (0.25, 1.0)
             for source, data in {
                 "plain samples": SFT_SAMPLES,
-                **{f"beta {beta}": {**RSO_SAMPLES, "rejection_beta": beta} for beta in (0.25, 0.5, 2.0, 4.0, "auto")},
+                **{f"beta {beta}": {**RSO_SAMPLES, "rejection_beta": beta} for beta in (0.5, 2.0, 4.0, "auto")},
             }.items()
         },
         [
             (f"{ranker} ranker, beta {beta}, {length:g}x steps", f"{ranker} ranker, plain samples, {length:g}x steps")
             for ranker in (WEAK, LEARNED, TRUTH)
             for length in (0.25, 1.0)
-            for beta in (0.25, 0.5, 2.0, 4.0, "auto")
+            for beta in (0.5, 2.0, 4.0, "auto")
         ],
         columns=("ranker accuracy", "ranker's win_rate", "kl", "label probability", "acceptance", "beta"),
         kind=MAP,

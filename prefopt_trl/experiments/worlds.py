@@ -47,7 +47,7 @@ TASK = {"num_prompts": 400, "num_eval_prompts": 512}
 SFT: Settings = {"max_steps": 500, "per_device_train_batch_size": 64, "learning_rate": 3e-3}
 RANKER: Settings = {"max_steps": 900, "per_device_train_batch_size": 128, "learning_rate": 3e-3}
 RANKER_STEPS = {LEARNED: RANKER["max_steps"], WEAK: 200}
-POLICY: Settings = {"max_steps": 240, "per_device_train_batch_size": 32, "learning_rate": 1e-4}
+POLICY: Settings = {"max_steps": 120, "per_device_train_batch_size": 32, "learning_rate": 2e-4}
 GAMMA = 0.5  # temperature of RSO eq. 10; SLiC's margin is 1 / gamma
 
 # Of the real world: how reviews begin

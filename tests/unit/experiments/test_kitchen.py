@@ -85,7 +85,7 @@ def test_every_order_has_a_perfect_dish():
             added = {(h + heat, r + richness) for h, r in reachable[count]}
             reachable[count + 1] = reachable.get(count + 1, set()) | added
     flavours = set().union(*(reachable[count] for count in range(1, 7)))
-    assert {tuple(row) for row in wanted(SMALL.prompts["prompt"]).tolist()} <= flavours
+    assert {tuple(row) for row in wanted(SMALL.answers["prompt"]).tolist()} <= flavours
     orders = [(HEAT[h] - d[0], RICHNESS[r] - d[1]) for h in HEAT for r in RICHNESS for d in DISHES.values()]
     assert set(orders) <= flavours
 
@@ -94,7 +94,7 @@ def test_no_text_gets_more_than_ten():
     rng = np.random.default_rng(0)
     words = ["Take", ",", "and", ".", "Ada", *INGREDIENTS]
     texts = [" ".join(rng.choice(words, size=rng.integers(0, 15))) for _ in range(2000)]
-    prompts = [SMALL.prompts["prompt"][index] for index in rng.integers(300, size=2000)]
+    prompts = [SMALL.answers["prompt"][index] for index in rng.integers(300, size=2000)]
     assert max(true_reward(prompts, texts)) < 10
 
 
@@ -102,8 +102,6 @@ def test_reward_has_trls_signature_and_names_a_bad_row():
     assert true_reward([], []) == []
     marks = true_reward(prompts=[ORDER], completions=["."], completion_ids=[[1]], trainer_state=None)
     assert isinstance(marks, list) and isinstance(marks[0], float)
-    with pytest.raises(ValueError, match="1 prompts and 2 completions"):
-        true_reward([ORDER], ["", ""])
     with pytest.raises(ValueError, match=r"Prompt 1 is 'Ada wants a cake\.'.*Write it like 'Ada wants a mild"):
         true_reward([ORDER, "Ada wants a cake."], ["", ""])
 
@@ -111,7 +109,7 @@ def test_reward_has_trls_signature_and_names_a_bad_row():
 def test_datasets_have_their_columns_sizes_and_disjoint_prompts():
     columns = {
         "sft_dataset": (["prompt", "completion"], 3000),
-        "prompts": (["prompt"], 300),
+        "answers": (["prompt", "first", "second", "poor", "fair", "good"], 300),
         "eval_dataset": (["prompt", "completion"], 200),
         "comparisons": (["prompt", "chosen", "rejected"], 6000),
     }
@@ -119,15 +117,15 @@ def test_datasets_have_their_columns_sizes_and_disjoint_prompts():
         dataset = getattr(SMALL, name)
         assert (dataset.column_names, len(dataset)) == (names, size)
     eval_prompts = set(SMALL.eval_dataset["prompt"])
-    assert len(eval_prompts) == 200 and len(set(SMALL.prompts["prompt"])) == 300
-    for name in ("sft_dataset", "prompts", "comparisons"):
+    assert len(eval_prompts) == 200 and len(set(SMALL.answers["prompt"])) == 300
+    for name in ("sft_dataset", "answers", "comparisons"):
         assert not eval_prompts & set(getattr(SMALL, name)["prompt"])
 
 
 def test_datasets_depend_on_the_seed_alone():
     sizes = {"num_sft": 20, "num_prompts": 20, "num_eval_prompts": 20, "num_comparisons": 20}
     first, again, other = (ControlledTask(seed=seed, **sizes) for seed in (0, 0, 1))
-    for name in ("sft_dataset", "prompts", "eval_dataset", "comparisons"):
+    for name in ("sft_dataset", "answers", "eval_dataset", "comparisons"):
         assert getattr(first, name).to_dict() == getattr(again, name).to_dict()
         assert getattr(first, name).to_dict() != getattr(other, name).to_dict()
 
@@ -164,19 +162,6 @@ def test_the_comparisons_are_shyer_noisy_and_not_always_tidy():
     # More of everything is mostly what is preferred.
     more = (totals(texts[0]) - totals(texts[1])).sum(axis=1)
     assert (more > 0).sum() > 1.3 * (more < 0).sum()
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ({"num_sft": 0}, "`num_sft` is 0"),
-        ({"num_comparisons": -1}, "`num_comparisons` is -1"),
-        ({"num_prompts": 1500, "num_eval_prompts": 37}, "only 1536 different orders"),
-    ],
-)
-def test_bad_sizes_are_refused(sizes, message):
-    with pytest.raises(ValueError, match=message):
-        ControlledTask(**sizes)
 
 
 def test_every_text_is_kept_and_prompt_and_completion_join():

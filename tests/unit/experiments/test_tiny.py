@@ -29,12 +29,6 @@ def test_trained_tokenizer_learns_merges_up_to_the_size_asked_for():
     assert len(tokenizer.encode("the guest")) < len("the guest")
 
 
-def test_trained_tokenizer_needs_room_for_the_bytes():
-    assert len(train_tokenizer(CORPUS, vocab_size=259)) == 259
-    with pytest.raises(ValueError, match=r"`vocab_size` is 258, below 259"):
-        train_tokenizer(CORPUS, vocab_size=258)
-
-
 @pytest.mark.parametrize("tokenizer", [train_tokenizer(CORPUS, 280), word_tokenizer(WORDS)], ids=["bpe", "words"])
 def test_special_tokens_are_distinct_and_never_added(tokenizer):
     special_ids = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
@@ -79,8 +73,6 @@ def test_word_tokenizer_refuses_what_it_has_no_word_for():
     tokenizer = word_tokenizer(WORDS)
     with pytest.raises(Exception, match="Missing"):
         tokenizer.encode("Ada wants a pie.")
-    with pytest.raises(ValueError, match="empty string"):
-        word_tokenizer(["Ada", ""])
 
 
 def test_default_llama_has_five_million_parameters():
@@ -124,9 +116,3 @@ def test_llama_samples_from_its_own_law():
     frequencies = torch.bincount(samples, minlength=60) / 20_000
     assert 0.5 * (frequencies - law).abs().sum() < 0.04
     assert law.sort().values[:10].sum() > 0.1  # what top-k 50 would lose
-
-
-@pytest.mark.parametrize("sizes", [{"num_heads": 3}, {"num_heads": 4, "num_kv_heads": 3}])
-def test_llama_refuses_heads_that_do_not_divide(sizes):
-    with pytest.raises(ValueError, match="must be a multiple of `num_heads`"):
-        tiny_llama(word_tokenizer(WORDS), hidden_size=64, **sizes)
