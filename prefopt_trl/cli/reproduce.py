@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from prefopt_trl.cli.arguments import ReproduceConfig
 from prefopt_trl.cli.data import require_columns
@@ -14,7 +15,7 @@ from prefopt_trl.cli.rankers import is_model, load_ranker
 from prefopt_trl.data.loading import load_rows
 from prefopt_trl.experiments.kitchen import PERFECT_MARKS
 from prefopt_trl.experiments.report import write
-from prefopt_trl.experiments.runner import Make, run_table
+from prefopt_trl.experiments.runner import Make, run_tables
 from prefopt_trl.experiments.tables import TABLES
 from prefopt_trl.experiments.worlds import kitchen, real, reviews
 from prefopt_trl.rounds.models import base_of
@@ -34,15 +35,15 @@ def run(own: ReproduceConfig, save_config: Callable[[], None]) -> None:
     seeds = range(own.first_seed, own.first_seed + own.num_seeds)
     save_config()
     policies, folder = Path(own.output_dir, "policies"), Path(own.results_dir or own.output_dir)
-    for name in names:
-        results = run_table(TABLES[name], make, settings, seeds, policies, workers)
-        print(f"\n{write(name, TABLES[name], results, folder, None if is_real else PERFECT_MARKS)}", flush=True)
+    environment = ", ".join(f"{name} {version}" for name, version in versions().items())
+    origin = f"World: {Path(own.model_name_or_path).name if is_real else own.world}, with {environment}."
+    how = (None if is_real else PERFECT_MARKS, origin)
+    for name, results in run_tables({name: TABLES[name] for name in names}, make, settings, seeds, policies, workers):
+        tqdm.write(f"\n{write(name, TABLES[name], results, folder, *how)}")
     written = {name: of for name, of in TABLES.items() if (folder / f"{name}.md").exists()}  # now or before
     lines = [f"- [{of.title}]({name}.md) ({of.source})" for name, of in written.items()]
-    environment = ", ".join(f"{name} {version}" for name, version in versions().items())
-    world = f"the {own.world} world, with {environment}"
-    write_text(folder / "README.md", "\n".join(["# Results", "", f"Of {world}:", "", *lines, ""]))
-    print(f"Written to {folder}: {', '.join(names)}, of {world}. The policies are in {policies}.")
+    write_text(folder / "README.md", "\n".join(["# Results", "", *lines, ""]))
+    tqdm.write(f"Written to {folder}: {', '.join(names)}. The policies are in {policies}.")
 
 
 def _real(own: ReproduceConfig) -> tuple[Make, Settings]:

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from transformers import ProgressCallback
 from trl import SFTConfig, SFTTrainer
@@ -180,11 +181,15 @@ def _data(cell: Cell, world: World, folder: Path) -> tuple[Dataset, Settings]:
     else:
         answers = cell.data.get("given", ())
         rows = world.data["answers"] if answers else world.candidates(cell.ranker)
-        if cell.data.get("pairing") == "correct-wrong":  # correct is what the ranker prefers to most samples
-            rows = rows.map(lambda row: {"rewards": [float(reward > 0) for reward in row["rewards"]]})
-        how = world.sampling | {"num_candidates": len(answers) or world.sampling["num_candidates"]}
+        if cell.data.get("pairing") == "correct-wrong":  # correct is what has more reward than half of the candidates
+            rows = rows.map(
+                lambda row: {"rewards": [float(one > np.median(row["rewards"])) for one in row["rewards"]]}
+            )
+        how = world.sampling | cell.data
+        how["num_candidates"] = len(answers) or how["num_candidates"]
+        how["num_samples"] = min(how["num_samples"], how["num_candidates"])
         given = (rows, None, None, world.ranker(cell.ranker), folder)
-        data = build_preference_dataset(*given, seed=world.seed, **{**how, **cell.data})
+        data = build_preference_dataset(*given, seed=world.seed, **how)
         found = read_json(folder / "statistics.json")
         statistics = {
             "label probability": found["label_probability_after"],
@@ -192,6 +197,7 @@ def _data(cell: Cell, world: World, folder: Path) -> tuple[Dataset, Settings]:
             "acceptance": found["acceptance_rate"],
             "beta": (found["beta_quantiles"] or [None] * 4)[3],
             "ranker accuracy": None if answers else world.accuracy(cell.ranker),
+            "temperature": getattr(world.ranker(cell.ranker), "temperature", None),
         }
     if cell.method == HINDSIGHT:
         rows = [row for pair in data for row in chain_of_hindsight(pair)]

@@ -51,23 +51,31 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def claims_of(found: Table, results: Results, metric: str = REWARD) -> list[list[str]]:
-    """Return for each claim the difference, its p-value corrected for their number, and whether the claim holds."""
-    gaps = [difference(results, *claim, metric) for claim in found.claims]
+def claims_of(found: Table, results: Results) -> list[list[list[str]]]:
+    """Return for each claim, by the reward and by the ranker's wins: the difference, its p-value corrected for the
+    number of all of them, and whether the claim holds."""
+    metrics = [metric for metric in (REWARD, WINS) if metric in next(iter(results.values()))[0]]
+    gaps = [[difference(results, *claim, metric) for metric in metrics] for claim in found.claims]
+    p_values = iter(holm([gap.p_value() for of in gaps for gap in of]))
     rows = []
-    for gap, p in zip(gaps, holm([gap.p_value() for gap in gaps]), strict=True):
-        verdict = "not decided" if not p < SURE else "holds" if gap.mean > 0 else "the reverse"
-        rows.append(
-            [shown(gap, metric, "+"), "" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "<0.001", verdict]
-        )
+    for of in gaps:
+        row = []
+        for metric, gap, p in zip(metrics, of, p_values, strict=False):
+            verdict = "not decided" if not p < SURE else "holds" if gap.mean > 0 else "the reverse"
+            shown_p = "" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "<0.001"
+            row.append([shown(gap, metric, "+"), shown_p, verdict])
+        rows.append(row)
     return rows
 
 
-def conclusion(found: Table, results: Results) -> str:
+def conclusion(found: Table, verdicts: Sequence[str]) -> str:
     """Return the sentence that says what the reward decides, and what it cannot say."""
     signs = {"holds": "{0} > {1}", "the reverse": "{1} > {0}"}
-    verdicts = [(claim, row[-1]) for claim, row in zip(found.claims, claims_of(found, results), strict=True)]
-    decided = [signs[verdict].format(*claim) for claim, verdict in verdicts if verdict in signs]
+    decided = [
+        signs[verdict].format(*claim)
+        for claim, verdict in zip(found.claims, verdicts, strict=True)
+        if verdict in signs
+    ]
     return (
         f"**Decided by the reward: {'; '.join(decided) or 'nothing'}.** These seeds do not decide "
         f"{len(verdicts) - len(decided)} of {len(verdicts)} claims, because they show only large differences. The "
@@ -75,8 +83,8 @@ def conclusion(found: Table, results: Results) -> str:
     )
 
 
-def as_markdown(name: str, found: Table, results: Results, highest: float | None) -> str:
-    """Return a table of the results, and one of the claims."""
+def as_markdown(name: str, found: Table, results: Results, highest: float | None, origin: str) -> str:
+    """Return a table of the results, and one of the claims; `origin` says of which world they are, and made how."""
     base, *_ = results
     seeds = ", ".join(str(one["seed"]) for one in results[base])
     rewards = {row: over_seeds(results, row, REWARD) for row in results}
@@ -99,27 +107,30 @@ def as_markdown(name: str, found: Table, results: Results, highest: float | None
         notes += f" The paper's numbers: {found.unit}."
     parts = [
         f"# {found.title} ({found.source})",
-        f"Fixed: {found.fixed}.",
+        f"Fixed: {found.fixed}. {origin}",
         table(header + ["paper"] * bool(found.paper), rows),
         notes,
     ]
     if found.claims:
-        lines = [[f"{better} > {worse}"] for better, worse in found.claims]
-        judges = {"reward": REWARD, "ranker's wins": WINS} if WINS in results[base][0] else {"reward": REWARD}
-        for metric in judges.values():
-            lines = [line + of for line, of in zip(lines, claims_of(found, results, metric), strict=True)]
-        claims = table(["claim", *(name for judge in judges for name in (judge, "p", "so"))], lines)
-        parts += [claims, f"p by Student's t over seeds, corrected for {len(found.claims)} claims (Holm)."]
-        parts.append(conclusion(found, results))
+        verdicts = claims_of(found, results)
+        lines = [
+            [f"{better} > {worse}", *(cell for of in row for cell in of)]
+            for (better, worse), row in zip(found.claims, verdicts, strict=True)
+        ]
+        judges = ("reward", "ranker's wins")[: len(verdicts[0])]
+        num_tests = sum(p != "" for row in verdicts for _, p, _ in row)
+        parts.append(table(["claim", *(name for judge in judges for name in (judge, "p", "so"))], lines))
+        parts.append(f"p by Student's t over seeds, corrected for the {num_tests} of them (Holm).")
+        parts.append(conclusion(found, [row[0][-1] for row in verdicts]))
     if found.shows_samples:
         for row, [one, *_] in results.items():
             parts.append(table([row, ""], [list(map(as_html, sample)) for sample in one["samples"]]))
     return "\n\n".join([*parts, f"![{name}]({name}.png)"]) + "\n"
 
 
-def write(name: str, found: Table, results: Results, folder: Path, highest: float | None = None) -> str:
+def write(name: str, found: Table, results: Results, folder: Path, highest: float | None, origin: str) -> str:
     """Write a table as Markdown, CSV and PNG, and return the first."""
-    text = as_markdown(name, found, results, highest)
+    text = as_markdown(name, found, results, highest, origin)
     write_text(folder / f"{name}.md", text)
     cells = [one for by_seed in results.values() for one in by_seed]
     metrics = dict.fromkeys(name for one in cells for name, value in one.items() if isinstance(value, float | int))

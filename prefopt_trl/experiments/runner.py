@@ -1,14 +1,15 @@
-"""Run the cells of a table over seeds, in one or several processes; what is finished is never done again."""
+"""Run the cells of tables over seeds, in one or several processes; what is finished is never done again."""
 
 import hashlib
 import json
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
-from functools import lru_cache
+from functools import cache
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -18,72 +19,79 @@ import datasets
 import transformers
 from tqdm.auto import tqdm
 
-from prefopt_trl.experiments import cells, kitchen, worlds
 from prefopt_trl.experiments.cells import NOTHING, Cell, measure
 from prefopt_trl.experiments.tables import Table
-from prefopt_trl.experiments.worlds import LEARNED, World
-from prefopt_trl.runtime.settings import (
-    Settings,
-    as_json,
-    differences,
-    read_json,
-    versions,
-    write_json,
-)
+from prefopt_trl.experiments.worlds import LEARNED, TRUTH, World
+from prefopt_trl.runtime.settings import Settings, as_json, differences, read_json, versions, write_json
 
-MAKERS = (cells, kitchen, worlds)  # of what is saved
+PACKAGE = Path(__file__).parents[1]
 Make = Callable[[int, Path], World]  # the world of a seed, in a folder
 Results = dict[str, list[Settings]]  # of each row, by seed
+Jobs = dict[Path, tuple[int, Cell]]  # by the folder of the policy
 
 
-def run_table(
-    table: Table, make: Make, settings: Settings, seeds: Sequence[int], folder: Path, num_workers: int = 1
-) -> Results:
-    """Train and measure all cells of a table in the worlds of all seeds, after the SFT policy.
+def run_tables(
+    tables: Mapping[str, Table], make: Make, settings: Settings, seeds: Sequence[int], folder: Path, num_workers: int
+) -> Iterator[tuple[str, Results]]:
+    """Train and measure all cells in the worlds of all seeds; yield each table as soon as all of its cells are done.
 
     Raise `ValueError` if `folder` has results of other `settings`, or of other versions of the libraries or of the
-    code that makes worlds and cells.
+    code that makes them.
     """
-    code = {one.__name__: hashlib.sha256(Path(str(one.__file__)).read_bytes()).hexdigest() for one in MAKERS}
-    settings = as_json({**settings, **versions(), **code})
+    digest = hashlib.sha256()
+    for file in sorted(PACKAGE.rglob("*.py")):
+        if file.parent.name != "cli" and file.name not in ("tables.py", "report.py"):
+            digest.update(file.read_bytes())
+    settings = as_json({**settings, **versions(), "code": digest.hexdigest()})
     if changed := differences(read_json(folder / "settings.json") or settings, settings):
         raise ValueError(f"{folder} has results with other {', '.join(changed)}. Choose another `output_dir`.")
     write_json(folder / "settings.json", settings)
-    rows = {"SFT policy": Cell(method=NOTHING), **table.cells}
-    jobs = [(seed, cell, folder / f"seed-{seed}" / key_of(cell)) for seed in seeds for cell in rows.values()]
-    missing = [job for job in jobs if not (job[2] / "results.json").exists()]
-    rankers = sorted({LEARNED, *(cell.ranker for cell in rows.values())})
-    if missing:
-        start = (make, folder, num_workers > 1)
-        with ProcessPoolExecutor(num_workers, get_context("spawn"), _start, start) as pool:
-            _run(pool, missing, rankers, table.title)
-    found = iter([read_json(job[2] / "results.json") for job in jobs])
-    by_seed = [{row: next(found) for row in rows} for _ in seeds]
-    return {row: [one[row] for one in by_seed] for row in rows}
+    rows = {name: {"SFT policy": Cell(method=NOTHING), **table.cells} for name, table in tables.items()}
+    jobs: Jobs = {}
+    for of_table in rows.values():
+        jobs |= {folder_of(folder, seed, cell): (seed, cell) for seed in seeds for cell in of_table.values()}
+    missing = {path: job for path, job in jobs.items() if not (path / "results.json").exists()}
+    rankers = sorted({LEARNED, TRUTH, *(cell.ranker for _, cell in jobs.values())})
+    for _ in _run(missing, (make, folder, num_workers > 1), num_workers, rankers) if missing else [None]:
+        for name, of_table in list(rows.items()):
+            files = {
+                row: [folder_of(folder, seed, cell) / "results.json" for seed in seeds]
+                for row, cell in of_table.items()
+            }
+            if all(file.exists() for of_row in files.values() for file in of_row):
+                del rows[name]
+                yield name, {row: list(map(read_json, of_row)) for row, of_row in files.items()}
 
 
-def key_of(cell: Cell) -> str:
-    """Return the name of a cell's folder."""
-    return hashlib.sha256(json.dumps(asdict(cell), sort_keys=True).encode()).hexdigest()[:12]
+def folder_of(folder: Path, seed: int, cell: Cell) -> Path:
+    """Return the folder of a policy."""
+    key = hashlib.sha256(json.dumps(asdict(cell), sort_keys=True).encode()).hexdigest()[:12]
+    return folder / f"seed-{seed}" / key
 
 
-def _run(pool: ProcessPoolExecutor, jobs: Sequence[tuple[int, Cell, Path]], rankers: list[str], title: str) -> None:
-    """Prepare the world of each seed, and run its cells as soon as it is there."""
-    seed_of = {pool.submit(_prepare, seed, rankers): seed for seed in sorted({job[0] for job in jobs})}
-    pending = set(seed_of)
-    try:
-        with tqdm(desc=f"{title}: worlds and policies", total=len(seed_of) + len(jobs)) as bar:
-            while pending:
-                done, pending = wait(pending, timeout=5, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                    seed = seed_of.get(future)
-                    pending |= {pool.submit(_measure, *job) for job in jobs if job[0] == seed}
-                bar.update(len(done))
-                bar.refresh()  # a job can take minutes
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
+def _run(jobs: Jobs, start: tuple[Make, Path, bool], num_workers: int, rankers: list[str]) -> Iterator[None]:
+    """Prepare the world of each seed, and run the jobs in their order, each as soon as its world is there."""
+    seeds, left, ready = dict.fromkeys(seed for seed, _ in jobs.values()), dict(jobs), set[int]()
+    with ProcessPoolExecutor(num_workers, get_context("spawn"), _start, start) as pool:
+        seed_of = {pool.submit(_prepare, seed, rankers): seed for seed in seeds}
+        pending: set[Future[None]] = set(seed_of)
+        try:
+            with tqdm(desc="Worlds and policies", total=len(seeds) + len(jobs)) as bar:
+                while pending:
+                    done, pending = wait(pending, timeout=5, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+                        ready |= {seed_of[future]} if future in seed_of else set()
+                    free = max(0, num_workers - len(pending))
+                    for path in [path for path, (seed, _) in left.items() if seed in ready][:free]:
+                        pending.add(pool.submit(_measure, *left.pop(path), path))
+                    bar.update(len(done))
+                    bar.refresh()  # a job can take minutes
+                    if done:
+                        yield
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 _process: dict[str, Any] = {}  # what each process of the pool has
@@ -95,6 +103,7 @@ def _start(make: Make, folder: Path, is_quiet: bool) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
     _process.update(make=make, folder=folder)
     sys.modules["matplotlib"] = None  # type: ignore[assignment]  # plots of single policies take a tenth of the time
+    logging.getLogger("prefopt_trl").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -109,14 +118,14 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-@lru_cache(maxsize=1)  # a world holds its rankers, which may be large
+@cache
 def _world(seed: int) -> World:
     return _process["make"](seed, _process["folder"] / f"seed-{seed}")
 
 
 def _prepare(seed: int, rankers: list[str]) -> None:
     for ranker in rankers:
-        _world(seed).accuracy(ranker)  # needs its candidates, and those of the truth
+        _world(seed).candidates(ranker)
 
 
 def _measure(seed: int, cell: Cell, folder: Path) -> None:

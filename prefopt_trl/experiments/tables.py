@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt_trl.experiments.cells import HINDSIGHT, NOTHING, SFT, Cell
-from prefopt_trl.experiments.worlds import GAMMA, LEARNED, TRUTH, WEAK
+from prefopt_trl.experiments.worlds import LEARNED, TRUTH, WEAK
 
 ROWS, FRONTIER, MAP = "rows", "frontier", "map"  # kinds of plots
 
@@ -83,7 +83,7 @@ def _rso_1() -> Table:
     return Table(
         "Three losses on three sources of pairs",
         "RSO, Table 1",
-        "equal steps; 8 of 64 samples, 4 pairs of each prompt, beta 0.5; direct: the pairs of others",
+        "equal steps; 8 of the candidates, 4 pairs of each prompt, beta 0.5; direct: the pairs of others",
         rows,
         [(f"{loss}, {better}", f"{loss}, {worse}") for loss in losses for better, worse in steps],
         "wins by the reward model against the SFT target, %, on Reddit TL;DR / AnthropicHH",
@@ -124,7 +124,7 @@ TABLES = {
     "quickstart": Table(
         "Where pairs come from",
         "RSO, section 5",
-        "loss (RSO eq. 10) and steps; 8 of 64 samples, 4 pairs of each prompt, labeled by the ranker",
+        "loss (RSO eq. 10) and steps; 8 of the candidates, 4 pairs of each prompt, labeled by the ranker",
         {
             "given pairs (DPO)": Cell(),
             "samples of the SFT policy": Cell(SFT_SAMPLES),
@@ -180,21 +180,21 @@ TABLES = {
         "Temperature of the loss",
         "RSO, Figure 5a",
         "rso-sample-rank, beta 0.5",
-        {
-            f"gamma {gamma:g}": Cell(RSO_SAMPLES, training={} if gamma == GAMMA else {"gamma": gamma})
-            for gamma in (0.005, 0.05, 0.5, 5.0)
-        },
+        {f"gamma {gamma:g}": Cell(RSO_SAMPLES, training={"gamma": gamma}) for gamma in (0.005, 0.05, 0.5, 5.0)},
         [("gamma 0.05", "gamma 0.005"), ("gamma 0.05", "gamma 0.5")],
     ),
     "rso-figure-5-beta": Table(
         "Beta of rejection sampling",
         "RSO, Figure 5b",
-        "loss sigmoid-norm, 8 of 64 samples",
+        "loss sigmoid-norm, 8 of the candidates",
         {
             f"beta {beta}": Cell({**RSO_SAMPLES, "rejection_beta": beta})
             for beta in (0.0, 0.05, 0.5, 1.0, 2.0, 5.0, "auto")
         },
-        [("beta 0.5", "beta 0.0"), ("beta 0.5", "beta 0.05"), ("beta 0.5", "beta 5.0"), ("beta auto", "beta 0.5")],
+        [
+            *(("beta 0.5", f"beta {other}") for other in (0.0, 0.05, 5.0)),
+            *(("beta auto", f"beta {other}") for other in (0.5, 2.0, 5.0)),
+        ],
         columns=("ranker's win_rate", "kl", "label probability", "acceptance", "beta"),
     ),
     "pro-table-2": _pro_2(),
@@ -313,7 +313,7 @@ TABLES = {
             "8 at random, min_margin 1": Cell({**SFT_SAMPLES, "min_margin": 1.0}),
             "all, best-worst": Cell({**ALL, "pairing": "best-worst"}),
             "all, best-quantile": Cell({**ALL, "pairing": "best-quantile"}),
-            "all, correct-wrong (reward above 0)": Cell({**ALL, "pairing": "correct-wrong"}),
+            "all, correct-wrong (reward above the median)": Cell({**ALL, "pairing": "correct-wrong"}),
             "4 at random, ranking (PRO)": Cell({**SFT_SAMPLES, "num_samples": 4, "pairing": "ranking"}, "pro"),
             "all, best (SFT)": Cell({**ALL, "pairing": "best"}, SFT),
         },
@@ -322,9 +322,9 @@ TABLES = {
     "map": Table(
         "When rejection sampling helps",
         "ours",
-        "loss sigmoid-norm, 8 of 64 samples; each row's ranker also chooses its checkpoint",
+        "loss sigmoid-norm, 8 of the candidates; the last checkpoint of each",
         {
-            f"{ranker} ranker, {source}, {length:g}x steps": Cell(data, ranker=ranker, length=length)
+            f"{ranker} ranker, {source}, {length:g}x steps": Cell(data, ranker=ranker, length=length, is_last=True)
             for ranker in (WEAK, LEARNED, TRUTH)
             for length in (0.25, 1.0)
             for source, data in {
@@ -338,7 +338,7 @@ TABLES = {
             for length in (0.25, 1.0)
             for beta in (0.5, 2.0, 4.0, "auto")
         ],
-        columns=("ranker accuracy", "ranker's win_rate", "kl", "label probability", "acceptance", "beta"),
+        columns=("ranker accuracy", "temperature", "kl", "label probability", "acceptance", "beta"),
         kind=MAP,
         is_real=False,
     ),

@@ -6,7 +6,7 @@ world is any model, with any prompts and any ranker, which is the truth there.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from prefopt_trl.data.hindsight import HELPFUL, UNHELPFUL
 from prefopt_trl.experiments.kitchen import MAX_NEW_TOKENS, ControlledTask, true_reward
 from prefopt_trl.generation.sampler import sample_completions
 from prefopt_trl.rankers.base import Ranker
+from prefopt_trl.rankers.calibration import calibrate
 from prefopt_trl.rankers.function import FunctionRanker
 from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
 from prefopt_trl.rankers.templates import ANSWERS, dialogue
 from prefopt_trl.runtime.processes import process_state
-from prefopt_trl.runtime.settings import Settings
+from prefopt_trl.runtime.settings import Settings, read_json, write_json
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 
 LABELS = [f"{space}{label}" for space in ("", " ", "\n\n") for label in (HELPFUL, UNHELPFUL)]  # a word each
@@ -48,6 +49,7 @@ SFT: Settings = {"max_steps": 500, "per_device_train_batch_size": 64, "learning_
 RANKER: Settings = {"max_steps": 900, "per_device_train_batch_size": 128, "learning_rate": 3e-3}
 RANKER_STEPS = {LEARNED: RANKER["max_steps"], WEAK: 200}
 POLICY: Settings = {"max_steps": 120, "per_device_train_batch_size": 32, "learning_rate": 2e-4}
+HELD_OUT = 2000  # comparisons, to calibrate rankers on
 GAMMA = 0.5  # temperature of RSO eq. 10; SLiC's margin is 1 / gamma
 
 # Of the real world: how reviews begin
@@ -105,6 +107,8 @@ class World:
 
     def accuracy(self, ranker: str) -> float:
         """Return how often a ranker orders two candidates of a prompt as the truth does, where the truth differs."""
+        if self.ranker(ranker) is self.ranker(TRUTH):
+            return 1.0
         rewards, truth = (np.array(self.candidates(name)["rewards"]) for name in (ranker, TRUTH))
         gaps, true_gaps = (of[:, 0::2] - of[:, 1::2] for of in (rewards, truth))
         return float((np.sign(gaps) == np.sign(true_gaps))[true_gaps != 0].mean())
@@ -125,13 +129,18 @@ def kitchen(seed: int, folder: Path) -> World:
     of_ranker = task.tokenizer(extra_words=[*dialogue("|", "|", "|").split("|"), *ANSWERS, *LABELS])
     comparisons = _saved(folder / "comparisons", lambda: task.comparisons)
     model = task.policy_model(tokenizer, seed)
-    _fine_tune(model, tokenizer, task.sft_dataset, SFT, folder / "sft", seed)
+    _fine_tune(model, tokenizer, lambda: task.sft_dataset, SFT, folder / "sft", seed)
+    train, held_out = (comparisons.select(of) for of in np.split(np.arange(len(comparisons)), [-HELD_OUT]))
 
     def train_ranker(name: str) -> Ranker:
         judge, path = task.policy_model(of_ranker, seed + 1), folder / f"ranker-{name}"
         how = {**RANKER, "max_steps": RANKER_STEPS[name]}
-        _fine_tune(judge, of_ranker, pairwise_ranker_dataset(comparisons, seed=seed), how, path, seed)
-        return PairwiseRanker(path, of_ranker, batch_size=512, seed=seed)
+        _fine_tune(judge, of_ranker, lambda: pairwise_ranker_dataset(train, seed=seed), how, path, seed)
+        ranker, known = PairwiseRanker(path, of_ranker, batch_size=512, seed=seed), path / "temperature.json"
+        if not known.exists():
+            write_json(known, calibrate(ranker, held_out).temperature)
+        ranker.temperature = read_json(known)
+        return ranker
 
     parts = task.eval_dataset.rename_column("completion", "target").train_test_split(test_size=0.75, seed=seed)
     return World(
@@ -172,7 +181,7 @@ def real(
     `prompts` may have pairs in columns `chosen` and `rejected`. Otherwise others are the model at a temperature of
     1.5, and the ranker labels a pair of their answers with the probability that it gives to the label.
     """
-    tokenizer, ranker = AutoTokenizer.from_pretrained(model), load_ranker()
+    tokenizer, ranker = AutoTokenizer.from_pretrained(model), _loaded(load_ranker)
 
     def complete() -> Dataset:
         rows = prompts.shuffle(seed=seed)
@@ -237,6 +246,12 @@ def sentiment(prompts: list[str], completions: list[str], **columns: object) -> 
     return [5 * analyzer.polarity_scores(text)["compound"] for text in texts]
 
 
+@lru_cache
+def _loaded(load_ranker: Callable[[], Ranker]) -> Ranker:
+    """Load a ranker, which may be large, once for the worlds of all seeds."""
+    return load_ranker()
+
+
 def _saved(folder: Path, make: Callable[[], Dataset]) -> Dataset:
     """Return a dataset that is made once."""
     if not folder.exists():
@@ -245,13 +260,15 @@ def _saved(folder: Path, make: Callable[[], Dataset]) -> Dataset:
     return load_from_disk(str(folder))
 
 
-def _fine_tune(model: Any, tokenizer: Any, dataset: Dataset, how: Settings, folder: Path, seed: int) -> None:
+def _fine_tune(
+    model: Any, tokenizer: Any, make: Callable[[], Dataset], how: Settings, folder: Path, seed: int
+) -> None:
     """Train a model on prompts and completions with TRL's SFTTrainer, and save it, unless that was done."""
     if folder.exists():
         return
     unfinished = Path(f"{folder}-unfinished")
     args = SFTConfig(str(unfinished), warmup_steps=0.1, seed=seed, **COMMON, **how)
-    trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    trainer = SFTTrainer(model, args=args, train_dataset=make(), processing_class=tokenizer)
     trainer.remove_callback(ProgressCallback)
     trainer.train()
     model.save_pretrained(unfinished)

@@ -111,7 +111,7 @@ def automatic_beta(rewards: NDArray[np.float64], num_samples: int) -> float:
     As beta falls, the accepted candidates get better and closer to each other. Rewards are log-odds of preferences:
     the label of candidates i and j is right with probability `sigmoid(|r_i - r_j|)`. What this has above 1/2, averaged
     over pairs with the weights `w_i w_j`, `w = exp(reward / beta)`, must stay above a share of its value on random
-    pairs, and [`effective_sample_size`] at or above `num_samples`. It is `inf` if no beta does.
+    pairs, and [`effective_sample_size`] at or above `num_samples`. It is the largest one tried, 64, if none does.
 
     Args:
         rewards (float64 array of shape `(num_candidates,)`):
@@ -134,7 +134,7 @@ def automatic_beta(rewards: NDArray[np.float64], num_samples: int) -> float:
     accepted = ((weights @ certainty) * weights).sum(axis=1)
     least = CERTAINTY_KEPT * certainty.sum() / (len(rewards) * (len(rewards) - 1))
     fits = (accepted >= least * (total - squares)) & (total >= min(num_samples, len(rewards)) * squares)
-    return float(BETAS[fits.argmax()]) if fits.any() else np.inf
+    return float(BETAS[fits.argmax() if fits.any() else -1])
 
 
 def effective_sample_size(rewards: NDArray[np.float64], beta: float) -> float:

@@ -11,7 +11,7 @@ from prefopt_trl.data.formats import Completion, Prompt, Row, completion_text, n
 from prefopt_trl.rankers.base import Columns, Ranker, ask_probabilities, logit, sigmoid
 from prefopt_trl.sampling.options import BEST, BY_REWARD, RANKING, SamplingOptions
 from prefopt_trl.sampling.pairing import Pairs, pairs_by_reward, play
-from prefopt_trl.sampling.rejection import accept, acceptance_rate, automatic_beta, effective_sample_size
+from prefopt_trl.sampling.rejection import BETAS, accept, acceptance_rate, automatic_beta, effective_sample_size
 
 # Columns of candidates, and of the pairs made of them: any other is the user's, and is kept
 OWN_COLUMNS = {
@@ -218,7 +218,7 @@ def beta_of(texts: np.ndarray, rewards: np.ndarray, options: SamplingOptions) ->
     if not np.isnan(options.effective_beta):
         return options.effective_beta
     distinct = without_nan(np.unique(texts), rewards)
-    return automatic_beta(rewards[distinct], options.num_samples) if len(distinct) > 1 else np.inf
+    return automatic_beta(rewards[distinct], options.num_samples) if len(distinct) > 1 else float(BETAS[-1])
 
 
 def keep(

@@ -8,12 +8,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from prefopt_trl.experiments import report, worlds
 from prefopt_trl.experiments.cells import HINDSIGHT, NOTHING, SFT, Cell
-from prefopt_trl.experiments.runner import key_of, run_table
+from prefopt_trl.experiments.runner import folder_of, run_tables
 from prefopt_trl.experiments.tables import Table
 
 SAMPLING = {"num_candidates": 8, "max_new_tokens": 20, "generation_batch_size": 1024}
@@ -43,6 +44,7 @@ def tiny(seed, folder):
     worlds.SFT = {**worlds.SFT, "max_steps": 60, "per_device_train_batch_size": 32}
     worlds.RANKER = {**worlds.RANKER, "per_device_train_batch_size": 16}
     worlds.RANKER_STEPS = dict.fromkeys(worlds.RANKER_STEPS, 4)
+    worlds.HELD_OUT, worlds.calibrate = 40, lambda *_: SimpleNamespace(temperature=0.5)
     worlds.POLICY = {**worlds.POLICY, "max_steps": 8, "per_device_train_batch_size": 4}
     return replace(worlds.kitchen(seed, folder), sampling=SAMPLING)
 
@@ -55,10 +57,15 @@ def importable():
         yield
 
 
+def run(folder, table=TABLE, num_workers=1, **settings):
+    [(_, found)] = run_tables({"all": table}, tiny, {"tiny": True, **settings}, [3], folder, num_workers)
+    return found
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reproduce")
-    return folder, run_table(TABLE, tiny, {"tiny": True}, [3], folder)
+    return folder, run(folder)
 
 
 def test_every_kind_of_cell_is_measured(made):
@@ -71,7 +78,7 @@ def test_every_kind_of_cell_is_measured(made):
     assert found["best of 4"][0]["ranker's reward"] > found["SFT policy"][0]["ranker's reward"]
     assert found["rso by the truth"][0]["ranker accuracy"] == 1
     assert len(found["rounds"][0]["rounds"]) == 3
-    text = report.write("all", TABLE, found, folder, 10.0).partition("| claim ")[0]
+    text = report.write("all", TABLE, found, folder, 10.0, "World: kitchen.").partition("| claim ")[0]
     for row, [one] in found.items():
         (line,) = [line for line in text.splitlines() if line.startswith("|") and line.split("|")[1].strip() == row]
         assert f"| {one[report.REWARD]:.2f} |" in " ".join(line.split())
@@ -79,8 +86,7 @@ def test_every_kind_of_cell_is_measured(made):
 
 def test_the_reported_checkpoint_has_the_highest_reward_by_the_ranker(made):
     folder, _ = made
-    [result] = folder.glob(f"seed-3/{key_of(CELLS['given pairs'])}/results.json")
-    found = json.loads(result.read_text())
+    found = json.loads((folder_of(folder, 3, CELLS["given pairs"]) / "results.json").read_text())
     trained = {int(step): reward for step, reward in found["ranker's reward by step"].items() if step != "0"}
     assert sorted(trained) == [2, 4, 6, 8]
     assert trained[found["step"]] == max(trained.values())
@@ -89,16 +95,16 @@ def test_the_reported_checkpoint_has_the_highest_reward_by_the_ranker(made):
 def test_what_is_finished_is_not_done_again_and_other_settings_are_refused(made):
     folder, found = made
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("results.json")}
-    assert run_table(TABLE, tiny, {"tiny": True}, [3], folder) == found
+    assert run(folder) == found
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("results.json")} == before
     with pytest.raises(ValueError, match="has results with other tiny. Choose another `output_dir`"):
-        run_table(TABLE, tiny, {"tiny": False}, [3], folder)
+        run(folder, tiny=False)
 
 
 def test_two_processes_find_what_one_does(made, tmp_path):
     _, found = made
     cells = {row: CELLS[row] for row in ("given pairs", "samples", "right or wrong", "rso by the truth")}
-    both = run_table(Table("", "", "", cells, []), tiny, {"tiny": True}, [3], tmp_path, 2)
+    both = run(tmp_path, Table("", "", "", cells, []), 2)
     assert both == {row: found[row] for row in ("SFT policy", *cells)}
 
 
@@ -129,9 +135,9 @@ def test_what_was_cut_off_is_made_again(made, tmp_path):
     """A kill leaves worlds and cells without their last file, which is written when all others are."""
     folder, found = made
     copy = shutil.copytree(folder, tmp_path / "copy")
-    key = key_of(CELLS["samples"])
-    (copy / "seed-3" / key / "results.json").unlink()
+    policy = folder_of(copy, 3, CELLS["samples"])
+    (policy / "results.json").unlink()
     (copy / "seed-3" / "ranker-learned").rename(copy / "seed-3" / "ranker-learned-unfinished")
     shutil.rmtree(copy / "seed-3" / "candidates-truth")
-    assert run_table(TABLE, tiny, {"tiny": True}, [3], copy) == found
-    assert (copy / "seed-3" / key / "policy" / "model.safetensors").exists()
+    assert run(copy) == found
+    assert (policy / "policy" / "model.safetensors").exists()

@@ -41,11 +41,11 @@ def test_holm_by_hand():
 def test_claims_hold_are_reversed_or_not_decided():
     gaps = [np.subtract(REWARDS[better], REWARDS[worse]) for better, worse in FOUND.claims]
     p = [stats.ttest_1samp(gap, 0).pvalue for gap in gaps]
-    rows = report.claims_of(FOUND, results())
+    rows = [of_reward for (of_reward,) in report.claims_of(FOUND, results())]
     assert [row[-1] for row in rows] == ["holds", "the reverse", "not decided"]
     assert rows[0][0] == f"{gaps[0].mean():+.2f} ± {gaps[0].std(ddof=1) / 2:.2f}"
     ordered = sorted(p)
-    sentence = report.conclusion(FOUND, results())
+    sentence = report.conclusion(FOUND, [row[-1] for row in rows])
     assert sentence.startswith(
         "**Decided by the reward: a > SFT policy; SFT policy > c.** These seeds do not decide 1 of 3 "
     )
@@ -56,13 +56,29 @@ def test_claims_hold_are_reversed_or_not_decided():
 
 def test_one_seed_decides_nothing():
     rows = report.claims_of(FOUND, results({row: of[:1] for row, of in REWARDS.items()}))
-    assert [row[-1] for row in rows] == ["not decided"] * 3
-    sentence = report.conclusion(FOUND, results({row: of[:1] for row, of in REWARDS.items()}))
+    assert [row[0][-1] for row in rows] == ["not decided"] * 3
+    sentence = report.conclusion(FOUND, [row[0][-1] for row in rows])
     assert sentence.startswith("**Decided by the reward: nothing.** These seeds do not decide 3 of 3 ")
 
 
+def test_the_correction_counts_the_tests_of_both_metrics(tmp_path):
+    made = results()
+    for of in made.values():
+        for one in of:
+            one[report.WINS] = one[report.REWARD]
+    p = [stats.ttest_1samp(np.subtract(REWARDS[better], REWARDS[worse]), 0).pvalue for better, worse in FOUND.claims]
+    rows = report.claims_of(FOUND, made)
+    for row in rows:
+        assert row[0][1:] == row[1][1:]
+    least = rows[int(np.argmin(p))][0][1]
+    assert least == ("<0.001" if 6 * min(p) < 0.001 else f"{6 * min(p):.3f}")
+    text = report.write("both", FOUND, made, tmp_path, None, "World: kitchen.")
+    assert "p by Student's t over seeds, corrected for the 6 of them (Holm)." in text
+    assert "Fixed: the rest. World: kitchen." in text
+
+
 def test_the_table_has_differences_shares_and_the_papers_numbers(tmp_path):
-    text = report.write("name", FOUND, results(), tmp_path, highest=10.0)
+    text = report.write("name", FOUND, results(), tmp_path, 10.0, "World: kitchen.")
     assert text == (tmp_path / "name.md").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("| a  ")]
     gap = np.subtract(REWARDS["a"], REWARDS["SFT policy"])
@@ -91,7 +107,7 @@ def test_frontiers_and_maps_are_drawn(kind, tmp_path):
         row: [{"seed": 0, report.REWARD: rng.normal(), "kl": rng.random(), "ranker accuracy": 0.8} for _ in range(3)]
         for row in ("SFT policy", *TABLES[name].cells)
     }
-    report.write(name, TABLES[name], made, tmp_path)
+    report.write(name, TABLES[name], made, tmp_path, None, "World: kitchen.")
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 

@@ -28,10 +28,9 @@ def read(file: Path) -> dict[str, list[dict[str, float | int | None]]]:
 @pytest.mark.parametrize("name", sorted(file.stem for file in RESULTS.glob("*.csv")))
 def test_a_table_is_what_its_numbers_make(name: str) -> None:
     text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
-    without_samples = replace(TABLES[name], shows_samples=False)
-    numbers, _, figure = as_markdown(name, without_samples, read(RESULTS / f"{name}.csv"), PERFECT_MARKS).rpartition(
-        "\n\n"
-    )
+    without_samples, results = replace(TABLES[name], shows_samples=False), read(RESULTS / f"{name}.csv")
+    origin = text[text.index("World: kitchen, with python") :].partition("\n")[0]
+    numbers, _, figure = as_markdown(name, without_samples, results, PERFECT_MARKS, origin).rpartition("\n\n")
     assert text.startswith(numbers) and text.endswith(figure)
     assert TABLES[name].shows_samples or text == f"{numbers}\n\n{figure}"
     assert f"[{TABLES[name].title}]({name}.md)" in (RESULTS / "README.md").read_text(encoding="utf-8")

@@ -61,6 +61,14 @@ def test_an_automatic_beta_weighs_the_log_ratios_too():
     assert chosen == alike and chosen.beta == beta
 
 
+def test_an_automatic_beta_corrects_also_where_no_beta_leaves_enough_candidates():
+    drawn = np.random.default_rng(1).choice(5, size=(1, 64), p=PROPOSAL)  # five texts, of which eight are asked for
+    given = (["?"], TEXTS[drawn].tolist(), list(REWARDS[drawn]), FunctionRanker(reward))
+    options = SamplingOptions(num_samples=8, rejection_beta="auto")
+    (one,) = select_and_pair(*given, options, seed=1, log_ratios=list(np.log(PROPOSAL / REFERENCE)[drawn]))
+    assert one.beta == 64 and 0 < one.acceptance_rate < 1 and 8 <= one.effective_size <= 64
+
+
 def test_acceptance_rises_as_the_policy_nears_the_target():
     outcomes, rates, sizes = np.arange(5), [], []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
