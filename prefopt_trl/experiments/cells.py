@@ -20,7 +20,6 @@ from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.generation.sampler import sample_completions
 from prefopt_trl.rounds.rounds import train_in_rounds
 from prefopt_trl.runtime.settings import Settings, read_json, write_json
-from prefopt_trl.sampling.options import SamplingOptions
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 from prefopt_trl.trainers import METHODS
 
@@ -131,7 +130,7 @@ def _train(cell: Cell, world: World, folder: Path) -> tuple[Any, Settings]:
 def _train_in_rounds(cell: Cell, world: World, folder: Path) -> tuple[Any, Settings]:
     """Return the policy of the last round, and the records of all rounds."""
     assert cell.rounds is not None
-    training = _arguments(cell, world) | world.sampling | cell.data
+    training = _arguments(cell, world) | _selection(cell, world)
     training["max_steps"] = -(-training["max_steps"] // cell.rounds["num_rounds"])
     trainer_class, args = _trainer(cell.method, folder / "training", training)
     prompts = world.data["prompts"]
@@ -161,8 +160,15 @@ def _arguments(cell: Cell, world: World) -> Settings:
     return {**COMMON, **world.training, "max_steps": steps, "seed": world.seed, **of_loss, **cell.training}
 
 
+def _selection(cell: Cell, world: World) -> Settings:
+    """Return the options of a cell's sampling, which keeps no more candidates than there are."""
+    how = world.sampling | cell.data
+    how["num_candidates"] = len(cell.data.get("given", ())) or how["num_candidates"]
+    return how | {"num_samples": min(how["num_samples"], how["num_candidates"])}
+
+
 def _options(world: World) -> GenerationOptions:
-    return GenerationOptions.of(SamplingOptions.of(None, **world.sampling))
+    return GenerationOptions.of(None, **{name: of for name, of in world.sampling.items() if name != "num_candidates"})
 
 
 def _trainer(method: str, folder: Path, training: Settings) -> tuple[Any, Any]:
@@ -185,11 +191,8 @@ def _data(cell: Cell, world: World, folder: Path) -> tuple[Dataset, Settings]:
             rows = rows.map(
                 lambda row: {"rewards": [float(one > np.median(row["rewards"])) for one in row["rewards"]]}
             )
-        how = world.sampling | cell.data
-        how["num_candidates"] = len(answers) or how["num_candidates"]
-        how["num_samples"] = min(how["num_samples"], how["num_candidates"])
         given = (rows, None, None, world.ranker(cell.ranker), folder)
-        data = build_preference_dataset(*given, seed=world.seed, **how)
+        data = build_preference_dataset(*given, seed=world.seed, **_selection(cell, world))
         found = read_json(folder / "statistics.json")
         statistics = {
             "label probability": found["label_probability_after"],

@@ -101,7 +101,7 @@ class World:
             rows = self.data["prompts"]
             if ranker != LEARNED:
                 rows = self.candidates(LEARNED).remove_columns("rewards")
-            how = {"strategy": "sft", "seed": self.seed, **self.sampling}
+            how = {"strategy": "sft", "num_samples": 2, "seed": self.seed, **self.sampling}
             build_preference_dataset(rows, self.policy(), self.tokenizer, self.ranker(ranker), folder, **how)
         return load_from_disk(str(folder / "candidates"))
 

@@ -10,7 +10,7 @@ from prefopt_trl.experiments.tables import TABLES
 from prefopt_trl.experiments.worlds import reviews
 
 SIZES = "--world real --num_seeds 1 --num_workers 1 --num_judged 8 --max_steps 2 --per_device_train_batch_size 2"
-SIZES += " --num_candidates 8 --max_new_tokens 4 --max_length 64"
+SIZES += " --num_candidates 7 --max_new_tokens 4 --max_length 64"
 
 
 @pytest.fixture
