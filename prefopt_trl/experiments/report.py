@@ -51,21 +51,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def claims_of(found: Table, results: Results) -> list[list[list[str]]]:
-    """Return for each claim, by the reward and by the ranker's wins: the difference, its p-value corrected for the
-    number of all of them, and whether the claim holds."""
+def claims_of(found: Table, results: Results) -> list[list[str]]:
+    """Return for each claim the difference of the reward, its p-value and whether the claim holds; and, if there is
+    a ranker, the same by its wins. All p-values are corrected for their number."""
     metrics = [metric for metric in (REWARD, WINS) if metric in next(iter(results.values()))[0]]
-    gaps = [[difference(results, *claim, metric) for metric in metrics] for claim in found.claims]
-    p_values = iter(holm([gap.p_value() for of in gaps for gap in of]))
-    rows = []
-    for of in gaps:
-        row = []
-        for metric, gap, p in zip(metrics, of, p_values, strict=False):
-            verdict = "not decided" if not p < SURE else "holds" if gap.mean > 0 else "the reverse"
-            shown_p = "" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "<0.001"
-            row.append([shown(gap, metric, "+"), shown_p, verdict])
-        rows.append(row)
-    return rows
+    gaps = [(metric, difference(results, *claim, metric)) for claim in found.claims for metric in metrics]
+    cells: list[str] = []
+    for (metric, gap), p in zip(gaps, holm([gap.p_value() for _, gap in gaps]), strict=True):
+        verdict = "not decided" if not p < SURE else "holds" if gap.mean > 0 else "the reverse"
+        cells += [shown(gap, metric, "+"), "" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "<0.001", verdict]
+    width = 3 * len(metrics)
+    return [cells[start : start + width] for start in range(0, len(cells), width)]
 
 
 def conclusion(found: Table, verdicts: Sequence[str]) -> str:
@@ -113,15 +109,12 @@ def as_markdown(name: str, found: Table, results: Results, highest: float | None
     ]
     if found.claims:
         verdicts = claims_of(found, results)
-        lines = [
-            [f"{better} > {worse}", *(cell for of in row for cell in of)]
-            for (better, worse), row in zip(found.claims, verdicts, strict=True)
-        ]
-        judges = ("reward", "ranker's wins")[: len(verdicts[0])]
-        num_tests = sum(p != "" for row in verdicts for _, p, _ in row)
+        lines = [[f"{better} > {worse}", *row] for (better, worse), row in zip(found.claims, verdicts, strict=True)]
+        judges = ("reward", "ranker's wins")[: len(verdicts[0]) // 3]
+        num_tests = sum(p != "" for row in verdicts for p in row[1::3])
         parts.append(table(["claim", *(name for judge in judges for name in (judge, "p", "so"))], lines))
         parts.append(f"p by Student's t over seeds, corrected for the {num_tests} of them (Holm).")
-        parts.append(conclusion(found, [row[0][-1] for row in verdicts]))
+        parts.append(conclusion(found, [row[2] for row in verdicts]))
     if found.shows_samples:
         for row, [one, *_] in results.items():
             parts.append(table([row, ""], [list(map(as_html, sample)) for sample in one["samples"]]))

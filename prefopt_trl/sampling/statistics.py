@@ -115,7 +115,7 @@ class SamplingStatistics:
             lines.append(
                 f"rejection_beta of a prompt: median {betas[3]:.2g}, 5% to 95% {betas[1]:.2g} to {betas[5]:.2g}; the "
                 f"smallest at which labels keep {CERTAINTY_KEPT:.0%} of their certainty on random candidates, and the "
-                "effective sample size is num_samples or more"
+                "effective sample size without a correction is num_samples or more (64 if none is)"
             )
         if self.effective_size is not None:
             lines.append(f"effective sample size of a prompt's candidates: {self.effective_size:.1f}")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import prefopt_trl
 from prefopt_trl import PairwiseRanker, WinRateCallback
+from prefopt_trl.evaluation import win_rate
 from prefopt_trl.sampling import pipeline
 from prefopt_trl.sampling.shards import Shards
 
@@ -147,7 +148,8 @@ def make(cell: Cell, engine: str, folder: Path, output_dir: Path, arguments: dic
     trainer = trainer_class(model, args=args, train_dataset=examples(cell), **others)
     if cell.data == "judged":
         against = "reference" if cell.weights == "lora" else str(folder / "tied")  # which each process loads
-        prompts = PROMPTS + [f"Now: {prompt}" for prompt in PROMPTS]  # for each of two processes, 8
+        win_rate.PROMPTS_AT_ONCE = 8  # for each of two processes
+        prompts = PROMPTS + [f"Now: {prompt}" for prompt in PROMPTS]
         judge = PairwiseRanker(str(folder / "ranker"))
         trainer.add_callback(WinRateCallback(judge, prompts, against, trainer=trainer, max_new_tokens=6))
     return trainer

@@ -21,13 +21,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallb
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from prefopt_trl import FunctionRanker, PROConfig, PROTrainer, RSOConfig, RSOTrainer, WinRateCallback
+from prefopt_trl.evaluation import win_rate as module
 from prefopt_trl.evaluation.samples import SamplingPlan, sample, seed_of
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.runtime.settings import read_lines
 from prefopt_trl.sampling.shards import shard_seed
 from tests.unit.trainers.conftest import save_with_large_weights
 
-PROMPTS = [f"The fox number {number}" for number in range(12)]  # in two parts: a process samples 8 at once
+PROMPTS = [f"The fox number {number}" for number in range(12)]  # in two parts: a process samples `AT_ONCE`
+AT_ONCE = 8
 TARGETS = ["eelseels", "bees see, bees see", "aa", "tree tree"] * 3
 PAIRS = Dataset.from_dict({"prompt": PROMPTS, "chosen": TARGETS, "rejected": [f"no {row}" for row in range(12)]})
 COMPLETIONS = PAIRS.rename_column("chosen", "completion").remove_columns("rejected")
@@ -45,6 +47,11 @@ STEPS = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_steps"
 CHECKPOINTING = ("activation" if hasattr(SFTConfig, "activation_checkpointing") else "gradient") + "_checkpointing"
 SEED = 7  # with which no last checkpoint is the best one
 CHOOSING = {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward"}
+
+
+@pytest.fixture(autouse=True)
+def in_parts(monkeypatch):
+    monkeypatch.setattr(module, "PROMPTS_AT_ONCE", AT_ONCE)
 
 
 def vowels(text):
@@ -112,7 +119,7 @@ def sampled(model, tokenizer, of="policy", seed=0, prompts=PROMPTS, num_completi
     """The samples of each prompt, as the package's sampler makes them for these two parts."""
     plan = SamplingPlan(num_completions, GenerationOptions(max_new_tokens=8), {})
     rows, seed = [{"prompt": prompt} for prompt in prompts], seed_of(seed, of)
-    parts = [sample(model, tokenizer, rows[at : at + 8], plan, shard_seed(seed, at)) for at in (0, 8)]
+    parts = [sample(model, tokenizer, rows[at : at + AT_ONCE], plan, shard_seed(seed, at)) for at in (0, AT_ONCE)]
     return parts[0] + parts[1]
 
 

@@ -41,7 +41,7 @@ def test_holm_by_hand():
 def test_claims_hold_are_reversed_or_not_decided():
     gaps = [np.subtract(REWARDS[better], REWARDS[worse]) for better, worse in FOUND.claims]
     p = [stats.ttest_1samp(gap, 0).pvalue for gap in gaps]
-    rows = [of_reward for (of_reward,) in report.claims_of(FOUND, results())]
+    rows = report.claims_of(FOUND, results())
     assert [row[-1] for row in rows] == ["holds", "the reverse", "not decided"]
     assert rows[0][0] == f"{gaps[0].mean():+.2f} ± {gaps[0].std(ddof=1) / 2:.2f}"
     ordered = sorted(p)
@@ -56,8 +56,8 @@ def test_claims_hold_are_reversed_or_not_decided():
 
 def test_one_seed_decides_nothing():
     rows = report.claims_of(FOUND, results({row: of[:1] for row, of in REWARDS.items()}))
-    assert [row[0][-1] for row in rows] == ["not decided"] * 3
-    sentence = report.conclusion(FOUND, [row[0][-1] for row in rows])
+    assert [row[-1] for row in rows] == ["not decided"] * 3
+    sentence = report.conclusion(FOUND, [row[-1] for row in rows])
     assert sentence.startswith("**Decided by the reward: nothing.** These seeds do not decide 3 of 3 ")
 
 
@@ -69,8 +69,8 @@ def test_the_correction_counts_the_tests_of_both_metrics(tmp_path):
     p = [stats.ttest_1samp(np.subtract(REWARDS[better], REWARDS[worse]), 0).pvalue for better, worse in FOUND.claims]
     rows = report.claims_of(FOUND, made)
     for row in rows:
-        assert row[0][1:] == row[1][1:]
-    least = rows[int(np.argmin(p))][0][1]
+        assert row[1:3] == row[4:6]
+    least = rows[int(np.argmin(p))][1]
     assert least == ("<0.001" if 6 * min(p) < 0.001 else f"{6 * min(p):.3f}")
     text = report.write("both", FOUND, made, tmp_path, None, "World: kitchen.")
     assert "p by Student's t over seeds, corrected for the 6 of them (Holm)." in text
