@@ -39,7 +39,7 @@ def json_numbers(values: object) -> Any:
 def with_error(estimate: Estimate, form: str = ".2f", sign: str = "") -> str:
     """`mean ± standard error`, each in a form of Python's `format`; the mean alone if its error is not known."""
     error = "" if math.isnan(estimate.standard_error) else f" ± {estimate.standard_error:{form}}"
-    return f"{estimate.mean:{sign}{form}}{error}"
+    return f"{estimate.mean:{sign}z{form}}{error}"  # z: no -0.00
 
 
 def rounded(estimate: Estimate, sign: str = "") -> str:

@@ -3,6 +3,7 @@
 import csv
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ SURE = 0.05  # family-wise chance to claim a difference that is not there
 
 def shown(estimate: Estimate, metric: str, sign: str = "") -> str:
     """Return the mean of a metric and its standard error, or nothing if it is not known."""
-    error = estimate.standard_error if estimate.has_error else math.nan
-    rounded = Estimate(round(estimate.mean, 6) + 0.0, error)  # no -0.00
-    return "" if math.isnan(estimate.mean) else with_error(rounded, FORMS.get(metric, ".2f"), sign)
+    if not estimate.has_error:
+        estimate = replace(estimate, standard_error=math.nan)
+    return "" if math.isnan(estimate.mean) else with_error(estimate, FORMS.get(metric, ".2f"), sign)
 
 
 def over_seeds(results: Results, row: str, metric: str) -> np.ndarray:
@@ -72,10 +73,11 @@ def conclusion(found: Table, verdicts: Sequence[str]) -> str:
         for claim, verdict in zip(found.claims, verdicts, strict=True)
         if verdict in signs
     ]
+    undecided = len(verdicts) - len(decided)
+    still_open = f"{undecided} of {len(verdicts)} claims are open: few seeds show only large differences. "
     return (
-        f"**Decided by the reward: {'; '.join(decided) or 'nothing'}.** These seeds do not decide "
-        f"{len(verdicts) - len(decided)} of {len(verdicts)} claims, because they show only large differences. The "
-        "order may differ with another ranker, another model or a longer training."
+        f"**Decided by the reward: {'; '.join(decided) or 'nothing'}.** {still_open if undecided else ''}"
+        "The order may differ with another ranker, another model or a longer training."
     )
 
 
@@ -164,15 +166,17 @@ def _plot_rows(figure: Any, results: Results) -> None:
 
 def _plot_frontier(figure: Any, results: Results) -> None:
     axes = figure.add_subplot()
-    for kind in dict.fromkeys(row.partition(",")[0].rpartition(" of ")[0] or row.partition(",")[0] for row in results):
-        rows = [row for row in results if row.startswith(kind)]
+    kinds = {row: row.rstrip("0123456789.").strip() for row in results}
+    for kind in dict.fromkeys(kinds.values()):
+        rows = [row for row in results if kinds[row] == kind]
         rewards, kls = ([Estimate.of(over_seeds(results, row, name)) for row in rows] for name in (REWARD, "kl"))
         means = ([one.mean for one in of] for of in (kls, rewards))
         errors = {f"{axis}err": [one.standard_error for one in of] for axis, of in (("x", kls), ("y", rewards))}
         axes.errorbar(*means, **errors, fmt="o", capsize=3, label=kind)
         for row, kl, reward in zip(rows, kls, rewards, strict=True):
-            axes.annotate(row.removeprefix(kind).strip(", "), (kl.mean, reward.mean), fontsize=7)
-    axes.set(xlabel="KL from the SFT policy (nats)", ylabel="reward (truth)")
+            place = {"xytext": (5, -11), "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(row.removeprefix(kind), (kl.mean, reward.mean), **place)
+    axes.set(xlabel="KL from the SFT policy (nats)", ylabel="true reward")
     axes.legend()
     axes.grid(alpha=0.3)
 
@@ -188,7 +192,7 @@ def _plot_map(figure: Any, results: Results) -> None:
         for length in lengths
         for beta in betas
     }
-    limit = max(abs(gap.mean) for gap in gaps.values())
+    limit = np.quantile([abs(gap.mean) for gap in gaps.values()], 0.9)  # a policy that collapses would pale the others
     for number, ranker in enumerate(rankers, start=1):
         axes = figure.add_subplot(1, len(rankers), number)
         means = [[gaps[ranker, length, beta].mean for beta in betas] for length in lengths]
@@ -205,4 +209,4 @@ def _plot_map(figure: Any, results: Results) -> None:
             [over_seeds(results, row, "ranker accuracy").mean() for row in results if row.startswith(ranker)]
         )
         axes.set_title(f"{ranker} ({accuracy:.0%} right)", fontsize=9)
-    figure.colorbar(image, ax=figure.axes, label="reward, rejection minus plain samples")
+    figure.colorbar(image, ax=figure.axes, label="reward, rejection minus plain samples", extend="both")

@@ -333,10 +333,9 @@ TABLES = {
             }.items()
         },
         [
-            (f"{ranker} ranker, beta {beta}, {length:g}x steps", f"{ranker} ranker, plain samples, {length:g}x steps")
+            (f"{ranker} ranker, beta 0.5, {length:g}x steps", f"{ranker} ranker, plain samples, {length:g}x steps")
             for ranker in (WEAK, LEARNED, TRUTH)
             for length in (0.25, 1.0)
-            for beta in (0.5, 2.0, 4.0, "auto")
         ],
         columns=("ranker accuracy", "temperature", "kl", "label probability", "acceptance", "beta"),
         kind=MAP,

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 BETAS = 2.0 ** np.arange(-6, 6.5, 0.5)  # those that `automatic_beta` chooses from
-CERTAINTY_KEPT = 0.85  # of its value on random candidates
+CERTAINTY_KEPT = 0.98  # of its value on random candidates
 
 
 def statistical_rejection_sampling(
@@ -124,7 +124,7 @@ def automatic_beta(rewards: NDArray[np.float64], num_samples: int) -> float:
     ```python
     >>> rewards = np.array([0.0, 1.0, 2.0, 3.0])
     >>> automatic_beta(rewards, 2), automatic_beta(2 * rewards, 2)
-    (1.0, 1.4142135623730951)
+    (2.8284271247461903, 4.0)
 
     ```
     """

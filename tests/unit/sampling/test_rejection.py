@@ -211,7 +211,7 @@ def automatic_beta_by_loops(rewards: list[float], num_samples: int) -> float:
         effective_size = sum(weights) ** 2 / sum(weight**2 for weight in weights)
         if effective_size < min(num_samples, len(rewards)):
             continue
-        if certainty(weights) >= 0.85 * certainty([1.0] * len(rewards)):
+        if certainty(weights) >= 0.98 * certainty([1.0] * len(rewards)):
             return beta
     return 64
 
