@@ -112,7 +112,7 @@ class PolicyEvaluation:
             (summed, in nats), and by judge `rewards` (nats) and `wins` (1, 0.5 for a tie, 0).
         judges (`list[str]`): Names of the judges.
         against (`str` or `None`): The policy that is the opponent.
-        reference (`str` or `None`): The policy from which the KL is measured.
+        reference (`str` or `None`): The model from which the KL is measured.
         settings (`dict`): What the evaluation depends on: fingerprints, seed, options.
     """
 
@@ -133,6 +133,11 @@ class PolicyEvaluation:
         for row in self.samples:
             rows.setdefault(row["policy"], []).append(row)
         return {name: Samples(of) for name, of in rows.items()}
+
+    @property
+    def base(self) -> str | None:
+        """The policy whose reward is subtracted from that of the others: the reference, or the opponent."""
+        return self.reference if self.reference in self.policies else self.against
 
     @cached_property
     def estimates(self) -> dict[str, dict[str, Estimate]]:
@@ -182,7 +187,7 @@ class PolicyEvaluation:
         prompts = self.num_prompts
         parts = [f"{prompts:,} prompts, {len(self.samples):,} completions. Means ± standard errors by prompt."]
         parts += ["So few prompts make standard errors too small."] if prompts < FEW_PROMPTS else []
-        base = self.reference or self.against
+        base = self.base
         for judge, by_policy in self.judged.items():
             rows = []
             for name, found in by_policy.items():
@@ -246,7 +251,7 @@ class PolicyEvaluation:
             "settings": self.settings,
         }
         write_json(folder / "evaluation.json", json_numbers(numbers))
-        base = self.policies.get(self.reference or self.against or "")
+        base = self.policies.get(self.base or "")
         ordered = sorted(self.policies.items(), key=lambda policy: policy[1] is not base)  # the base is the first
         shown = completions_side_by_side({name: [*of.rows] for name, of in ordered}) if len(ordered) > 1 else ()
         write_text(folder / "evaluation.md", "\n\n".join([f"# Evaluation\n\n{self}", *shown]) + "\n")
@@ -304,7 +309,7 @@ def plot_policies(evaluation: PolicyEvaluation, path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     names, against = list(evaluation.policies), evaluation.against
-    base, kl = evaluation.reference or against, [name for name in names if "kl" in evaluation.estimates[name]]
+    base, kl = evaluation.base, [name for name in names if "kl" in evaluation.estimates[name]]
     kinds = [*(["wins"] if against else []), "difference" if base else "reward", *(["kl"] if len(kl) > 1 else [])]
     height = max(2.4, 0.5 * len(names) + 1.2)
     size = (5 * len(kinds), 0.7 + height * len(evaluation.judges))

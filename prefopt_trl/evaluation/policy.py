@@ -90,7 +90,7 @@ def evaluate_policy(
     *,
     judges: Ranker | Mapping[str, Ranker],
     against: str | None = None,
-    reference: str | None = None,
+    reference: Any = None,
     num_completions: int = 1,
     options: GenerationOptions | None = None,
     seed: int = 0,
@@ -117,9 +117,9 @@ def evaluate_policy(
         against (`str`, *optional*):
             The opponent of all others: the name of a policy, or of a column, such as `"chosen"`. It may be left out if
             the judges reward each completion separately.
-        reference (`str`, *optional*):
-            The name of the model among `policies` from which the KL is measured, for models with the same tokenizer
-            and samples whose distribution no option narrows.
+        reference (`str` or model, *optional*):
+            The model from which the KL is measured, for models with the same tokenizer and samples whose distribution
+            no option narrows: the name of one among `policies`, or another one, which is neither sampled nor judged.
         num_completions (`int`, *optional*, defaults to `1`):
             Samples of each prompt, for the policies that are sampled.
         options ([`GenerationOptions`], *optional*):
@@ -161,8 +161,13 @@ def evaluate_policy(
         given[against] = against  # the name of a column
     plan = SamplingPlan(num_completions, GenerationOptions.of(options, **changes), generation_kwargs or {})
     made = {name: _policy(name, value, tokenizer, prompts) for name, value in given.items()}
-    if reference is not None and not isinstance(made.get(reference), ModelPolicy):
-        raise ValueError(f"`reference` is {reference!r}, which must be the name of a model among `policies`.")
+    base = reference
+    if isinstance(reference, str):
+        base = made.get(reference)
+        if not isinstance(base, ModelPolicy):
+            raise ValueError(f"`reference` is {reference!r}, which must be the name of a model among `policies`.")
+    elif reference is not None:
+        reference, base = "the reference", _policy("reference", reference, tokenizer, prompts)
     columns = {name for name in prompts.column_names if name != "prompt"}
     for name, judge in judges.items():
         check_ranker(judge, "judges")
@@ -177,11 +182,11 @@ def evaluate_policy(
         raise ValueError("Several processes share their results in `output_dir`. Give one, or start one process.")
     with ExitStack() as stack:
         store = EvaluationStore(output_dir or stack.enter_context(tempfile.TemporaryDirectory()), len(judges))
-        parts = [part for policy in made.values() for part in _parts(policy)]
+        parts = [part for policy in (*made.values(), base) if policy for part in _parts(policy)]
         rankers = [*judges.values(), *(part.ranker for part in parts if isinstance(part, BestOf))]
         models = [part.model for part in parts if isinstance(part, ModelPolicy)]
         stack.enter_context(gathered(*models, *(ranker.model for ranker in rankers)))
-        evaluation = _Evaluation(store, prompts, made, judges, against, reference, plan, seed, process)
+        evaluation = _Evaluation(store, prompts, made, judges, against, reference, base, plan, seed, process)
         settings = as_json(evaluation.settings())
         is_finished = store.finished(settings)  # raises for another evaluation, before this one begins
         if output_dir is not None:
@@ -283,6 +288,7 @@ class _Evaluation:
     judges: dict[str, Ranker]
     against: str | None
     reference: str | None
+    base: ModelPolicy | None  # the model of that name
     plan: SamplingPlan
     seed: int
     process: PartialState
@@ -319,6 +325,8 @@ class _Evaluation:
             "against": self.against,
             "reference": self.reference,
         }
+        if self.base is not None and self.reference not in self.policies:
+            settings["reference_model"] = _identity(self.base)
         if not isinstance(self.prompts.features["prompt"], Value):
             for part in (part for policy in self.policies.values() for part in _parts(policy)):
                 settings |= template_date(part.tokenizer) if isinstance(part, ModelPolicy) else {}
@@ -376,8 +384,8 @@ class _Evaluation:
 
     def _referring(self) -> Callable[[int], list[Row]]:
         """Load the reference, and return the function that computes its log-probabilities of a shard's samples."""
-        reference = self.policies[str(self.reference)]
-        assert isinstance(reference, ModelPolicy)
+        reference = self.base
+        assert reference is not None
         model, tokenizer, known = reference.load(), reference.tokenizer, tokenizer_fingerprint(reference.tokenizer)
         sampled = {number: of for number, of in enumerate(self.policies.values()) if isinstance(of, ModelPolicy)}
         same = [number for number, of in sampled.items() if tokenizer_fingerprint(of.tokenizer) == known]

@@ -63,12 +63,12 @@ def measure(cell: Cell, world: World, folder: Path) -> None:
     if world.ranker(LEARNED) is not judges["truth"]:
         judges["ranker"] = world.ranker(LEARNED)
     evaluation = evaluate_policy(
-        {"policy": samples, "SFT policy": world.policy()},
+        {"policy": samples},
         world.tokenizer,
         world.data["test"],
         judges=judges,
         against="target",
-        reference="SFT policy",
+        reference=world.policy(),
         num_completions=SAMPLES if cell.best_of == 1 else 1,
         options=options,
         seed=world.seed,

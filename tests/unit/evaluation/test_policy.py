@@ -103,6 +103,11 @@ def test_kl_is_that_of_the_tokens_drawn(tiny_llama_dir, tokenizer):
     assert exact > 0.1
     assert abs(kl.mean - exact) < 5 * error < 0.5 * exact  # by chance wrong once in a million
     assert np.isnan(kl.standard_error)  # of a single prompt
+    only, reference = {"policy": policies["policy"]}, policies["reference"]
+    alone = evaluate(only, tokenizer, ["The fox"] * 2000, reference=reference, max_new_tokens=1)
+    assert list(alone.policies) == ["policy"]  # a reference that is no policy is neither sampled nor judged
+    assert alone.estimates["policy"]["kl"].mean == kl.mean and "KL from the reference" in str(alone)
+    assert alone.settings["reference_model"] == found.settings["policies"]["reference"]
 
 
 def test_where_the_kl_is_not_known(model, tokenizer, tiny_llama_dir, caplog):
