@@ -342,6 +342,8 @@ class ReproduceConfig(RankerArguments):
         is_one_of(self, "world", ["kitchen", "real"])
         is_whole(self, "num_seeds", 1)
         is_whole(self, "first_seed", 0)
+        is_whole(self, "num_judged", 2)
+        is_whole(self, "max_steps", 1)
         if self.num_workers is not None:
             is_whole(self, "num_workers", 1)
         shared = ("world", "tables", "num_seeds", "first_seed", "output_dir", "results_dir", "num_workers")

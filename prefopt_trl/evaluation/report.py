@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns, readable in a terminal too; the first column is left-aligned."""
-    widths = [max(len(str(row[column])) for row in [header, *rows]) for column in range(len(header))]
+    widths = [max(2, *(len(str(row[column])) for row in [header, *rows])) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
         aligned = [

@@ -115,7 +115,8 @@ def as_markdown(name: str, found: Table, results: Results, highest: float | None
         judges = ("reward", "ranker's wins")[: len(verdicts[0]) // 3]
         num_tests = sum(p != "" for row in verdicts for p in row[1::3])
         parts.append(table(["claim", *(name for judge in judges for name in (judge, "p", "so"))], lines))
-        parts.append(f"p by Student's t over seeds, corrected for the {num_tests} of them (Holm).")
+        if num_tests:
+            parts.append(f"p by Student's t over seeds, corrected for the {num_tests} of them (Holm).")
         parts.append(conclusion(found, [row[2] for row in verdicts]))
     if found.shows_samples:
         for row, [one, *_] in results.items():

@@ -101,6 +101,14 @@ def test_what_is_finished_is_not_done_again_and_other_settings_are_refused(made)
         run(folder, tiny=False)
 
 
+def test_a_run_that_made_no_world_leaves_its_folder_to_other_settings(tmp_path):
+    for steps in (1, 2):
+        assert not list(run_tables({}, worlds.kitchen, {"max_steps": steps}, [0], tmp_path, 1))
+    (tmp_path / "seed-0").mkdir()
+    with pytest.raises(ValueError, match="has results with other max_steps"):
+        list(run_tables({}, worlds.kitchen, {"max_steps": 1}, [0], tmp_path, 1))
+
+
 def test_two_processes_find_what_one_does(made, tmp_path):
     _, found = made
     cells = {row: CELLS[row] for row in ("given pairs", "samples", "right or wrong", "rso by the truth")}

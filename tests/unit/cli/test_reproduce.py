@@ -56,6 +56,8 @@ def test_prompts_with_pairs_bring_the_given_ones(real, run_in_process):
         (["--num_rows", "9"], "`num_rows` has no effect without `dataset_name`"),
         (["--num_workers", "0"], "`num_workers` must be"),
         (["--num_seeds", "0"], "`num_seeds` must be"),
+        (["--num_judged", "0"], "`num_judged` must be"),
+        (["--max_steps", "0"], "`max_steps` must be"),
     ],
 )
 def test_wrong_arguments_are_refused(more, message, real, run_in_process):
