@@ -49,7 +49,8 @@ def read(name: str, arguments: Sequence[str]) -> tuple[TrlParser, Namespace, Lau
     """
     parser = make_parser(name)
     hints = {field: hint for part in parser.dataclass_types for field, hint in get_type_hints(part).items()}
-    hints["resume_from_checkpoint"] = str | bool | None
+    if "resume_from_checkpoint" in hints:
+        hints["resume_from_checkpoint"] = str | bool | None
     actions = {action.dest: action for action in parser._actions}
     config, words = _read_config(parser.prog, arguments)
     if "activation_checkpointing" in config.keys() - hints.keys():  # its name since transformers 5.23

@@ -19,6 +19,7 @@ from prefopt_trl.experiments.runner import Make, run_tables
 from prefopt_trl.experiments.tables import TABLES
 from prefopt_trl.experiments.worlds import kitchen, real, reviews
 from prefopt_trl.rounds.models import base_of
+from prefopt_trl.runtime.processes import interruptible
 from prefopt_trl.runtime.settings import Settings, dataset_fingerprint, path_fingerprint, versions, write_text
 
 
@@ -38,8 +39,10 @@ def run(own: ReproduceConfig, save_config: Callable[[], None]) -> None:
     environment = ", ".join(f"{name} {version}" for name, version in versions().items())
     origin = f"World: {Path(own.model_name_or_path).name if is_real else own.world}, with {environment}."
     how = (None if is_real else PERFECT_MARKS, origin)
-    for name, results in run_tables({name: TABLES[name] for name in names}, make, settings, seeds, policies, workers):
-        tqdm.write(f"\n{write(name, TABLES[name], results, folder, *how)}")
+    chosen = {name: TABLES[name] for name in names}
+    with interruptible(lambda: f"Interrupted: what is finished is kept in {policies}; the same command resumes."):
+        for name, results in run_tables(chosen, make, settings, seeds, policies, workers):
+            tqdm.write(f"\n{write(name, TABLES[name], results, folder, *how)}")
     written = {name: of for name, of in TABLES.items() if (folder / f"{name}.md").exists()}  # now or before
     lines = [f"- [{of.title}]({name}.md) ({of.source})" for name, of in written.items()]
     write_text(folder / "README.md", "\n".join(["# Results", "", *lines, ""]))

@@ -155,3 +155,8 @@ def test_evaluate_ranker_is_not_launched_and_takes_no_launch_options():
     arguments = "--dataset_name d --output_dir o --ranker r --num_processes 2"
     with pytest.raises(ValueError, match="unknown argument 'num_processes'"):
         parse("evaluate-ranker", arguments.split())
+
+
+def test_what_does_not_train_does_not_suggest_an_option_of_trainings():
+    with pytest.raises(ValueError, match=r"unknown argument 'resume_from_checkpoint'\. See --help"):
+        read("reproduce", ["--resume_from_checkpoint"])
