@@ -21,6 +21,7 @@ from prefopt_trl.experiments.worlds import kitchen, real, reviews
 from prefopt_trl.rounds.models import base_of
 from prefopt_trl.runtime.processes import interruptible
 from prefopt_trl.runtime.settings import Settings, dataset_fingerprint, path_fingerprint, versions, write_text
+from prefopt_trl.sampling.store import lock
 
 
 def run(own: ReproduceConfig, save_config: Callable[[], None]) -> None:
@@ -40,7 +41,8 @@ def run(own: ReproduceConfig, save_config: Callable[[], None]) -> None:
     origin = f"World: {Path(own.model_name_or_path).name if is_real else own.world}, with {environment}."
     how = (None if is_real else PERFECT_MARKS, origin)
     chosen = {name: TABLES[name] for name in names}
-    with interruptible(lambda: f"Interrupted: what is finished is kept in {policies}; the same command resumes."):
+    resumes = f"Interrupted: what is finished is kept in {policies}; the same command resumes."
+    with interruptible(lambda: resumes), lock(policies, "experiments"):
         for name, results in run_tables(chosen, make, settings, seeds, policies, workers):
             tqdm.write(f"\n{write(name, TABLES[name], results, folder, *how)}")
     written = {name: of for name, of in TABLES.items() if (folder / f"{name}.md").exists()}  # now or before

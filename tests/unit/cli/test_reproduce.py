@@ -8,6 +8,7 @@ import pytest
 
 from prefopt_trl.experiments.tables import TABLES
 from prefopt_trl.experiments.worlds import reviews
+from prefopt_trl.sampling.store import lock
 
 SIZES = "--world real --num_seeds 1 --num_workers 1 --num_judged 8 --max_steps 2 --per_device_train_batch_size 2"
 SIZES += " --num_candidates 7 --max_new_tokens 4 --max_length 64"
@@ -63,6 +64,11 @@ def test_prompts_with_pairs_bring_the_given_ones(real, run_in_process):
 def test_wrong_arguments_are_refused(more, message, real, run_in_process):
     with pytest.raises(ValueError, match=message):
         run_in_process("reproduce", ["--tables", "quickstart", *real, *more])
+
+
+def test_two_runs_do_not_share_a_folder(real, run_in_process):
+    with lock(Path("outputs/reproduce/policies"), "experiments"), pytest.raises(RuntimeError, match="Another run is"):
+        run_in_process("reproduce", ["--tables", "quickstart", *real])
 
 
 def test_beginnings_of_reviews_have_2_to_8_words():
