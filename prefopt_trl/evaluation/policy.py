@@ -161,13 +161,13 @@ def evaluate_policy(
         given[against] = against  # the name of a column
     plan = SamplingPlan(num_completions, GenerationOptions.of(options, **changes), generation_kwargs or {})
     made = {name: _policy(name, value, tokenizer, prompts) for name, value in given.items()}
-    base = reference
-    if isinstance(reference, str):
-        base = made.get(reference)
-        if not isinstance(base, ModelPolicy):
-            raise ValueError(f"`reference` is {reference!r}, which must be the name of a model among `policies`.")
-    elif reference is not None:
-        reference, base = "the reference", _policy("reference", reference, tokenizer, prompts)
+    reference_model: ModelPolicy | None = None
+    if reference is not None:
+        is_name = isinstance(reference, str)
+        model = made.get(reference) if is_name else _policy("reference", reference, tokenizer, prompts)
+        if not isinstance(model, ModelPolicy):
+            raise ValueError(f"`reference` is {reference!r}. Give a model, or the name of a model among `policies`.")
+        reference, reference_model = reference if is_name else "the reference", model
     columns = {name for name in prompts.column_names if name != "prompt"}
     for name, judge in judges.items():
         check_ranker(judge, "judges")
@@ -182,11 +182,13 @@ def evaluate_policy(
         raise ValueError("Several processes share their results in `output_dir`. Give one, or start one process.")
     with ExitStack() as stack:
         store = EvaluationStore(output_dir or stack.enter_context(tempfile.TemporaryDirectory()), len(judges))
-        parts = [part for policy in (*made.values(), base) if policy for part in _parts(policy)]
+        parts = [part for policy in (*made.values(), reference_model) if policy for part in _parts(policy)]
         rankers = [*judges.values(), *(part.ranker for part in parts if isinstance(part, BestOf))]
         models = [part.model for part in parts if isinstance(part, ModelPolicy)]
         stack.enter_context(gathered(*models, *(ranker.model for ranker in rankers)))
-        evaluation = _Evaluation(store, prompts, made, judges, against, reference, base, plan, seed, process)
+        evaluation = _Evaluation(
+            store, prompts, made, judges, against, reference, reference_model, plan, seed, process
+        )
         settings = as_json(evaluation.settings())
         is_finished = store.finished(settings)  # raises for another evaluation, before this one begins
         if output_dir is not None:
@@ -288,7 +290,7 @@ class _Evaluation:
     judges: dict[str, Ranker]
     against: str | None
     reference: str | None
-    base: ModelPolicy | None  # the model of that name
+    reference_model: ModelPolicy | None
     plan: SamplingPlan
     seed: int
     process: PartialState
@@ -325,8 +327,8 @@ class _Evaluation:
             "against": self.against,
             "reference": self.reference,
         }
-        if self.base is not None and self.reference not in self.policies:
-            settings["reference_model"] = _identity(self.base)
+        if self.reference_model is not None and self.reference not in self.policies:
+            settings["reference_model"] = _identity(self.reference_model)
         if not isinstance(self.prompts.features["prompt"], Value):
             for part in (part for policy in self.policies.values() for part in _parts(policy)):
                 settings |= template_date(part.tokenizer) if isinstance(part, ModelPolicy) else {}
@@ -384,7 +386,7 @@ class _Evaluation:
 
     def _referring(self) -> Callable[[int], list[Row]]:
         """Load the reference, and return the function that computes its log-probabilities of a shard's samples."""
-        reference = self.base
+        reference = self.reference_model
         assert reference is not None
         model, tokenizer, known = reference.load(), reference.tokenizer, tokenizer_fingerprint(reference.tokenizer)
         sampled = {number: of for number, of in enumerate(self.policies.values()) if isinstance(of, ModelPolicy)}

@@ -43,7 +43,7 @@ def run_tables(
         if file.parent.name != "cli" and file.name not in ("tables.py", "report.py"):  # which make no policy
             digest.update(file.read_bytes())
     settings = as_json({**settings, **versions(), "code": digest.hexdigest()})
-    known = read_json(folder / "settings.json") if any(folder.glob("seed-*")) else None  # or no world was ever made
+    known = read_json(folder / "settings.json") if any(folder.glob("seed-*")) else None  # nothing was made
     if changed := differences(known or settings, settings):
         raise ValueError(f"{folder} has results with other {', '.join(changed)}. Choose another `output_dir`.")
     write_json(folder / "settings.json", settings)

@@ -177,7 +177,7 @@ def test_a_repeated_prompt_has_a_share_of_its_completions_in_a_file(evaluate):
         ("--policies column:m", "'m' is neither a policy nor a column"),
         (
             "--policies sft column:chosen --reference chosen",
-            "`reference` is 'chosen', which must be the name of a mod",
+            "`reference` is 'chosen'. Give a model, or the name of a mod",
         ),
         ("--policies best-of-3:column:chosen", "`BestOf` of 'best-of-3 chosen' needs 3 completions, and row 0"),
         ("--policies few.jsonl", "`policies`: few.jsonl has no completion for row 0 of the prompts."),

@@ -57,6 +57,8 @@ def test_one_seed_decides_nothing():
     assert [row[-1] for row in rows] == ["not decided"] * 3
     sentence = report.conclusion(FOUND, [row[-1] for row in rows])
     assert sentence.startswith("**Decided by the reward: nothing.** 3 of 3 claims are open: ")
+    text = report.as_markdown("one", FOUND, results({row: of[:1] for row, of in REWARDS.items()}), None, "")
+    assert "corrected for" not in text and "| -: |" in text  # a Markdown table, where no p-value is known
 
 
 def test_the_correction_counts_the_tests_of_both_metrics(tmp_path):
