@@ -334,7 +334,7 @@ class ReproduceConfig(RankerArguments):
     max_steps: int = field(default=40, metadata={"help": "Optimizer steps of a policy."})
     learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate of the LoRA adapters."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows per step."})
-    num_candidates: int = field(default=64, metadata={"help": "Samples of each prompt."})
+    num_candidates: int = field(default=64, metadata={"help": "Samples of each prompt, of which 8 are kept."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest sample, in tokens."})
     max_length: int = field(default=512, metadata={"help": "Longest prompt and completion in training, in tokens."})
 
@@ -344,6 +344,7 @@ class ReproduceConfig(RankerArguments):
         is_whole(self, "first_seed", 0)
         is_whole(self, "num_judged", 2)
         is_whole(self, "max_steps", 1)
+        is_whole(self, "num_candidates", 9)
         if self.num_workers is not None:
             is_whole(self, "num_workers", 1)
         shared = ("world", "tables", "num_seeds", "first_seed", "output_dir", "results_dir", "num_workers")

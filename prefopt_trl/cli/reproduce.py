@@ -17,7 +17,7 @@ from prefopt_trl.experiments.kitchen import PERFECT_MARKS
 from prefopt_trl.experiments.report import write
 from prefopt_trl.experiments.runner import Make, run_tables
 from prefopt_trl.experiments.tables import TABLES
-from prefopt_trl.experiments.worlds import kitchen, real, reviews
+from prefopt_trl.experiments.worlds import REAL_GAMMA, kitchen, real, reviews
 from prefopt_trl.rounds.models import base_of
 from prefopt_trl.runtime.processes import interruptible
 from prefopt_trl.runtime.settings import Settings, dataset_fingerprint, path_fingerprint, versions, write_text
@@ -35,20 +35,31 @@ def run(own: ReproduceConfig, save_config: Callable[[], None]) -> None:
     is_alone = is_real or torch.accelerator.is_available()
     workers = own.num_workers or (1 if is_alone else os.cpu_count() or 1)
     seeds = range(own.first_seed, own.first_seed + own.num_seeds)
-    save_config()
     policies, folder = Path(own.output_dir, "policies"), Path(own.results_dir or own.output_dir)
     environment = ", ".join(f"{name} {version}" for name, version in versions().items())
-    origin = f"World: {Path(own.model_name_or_path).name if is_real else own.world}, with {environment}."
+    origin = f"World: {_described(own) if is_real else own.world}, with {environment}."
     how = (None if is_real else PERFECT_MARKS, origin)
     chosen = {name: TABLES[name] for name in names}
     resumes = f"Interrupted: what is finished is kept in {policies}; the same command resumes."
     with interruptible(lambda: resumes), lock(policies, "experiments"):
+        save_config()
         for name, results in run_tables(chosen, make, settings, seeds, policies, workers):
             tqdm.write(f"\n{write(name, TABLES[name], results, folder, *how)}")
     written = {name: of for name, of in TABLES.items() if (folder / f"{name}.md").exists()}  # now or before
     lines = [f"- [{of.title}]({name}.md) ({of.source})" for name, of in written.items()]
-    write_text(folder / "README.md", "\n".join(["# Results", "", *lines, ""]))
+    others = [f"- [{file.parent.name}]({file.parent.name}/README.md)" for file in sorted(folder.glob("*/README.md"))]
+    write_text(folder / "README.md", "\n".join(["# Results", "", *lines, *others, ""]))
     tqdm.write(f"Written to {folder}: {', '.join(names)}. The policies are in {policies}.")
+
+
+def _described(own: ReproduceConfig) -> str:
+    """Return what a table of a real model depends on."""
+    model, prompts = Path(own.model_name_or_path).name, Path(own.dataset_name or "beginnings of reviews").name
+    return (
+        f"{model} on {prompts}, with the ranker {Path(own.ranker).name}, gamma {REAL_GAMMA}, {own.max_steps} steps of "
+        f"{own.per_device_train_batch_size} rows, {own.num_candidates} candidates of at most {own.max_new_tokens} "
+        f"tokens, {own.num_judged} prompts judged"
+    )
 
 
 def _real(own: ReproduceConfig) -> tuple[Make, Settings]:

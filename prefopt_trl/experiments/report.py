@@ -183,7 +183,10 @@ def _plot_frontier(figure: Any, results: Results) -> None:
 
 
 def _plot_map(figure: Any, results: Results) -> None:
-    """Draw rejection sampling minus plain samples over beta and the length of training, a panel for each ranker."""
+    """Draw rejection sampling minus plain samples over beta and the length of training, a panel for each ranker.
+
+    Differences of less than two standard errors have no color.
+    """
     parts = [row.split(", ") for row in results if ", " in row]
     rankers, sources, lengths = (list(dict.fromkeys(part[place] for part in parts)) for place in range(3))
     plain, *betas = sources
@@ -196,12 +199,12 @@ def _plot_map(figure: Any, results: Results) -> None:
     limit = np.quantile([abs(gap.mean) for gap in gaps.values()], 0.9)  # a policy that collapses would pale the others
     for number, ranker in enumerate(rankers, start=1):
         axes = figure.add_subplot(1, len(rankers), number)
-        means = [[gaps[ranker, length, beta].mean for beta in betas] for length in lengths]
-        image = axes.imshow(means, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-        for row, length in enumerate(lengths):
-            for column, beta in enumerate(betas):
-                gap = gaps[ranker, length, beta]
-                color = "white" if abs(gap.mean) > 0.6 * limit else "black"
+        panel = [[gaps[ranker, length, beta] for beta in betas] for length in lengths]
+        colored = [[gap.mean * (abs(gap.mean) >= 2 * gap.standard_error) for gap in row] for row in panel]
+        image = axes.imshow(colored, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+        for row in range(len(lengths)):
+            for column, gap in enumerate(panel[row]):
+                color = "white" if abs(colored[row][column]) > 0.6 * limit else "black"
                 text = with_error(gap, sign="+").replace(" ± ", "\n± ")
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
         axes.set_xticks(range(len(betas)), betas)
@@ -210,4 +213,5 @@ def _plot_map(figure: Any, results: Results) -> None:
             [over_seeds(results, row, "ranker accuracy").mean() for row in results if row.startswith(ranker)]
         )
         axes.set_title(f"{ranker} ({accuracy:.0%} right)", fontsize=9)
-    figure.colorbar(image, ax=figure.axes, label="reward, rejection minus plain samples", extend="both")
+    label = "reward, rejection minus plain samples\n(white: less than two standard errors)"
+    figure.colorbar(image, ax=figure.axes, label=label, extend="both")

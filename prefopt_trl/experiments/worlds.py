@@ -52,7 +52,8 @@ POLICY: Settings = {"max_steps": 120, "per_device_train_batch_size": 32, "learni
 HELD_OUT = 2000  # comparisons, to calibrate rankers on
 GAMMA = 0.5  # temperature of RSO eq. 10; SLiC's margin is 1 / gamma
 
-# Of the real world: how reviews begin
+# Of the real world: the temperature of the loss, and how reviews begin
+REAL_GAMMA = 0.1
 OPENINGS = ["I watched", "We visited", "Last week I tried", "Everyone talks about", "Yesterday we saw", "My review of"]
 SUBJECTS = [
     "the new film", "this hotel", "the small restaurant", "her latest book", "that museum", "the evening show",
@@ -222,7 +223,7 @@ def real(
         },
         sampling=sampling,
         training=training,
-        gamma=0.1,
+        gamma=REAL_GAMMA,
         peft_config=LoraConfig(target_modules="all-linear", r=16, lora_alpha=32, task_type="CAUSAL_LM"),
     )
 

@@ -11,7 +11,7 @@ from prefopt_trl.experiments.worlds import reviews
 from prefopt_trl.sampling.store import lock
 
 SIZES = "--world real --num_seeds 1 --num_workers 1 --num_judged 8 --max_steps 2 --per_device_train_batch_size 2"
-SIZES += " --num_candidates 7 --max_new_tokens 4 --max_length 64"
+SIZES += " --num_candidates 9 --max_new_tokens 4 --max_length 64"
 
 
 @pytest.fixture
@@ -26,13 +26,20 @@ def test_a_real_model_by_ones_own_ranker(real, run_in_process, monkeypatch, caps
     }.items():
         cells = {row: TABLES[name].cells[row] for row in rows}
         monkeypatch.setitem(TABLES, name, replace(TABLES[name], rows=cells, claims=[]))
+    Path("results/other").mkdir(parents=True)
+    Path("results/other/README.md").touch()
     run_in_process("reproduce", ["--tables", "quickstart", "rounds", *real, "--results_dir", "results"])
     printed = capsys.readouterr().out
     for name in ("quickstart", "rounds"):
         text = Path(f"results/{name}.md").read_text()
         assert text in printed and f"| {next(iter(TABLES[name].cells))} " in text
         assert "of the possible" not in text
+        assert " on beginnings of reviews, with the ranker " in text
+        assert (
+            ", gamma 0.1, 2 steps of 2 rows, 9 candidates of at most 4 tokens, 8 prompts judged, with python" in text
+        )
     assert "[Where pairs come from](quickstart.md) (RSO, section 5)" in Path("results/README.md").read_text()
+    assert "- [other](other/README.md)" in Path("results/README.md").read_text()
     found = [json.loads(file.read_text()) for file in Path("outputs/reproduce/policies/seed-0").glob("*/results.json")]
     assert len(found) == 1 + 2 + 1
     assert all(one["truth's reward"] < 0 for one in found)
@@ -59,6 +66,7 @@ def test_prompts_with_pairs_bring_the_given_ones(real, run_in_process):
         (["--num_seeds", "0"], "`num_seeds` must be"),
         (["--num_judged", "0"], "`num_judged` must be"),
         (["--max_steps", "0"], "`max_steps` must be"),
+        (["--num_candidates", "8"], "`num_candidates` must be a whole number, at least 9"),
     ],
 )
 def test_wrong_arguments_are_refused(more, message, real, run_in_process):
