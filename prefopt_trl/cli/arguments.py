@@ -328,8 +328,7 @@ class ReproduceConfig(RankerArguments):
     dataset_name: str | None = field(
         default=None, metadata={"help": "Prompts, with or without pairs. By default beginnings of reviews."}
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split with the prompts."})
-    num_rows: int | None = field(default=None, metadata={"help": "Rows to draw at random. By default all."})
+    dataset_split: str = field(default="train", metadata={"help": "Split with the prompts, such as 'train[:500]'."})
     num_judged: int = field(default=64, metadata={"help": "Prompts to report on; half as many choose checkpoints."})
     max_steps: int = field(default=40, metadata={"help": "Optimizer steps of a policy."})
     learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate of the LoRA adapters."})
@@ -340,11 +339,9 @@ class ReproduceConfig(RankerArguments):
 
     def __post_init__(self) -> None:
         is_one_of(self, "world", ["kitchen", "real"])
-        is_whole(self, "num_seeds", 1)
-        is_whole(self, "first_seed", 0)
-        is_whole(self, "num_judged", 2)
-        is_whole(self, "max_steps", 1)
-        is_whole(self, "num_candidates", 9)
+        least = {"num_seeds": 1, "first_seed": 0, "num_judged": 4, "max_steps": 1, "num_candidates": 9}
+        for name, at_least in least.items():
+            is_whole(self, name, at_least)
         if self.num_workers is not None:
             is_whole(self, "num_workers", 1)
         shared = ("world", "tables", "num_seeds", "first_seed", "output_dir", "results_dir", "num_workers")
@@ -353,8 +350,8 @@ class ReproduceConfig(RankerArguments):
         ]
         if others and self.world == "kitchen":
             raise ValueError(f"`{others[0]}` has no effect without `--world real`. Add it, or leave it out.")
-        if self.dataset_name is None and (unread := {"dataset_split", "num_rows"} & {*others}):
-            raise ValueError(f"`{min(unread)}` has no effect without `dataset_name`. Leave it out.")
+        if self.dataset_name is None and "dataset_split" in others:
+            raise ValueError("`dataset_split` has no effect without `dataset_name`. Leave it out.")
 
 
 @dataclass(kw_only=True)

@@ -20,7 +20,7 @@ from prefopt_trl.experiments.tables import TABLES
 from prefopt_trl.experiments.worlds import REAL_GAMMA, kitchen, real, reviews
 from prefopt_trl.rounds.models import base_of
 from prefopt_trl.runtime.processes import interruptible
-from prefopt_trl.runtime.settings import Settings, dataset_fingerprint, path_fingerprint, versions, write_text
+from prefopt_trl.runtime.settings import Settings, dataset_fingerprint, path_fingerprint, versions
 from prefopt_trl.sampling.store import lock
 
 
@@ -31,65 +31,48 @@ def run(own: ReproduceConfig, save_config: Callable[[], None]) -> None:
     names = own.tables or possible
     if unknown := [name for name in names if name not in possible]:
         raise ValueError(f"`tables`: {unknown[0]!r} is none of the {own.world} world's: {', '.join(possible)}.")
-    make, settings = _real(own) if is_real else (kitchen, {"world": own.world})
-    is_alone = is_real or torch.accelerator.is_available()
-    workers = own.num_workers or (1 if is_alone else os.cpu_count() or 1)
+    make, settings, described = _real(own) if is_real else (kitchen, {"world": own.world}, own.world)
+    workers = own.num_workers or (1 if is_real or torch.accelerator.is_available() else os.cpu_count() or 1)
     seeds = range(own.first_seed, own.first_seed + own.num_seeds)
     policies, folder = Path(own.output_dir, "policies"), Path(own.results_dir or own.output_dir)
     environment = ", ".join(f"{name} {version}" for name, version in versions().items())
-    origin = f"World: {_described(own) if is_real else own.world}, with {environment}."
-    how = (None if is_real else PERFECT_MARKS, origin)
-    chosen = {name: TABLES[name] for name in names}
-    resumes = f"Interrupted: what is finished is kept in {policies}; the same command resumes."
-    with interruptible(lambda: resumes), lock(policies, "experiments"):
+    how = (None if is_real else PERFECT_MARKS, f"World: {described}, with {environment}.")
+    with lock(policies, "experiments"):
+        runs = run_tables({name: TABLES[name] for name in names}, make, settings, seeds, policies, workers)
         save_config()
-        for name, results in run_tables(chosen, make, settings, seeds, policies, workers):
-            tqdm.write(f"\n{write(name, TABLES[name], results, folder, *how)}")
-    written = {name: of for name, of in TABLES.items() if (folder / f"{name}.md").exists()}  # now or before
-    lines = [f"- [{of.title}]({name}.md) ({of.source})" for name, of in written.items()]
-    others = [f"- [{file.parent.name}]({file.parent.name}/README.md)" for file in sorted(folder.glob("*/README.md"))]
-    write_text(folder / "README.md", "\n".join(["# Results", "", *lines, *others, ""]))
+        with interruptible(lambda: f"Interrupted: what is finished is kept in {policies}; the same command resumes."):
+            for name, results in runs:
+                tqdm.write(f"\n{write(name, TABLES[name], results, folder, *how)}")
     tqdm.write(f"Written to {folder}: {', '.join(names)}. The policies are in {policies}.")
 
 
-def _described(own: ReproduceConfig) -> str:
-    """Return what a table of a real model depends on."""
-    model, prompts = Path(own.model_name_or_path).name, Path(own.dataset_name or "beginnings of reviews").name
-    return (
-        f"{model} on {prompts}, with the ranker {Path(own.ranker).name}, gamma {REAL_GAMMA}, {own.max_steps} steps of "
-        f"{own.per_device_train_batch_size} rows, {own.num_candidates} candidates of at most {own.max_new_tokens} "
-        f"tokens, {own.num_judged} prompts judged"
-    )
-
-
-def _real(own: ReproduceConfig) -> tuple[Make, Settings]:
+def _real(own: ReproduceConfig) -> tuple[Make, Settings, str]:
+    """Return what makes a world of the user's model, what it depends on, and that in words."""
     prompts, model = reviews(), own.model_name_or_path
     if own.dataset_name is not None:
-        prompts = load_rows(own.dataset_name, None, own.dataset_split, own.num_rows)
+        prompts = load_rows(own.dataset_name, None, own.dataset_split)
         require_columns(prompts, own.dataset_name, {"prompt"})
     distinct = {json.dumps(prompt): row for row, prompt in enumerate(prompts["prompt"][:])}
     prompts = prompts.select(sorted(distinct.values()))  # none is trained on and reported on
     if base_of(model) is not None:
         raise ValueError(f"`model_name_or_path`={model!r} is an adapter. Merge it into its base first.")
-    if len(prompts) < 2 * own.num_judged:
+    if len(prompts) - own.num_judged - own.num_judged // 2 < 16:
         raise ValueError(f"`num_judged`={own.num_judged} leaves too few of {len(prompts)} prompts to train on.")
-    training = {
-        "max_steps": own.max_steps,
-        "learning_rate": own.learning_rate,
-        "per_device_train_batch_size": own.per_device_train_batch_size,
-        "max_length": own.max_length,
-        "bf16": torch.cuda.is_available(),
-    }
+    trained = ("max_steps", "learning_rate", "per_device_train_batch_size", "max_length")
+    training = {name: getattr(own, name) for name in trained}
     sampling = {"num_candidates": own.num_candidates, "max_new_tokens": own.max_new_tokens}
+    numbers = {"gamma": REAL_GAMMA, "num_judged": own.num_judged, **training, **sampling}
+    training["bf16"] = torch.cuda.is_available()
     settings = {
         "model": path_fingerprint(model),
         "prompts": dataset_fingerprint(prompts),
         "ranker": path_fingerprint(own.ranker) if is_model(own.ranker) else load_ranker(own).settings(),
         "ranker_template": own.ranker_template,
-        "num_judged": own.num_judged,
-        **training,
-        **sampling,
+        "bf16": training["bf16"],
+        **numbers,
     }
     given = {"model": model, "prompts": prompts, "num_judged": own.num_judged}
     make = partial(real, **given, load_ranker=partial(load_ranker, own), training=training, sampling=sampling)
-    return make, settings
+    names = [Path(name).name for name in (model, own.dataset_name or "beginnings of reviews", own.ranker)]
+    described = [f"{name} {value:g}" for name, value in numbers.items()]
+    return make, settings, f"{names[0]} on {names[1]} by {names[2]} ({', '.join(described)})"

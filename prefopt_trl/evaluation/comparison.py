@@ -20,12 +20,11 @@ from prefopt_trl.evaluation.report import (
     as_percentage,
     completions_side_by_side,
     json_numbers,
-    plotting,
     rounded,
     table,
 )
 from prefopt_trl.rankers.base import sigmoid
-from prefopt_trl.runtime.settings import Settings, write_json, write_lines, write_text, writing
+from prefopt_trl.runtime.settings import Settings, plotting, write_json, write_lines, write_text, writing
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ import numpy as np
 from datasets import Dataset
 
 from prefopt_trl.evaluation.metrics import Estimate, wins
-from prefopt_trl.evaluation.report import as_percentage, json_numbers, plotting, table, with_error
+from prefopt_trl.evaluation.report import as_percentage, json_numbers, table, with_error
 from prefopt_trl.rankers.base import Ranker, sigmoid
 from prefopt_trl.rankers.comparisons import Compared, ask_comparisons
-from prefopt_trl.runtime.settings import Settings, write_json, write_text, writing
+from prefopt_trl.runtime.settings import Settings, plotting, write_json, write_text, writing
 
 CURVES = {
     "probability": "probability of the ranker's own verdict",

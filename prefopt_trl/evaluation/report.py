@@ -1,19 +1,15 @@
 """Tables and plots of policies compared."""
 
 import json
-import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from prefopt_trl.data.formats import Row
 from prefopt_trl.evaluation.metrics import Estimate
-
-logger = logging.getLogger(__name__)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -54,15 +50,6 @@ def rounded(estimate: Estimate, sign: str = "") -> str:
 def as_percentage(estimate: Estimate) -> str:
     """`mean ± standard error` of a share, in per cent; the mean alone if all values are equal."""
     return with_error(estimate, ".0%") if estimate.has_error else f"{estimate.mean:.0%}"
-
-
-@contextmanager
-def plotting() -> Iterator[None]:
-    """Within, plots are drawn; without matplotlib they are left out, and a warning says so."""
-    try:
-        yield
-    except ImportError:
-        logger.warning("No plot was drawn: install matplotlib, with `pip install 'prefopt-trl[plots]'`.")
 
 
 def completions_side_by_side(policies: dict[str, list[Row]]) -> Iterator[str]:

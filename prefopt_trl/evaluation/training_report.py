@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from prefopt_trl.evaluation.metrics import Estimate
-from prefopt_trl.evaluation.report import as_html, as_percentage, completions_side_by_side, plotting, rounded, table
-from prefopt_trl.runtime.settings import read_lines, write_text, writing
+from prefopt_trl.evaluation.report import as_html, as_percentage, completions_side_by_side, rounded, table
+from prefopt_trl.runtime.settings import plotting, read_lines, write_text, writing
 
 logger = logging.getLogger(__name__)
 COLUMNS = {  # of the table of evaluations: titles by metric

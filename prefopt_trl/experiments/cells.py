@@ -3,7 +3,6 @@
 import math
 import shutil
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from datasets import Dataset
 from transformers import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
+import prefopt_trl
 from prefopt_trl.data.hindsight import HELPFUL, chain_of_hindsight
 from prefopt_trl.evaluation.policy import BestOf, evaluate_policy
 from prefopt_trl.evaluation.win_rate import WinRateCallback
@@ -116,9 +116,8 @@ def _train(cell: Cell, world: World, folder: Path) -> tuple[Any, Settings]:
     )
     trainer.remove_callback(ProgressCallback)
     if not cell.is_last:
-        judge, prompts = world.ranker(cell.ranker), world.data["validation"]
-        how: dict[str, Any] = {"options": _options(world), "seed": world.seed, "trainer": trainer}
-        trainer.add_callback(WinRateCallback(judge, prompts, "target", **how))
+        asked = (world.ranker(cell.ranker), world.data["validation"], "target")
+        trainer.add_callback(WinRateCallback(*asked, options=_options(world), seed=world.seed, trainer=trainer))
     trainer.train()
     best = str(trainer.state.best_model_checkpoint or "").rpartition("-")[2] or trainer.state.global_step
     curve = {str(one["step"]): one["eval_reward"] for one in trainer.state.log_history if "eval_reward" in one}
@@ -175,8 +174,7 @@ def _trainer(method: str, folder: Path, training: Settings) -> tuple[Any, Any]:
     """Return the trainer of a method, and its configuration."""
     if method not in METHODS:
         return SFTTrainer, SFTConfig(str(folder), lr_scheduler_type="constant", **training)
-    module = import_module(f"prefopt_trl.trainers.{method.replace('-', '_')}_trainer")
-    trainer_class = getattr(module, f"{METHODS[method].name}Trainer")
+    trainer_class = getattr(prefopt_trl, f"{METHODS[method].name}Trainer")
     return trainer_class, trainer_class.config_class(str(folder), lr_scheduler_type="constant", **training)
 
 
@@ -203,6 +201,5 @@ def _data(cell: Cell, world: World, folder: Path) -> tuple[Dataset, Settings]:
             "temperature": getattr(world.ranker(cell.ranker), "temperature", None),
         }
     if cell.method == HINDSIGHT:
-        rows = [row for pair in data for row in chain_of_hindsight(pair)]
-        data = Dataset.from_list(rows)
+        data = Dataset.from_list([row for pair in data for row in chain_of_hindsight(pair)])
     return data, statistics

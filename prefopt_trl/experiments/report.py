@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from prefopt_trl.evaluation.metrics import Estimate
-from prefopt_trl.evaluation.report import as_html, as_percentage, plotting, table, with_error
+from prefopt_trl.evaluation.report import as_html, as_percentage, table, with_error
 from prefopt_trl.experiments.runner import Results
 from prefopt_trl.experiments.tables import FRONTIER, MAP, ROWS, Table
-from prefopt_trl.runtime.settings import write_text, writing
+from prefopt_trl.runtime.settings import plotting, write_text, writing
 
 REWARD, WINS = "truth's reward", "ranker's win_rate"
 HEADERS = {WINS: "ranker's wins", "kl": "KL, nats", "bleu": "BLEU"}
@@ -67,17 +67,15 @@ def claims_of(found: Table, results: Results) -> list[list[str]]:
 
 def conclusion(found: Table, verdicts: Sequence[str]) -> str:
     """Return the sentence that says what the reward decides, and what it cannot say."""
-    signs = {"holds": "{0} > {1}", "the reverse": "{1} > {0}"}
     decided = [
-        signs[verdict].format(*claim)
+        " > ".join(claim if verdict == "holds" else claim[::-1])
         for claim, verdict in zip(found.claims, verdicts, strict=True)
-        if verdict in signs
+        if verdict != "not decided"
     ]
-    undecided = len(verdicts) - len(decided)
-    still_open = f"{undecided} of {len(verdicts)} claims are open: few seeds show only large differences. "
+    undecided = f"Not decided: {len(verdicts) - len(decided)} of {len(verdicts)}. "
     return (
-        f"**Decided by the reward: {'; '.join(decided) or 'nothing'}.** {still_open if undecided else ''}"
-        "The order may differ with another ranker, another model or a longer training."
+        f"**Decided by the reward: {'; '.join(decided) or 'nothing'}.** {undecided}A few seeds decide only large "
+        "differences, and the order may differ with another ranker, another model or a longer training."
     )
 
 
@@ -152,16 +150,14 @@ def plot(found: Table, results: Results, path: Path) -> None:
 
 
 def _plot_rows(figure: Any, results: Results) -> None:
-    names = {REWARD: "true reward", WINS: "wins by the ranker", "bleu": "BLEU"}
-    known = [metric for metric in names if any(metric in row[0] for row in results.values())][:2]
     places = range(len(results))[::-1]
-    for number, metric in enumerate(known, start=1):
-        axes = figure.add_subplot(1, len(known), number)
+    for number, (metric, name) in enumerate({REWARD: "true reward", WINS: "wins by the ranker"}.items(), start=1):
+        axes = figure.add_subplot(1, 2, number)
         estimates = [Estimate.of(over_seeds(results, row, metric)) for row in results]
         errors = [one.standard_error for one in estimates]
         axes.errorbar([one.mean for one in estimates], places, xerr=errors, fmt="o", capsize=3)
         axes.set_yticks(places, list(results) if number == 1 else [])
-        axes.set_xlabel(names[metric])
+        axes.set_xlabel(name)
         axes.grid(alpha=0.3)
 
 

@@ -47,13 +47,20 @@ def run_tables(
     if changed := differences(known or settings, settings):
         raise ValueError(f"{folder} has results with other {', '.join(changed)}. Choose another `output_dir`.")
     write_json(folder / "settings.json", settings)
+    return _tables(tables, (make, folder, num_workers > 1), seeds, num_workers)
+
+
+def _tables(
+    tables: Mapping[str, Table], start: tuple[Make, Path, bool], seeds: Sequence[int], num_workers: int
+) -> Iterator[tuple[str, Results]]:
+    _, folder, _ = start
     rows = {name: {"SFT policy": Cell(method=NOTHING), **table.cells} for name, table in tables.items()}
     jobs: Jobs = {}
     for of_table in rows.values():
         jobs |= {folder_of(folder, seed, cell): (seed, cell) for seed in seeds for cell in of_table.values()}
     missing = {path: job for path, job in jobs.items() if not (path / "results.json").exists()}
     rankers = sorted({LEARNED, TRUTH, *(cell.ranker for _, cell in jobs.values())})
-    for _ in _run(missing, (make, folder, num_workers > 1), num_workers, rankers) if missing else [None]:
+    for _ in _run(missing, start, num_workers, rankers) if missing else [None]:
         for name, of_table in list(rows.items()):
             files = {
                 row: [folder_of(folder, seed, cell) / "results.json" for seed in seeds]

@@ -18,6 +18,7 @@ BETA_2: dict[str, Any] = {**RSO_SAMPLES, "rejection_beta": 2.0}
 AUTO: dict[str, Any] = {**RSO_SAMPLES, "rejection_beta": "auto"}
 ALL: dict[str, Any] = {"strategy": "sft", "num_samples": 64}
 ROUNDS: dict[str, Any] = {"num_rounds": 3}
+HINGE_NORM: dict[str, Any] = {"loss_type": ["hinge-norm"]}
 
 Rows = Mapping[str, Cell | tuple[Cell, str]]  # with the paper's number, if it has one
 Claims = list[tuple[str, str]]  # pairs of rows, of which the first should be the better one
@@ -62,64 +63,6 @@ HOW_OTHERS = "two answers of a prompt (raw), or one more, of a fair or a good co
 SIGMOID = "mean sigmoid of the reward model, %, total of HH-RLHF"
 
 
-def _rso_1() -> Table:
-    numbers = {
-        "sigmoid-norm": ("84.4 / 51.6", "88.6 / 85.1", "92.4 / 86.9"),
-        "hinge": ("86.9 / 36.0", "89.8 / 80.8", "93.4 / 82.2"),
-        "hinge-norm": ("83.9 / 49.6", "88.0 / 82.4", "92.8 / 84.4"),
-    }
-    losses: dict[str, Any] = {
-        "sigmoid-norm": {},
-        "hinge": {"method": "slic"},
-        "hinge-norm": {"training": {"loss_type": ["hinge-norm"]}},
-    }
-    sources = {"direct": "comparisons", "sft-sample-rank": SFT_SAMPLES, "rso-sample-rank": RSO_SAMPLES}
-    rows: Rows = {
-        f"{loss}, {source}": (Cell(data, **how), number)
-        for loss, how in losses.items()
-        for (source, data), number in zip(sources.items(), numbers[loss], strict=True)
-    }
-    steps = (("sft-sample-rank", "direct"), ("rso-sample-rank", "sft-sample-rank"))
-    return Table(
-        "Three losses on three sources of pairs",
-        "RSO, Table 1",
-        "equal steps; 8 of the candidates, 4 pairs of each prompt, beta 0.5; direct: the pairs of others",
-        rows,
-        [(f"{loss}, {better}", f"{loss}, {worse}") for loss in losses for better, worse in steps],
-        "wins by the reward model against the SFT target, %, on Reddit TL;DR / AnthropicHH",
-    )
-
-
-def _pro_2() -> Table:
-    numbers = {
-        "raw": ("48.83", "45.00", "52.25", "55.35"),
-        "fair": ("57.66", "47.15", "55.39", "58.72"),
-        "good": ("63.83", "55.58", "63.12", "67.97"),
-    }
-    rows: dict[str, tuple[Cell, str]] = {}
-    for (name, of), given in zip(numbers.items(), (RAW, FAIR, GOOD), strict=True):
-        methods = (
-            Cell(_others(*given, pairing="best"), SFT, is_last=True),
-            Cell(_others(*given, pairing="best-worst"), HINDSIGHT, is_last=True),
-            Cell(_others(*given), "rrhf", is_last=True),
-            _pro(*given),
-        )
-        rows |= {
-            f"{method}, {name}": (cell, number)
-            for method, cell, number in zip(("BoN", "CoH", "RRHF", "PRO"), methods, of, strict=True)
-        }
-    return Table(
-        "Methods on rankings of answers that others wrote",
-        "PRO, Table 2",
-        f"{HOW_OTHERS}; equal steps, of which CoH needs twice as many for a pass",
-        rows,
-        [(f"PRO, {name}", f"{other}, {name}") for name in numbers for other in ("BoN", "CoH", "RRHF")],
-        f"{SIGMOID} raw, with Alpaca, with ChatGPT",
-        ("rows", "bleu", "kl"),
-        is_real=False,
-    )
-
-
 TABLES = {
     "quickstart": Table(
         "Where pairs come from",
@@ -140,24 +83,46 @@ TABLES = {
         ],
         columns=("ranker's win_rate", "kl", "label probability"),
     ),
-    "rso-table-1": _rso_1(),
+    "rso-table-1": Table(
+        "Three losses on three sources of pairs",
+        "RSO, Table 1",
+        "equal steps; 8 of the candidates, 4 pairs of each prompt, beta 0.5; direct: the pairs of others",
+        {
+            "sigmoid-norm, direct": (Cell(), "84.4 / 51.6"),
+            "sigmoid-norm, sft-sample-rank": (Cell(SFT_SAMPLES), "88.6 / 85.1"),
+            "sigmoid-norm, rso-sample-rank": (Cell(RSO_SAMPLES), "92.4 / 86.9"),
+            "hinge, direct": (Cell(method="slic"), "86.9 / 36.0"),
+            "hinge, sft-sample-rank": (Cell(SFT_SAMPLES, "slic"), "89.8 / 80.8"),
+            "hinge, rso-sample-rank": (Cell(RSO_SAMPLES, "slic"), "93.4 / 82.2"),
+            "hinge-norm, direct": (Cell(training=HINGE_NORM), "83.9 / 49.6"),
+            "hinge-norm, sft-sample-rank": (Cell(SFT_SAMPLES, training=HINGE_NORM), "88.0 / 82.4"),
+            "hinge-norm, rso-sample-rank": (Cell(RSO_SAMPLES, training=HINGE_NORM), "92.8 / 84.4"),
+        },
+        [
+            (f"{loss}, {better}", f"{loss}, {worse}")
+            for loss in ("sigmoid-norm", "hinge", "hinge-norm")
+            for better, worse in (("sft-sample-rank", "direct"), ("rso-sample-rank", "sft-sample-rank"))
+        ],
+        "wins by the reward model against the SFT target, %, on Reddit TL;DR / AnthropicHH",
+    ),
     "rso-table-2": Table(
         "How many samples, and how they meet",
         "RSO, Table 2",
-        "loss sigmoid-norm and steps, 64 samples of the SFT policy, beta 0.5",
+        "loss sigmoid-norm and steps, beta 0.5; all: the candidates, 64 in the paper and in the kitchen",
         {
             "sft-8, first-round": (Cell(SFT_SAMPLES), "88.6 / 68.5"),
             "sft-8, tournament": (Cell({**SFT_SAMPLES, "pairing": "tournament"}), "90.7 / 68.6"),
             "rso-8, first-round": (Cell(RSO_SAMPLES), "92.4 / 71.9"),
             "rso-8, tournament": (Cell({**RSO_SAMPLES, "pairing": "tournament"}), "93.4 / 71.7"),
-            "sft-64, first-round": (Cell({**ALL, "pairing": "first-round"}), "88.9 / 68.8"),
-            "sft-64, tournament": (Cell({**ALL, "pairing": "tournament"}), "91.1 / 71.1"),
+            "sft-all, first-round": (Cell({**ALL, "pairing": "first-round"}), "88.9 / 68.8"),
+            "sft-all, tournament": (Cell({**ALL, "pairing": "tournament"}), "91.1 / 71.1"),
         },
         [
             ("sft-8, tournament", "sft-8, first-round"),
-            ("sft-64, tournament", "sft-64, first-round"),
+            ("rso-8, tournament", "rso-8, first-round"),
+            ("sft-all, tournament", "sft-all, first-round"),
             ("rso-8, first-round", "sft-8, first-round"),
-            ("rso-8, first-round", "sft-64, tournament"),
+            ("rso-8, first-round", "sft-all, tournament"),
         ],
         "wins by the reward model / by AutoSxS, %, on Reddit TL;DR",
     ),
@@ -197,7 +162,34 @@ TABLES = {
         ],
         columns=("ranker's win_rate", "kl", "label probability", "acceptance", "beta"),
     ),
-    "pro-table-2": _pro_2(),
+    "pro-table-2": Table(
+        "Methods on rankings of answers that others wrote",
+        "PRO, Table 2",
+        f"{HOW_OTHERS}; equal steps; CoH has two texts of each pair, so it sees each half as often",
+        {
+            f"{method}, {name}": (cell, number)
+            for name, given, numbers in (
+                ("raw", RAW, ("48.83", "45.00", "52.25", "55.35")),
+                ("fair", FAIR, ("57.66", "47.15", "55.39", "58.72")),
+                ("good", GOOD, ("63.83", "55.58", "63.12", "67.97")),
+            )
+            for method, cell, number in zip(
+                ("BoN", "CoH", "RRHF", "PRO"),
+                (
+                    Cell(_others(*given, pairing="best"), SFT, is_last=True),
+                    Cell(_others(*given, pairing="best-worst"), HINDSIGHT, is_last=True),
+                    Cell(_others(*given), "rrhf", is_last=True),
+                    _pro(*given),
+                ),
+                numbers,
+                strict=True,
+            )
+        },
+        [(f"PRO, {of}", f"{other}, {of}") for of in ("raw", "fair", "good") for other in ("BoN", "CoH", "RRHF")],
+        f"{SIGMOID} raw, with Alpaca, with ChatGPT",
+        ("rows", "bleu", "kl"),
+        is_real=False,
+    ),
     "pro-table-5": Table(
         "Parts of PRO's loss",
         "PRO, Table 5",
@@ -252,7 +244,8 @@ TABLES = {
     "dpo-frontier": Table(
         "Reward against KL, and best-of-n",
         "DPO, Figures 2 and 4",
-        "one policy for each temperature of the loss; best-of-n of the SFT policy, by the ranker",
+        "one policy for each temperature of the loss; best-of-n of the SFT policy, by the ranker; its KL is the upper "
+        "bound log n - (n - 1) / n",
         {
             f"{name}, gamma {gamma:g}": Cell(data, training={"gamma": gamma})
             for name, data in {"direct": "comparisons", "rso (beta 2)": BETA_2}.items()

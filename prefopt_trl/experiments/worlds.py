@@ -5,8 +5,8 @@ world is any model, with any prompts and any ranker, which is the truth there.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from prefopt_trl.rankers.function import FunctionRanker
 from prefopt_trl.rankers.pairwise import PairwiseRanker, pairwise_ranker_dataset
 from prefopt_trl.rankers.templates import ANSWERS, dialogue
 from prefopt_trl.runtime.processes import process_state
-from prefopt_trl.runtime.settings import Settings, read_json, write_json
+from prefopt_trl.runtime.settings import Settings, read_json, write_json, writing
 from prefopt_trl.sampling.pipeline import build_preference_dataset
 
 LABELS = [f"{space}{label}" for space in ("", " ", "\n\n") for label in (HELPFUL, UNHELPFUL)]  # a word each
@@ -75,19 +75,16 @@ class World:
     folder: Path
     sft: str  # path of the SFT policy
     tokenizer: PreTrainedTokenizerBase
-    rankers: dict[str, Callable[[], Ranker]]  # `"learned"` is what a user would have, and `"truth"` decides
+    rankers: dict[str, Callable[[], Ranker]]  # cached; `"learned"` is what a user would have, and `"truth"` decides
     data: dict[str, Dataset]
     sampling: Settings  # options of all samples
     training: Settings  # arguments of all trainings
     gamma: float  # temperature of the loss, where nothing else is said
     peft_config: PeftConfig | None = None
-    loaded: dict[str, Ranker] = field(default_factory=dict)
 
     def ranker(self, name: str) -> Ranker:
         """Return a ranker, trained or loaded once."""
-        if name not in self.loaded:
-            self.loaded[name] = self.rankers[name]()
-        return self.loaded[name]
+        return self.rankers[name]()
 
     def policy(self) -> Any:
         """Load the SFT policy."""
@@ -150,8 +147,8 @@ def kitchen(seed: int, folder: Path) -> World:
         sft=str(folder / "sft"),
         tokenizer=tokenizer,
         rankers={
-            **{name: partial(train_ranker, name) for name in RANKER_STEPS},
-            TRUTH: lambda: FunctionRanker(true_reward),
+            **{name: cache(partial(train_ranker, name)) for name in RANKER_STEPS},
+            TRUTH: cache(lambda: FunctionRanker(true_reward)),
         },
         data={
             "prompts": task.answers.select_columns(["prompt", "fair"]).rename_column("fair", "target"),
@@ -247,7 +244,7 @@ def sentiment(prompts: list[str], completions: list[str], **columns: object) -> 
     return [5 * analyzer.polarity_scores(text)["compound"] for text in texts]
 
 
-@lru_cache
+@cache
 def _loaded(load_ranker: Callable[[], Ranker]) -> Ranker:
     """Load a ranker, which may be large, once for the worlds of all seeds."""
     return load_ranker()
@@ -256,8 +253,8 @@ def _loaded(load_ranker: Callable[[], Ranker]) -> Ranker:
 def _saved(folder: Path, make: Callable[[], Dataset]) -> Dataset:
     """Return a dataset that is made once."""
     if not folder.exists():
-        make().save_to_disk(f"{folder}-unfinished")
-        Path(f"{folder}-unfinished").rename(folder)
+        with writing(folder) as unfinished:
+            make().save_to_disk(unfinished)
     return load_from_disk(str(folder))
 
 
@@ -267,11 +264,10 @@ def _fine_tune(
     """Train a model on prompts and completions with TRL's SFTTrainer, and save it, unless that was done."""
     if folder.exists():
         return
-    unfinished = Path(f"{folder}-unfinished")
-    args = SFTConfig(str(unfinished), warmup_steps=0.1, seed=seed, **COMMON, **how)
-    trainer = SFTTrainer(model, args=args, train_dataset=make(), processing_class=tokenizer)
-    trainer.remove_callback(ProgressCallback)
-    trainer.train()
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder)
+    with writing(folder) as unfinished:
+        args = SFTConfig(str(unfinished), warmup_steps=0.1, seed=seed, **COMMON, **how)
+        trainer = SFTTrainer(model, args=args, train_dataset=make(), processing_class=tokenizer)
+        trainer.remove_callback(ProgressCallback)
+        trainer.train()
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)

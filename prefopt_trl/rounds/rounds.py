@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerB
 
 from prefopt_trl.data.formats import Prompt
 from prefopt_trl.evaluation.policy import ModelPolicy, as_prompts, evaluate_policy
-from prefopt_trl.evaluation.report import json_numbers, plotting
+from prefopt_trl.evaluation.report import json_numbers
 from prefopt_trl.evaluation.training_report import write_training_report
 from prefopt_trl.generation.options import GenerationOptions
 from prefopt_trl.rankers.base import Ranker, check_ranker
@@ -35,6 +35,7 @@ from prefopt_trl.runtime.settings import (
     as_json,
     dataset_fingerprint,
     path_fingerprint,
+    plotting,
     read_json,
     tokenizer_fingerprint,
     write_json,

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import inspect
 import json
+import logging
 import os
 import platform
 import re
@@ -25,6 +26,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
+
+logger = logging.getLogger(__name__)
 
 Settings = dict[str, Any]  # by name, and serializable as JSON
 
@@ -108,6 +111,15 @@ def writing(path: Path) -> Iterator[Path]:
         remove(temporary)
         error.add_note(f"Could not write {path}, which is unchanged. Free disk space, or make the folder writable.")
         raise
+
+
+@contextmanager
+def plotting() -> Iterator[None]:
+    """Within, plots are drawn; without matplotlib they are left out, and a warning says so."""
+    try:
+        yield
+    except ImportError:
+        logger.warning("No plot was drawn: install matplotlib, with `pip install 'prefopt-trl[plots]'`.")
 
 
 def remove(path: Path) -> None:

@@ -32,15 +32,7 @@ from prefopt_trl.rankers.base import Ranker, ask_rewards, check_ranker
 from prefopt_trl.runtime.processes import gathered
 from prefopt_trl.sampling.options import PAIRINGS, RANKING, SamplingOptions
 from prefopt_trl.sampling.pairing import Pairs
-from prefopt_trl.sampling.selection import (
-    beta_of,
-    first_occurrences,
-    keep,
-    label_pairs,
-    penalties_of,
-    rank,
-    user_columns,
-)
+from prefopt_trl.sampling.selection import first_occurrences, keep, label_pairs, penalties_of, rank, user_columns
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +163,7 @@ class DataCollatorForRejectionSampling(SamplingOptions, DataCollatorMixin):
         completions = merge_equal_in_training(self.tokenizer, examples, completions)
         streams = [np.random.default_rng([seed, index]) for index in range(len(prompts))]
         kept = [
-            keep(row_rewards, texts, beta_of(texts, row_rewards, self), self, stream)
+            keep(row_rewards, texts, self, stream)
             for texts, row_rewards, stream in zip(map(first_occurrences, completions), rewards, streams, strict=True)
         ]
         self._count_short(kept)

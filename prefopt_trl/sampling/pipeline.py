@@ -23,7 +23,7 @@ from prefopt_trl.data.tokenization import (
 from prefopt_trl.generation.generators import Generator, SharedPrefixGenerator
 from prefopt_trl.rankers.base import Ranker, check_ranker
 from prefopt_trl.runtime.processes import gathered, interruptible, process_state
-from prefopt_trl.runtime.settings import Settings, write_json, write_text, writing
+from prefopt_trl.runtime.settings import Settings, plotting, write_json, write_text, writing
 from prefopt_trl.sampling.options import BEST, BY_REWARD, RANKING, SamplingOptions
 from prefopt_trl.sampling.selection import OWN_COLUMNS, add_given
 from prefopt_trl.sampling.shards import Shards
@@ -416,11 +416,8 @@ def _assemble(shards: Shards, settings: Settings) -> None:
     write_json(store.folder / "statistics.json", statistics.as_dict())
     if shards.are_given and "chosen_reward" in pairs.column_names:
         _warn_of_contradictions(pairs)
-    try:
-        with writing(store.folder / "statistics.png") as temporary:
-            plot_statistics(statistics, numbers, shards.options, temporary)
-    except ImportError:
-        logger.warning("No plot was drawn: install matplotlib, with `pip install 'prefopt-trl[plots]'`.")
+    with plotting(), writing(store.folder / "statistics.png") as temporary:
+        plot_statistics(statistics, numbers, shards.options, temporary)
     has_plot = (store.folder / "statistics.png").exists()
     write_text(store.folder / "README.md", dataset_card(settings, statistics, pairs, has_plot))
     store.finish()

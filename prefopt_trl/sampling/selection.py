@@ -108,7 +108,7 @@ def select_and_pair(
             corrected[row] = rewards[row] - beta * log_ratios[row]
             proposed[row] = without_nan(np.arange(len(rewards[row])), corrected[row])
     accepted = [
-        keep(corrected[row], texts[row], betas[row], options, stream, log_ratios is not None)
+        keep(corrected[row], texts[row], options, stream, betas[row], log_ratios is not None)
         for row, stream in zip(rows, streams, strict=True)
     ]
     is_ranking = options.pairing in (RANKING, BEST)
@@ -224,9 +224,9 @@ def beta_of(texts: np.ndarray, rewards: np.ndarray, options: SamplingOptions) ->
 def keep(
     rewards: np.ndarray,
     texts: np.ndarray,
-    beta: float,
     options: SamplingOptions,
     stream: np.random.Generator,
+    beta: float | None = None,
     is_corrected: bool = False,
 ) -> np.ndarray:
     """Return the indices of a prompt's candidates that are kept: `num_samples`, or all that there are.
@@ -236,8 +236,9 @@ def keep(
     what [`first_occurrences`] returns. A candidate whose reward is NaN leaves.
 
     Rewards that are corrected for the proposal weigh each sample, so that a text sampled twice is proposed twice: the
-    first accepted sample of each text is kept.
+    first accepted sample of each text is kept. `beta` is then that of the rewards before the correction.
     """
+    beta = beta_of(texts, rewards, options) if beta is None else beta
     if is_corrected:
         every = without_nan(np.arange(len(texts)), rewards)
         order = every[accept(rewards[every], len(every), beta, stream)]

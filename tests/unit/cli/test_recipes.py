@@ -36,7 +36,7 @@ EXPECTED = {
         **HELPFUL,
         "num_candidates": 64,
         "num_samples": 8,
-        "rejection_beta": 0.5,
+        "rejection_beta": "auto",
         "strategy": "rso",
         "top_k": 0,
     },

@@ -26,27 +26,21 @@ def test_a_real_model_by_ones_own_ranker(real, run_in_process, monkeypatch, caps
     }.items():
         cells = {row: TABLES[name].cells[row] for row in rows}
         monkeypatch.setitem(TABLES, name, replace(TABLES[name], rows=cells, claims=[]))
-    Path("results/other").mkdir(parents=True)
-    Path("results/other/README.md").touch()
     run_in_process("reproduce", ["--tables", "quickstart", "rounds", *real, "--results_dir", "results"])
     printed = capsys.readouterr().out
     for name in ("quickstart", "rounds"):
         text = Path(f"results/{name}.md").read_text()
         assert text in printed and f"| {next(iter(TABLES[name].cells))} " in text
         assert "of the possible" not in text
-        assert " on beginnings of reviews, with the ranker " in text
-        assert (
-            ", gamma 0.1, 2 steps of 2 rows, 9 candidates of at most 4 tokens, 8 prompts judged, with python" in text
-        )
-    assert "[Where pairs come from](quickstart.md) (RSO, section 5)" in Path("results/README.md").read_text()
-    assert "- [other](other/README.md)" in Path("results/README.md").read_text()
+        assert " on beginnings of reviews by " in text
+        assert " (gamma 0.1, num_judged 8, max_steps 2, learning_rate 0.0002, per_device_train_batch_size 2, " in text
     found = [json.loads(file.read_text()) for file in Path("outputs/reproduce/policies/seed-0").glob("*/results.json")]
     assert len(found) == 1 + 2 + 1
     assert all(one["truth's reward"] < 0 for one in found)
 
 
 def test_prompts_with_pairs_bring_the_given_ones(real, run_in_process):
-    rows = [{"prompt": f"Question {i}?", "chosen": f" Yes {i}.", "rejected": f" No {i}."} for i in range(24)] * 2
+    rows = [{"prompt": f"Question {i}?", "chosen": f" Yes {i}.", "rejected": f" No {i}."} for i in range(32)] * 2
     Path("many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_in_process("reproduce", ["--tables", "dpo-table-3", *real, "--dataset_name", "many.jsonl"])
     files = Path("outputs/reproduce/policies/seed-0").glob("*/evaluation/samples.jsonl")
@@ -59,9 +53,9 @@ def test_prompts_with_pairs_bring_the_given_ones(real, run_in_process):
     ("more", "message"),
     [
         (["--tables", "map"], "`tables`: 'map' is none of the real world's: quickstart, rso-table-1"),
-        (["--num_judged", "200"], "`num_judged`=200 leaves too few"),
+        (["--num_judged", "128"], "`num_judged`=128 leaves too few"),
         (["--world", "kitchen"], "`ranker` has no effect without `--world real`"),
-        (["--num_rows", "9"], "`num_rows` has no effect without `dataset_name`"),
+        (["--dataset_split", "test"], "`dataset_split` has no effect without `dataset_name`"),
         (["--num_workers", "0"], "`num_workers` must be"),
         (["--num_seeds", "0"], "`num_seeds` must be"),
         (["--num_judged", "0"], "`num_judged` must be"),
@@ -72,6 +66,16 @@ def test_prompts_with_pairs_bring_the_given_ones(real, run_in_process):
 def test_wrong_arguments_are_refused(more, message, real, run_in_process):
     with pytest.raises(ValueError, match=message):
         run_in_process("reproduce", ["--tables", "quickstart", *real, *more])
+
+
+def test_a_folder_of_other_settings_is_refused_and_left_alone(real, run_in_process):
+    folder = Path("outputs/reproduce/policies")
+    (folder / "seed-0").mkdir(parents=True)
+    (folder / "settings.json").write_text('{"world": "kitchen"}')
+    with pytest.raises(ValueError, match="has results with other .*Choose another `output_dir`") as refused:
+        run_in_process("reproduce", ["--tables", "quickstart", *real])
+    assert not hasattr(refused.value, "__notes__")  # such as how to resume
+    assert not (folder.parent / "config.yaml").exists()
 
 
 def test_two_runs_do_not_share_a_folder(real, run_in_process):

@@ -46,7 +46,7 @@ def test_claims_hold_are_reversed_or_not_decided():
     assert rows[0][0] == f"{gaps[0].mean():+.2f} ± {gaps[0].std(ddof=1) / 2:.2f}"
     ordered = sorted(p)
     sentence = report.conclusion(FOUND, [row[-1] for row in rows])
-    assert sentence.startswith("**Decided by the reward: a > SFT policy; SFT policy > c.** 1 of 3 claims are open: ")
+    assert sentence.startswith("**Decided by the reward: a > SFT policy; SFT policy > c.** Not decided: 1 of 3. ")
     expected = {ordered[0]: 3 * ordered[0], ordered[1]: 2 * ordered[1], ordered[2]: ordered[2]}
     printed = [0.0 if row[1] == "<0.001" else float(row[1]) for row in rows]
     assert printed == pytest.approx([expected[one] for one in p], abs=1e-3)
@@ -56,7 +56,7 @@ def test_one_seed_decides_nothing():
     rows = report.claims_of(FOUND, results({row: of[:1] for row, of in REWARDS.items()}))
     assert [row[-1] for row in rows] == ["not decided"] * 3
     sentence = report.conclusion(FOUND, [row[-1] for row in rows])
-    assert sentence.startswith("**Decided by the reward: nothing.** 3 of 3 claims are open: ")
+    assert sentence.startswith("**Decided by the reward: nothing.** Not decided: 3 of 3. ")
     text = report.as_markdown("one", FOUND, results({row: of[:1] for row, of in REWARDS.items()}), None, "")
     assert "corrected for" not in text and "| -: |" in text  # a Markdown table, where no p-value is known
 
