@@ -59,16 +59,14 @@ def _real(own: ReproduceConfig) -> tuple[Make, Settings, str]:
     if len(prompts) - own.num_judged - own.num_judged // 2 < 16:
         raise ValueError(f"`num_judged`={own.num_judged} leaves too few of {len(prompts)} prompts to train on.")
     trained = ("max_steps", "learning_rate", "per_device_train_batch_size", "max_length")
-    training = {name: getattr(own, name) for name in trained}
+    training = {name: getattr(own, name) for name in trained} | {"bf16": torch.cuda.is_available()}
     sampling = {"num_candidates": own.num_candidates, "max_new_tokens": own.max_new_tokens}
     numbers = {"gamma": REAL_GAMMA, "num_judged": own.num_judged, **training, **sampling}
-    training["bf16"] = torch.cuda.is_available()
     settings = {
         "model": path_fingerprint(model),
         "prompts": dataset_fingerprint(prompts),
         "ranker": path_fingerprint(own.ranker) if is_model(own.ranker) else load_ranker(own).settings(),
         "ranker_template": own.ranker_template,
-        "bf16": training["bf16"],
         **numbers,
     }
     given = {"model": model, "prompts": prompts, "num_judged": own.num_judged}

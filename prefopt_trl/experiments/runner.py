@@ -53,7 +53,7 @@ def run_tables(
 def _tables(
     tables: Mapping[str, Table], start: tuple[Make, Path, bool], seeds: Sequence[int], num_workers: int
 ) -> Iterator[tuple[str, Results]]:
-    _, folder, _ = start
+    folder = start[1]
     rows = {name: {"SFT policy": Cell(method=NOTHING), **table.cells} for name, table in tables.items()}
     jobs: Jobs = {}
     for of_table in rows.values():
