@@ -10,12 +10,13 @@ from prefopt_trl.cli.commands import COMMANDS
 from prefopt_trl.runtime.quiet import quiet_libraries
 from prefopt_trl.trainers import METHODS
 
+quiet_libraries()  # here, as the processes that a command spawns import this module and do not call `main`
+
 QUICKSTART = ["reproduce", "quickstart", "--num_seeds", "3", "--output_dir", "outputs/quickstart"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; see `prefopt-trl --help`."""
-    quiet_libraries()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["quickstart"]:
         words = [*QUICKSTART, *words[1:]]

@@ -40,3 +40,10 @@ def test_one_message_of_a_logger_is_left_out(name, message):
     quiet_libraries()
     records = [logging.makeLogRecord({"name": name, "msg": said}) for said in (f"{message}, and more", "Other")]
     assert [bool(logging.getLogger(name).filter(record)) for record in records] == [False, True]
+
+
+def test_a_process_that_a_command_spawns_is_quiet_too():
+    """It imports the command's module, and does not call it."""
+    script = "import logging, prefopt_trl.cli.main; print(len(logging.getLogger('DeepSpeed').filters))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout == "1\n"
